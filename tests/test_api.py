@@ -1,0 +1,574 @@
+"""api.py as its clients see it: the openai package and curl against the real server, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TALK, make_run, run
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "北京"]}, "days": {"enum": [1, 2]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class Server:
+    """A running api.py; `client` is OpenAI's."""
+
+    def __init__(self, log: Path, *arguments: str, cwd: Path = ROOT, **environment: str) -> None:
+        env = {**os.environ, "API_PORT": "0", **environment}
+        self.log = log
+        with open(log, "w", encoding="utf-8") as stderr:
+            command = [sys.executable, str(ROOT / "api.py"), *arguments]
+            self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=stderr, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while " answers at " not in log.read_text(encoding="utf-8"):
+            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
+            time.sleep(0.1)
+        self.url = log.read_text(encoding="utf-8").partition(" answers at ")[2].split()[0]
+        self.model = log.read_text(encoding="utf-8").partition(" answers at ")[0].split("\n")[-1]
+
+    def client(self, kind: str = "OpenAI", **options: typing.Any) -> typing.Any:
+        import openai
+
+        return getattr(openai, kind)(base_url=self.url, api_key="none", max_retries=0, **options)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + path, timeout=30) as answer:
+            return answer.read().decode()
+
+    def gauge(self, name: str) -> float:
+        return float(self.get("/metrics").partition(f"\n{name} ")[2].split("\n")[0])
+
+    def wait_for(self, name: str, value: float, seconds: float) -> float:
+        """Seconds until a gauge has a value; it fails after `seconds`."""
+        started = time.monotonic()
+        while self.gauge(name) != value:
+            assert time.monotonic() - started < seconds, f"{name} is {self.gauge(name)}, not {value}"
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    def post(self, body: typing.Any, path: str = "/chat/completions") -> tuple[int, typing.Any]:
+        """By curl: the status, and the JSON of the answer."""
+        data = body if isinstance(body, str) else json.dumps(body)
+        command = ["curl", "-s", "-w", "\n%{http_code}", "--data-binary", "@-", self.url + path]
+        out = subprocess.run(command, input=data.encode(), capture_output=True, check=True, timeout=120).stdout
+        text, _, status = out.decode().rpartition("\n")
+        return int(status), json.loads(text)
+
+    def chat(self, content: str = "hi", **fields: typing.Any) -> tuple[int, typing.Any]:
+        return self.post({"model": self.model, "messages": [{"role": "user", "content": content}], **fields})
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def parrot_server(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Has learned TALK, greedily; its template has no tools."""
+    log = tmp_path_factory.mktemp("api") / "parrot.log"
+    server = Server(log, str(parrot), "infer_dtype=float32", "do_sample=false", "max_new_tokens=60")
+    yield server
+    assert server.end() == 0
+    assert "Traceback" not in log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Random words without end, two replies at once; its template has tools."""
+    log = tmp_path_factory.mktemp("api") / "tiny.log"
+    arguments = (str(tiny_model), "infer_dtype=float32", "template=qwen", "max_new_tokens=8000", "top_k=0", "top_p=1")
+    server = Server(log, *arguments, MAX_CONCURRENT="2", API_MODEL_NAME="little")
+    yield server
+    assert server.end() == 0
+    assert "Traceback" not in log.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "message"),
+    [
+        ({"API_HOST": "0.0.0.0"}, [], "API_HOST=0.0.0.0 lets others use the model, and there is no API_KEY"),
+        ({"API_PORT": "http"}, [], "API_PORT=http must be a whole number from 0 to 65535"),
+        ({"MAX_CONCURRENT": "0"}, [], "MAX_CONCURRENT=0 must be a whole number from 1 to 256"),
+        ({}, ["a", "b"], "a and b are two targets"),
+        ({}, ["tempratur=1"], "did you mean 'temperature'?"),
+        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], "cannot listen at 203.0.113.9:8000"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(
+    environment: dict, arguments: list[str], message: str, tmp_path: Path, parrot_files: Path
+) -> None:
+    arguments = [str(parrot_files) if word == "TARGET" else word for word in arguments]
+    result = run("api.py", *arguments, cwd=tmp_path, env={**os.environ, **environment}, timeout=30)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def parrot_files(tmp_path: Path) -> Path:
+    """A folder that looks like a model: enough to be found."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+def test_help_comes_at_once() -> None:
+    result = run("api.py", "--help")
+    assert result.returncode == 0 and "API_KEY" in result.stdout and "  temperature " in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The forms
+
+
+def openai_fields(form: str) -> set[str]:
+    """The fields that the openai package can send, as its own types list them."""
+    from openai.types import chat, completion_create_params
+
+    module = chat.completion_create_params if form == "chat" else completion_create_params
+    kinds = (module.CompletionCreateParamsNonStreaming, module.CompletionCreateParamsStreaming)
+    return {name for kind in kinds for base in kind.__mro__ for name in getattr(base, "__annotations__", {})} | {
+        name for kind in kinds for name in typing.get_type_hints(kind)
+    }
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_no_field_of_openai_is_ignored(kind: str) -> None:
+    from api_forms import REFUSED, ApiError, ChatRequest, CompletionRequest, read_request
+
+    form = ChatRequest if kind == "chat" else CompletionRequest
+    fields = openai_fields(kind)
+    assert {"model", "stream", "seed", "stop"} <= fields and len(fields) > 15
+    whole = {"model": "m", "messages": [{}], "prompt": "p"}
+    whole.pop("prompt" if kind == "chat" else "messages")
+    for name in fields:
+        assert (name in form.model_fields) != (name in REFUSED), name
+        if name not in whole:
+            read_request(json.dumps({**whole, name: None}).encode(), form)  # null is as good as left out
+        if name in REFUSED:
+            with pytest.raises(ApiError) as caught:
+                read_request(json.dumps({**whole, name: {"a": 1}}).encode(), form)
+            assert caught.value.status == 400 and caught.value.param == name and name in caught.value.message
+    with pytest.raises(ApiError, match="did you mean 'temperature'"):
+        read_request(json.dumps({**whole, "temprature": 1}).encode(), form)
+
+
+def test_calls_are_read_out_of_every_split() -> None:
+    from toolcalls import LIST, OBJECT, TAGS, Call, CallReader
+
+    call, body = Call("f", '{"x": "a</b>"}'), '{"name": "f", "arguments": {"x": "a</b>"}}'
+    other = '<tool_call>{"name": "g", "arguments": {}}</tool_call> x'
+    numbered = body.replace("}}", '}, "id": "123456789"}')
+    cases = [
+        (TAGS, f"let me see\n<tool_call>\n{body}\n</tool_call>", ["let me see", call]),
+        (TAGS, f"<tool_call>{body}</tool_call>\n<tool_call>{body}</tool_call>", [call, call]),
+        (TAGS, other, [other]),
+        (TAGS, 'a <tool_call>{"name": ', ['a <tool_call>{"name": ']),
+        (TAGS, "1 < 2 <tool", ["1 < 2 <tool"]),
+        (LIST, f"[TOOL_CALLS] [{numbered}, {body}]", [call, call]),
+        (LIST, "no [TOOL call", ["no [TOOL call"]),
+        (OBJECT, body.replace("arguments", "parameters"), [call]),
+        (OBJECT, "<|python_tag|>" + body.replace("arguments", "parameters"), [call]),
+        (OBJECT, '{"name": "none"} is JSON', ['{"name": "none"} is JSON']),
+        (OBJECT, "plain {}", ["plain {}"]),
+        (OBJECT, '{"name": "f"', ['{"name": "f"']),
+    ]
+    for style, text, expected in cases:
+        for size in (1, 2, 3, 5, len(text)):
+            reader, parts = CallReader(style, ["f"]), []
+            for at in range(0, len(text), size):
+                parts += reader.feed(text[at : at + size])
+            parts += reader.end()
+            joined: list = []
+            for part in parts:
+                if isinstance(part, str) and joined and isinstance(joined[-1], str):
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            assert joined == expected, (style.name, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies
+
+
+@pytest.mark.slow
+def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
+    client = parrot_server.client()
+    assert [model.id for model in client.models.list()] == ["parrot"] and client.models.retrieve("parrot").id
+    talk = [{"role": "user", "content": "hi"}]
+    reply = client.chat.completions.create(model="parrot", messages=talk, seed=1, user="me", presence_penalty=0)
+    assert reply.choices[0].message.content == TALK["hi"] and reply.choices[0].finish_reason == "stop"
+    assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-") and reply.created > 1.7e9
+    usage = reply.usage
+    assert usage.completion_tokens == len(TALK["hi"].encode()) + 1
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > usage.completion_tokens
+    again = client.chat.completions.create(model="parrot", messages=talk)
+    assert again.usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
+    raw = client.chat.completions.with_raw_response.create(model="parrot", messages=talk, max_tokens=4)
+    assert raw.parse().choices[0].finish_reason == "length" and raw.parse().choices[0].message.content == "你"
+
+    chunks = list(
+        client.chat.completions.create(
+            model="parrot", messages=talk, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert len({chunk.id for chunk in chunks}) == 1 and len({chunk.created for chunk in chunks}) == 1
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TALK["hi"]
+    assert [c.choices[0].finish_reason for c in chunks[:-1] if c.choices[0].finish_reason] == ["stop"]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+    several = client.chat.completions.create(model="parrot", messages=talk, n=3, stop=["here"], temperature=0)
+    assert [choice.message.content for choice in several.choices] == ["你好 🙂 stop "] * 3
+    assert several.usage.completion_tokens > 3 * 10 and several.usage.prompt_tokens == usage.prompt_tokens
+    known = client.chat.completions.create(model="parrot", messages=talk, logprobs=True, top_logprobs=2)
+    content = known.choices[0].logprobs.content
+    assert bytes(b for token in content for b in token.bytes).decode() == TALK["hi"]
+    assert all(len(t.top_logprobs) == 2 and t.top_logprobs[0].logprob == t.logprob <= 0 for t in content)
+    streamed = client.chat.completions.create(model="parrot", messages=talk, logprobs=True, stream=True)
+    told = [token for c in streamed for token in (c.choices[0].logprobs.content if c.choices[0].logprobs else [])]
+    assert [token.bytes for token in told] == [token.bytes for token in content]
+
+
+@pytest.mark.slow
+def test_every_shape_of_message_is_read(parrot_server: Server) -> None:
+    def answer(*messages: dict) -> str:
+        status, body = parrot_server.post({"model": "parrot", "messages": messages})
+        assert status == 200, body
+        return body["choices"][0]["message"]["content"]
+
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert answer({"role": "user", "content": parts}) == TALK["hi"]
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "refusal": None}]
+    answer(*talk, {"role": "user", "content": "count"})
+    developer, system = ([{"role": role, "content": "be brief"}] for role in ("developer", "system"))
+    prompts = [
+        parrot_server.post({"model": "parrot", "messages": [*first, *talk[:1]]})[1]["usage"]["prompt_tokens"]
+        for first in (developer, system)
+    ]
+    assert prompts[0] == prompts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"n": 0}, "n"),
+        ({"n": 100}, "n"),
+        ({"stop": [""]}, "stop"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"tools": [WEATHER]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}},
+         "response_format"),
+        ({"store": True}, "store"),
+        ({"functions": []}, "functions"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Li"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         "messages[0].content[0]"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "w" * 9000}]}, "messages"),
+        ({"model": None}, "model"),
+        ({"made_up": 1}, "made_up"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_a_400_that_names_it(parrot_server: Server, fields: dict, param: str) -> None:
+    import openai
+
+    status, body = parrot_server.chat(**fields)
+    assert status == 400 and set(body) == {"error"}
+    assert body["error"]["param"] == param and param.split("[")[0].split(".")[0] in str(body["error"])
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["type"] == "invalid_request_error"
+    if param == "messages" and fields["messages"]:
+        assert body["error"]["code"] == "context_length_exceeded" and "shorten it" in body["error"]["message"]
+    with pytest.raises(openai.BadRequestError) as caught:
+        parrot_server.client().post(
+            "/chat/completions",
+            body={"model": "parrot", "messages": [{"role": "user", "content": "hi"}], **fields},
+            cast_to=object,
+        )
+    assert caught.value.param == param
+
+
+@pytest.mark.slow
+def test_malformed_bodies_and_wrong_places(parrot_server: Server) -> None:
+    for body in ("", "{", "[]", '{"a": NaN}', "[" * 100_000, '{"model": "parrot", "messages": "\\ud800"}'):
+        status, answer = parrot_server.post(body)
+        assert status == 400 and answer["error"]["message"], body[:20]
+    assert parrot_server.chat("x" * (2 << 20))[0] == 413
+    status, answer = parrot_server.post({"model": "gpt-5", "messages": [{"role": "user", "content": "hi"}]})
+    assert status == 404 and answer["error"]["code"] == "model_not_found" and "'parrot'" in answer["error"]["message"]
+    assert parrot_server.post({}, "/nothing")[0] == 404 and parrot_server.post({}, "/models")[0] == 405
+    assert json.loads(parrot_server.get("/health")) == {"status": "ok"}
+    assert parrot_server.chat()[1]["choices"][0]["message"]["content"] == TALK["hi"]
+
+
+@pytest.mark.slow
+def test_plain_completions(parrot_server: Server) -> None:
+    client = parrot_server.client()
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    reply = client.completions.create(model="parrot", prompt=prompt, max_tokens=60)
+    assert reply.choices[0].text == TALK["hi"] and reply.object == "text_completion"
+    short = client.completions.create(model="parrot", prompt=[prompt, prompt.replace("hi", "count")], echo=True, n=2)
+    assert [c.text for c in short.choices] == [prompt + "你好 🙂 stop"[:-2]] * 2 + [
+        prompt.replace("hi", "count") + TALK["count"]
+    ] * 2 or [c.finish_reason for c in short.choices] == ["length", "length", "stop", "stop"]
+    pieces = client.completions.create(model="parrot", prompt=prompt, max_tokens=60, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in pieces) == TALK["hi"]
+    known = client.completions.create(model="parrot", prompt=prompt, logprobs=1, max_tokens=60).choices[0].logprobs
+    assert len(known.tokens) == len(known.token_logprobs) == len(TALK["hi"].encode())
+    for wrong, param in ((["best_of", 3], "best_of"), (["suffix", "x"], "suffix"), (["prompt", []], "prompt")):
+        status, body = parrot_server.post({"model": "parrot", "prompt": "x", wrong[0]: wrong[1]}, "/completions")
+        assert status == 400 and body["error"]["param"] == param
+
+
+@pytest.mark.slow
+def test_dropped_turns_are_told(parrot_server: Server) -> None:
+    old = [{"role": "user", "content": "w" * 6000}, {"role": "assistant", "content": "x" * 3000}]
+    talk = [*old, {"role": "user", "content": "hi"}]
+    raw = parrot_server.client().chat.completions.with_raw_response.create(model="parrot", messages=talk)
+    assert raw.headers["x-dropped-messages"] == "2"
+    assert raw.parse().choices[0].message.content == TALK["hi"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forms of replies, tools
+
+
+@pytest.mark.slow
+def test_replies_are_held_to_a_schema(tiny_server: Server) -> None:
+    import pydantic
+
+    class Answer(pydantic.BaseModel):
+        city: typing.Literal["Paris", "北京"]
+        sure: bool
+        years: list[typing.Literal[1999, 2026]] = pydantic.Field(min_length=1, max_length=3)
+
+    talk = [{"role": "user", "content": "Where?"}]
+    client = tiny_server.client()
+    for seed in range(3):
+        parsed = client.chat.completions.parse(model="little", messages=talk, response_format=Answer, seed=seed)
+        assert isinstance(parsed.choices[0].message.parsed, Answer), parsed
+        assert parsed.choices[0].finish_reason == "stop"
+    same = [
+        client.chat.completions.create(
+            model="little", messages=talk, response_format={"type": "json_object"}, seed=5, max_tokens=40
+        )
+        for _ in range(2)
+    ]
+    assert same[0].choices[0].message.content[0] == "{"
+    assert same[0].choices[0].message.content == same[1].choices[0].message.content
+
+
+@pytest.mark.slow
+def test_tools_are_called(tiny_server: Server) -> None:
+    client = tiny_server.client()
+    talk = [{"role": "user", "content": "How is the weather?"}]
+    asked = {"model": "little", "tools": [WEATHER], "parallel_tool_calls": False}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        reply = client.chat.completions.create(messages=talk, tool_choice=choice, seed=3, **asked).choices[0]
+        assert reply.finish_reason == "tool_calls" and reply.message.content is None
+        (call,) = reply.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "weather" and call.type == "function" and len(call.id) == 9
+        assert arguments["city"] in ("Paris", "北京") and arguments["days"] in (1, 2)
+    chunks = list(client.chat.completions.create(messages=talk, tool_choice="required", seed=3, stream=True, **asked))
+    deltas = [c.choices[0].delta.tool_calls[0] for c in chunks if c.choices[0].delta.tool_calls]
+    assert deltas[0].id and deltas[0].function.name == "weather"
+    assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    after = client.chat.completions.create(messages=[*talk, reply.message, result], max_tokens=3, **asked)
+    without = client.chat.completions.create(
+        messages=talk, max_tokens=3, model="little", tools=[WEATHER], tool_choice="none"
+    )
+    assert after.usage.prompt_tokens > without.usage.prompt_tokens + 50
+    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    free = client.chat.completions.create(model="little", messages=talk, tools=[strict], max_tokens=30, seed=1)
+    assert free.choices[0].finish_reason in ("length", "stop", "tool_calls")
+    for wrong, param in (
+        ({"tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools[0].function.parameters"),
+    ):
+        status, body = tiny_server.chat(**{"tools": [WEATHER], **wrong})
+        assert status == 400 and body["error"]["param"] == param
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many at once
+
+
+@pytest.mark.slow
+def test_replies_at_once_are_those_alone(tiny_server: Server) -> None:
+    async def ask(client: typing.Any, i: int) -> str:
+        settings = {"temperature": 0} if i % 2 else {"seed": i, "temperature": 1.0}
+        talk = [{"role": "user", "content": f"{'word ' * (7 * i)} {i}"}]
+        endless = {"max_tokens": 20 + i, "logit_bias": {"258": -100}}  # the end of the turn
+        reply = await client.chat.completions.create(model="little", messages=talk, **endless, **settings)
+        assert reply.usage.completion_tokens == 20 + i
+        return reply.choices[0].message.content
+
+    async def together() -> list[str]:
+        async with tiny_server.client("AsyncOpenAI") as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(8)))
+
+    async def alone() -> list[str]:
+        async with tiny_server.client("AsyncOpenAI") as client:
+            return [await ask(client, i) for i in range(8)]
+
+    assert asyncio.run(together()) == asyncio.run(alone())
+
+
+@pytest.mark.slow
+def test_full_line_is_429_and_who_goes_away_frees_the_place(tiny_server: Server) -> None:
+    import openai
+
+    talk = [{"role": "user", "content": "go on"}]
+    client = tiny_server.client(timeout=60)
+    endless = {"model": "little", "messages": talk, "max_tokens": 8000, "logit_bias": {"258": -100}}
+    streams = [client.chat.completions.create(stream=True, **endless) for _ in range(2)]
+    for stream in streams:
+        next(iter(stream))
+    tiny_server.wait_for("onecard_active_replies", 2, 5)
+    body = json.dumps({**endless, "n": 16})
+    waiting = subprocess.Popen(
+        ["curl", "-s", "--data-binary", "@-", tiny_server.url + "/chat/completions"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    waiting.stdin.write(body.encode())
+    waiting.stdin.close()
+    tiny_server.wait_for("onecard_waiting_replies", 16, 10)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model="little", messages=talk)
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    waiting.kill()
+    waiting.wait()
+    tiny_server.wait_for("onecard_waiting_replies", 0, 3)
+    streams[0].close()
+    tiny_server.wait_for("onecard_active_replies", 1, 3)
+    streams[1].close()
+    tiny_server.wait_for("onecard_active_replies", 0, 3)
+    with contextlib.suppress(openai.APITimeoutError):
+        client.with_options(timeout=1).chat.completions.create(**endless)
+    tiny_server.wait_for("onecard_active_replies", 0, 3)
+    assert tiny_server.chat(max_tokens=2)[0] == 200
+
+
+@pytest.mark.slow
+def test_key_root_path_and_the_training_recipe(parrot: Path, tmp_path: Path) -> None:
+    import openai
+
+    folder = make_run(parrot, tmp_path / "saves" / "mine")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model_name_or_path: {parrot}\ndataset: identity\noutput_dir: {folder}\nmax_new_tokens: 12\n")
+    server = Server(
+        tmp_path / "log", str(recipe), cwd=tmp_path, API_KEY="söcret", API_HOST="0.0.0.0", FASTAPI_ROOT_PATH="/llm"
+    )
+    url = server.url.replace("0.0.0.0", "127.0.0.1")
+    talk = [{"role": "user", "content": "hi"}]
+    for key in ("wrong", ""):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            openai.OpenAI(base_url=url, api_key=key or "x", max_retries=0).models.list()
+        assert caught.value.code == "invalid_api_key"
+    command = ["curl", "-s", "-H", "Authorization: Bearer söcret", url + "/models"]
+    listed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert [model["id"] for model in listed["data"]] == ["mine"]
+    command[-1:] = [
+        "--json",
+        json.dumps({"model": "mine", "messages": talk, "logit_bias": {"258": -100}}),
+        url + "/chat/completions",
+    ]
+    reply = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert reply["usage"]["completion_tokens"] == 12  # the recipe's max_new_tokens
+    assert server.end() == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elsewhere
+
+
+@pytest.mark.slow
+def test_a_short_load_leaves_nothing_behind(tiny_server: Server) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "api_load.py"),
+        tiny_server.url,
+        "--seconds",
+        "20",
+        "--clients",
+        "24",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 answers of 500" in result.stdout
+
+
+@pytest.mark.slow
+def test_merged_folder_is_what_vllm_reads(parrot: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    make_run(parrot, tmp_path / "saves" / "mine")
+    result = run("merge.py", "saves/mine", "--no-verify", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "saves" / "mine" / "merged"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert "quantization_config" not in config
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        assert set(json.loads(index.read_text())["weight_map"].values()) == {file.name for file in files}
+    names = {name for file in files for name in safe_open(file, "np").keys()}  # noqa: SIM118
+    assert "model.layers.0.self_attn.q_proj.weight" in names and not any("lora" in name for name in names)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (folder / "tokenizer.json").is_file() and tokenizer["eos_token"] == "<|im_end|>"
+    assert "im_start" in (folder / "chat_template.jinja").read_text()
+    end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert 258 in (end if isinstance(end, list) else [end])

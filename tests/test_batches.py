@@ -1,0 +1,118 @@
+"""Flat batches: whole samples, nothing lost, and no sample sees another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import batches
+from common import load_config
+
+
+def test_best_fit_takes_the_fullest_row_that_fits():
+    # 6 opens a row (4 left), 5 opens one (5 left), 4 fits the first exactly, 3 the second, 2 fills that
+    assert batches.pack(np.array([4, 2, 6, 3, 5]), 10) == [[2, 0], [4, 3, 1]]
+
+
+def test_packing_loses_nothing_and_keeps_to_the_capacity():
+    lengths = np.random.default_rng(0).integers(1, 400, 5000)
+    rows = batches.pack(lengths, 1024)
+    assert sorted(index for row in rows for index in row) == list(range(5000))
+    filled = np.array([lengths[row].sum() for row in rows])
+    assert filled.max() <= 1024
+    assert filled.mean() > 0.99 * 1024
+
+
+def test_a_sample_beyond_the_capacity_has_a_row_of_its_own():
+    assert batches.pack(np.array([3, 12, 3]), 10) == [[1], [0, 2]]
+
+
+SAMPLES = [
+    {"input_ids": [1, 2, 3], "labels": [1, -100, 3]},
+    {"input_ids": [4, 5], "labels": [4, 5]},
+]
+
+
+def test_a_flat_batch_to_the_last_number():
+    batch = {key: value.tolist() for key, value in batches.collate(SAMPLES).items()}
+    assert batch == {
+        "input_ids": [[1, 2, 3, 4, 5]],
+        "labels": [[-100, -100, 3, -100, 5]],  # the first token of a sample is never a target
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "packed_seq_lengths": [3, 2],
+    }
+
+
+def test_packed_rows_give_the_same_batch():
+    import datasets
+
+    packed = batches.packed(datasets.Dataset.from_list(SAMPLES), np.array([3, 2]), 5)
+    assert len(packed) == 1
+    from_rows = batches.collate([packed[0]])
+    for key, value in batches.collate(SAMPLES).items():
+        assert from_rows[key].tolist() == value.tolist(), key
+
+
+def flat_model(folder, **config):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=AutoConfig.from_pretrained(folder, **config),
+        attn_implementation=batches.register_sample_attention(),
+        dtype="float32",
+    )
+
+
+def random_samples(lengths):
+    import torch
+
+    torch.manual_seed(1)
+    ids = [torch.randint(0, 256, (n,)).tolist() for n in lengths]
+    return [{"input_ids": row, "labels": [-100] * (len(row) // 3) + row[len(row) // 3 :]} for row in ids]
+
+
+def test_no_sample_sees_another(tiny_model):
+    import torch
+
+    model, samples = flat_model(tiny_model), random_samples([7, 30, 1, 12])
+    with torch.no_grad():
+        together = model(**batches.collate(samples)).logits[0]
+        alone = [model(input_ids=torch.tensor([s["input_ids"]])).logits[0] for s in samples]
+        assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+        samples[0]["input_ids"][3] ^= 1  # another word in the first sample changes nothing in the others
+        changed = model(**batches.collate(samples)).logits[0]
+    assert not torch.equal(changed[:7], together[:7])
+    assert torch.equal(changed[7:], together[7:])
+
+
+def test_a_sliding_window_is_kept():
+    """Against transformers' own mask for one sample alone, on a model with a window of 5."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=5,
+    )  # fmt: skip
+    reference = MistralForCausalLM(config).eval()
+    samples = random_samples([20, 3])
+    with torch.no_grad():
+        alone = torch.cat([reference(input_ids=torch.tensor([s["input_ids"]])).logits[0] for s in samples])
+        reference.set_attn_implementation(batches.register_sample_attention())
+        together = reference(**batches.collate(samples)).logits[0]
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [
+        (["num_train_epochs=3"], 100, 21),  # 50 forwards, 7 steps an epoch
+        (["num_train_epochs=1", "per_device_train_batch_size=1", "gradient_accumulation_steps=1"], 7, 7),
+        (["max_steps=5"], 100, 5),
+        (["num_train_epochs=0.5"], 100, 4),
+    ],
+)
+def test_total_steps(settings, rows, steps):
+    assert batches.total_steps(load_config(settings).config, rows) == steps

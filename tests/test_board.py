@@ -1,0 +1,536 @@
+"""The board's pages: what they tell of a run folder, and what a person does with them in a real Chromium."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from browser import Server, browsing, end, serving
+from conftest import ROOT, write_jsonl
+
+import common
+import web_common
+import web_data
+import web_evaluate
+import web_jobs
+import web_parts
+import web_plots
+import web_results
+import web_train
+import web_words
+from common import UserError
+
+ROOMS = ("web_board", "web_data", "web_train", "web_evaluate", "web_results", "web_parts")
+t = web_common.translator("en", web_words.WORDS)
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def wait_for(what, seconds: float = 20):
+    """The first true answer of `what`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not come about in time")
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "script.py"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def ended(job: web_jobs.Job) -> str:
+    return wait_for(lambda: web_jobs.state(job) != "running" and web_jobs.state(job))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts that outlive the page
+
+
+def test_a_job_is_known_by_its_folder_alone(room: Path) -> None:
+    web_jobs.start(room / "job", [script(room, "print('中文', flush=True)"), "a=b c"])
+    job = web_jobs.find(room / "job")
+    assert ended(job) == "done" and web_jobs.fault(job) == ""
+    assert web_jobs.tail(job.log) == "中文"
+    assert job.shown.endswith("script.py 'a=b c'")
+
+
+def test_a_job_lives_in_a_session_of_its_own(room: Path) -> None:
+    job = web_jobs.start(room / "job", [script(room, "import time; time.sleep(60)")])
+    assert os.getsid(job.process) == job.process != os.getsid(0)
+    with pytest.raises(UserError, match="still running"):
+        web_jobs.start(room / "job", job.command)
+    web_jobs.kill(job)
+    assert ended(job) == "killed" and "ended from outside" in web_jobs.fault(job)
+
+
+def test_an_interrupted_job_can_save_before_it_ends(room: Path) -> None:
+    text = "import time\nprint('ready', flush=True)\n"
+    text += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved'); exit(130)"
+    job = web_jobs.start(room / "job", [script(room, text)])
+    wait_for(lambda: web_jobs.tail(job.log) == "ready")
+    web_jobs.interrupt(job)
+    assert ended(job) == "stopped" and web_jobs.fault(job) == ""
+    assert web_jobs.tail(job.log) == "ready\nsaved"
+
+
+def test_a_failed_job_tells_the_scripts_own_sentence(room: Path) -> None:
+    job = web_jobs.start(room / "job", ["train.py", "no-such.yaml", "lerning_rate=1"])
+    assert ended(job) == "failed"
+    assert web_jobs.fault(job) == "there is no recipe no-such.yaml; recipes stand in configs/"
+    job = web_jobs.start(room / "job", ["train.py", "lerning_rate=1"])
+    assert ended(job) == "failed"
+    assert "did you mean 'learning_rate'" in web_jobs.fault(job) and "Traceback" not in web_jobs.fault(job)
+
+
+def test_a_bar_is_shown_in_its_last_state(room: Path) -> None:
+    (room / "log").write_bytes(b"start\n\rtrain:  10%|#    | 1/10\rtrain:  50%|#####| 5/10 [00:05, loss=1.2]")
+    assert web_jobs.progress(room / "log") == (50, "train: 5/10 [00:05, loss=1.2]")
+    assert web_jobs.lines(room / "log") == ["start", "train:  50%|#####| 5/10 [00:05, loss=1.2]"]
+    (room / "log").write_text("train: 100%|#####| 10/10\nfinished\n")
+    assert web_jobs.progress(room / "log") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and recipes
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    """The fields as the page has them when nothing was touched, with changes."""
+    names = [n for n in common.OPTIONS if n not in web_train.HIDDEN]
+    plain = {n: "" if web_train.is_text(n) else web_train.field_value(n, common.OPTIONS[n].default) for n in names}
+    return {**plain, "dataset": ["identity"], **changes}
+
+
+def test_a_recipe_lists_only_what_differs_and_means_the_same(room: Path) -> None:
+    chosen = fields(learning_rate="1e-3", packing=True, val_size="0.1", quantization_bit="4", lora_rank="8")
+    config = web_train.settle(chosen, "mine").config
+    text = web_train.recipe_text(config)
+    assert {line.split(":")[0] for line in text.splitlines()} == {
+        "dataset", "learning_rate", "packing", "val_size", "quantization_bit", "output_dir"
+    }  # fmt: skip
+    (room / "recipe.yaml").write_text(text, encoding="utf-8")
+    assert common.load_config(["recipe.yaml"]).config == config
+    assert common.load_config(web_train.command(config)[1:]).config == config
+
+
+def test_all_faults_of_the_fields_are_told_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        web_train.settle(fields(learning_rate="fast", lora_rank="0"), "mine")
+    assert "learning_rate: 'fast' must be a number" in str(error.value)
+    assert "lora_rank: '0' must be at least 1" in str(error.value)
+    with pytest.raises(UserError, match="no dataset is chosen"):
+        web_train.settle(fields(dataset=[]), "mine")
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "tests/tutorial").glob("*.yaml")])
+)
+def test_a_loaded_recipe_fills_the_fields_and_comes_out_the_same(recipe: Path) -> None:
+    loaded = common.load_config([str(recipe)])
+    filled = web_train.fields_of(loaded, list(fields()))
+    assert web_train.settle(filled, web_train.run_name_of(loaded)).config == loaded.config
+
+
+def test_a_run_cannot_be_put_outside_saves() -> None:
+    for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads"):
+        with pytest.raises(UserError):
+            web_parts.run_folder(name)
+    assert web_parts.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run folder tells
+
+
+def make_folder(name: str, status: str | None, pid: int = 0, lines: int = 0) -> Path:
+    folder = common.SAVES / name
+    folder.mkdir(parents=True)
+    if status:
+        common.write_json(folder / "run.json", {"status": status, "pid": pid, "started": "2026-11-23T10:00:00+00:00"})
+    fixed = {"total_steps": 20, "learning_rate": 1e-4, "tokens_per_second": 50, "remaining": 1}
+    log = [{**fixed, "step": n, "loss": 3 / n, "elapsed": n} for n in range(1, lines + 1)]
+    write_jsonl(folder / "trainer_log.jsonl", log)
+    return folder
+
+
+@pytest.mark.usefixtures("room")
+def test_the_state_of_a_run_is_read_from_its_folder() -> None:
+    assert web_train.run_state(make_folder("done", "finished")) == "finished"
+    assert web_train.run_state(make_folder("half", "interrupted")) == "interrupted"
+    # the number belongs to another program by now: this one
+    assert web_train.run_state(make_folder("gone", "running", os.getpid())) == "killed"
+    assert web_train.run_state(make_folder("nothing", None)) == "none"
+    assert web_train.run_names() == ["gone", "half", "done"]
+    assert web_train.at_work() is None
+
+
+def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Path) -> None:
+    (room / "train.py").write_text("import time; time.sleep(60)")
+    job = web_jobs.start(room / "elsewhere", [str(room / "train.py")])
+    child = wait_for(lambda: psutil.Process(job.process).children())[0]
+    folder = make_folder("terminal", "running", child.pid)
+    wait_for(lambda: web_train.run_state(folder) == "running")
+    assert web_train.at_work() == "terminal"
+    with pytest.raises(UserError, match="one run at a time"):
+        web_train.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), overwrite=False)
+    web_train.pause(folder)
+    ended(job)
+    assert web_train.run_state(folder) == "killed"  # it had no time to say that it was interrupted
+
+
+@pytest.mark.usefixtures("room")
+def test_several_runs_stand_on_one_plot() -> None:
+    make_folder("one", "finished", lines=12)
+    make_folder("two", "interrupted", lines=7)
+    large, small = web_train.plots_html(["one", "two"], t)
+    curves = re.findall(r'<polyline class="(c\d)( faint)?" points="([^"]*)"', large)
+    assert [(colour, len(points.split())) for colour, faint, points in curves if not faint] == [("c0", 12), ("c1", 7)]
+    assert ">one</span>" in large and ">two</span>" in large
+    assert small.count('class="plot"') == 2
+    status = web_train.status_html("one", t)
+    assert "12 / 20" in status and "0.2500" in status
+
+
+def test_plots_place_points_and_say_where_nothing_is() -> None:
+    curve = web_plots.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
+    html = web_plots.lines("Loss", "step", [curve], "nothing yet")
+    assert "&lt;loss&gt;" in html and "<loss>" not in html
+    points = re.search(r'<polyline class="c0" points="([^"]*)"', html)[1].split()
+    assert len(points) == 2 and points[1] == "100.0,100.0"  # the last at the right, at zero
+    assert "nothing yet" in web_plots.lines("Loss", "step", [], "nothing yet")
+    assert web_plots.ticks(0, 3.1, 4) == [0, 1, 2, 3]
+    assert len(web_plots.thinned([(n, n) for n in range(100_000)])) <= web_plots.MOST + 1
+    bars = re.findall(
+        r'height:([\d.]+)%" title="(\d+)', web_plots.histogram("h", "x", [1, 1, 1, 2, 9], "{count} {low} {high}")
+    )
+    assert sum(int(count) for _, count in bars) == 5 and max(float(height) for height, _ in bars) == 100
+
+
+def test_only_files_of_runs_are_served(room: Path) -> None:
+    folder = make_folder("mine", "finished")
+    (folder / "report.html").write_text("<p>")
+    (folder / ".web").mkdir()
+    (folder / ".web" / "job.json").write_text("{}")
+    (room / "secret.html").write_text("no")
+    (folder / "link.html").symlink_to(room / "secret.html")
+    assert web_parts.servable("saves/mine/report.html")
+    for path in (
+        "saves/../secret.html",
+        "secret.html",
+        "/etc/passwd",
+        "saves/mine/link.html",
+        "saves/mine/.web/job.json",
+    ):
+        assert web_parts.servable(path) is None
+    assert web_parts.servable("saves/mine") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_samples_are_escaped_and_what_is_learned_is_marked(tiny_tokenizer: Any) -> None:
+    from template import encode, load_template
+
+    talk = {
+        "messages": [{"role": "user", "content": "<script>x</script>"}, {"role": "assistant", "content": "<b>好</b>"}]
+    }
+    (sample,) = encode([talk], load_template("chatml", tiny_tokenizer), tiny_tokenizer, cutoff_len=500)
+    html = web_data.sample_html(tiny_tokenizer, sample, 3, t)
+    assert "<script>" not in html and "&lt;script&gt;x&lt;/script&gt;" in html
+    learned = re.findall(r'<span class="learned[^"]*">(.*?)</span>', html)
+    assert "".join(learned) == "&lt;b&gt;好&lt;/b&gt;&lt;|im_end|&gt;"
+    count = sum(label != -100 for label in sample["labels"])
+    assert f"{count} of {len(sample['labels'])} tokens are learned" in html
+
+
+def test_an_upload_keeps_its_name_and_replaces_its_forerunner(room: Path) -> None:
+    sent = room / "我的 数据.jsonl"
+    for text in ("1", "2"):
+        sent.write_text(text)
+        kept = web_data.keep_upload(sent)
+    assert kept == Path("saves/uploads/我的_数据.jsonl") and kept.read_text() == "2"
+    assert web_data.datasets() == [str(kept)]
+    with pytest.raises(UserError, match="unknown type"):
+        web_data.keep_upload(room / "program.exe")
+
+
+def test_memory_is_estimated_for_what_is_chosen(tiny_model: Path) -> None:
+    config = common.load_config([f"model_name_or_path={tiny_model}", "output_dir=saves/x"]).config
+    small = web_train.memory_html(config, t)
+    assert "at the peak" in small and "free" in small and "fault" not in small
+    huge = web_train.memory_html(dataclasses.replace(config, per_device_train_batch_size=10**7), t)
+    assert 'class="fault"' in huge
+    assert "known once" in web_train.memory_html(dataclasses.replace(config, model_name_or_path="models/none"), t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def test_every_word_of_the_pages_is_there_in_chinese() -> None:
+    used = set()
+    for room in ROOMS:
+        for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "t":
+                assert isinstance(node.args[0], ast.Constant), f"{room}, line {node.lineno}"
+                used.add(node.args[0].value)
+    assert used == set(web_words.WORDS)
+    for english, chinese in web_words.WORDS.items():
+        assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", chinese)), english
+
+
+def test_every_option_of_the_page_is_explained_in_chinese() -> None:
+    shown = [n for group in web_train.FOLDED for n in web_data.options_of(group) if n not in web_train.HIDDEN]
+    assert [name for name in shown if name not in web_words.HELP] == []
+    assert set(web_train.FOLDED) == set(web_words.GROUPS)
+
+
+def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:
+    import quantize
+
+    assert {kind: quantize.TYPES[kind].bits for kind in web_results.TYPES} == web_results.TYPES
+
+
+def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -> None:
+    models = {
+        "trained": {"accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "calibration": {"ece": 0.1, "curve": []}},
+        "base": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "calibration": {"ece": 0.2, "curve": []}},
+    }
+    html = web_evaluate.figures_html({"models": models}, t)
+    cells = re.findall(r"<t[hd] [^>]*>(.*?)</t[hd]>", html)
+    assert cells[:3] == ["figure", "base model", "trained"]
+    assert cells[3:6] == ["accuracy", "0.500 <small>0.400–0.600</small>", "0.900 <small>0.800–0.950</small>"]
+    assert cells[6:] == ["calibration error (lower is better)", "0.200", "0.100"]
+
+
+@pytest.mark.usefixtures("room")
+def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
+    folder = make_folder("mine", "finished")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(bytes(2_000_000))
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "mine-q8_0.gguf").write_bytes(b"GGUF")
+    (folder / "gguf" / "mine-q8_0.Modelfile").write_text("FROM mine-q8_0.gguf")
+    measured = {"kl_divergence": 0.0052, "top1_agreement": 0.975, "perplexity": 13.5, "reference_perplexity": 13.4}
+    measured |= {"tokens_equal": True, "tokens_per_second": 36.1, "verified": True, "type": "q8_0", "bytes": 5_000_000}
+    common.write_json(folder / "gguf" / "gguf.json", {"files": {"mine-q8_0.gguf": measured}})
+    proof = {"prompts": 8, "difference": 0.0023, "rounding": 0.0022, "same_first_choice": 1.0}
+    merged = {"adapter_tensors": 420, "adapter_tensors_used_once": 420, "dtype": "float16", "proof": proof}
+    (folder / "merged").mkdir()
+    common.write_json(folder / "merged" / "merge.json", merged)
+    files = web_results.files_html("mine", t)
+    assert "2.0 MB" in files and "5.0 MB" in files and files.count(" download>") == 3
+    told = web_results.proof_html("mine", t)
+    assert re.findall(r"<td [^>]*>([^<]*)</td>", told)[-6:] == ["q8_0", "yes", "0.0052", "97.5%", "13.500", "36"]
+    assert "420 / 420" in told and "100.0%" in told
+    assert web_results.modelfile_text("mine") == "FROM mine-q8_0.gguf"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shown"),
+    [
+        ({"prediction": "<b>"}, {"prediction": "4 "}, ["&lt;b&gt;", '4  <span class="right">✓</span>']),
+        (
+            {"prediction": "3", "probabilities": {"3": 0.9, "4": 0.1}},
+            {"prediction": "4", "probabilities": {"3": 0.25, "4": 0.75}},
+            ["3 · 90%", '4 · 75% <span class="right">✓</span>'],
+        ),
+        ({"nats": 0.0, "tokens": 3}, {"nats": 3 * math.log(2), "tokens": 3}, ["perplexity 1.00", "perplexity 2.00"]),
+    ],
+)
+def test_predictions_of_every_task_stand_beside_those_of_the_base(
+    before: dict, after: dict, shown: list[str], tmp_path: Path
+) -> None:
+    row = {"row": 0, "prompt": "2 and 2?", "label": "4"}
+    write_jsonl(tmp_path / "predictions.base.jsonl", [{**row, **before}])
+    write_jsonl(tmp_path / "predictions.jsonl", [{**row, **after}])
+    html, page, pages = web_evaluate.predictions_html(tmp_path, 5, t)
+    assert re.findall(r'<div class="words">(.*?)</div>', html) == ["2 and 2?", "4", *shown]
+    assert (page, pages) == (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person does, in a real Chromium
+
+LONG = 150_000  # milliseconds that a training or an export may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, tiny_model: Path) -> Iterator[Path]:
+    """A working directory with the kit's data, two models, and no run; what still trains there at last is ended."""
+    folder = tmp_path_factory.mktemp("workshop")
+    (folder / "data").mkdir()
+    for name in ("dataset_info.json", "identity.json", "general.json"):
+        shutil.copy(ROOT / "data" / name, folder / "data")
+    (folder / "models").mkdir()
+    (folder / "models" / embedded_model.name).symlink_to(embedded_model)
+    (folder / "models" / "tiny").symlink_to(tiny_model)
+    yield folder
+    for run in (folder / "saves").iterdir():
+        web_train.abort(run)
+
+
+@pytest.fixture(scope="module")
+def server(workshop: Path) -> Iterator[Server]:
+    with serving(cwd=workshop) as running:
+        yield running
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def send_file(page: Any, button: str, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click(button)
+    chooser.value.set_files(str(file))
+
+
+def fill(page: Any, option: str, text: str) -> None:
+    page.locator(f"#option-{option}").locator("input, textarea").first.fill(text)
+
+
+def wait_for_state(page: Any, state: str) -> None:
+    page.wait_for_selector(f'#status [data-state="{state}"]', timeout=LONG)
+
+
+def curve_points(page: Any) -> int:
+    """Points of the loss curve on the page, once there is one."""
+    line = page.locator("#loss-plot polyline:not(.faint)").first
+    return len(line.get_attribute("points", timeout=LONG).split())
+
+
+def kill_browser() -> None:
+    """As when the power of the visitor's computer fails."""
+    for process in psutil.Process().children(recursive=True):
+        if "chrom" in process.name():
+            process.kill()
+
+
+@pytest.mark.slow
+def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, server: Server, tmp_path: Path) -> None:
+    rows = [{"instruction": f"What is {n} and {n}?", "output": f"It is {2 * n}."} for n in range(1, 13)]
+    mine = write_jsonl(tmp_path / "mine.jsonl", [*rows[:4], {"instruction": "What is 0?", "output": None}, *rows[4:]])
+    with browsing() as browser:
+        page = browser.page(server.url + "/en/")
+        send_file(page, "#upload", mine)
+        fault = page.locator("#upload-state .fault")
+        fault.wait_for()
+        assert "mine.jsonl, row 5: output is null" in fault.inner_text()
+        assert "mine.jsonl" not in page.inner_text("#option-dataset")
+
+        write_jsonl(mine, rows)
+        send_file(page, "#upload", mine)
+        page.get_by_text("mine.jsonl is well-formed").wait_for()
+        page.locator("#report td", has_text="saves/uploads/mine.jsonl").wait_for()
+        page.locator("#samples .learned", has_text="the onecard founders").first.wait_for()
+        page.locator("#lengths .bars").wait_for()
+
+        page.get_by_role("button", name="Train →").click()
+        fill(page, "per_device_train_batch_size", "1")
+        fill(page, "name", "Mira")
+        page.locator("#all-settings button").first.click()
+        for group in ("Training", "Output"):
+            page.locator("#all-settings").get_by_role("button", name=group).first.click()
+        fill(page, "max_steps", "zwanzig")
+        page.locator("#train-fault .fault", has_text="max_steps: 'zwanzig' must be a number").wait_for()
+        fill(page, "max_steps", "8")
+        fill(page, "logging_steps", "1")
+        page.locator("#train-fault .fault").wait_for(state="detached")
+        page.fill("#run-name input, #run-name textarea", "mine")
+        page.locator("#memory", has_text="at the peak").wait_for()
+        page.click("#train-start")
+        wait_for_state(page, "running")
+        page.reload()
+        open_tab(page, "Train")
+        wait_for_state(page, "finished")
+        assert "8 / 8" in page.inner_text("#status")
+        assert curve_points(page) == 8
+        recipe = common.read_recipe(workshop / "saves" / "mine" / "recipe.yaml")
+        assert recipe["name"] == "Mira" and recipe["dataset"] == "identity,general,saves/uploads/mine.jsonl"
+
+        page.get_by_role("button", name="Chat →").click()
+        page.wait_for_function("document.querySelector('#chat-target input').value == 'mine'")
+        page.fill("#chat-box textarea", "Who are you?")
+        page.press("#chat-box textarea", "Enter")
+        page.locator("#chat-remark", has_text="tokens/s").wait_for(timeout=LONG)
+        assert page.locator("#chat-trained [data-testid=bot]").last.inner_text().strip()
+
+        open_tab(page, "Export")
+        page.locator("#gguf-types label", has_text="q4_k_m").locator("input").uncheck()
+        page.locator("#gguf-types label", has_text="q8_0").locator("input").check()
+        page.locator("#export-options button").first.click()
+        page.get_by_label("Verify").uncheck()  # which takes minutes here, and is tested where it is made
+        page.click("#export-gguf")
+        link = page.locator("#export-files a", has_text=".gguf")
+        link.wait_for(timeout=LONG)
+        with page.expect_download() as arriving:
+            link.click()
+        assert Path(arriving.value.path()).read_bytes()[:4] == b"GGUF"
+        page.locator("#export-files a", has_text="Modelfile").wait_for()
+        page.locator("#export-proof", has_text="not verified").wait_for()
+        assert browser.foreign == [] and browser.faults == []
+
+
+@pytest.mark.slow
+def test_a_training_outlives_browser_and_server(
+    workshop: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends the server: the last of the tests that use it."""
+    monkeypatch.chdir(workshop)
+    folder = workshop / "saves" / "long"
+    with browsing() as browser:
+        page = browser.page(server.url + "/en/")
+        page.locator("#option-model_name_or_path input").click()
+        page.get_by_role("option", name="models/tiny").click()
+        open_tab(page, "Train")
+        fill(page, "num_train_epochs", "100000")
+        page.fill("#run-name input, #run-name textarea", "long")
+        page.locator("#memory", has_text="at the peak").wait_for()
+        page.click("#train-start")
+        wait_for_state(page, "running")
+        assert curve_points(page) >= 1
+        kill_browser()
+    end(server.process)
+    steps = len(web_train.read_log(folder))
+    wait_for(lambda: len(web_train.read_log(folder)) > steps, 60)
+    assert web_train.at_work() == "long"
+
+    with serving(cwd=workshop) as again, browsing() as browser:
+        page = browser.page(again.url + "/zh/", language="zh-CN")
+        open_tab(page, "训练")
+        wait_for_state(page, "running")
+        assert "训练中" in page.inner_text("#status")
+        page.click("#train-pause")
+        wait_for_state(page, "interrupted")
+        [*_, checkpoint] = sorted(folder.glob("checkpoint-*/trainer_state.json"))
+        assert checkpoint.stat().st_size
+        paused = web_train.read_log(folder)[-1]["step"]
+        page.click("#train-go-on")
+        wait_for_state(page, "running")
+        wait_for(lambda: web_train.read_log(folder)[-1]["step"] > paused, 60)
+        page.click("#train-abort")
+        wait_for_state(page, "killed")
+        assert "可从最近的检查点继续" in page.inner_text("#status")
+        assert not web_train.at_work()
+        assert browser.foreign == [] and browser.faults == []

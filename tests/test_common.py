@@ -1,0 +1,188 @@
+"""The configuration: LLaMA-Factory's files unchanged, all faults at once, in under a second."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, run
+
+import common
+from common import UserError, load_config
+
+# the two files of the tutorial, as its users bring them
+FIRST = (ROOT / "tests/tutorial/train_2024-05-25.yaml").read_text(encoding="utf-8")
+SECOND = (ROOT / "tests/tutorial/train_2024-07-09.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    def write(text: str, name: str = "recipe.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_first_tutorial_file(recipe):
+    config = load_config([recipe(FIRST)]).config
+    assert config.dataset == ("fintech", "identity")
+    assert config.lora_target == ("q_proj", "v_proj")
+    assert config.learning_rate == 2e-4
+    assert config.warmup_steps == 0
+    assert config.report_to == ("none",)
+    assert config.fp16 is True
+    assert config.output_dir == "saves/LLaMA3-8B-Chinese-Chat/lora/train_2024-05-25-20-27-47"
+
+
+def test_second_tutorial_file(recipe):
+    loaded = load_config([recipe(SECOND), "model_name_or_path=elsewhere"])
+    assert loaded.config.model_name_or_path == "elsewhere"
+    assert loaded.config.learning_rate == 5e-5
+    assert loaded.config.lora_target == ("all",)
+    assert any(note.startswith("ddp_timeout") for note in loaded.notes)
+
+
+def test_numbers_that_yaml_reads_as_text(recipe):
+    assert load_config([recipe("learning_rate: 1e-4")]).config.learning_rate == 1e-4
+    assert load_config([recipe("max_samples: 1e3")]).config.max_samples == 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("evaluation_strategy: epoch", "eval_strategy", "epoch"),
+        ("warmup_steps: 0.1", "warmup_steps", 0.1),
+        ("lora_target: [q_proj, v_proj]", "lora_target", ("q_proj", "v_proj")),
+        ("report_to: [tensorboard, wandb]", "report_to", ("tensorboard", "wandb")),
+        ("report_to: null", "report_to", ("none",)),
+        ("quantization_bit: 4", "quantization_bit", 4),
+        ("quantization_bit: none", "quantization_bit", None),
+        ("gradient_checkpointing: true", "gradient_checkpointing", "true"),
+        ("val_size: 0.1", "val_size", 0.1),
+        ("val_size: 20", "val_size", 20.0),
+        ("neat_packing: true", "packing", True),
+        ("resume_from_checkpoint: false", "resume_from_checkpoint", "false"),
+        ("save_strategy: no", "save_strategy", "no"),
+        ("eval_strategy: no", "eval_strategy", "no"),
+    ],
+)
+def test_keys_with_their_meaning(recipe, line, name, value):
+    assert getattr(load_config([recipe(line)]).config, name) == value
+
+
+def test_alpha_is_twice_the_rank_when_unset():
+    assert load_config(["lora_rank=12"]).config.alpha == 24
+    assert load_config(["lora_rank=12", "lora_alpha=5"]).config.alpha == 5
+
+
+def test_command_line_wins_wherever_it_stands(recipe):
+    path = recipe("lora_rank: 4\nseed: 1")
+    assert load_config(["lora_rank=32", path]).config.lora_rank == 32
+    assert load_config([path, "--lora-rank=32"]).config.lora_rank == 32
+
+
+def test_all_faults_at_once(recipe):
+    text = "lerning_rate: 1\nlora_rank: x\nstage: dpo\nval_size: -1\ncutoff_len: 2.5\npissa_init: true\nseed: .nan\n"
+    with pytest.raises(UserError) as raised:
+        load_config([recipe(text)])
+    message = str(raised.value)
+    assert "7 faults" in message
+    assert "lerning_rate (did you mean 'learning_rate'?)" in message
+    for key in ("lora_rank", "stage", "val_size", "cutoff_len", "pissa_init", "seed"):
+        assert f"{key}" in message
+    assert "must be one of sft" in message
+
+
+def test_keys_that_change_nothing_are_noted_and_foreign_ones_refused_only_when_set(recipe):
+    loaded = load_config([recipe("deepspeed: ds.json\npissa_init: false\nexport_device: cpu")])
+    assert [note.split(":")[0] for note in loaded.notes] == ["deepspeed", "export_device"]
+
+
+def test_settings_that_exclude_each_other(recipe):
+    with pytest.raises(UserError, match="val_size and eval_dataset"):
+        load_config([recipe("val_size: 0.1\neval_dataset: a")])
+    with pytest.raises(UserError, match="interleave_probs has 1 values for 2 datasets"):
+        load_config([recipe("dataset: a,b\ninterleave_probs: 1.0")])
+
+
+def test_broken_recipes(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"line 2, column 10"):
+        load_config([recipe("seed: 1\nepochs: 3: 4\n")])
+    with pytest.raises(UserError, match="no settings"):
+        load_config([recipe("- a\n- b\n")])
+    with pytest.raises(UserError, match="there is no recipe"):
+        load_config([str(tmp_path / "none.yaml")])
+    (tmp_path / "utf16.yaml").write_bytes("seed: 1".encode("utf-16"))
+    with pytest.raises(UserError, match="UTF-8"):
+        load_config([str(tmp_path / "utf16.yaml")])
+
+
+def test_resolved_configuration_reads_back_the_same(recipe):
+    config = load_config([recipe(SECOND), "val_size=0.1", "report_to=tensorboard"]).config
+    assert load_config([recipe(common.dump_config(config), "config.yaml")]).config == config
+
+
+def test_default_run_folder_is_named_after_the_recipe(recipe):
+    assert load_config([recipe("seed: 1", "my-task.yaml")]).config.output_dir == str(Path("saves/my-task"))
+
+
+def test_every_shipped_recipe_is_valid():
+    recipes = sorted((ROOT / "configs").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        loaded = load_config([str(path)])
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("#"), f"{path.name}: the header says command, card, time and memory"
+        given = yaml.safe_load(text)
+        defaults = load_config([]).config
+        repeated = [key for key in given if getattr(loaded.config, key, None) == getattr(defaults, key, None)]
+        assert not repeated, f"{path.name} repeats defaults: {repeated}"
+
+
+def test_help_lists_every_key_in_half_a_second():
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        before = time.monotonic()
+        result = run("train.py", "--help")
+        times.append(min(time.monotonic() - before, 60))
+        assert time.process_time() - started < 1
+    assert result.returncode == 0
+    for name in common.OPTIONS:
+        assert f"  {name} " in result.stdout
+    assert "(default: 0.0001)" in result.stdout
+
+
+def test_faults_end_with_status_2_and_no_traceback(recipe):
+    result = run("train.py", recipe("lerning_rate: 1"))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "did you mean 'learning_rate'?" in result.stderr
+
+
+def test_files_appear_whole(tmp_path):
+    path = tmp_path / "a.json"
+    common.write_json(path, {"名": 1})
+    assert path.read_text(encoding="utf-8") == '{\n  "名": 1\n}\n'
+    common.write_text(path, "second")
+    assert path.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_newest_run_is_the_one_last_written(tmp_path):
+    import os
+
+    for i, name in enumerate(("old", "nested/new", "unfinished")):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        common.write_json(folder / "run.json", {"status": "finished"})
+        if name != "unfinished":
+            (folder / "adapter_config.json").write_text("{}")
+        os.utime(folder / "run.json", (i + 1, i + 1))
+    assert common.newest_run(tmp_path) == tmp_path / "nested/new"
+    with pytest.raises(UserError, match="make train"):
+        common.newest_run(tmp_path / "nothing")

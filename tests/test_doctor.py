@@ -1,0 +1,136 @@
+"""`train.py --dry-run`: what it finds, what it advises, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import run, write_jsonl
+
+import common
+import doctor
+from common import load_config
+
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def llama3_8b(tmp_path_factory) -> Path:
+    """The shapes of Llama-3-8B without its weights: config.json and the header of a safetensors file."""
+    folder = tmp_path_factory.mktemp("llama3-8b")
+    hidden, inner, vocabulary, layers = 4096, 14336, 128256, 32
+    shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "lm_head.weight": [vocabulary, hidden]}
+    for layer in range(layers):
+        for name, rows, columns in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", 1024, hidden),
+            ("self_attn.v_proj", 1024, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = [rows, columns]
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = [hidden]
+    header = {name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    config = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter_of_the_8b_shape_has_the_known_number_of_parameters(llama3_8b):
+    shapes = doctor.tensor_shapes(llama3_8b)
+    # rank 8 on all projections of Llama-3-8B: the number that PEFT and LLaMA-Factory print
+    assert doctor.adapter_parameters(load_config(["lora_rank=8"]).config, shapes) == 20_971_520
+    assert doctor.adapter_parameters(load_config(["lora_target=q_proj,v_proj"]).config, shapes) == 3_407_872
+
+
+def test_the_second_tutorial_file_is_estimated_to_fit_24_gb(llama3_8b):
+    config = load_config(["cutoff_len=4096", "per_device_train_batch_size=2"]).config
+    parts = doctor.estimate_memory(config, llama3_8b, 2 * 4096, on_gpu=True)
+    assert parts["weights"] == pytest.approx(16.06 * GB, rel=0.001)
+    assert 18 * GB < sum(parts.values()) < 24 * GB
+    quantized = load_config(["quantization_bit=4"]).config
+    assert sum(doctor.estimate_memory(quantized, llama3_8b, 2 * 4096, on_gpu=True).values()) < 13 * GB
+
+
+def test_what_does_not_fit_comes_with_advice(llama3_8b, capsys):
+    config = load_config([f"model_name_or_path={llama3_8b}", "cutoff_len=4096", "per_device_train_batch_size=4"]).config
+    card = common.Gpu("RTX 4090", "580.65", (13, 0), (8, 9), int(25.7 * GB), int(20 * GB))
+    seen = doctor.Examination()
+    doctor.check_memory(seen, config, card, None)
+    said = capsys.readouterr().out
+    assert seen.faults == 1
+    assert "20.0 GB are free" in said
+    assert "quantization_bit=4" in said
+    assert "per_device_train_batch_size=1 gradient_accumulation_steps=32" in said
+    assert "cutoff_len=2048" in said
+
+
+FAKE_SMI = """#!/bin/sh
+case "$*" in
+*query-gpu*) echo "NVIDIA GeForce RTX 4090, {driver}, 8.9, 24564, 24100" ;;
+*) echo "| NVIDIA-SMI {driver}    Driver Version: {driver}    CUDA Version: 12.2 |" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("driver", "faults"), [("535.104.05", 1), ("580.65.06", 0)])
+def test_a_driver_too_old_for_torch_is_told_with_what_fits(tmp_path, monkeypatch, capsys, driver, faults):
+    """nvidia-smi's own form of answer, on a machine without one."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(FAKE_SMI.format(driver=driver))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: (13, 0))
+    assert common.find_gpu() == common.Gpu("NVIDIA GeForce RTX 4090", driver, (12, 2), (8, 9), 24564 << 20, 24100 << 20)
+    seen = doctor.Examination()
+    doctor.check_gpu(seen, load_config([]).config)
+    assert seen.faults == faults
+    if faults:
+        said = capsys.readouterr().out
+        assert "needs 580 or newer" in said
+        assert "for CUDA 12" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_will_work(tiny_model, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 3)
+    folder = tmp_path / "run"
+    settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={folder}", "cutoff_len=64"]
+    result = run("train.py", "--dry-run", *settings, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout
+    for what in ("python", "packages", "model", "data", "steps", "memory", "disk", "unsloth"):
+        assert f"{what}  " in result.stdout
+    assert result.stdout.rstrip().endswith("yes")
+    assert not folder.exists()
+
+
+def test_all_faults_are_told(tiny_model, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(tiny_model, half)
+    (half / "model.safetensors").write_bytes(b"")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": None}])
+    result = run("train.py", "--dry-run", f"model_name_or_path={half}", f"dataset={rows}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "lacks model.safetensors" in result.stdout
+    assert "rows.jsonl" in result.stdout
+    assert "no: 2 faults" in result.stdout
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    settings = ["--dry-run", f"dataset={rows}"]
+    result = run("train.py", *settings, "model_name_or_path=org/name", cwd=tmp_path, env=environment)
+    assert result.returncode == 2
+    assert "http://127.0.0.1:9 cannot be reached" in result.stdout
+    assert "python download.py org/name" in result.stdout
+    result = run("train.py", *settings, "model_name_or_path=models/name", cwd=tmp_path, env=environment)
+    assert "there is no folder models/name" in result.stdout

@@ -1,0 +1,581 @@
+"""engine.py: replies are the model's own, whatever the cache, the settings and the shape of what is loaded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TALK, make_run, run, save_adapter
+
+import engine_transformers
+from common import UserError
+from engine import Settings, find, load
+from engine_transformers import TransformersEngine
+
+CHINESE = TALK["hi"]
+EXACT = ["infer_dtype=float32"]
+GREEDY = Settings(temperature=0, max_new_tokens=60)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(scope="session")
+def engine_of_parrot(parrot: Path):
+    return load(str(parrot), EXACT)
+
+
+@pytest.fixture(scope="session")
+def engine_of_tiny(tiny_model: Path):
+    """A random model with a context of 2048 tokens: its replies do not end by themselves."""
+    model = load(str(tiny_model), EXACT)
+    model.context = 2048
+    return model
+
+
+def at_once(model, conversations: list[list[dict]], settings: Settings | list[Settings]) -> list[str]:
+    """The replies to several conversations, made by a batch side by side."""
+    from engine_batch import Batch, Row
+
+    batch, told = Batch(model, slots=4), [queue.SimpleQueue() for _ in conversations]
+    each = settings if isinstance(settings, list) else [settings] * len(told)
+    try:
+        rows = [
+            Row(model, model.prepare(talk, how)[0], how, sink.put)
+            for talk, how, sink in zip(conversations, each, told, strict=True)
+        ]
+        batch.submit(rows)
+        return [whole(sink) for sink in told]
+    finally:
+        batch.close()
+
+
+def whole(events: queue.SimpleQueue) -> str:
+    """The text of a row's events; raises what went wrong with it."""
+    text, event = "", None
+    while event is None or not event.end:
+        event = events.get(timeout=120)
+        text += event.text
+    if event.error:
+        raise event.error
+    return text
+
+
+def logits(model, ids: list[int]):
+    """The logits of an engine after `ids`, through the path that replies take."""
+    return model._forward(ids, model._take_cache(ids)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies
+
+
+def test_reply_is_what_generate_gives(engine_of_tiny) -> None:
+    import torch
+
+    ids = engine_of_tiny.prompt_ids([user("tell me a story")])
+    reply = engine_of_tiny.stream([user("tell me a story")], Settings(temperature=0, max_new_tokens=40, logprobs=2))
+    list(reply)
+    expected = engine_of_tiny.model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :]
+    assert [token.id for token in reply.logprobs] == expected.tolist()
+    assert (reply.prompt_tokens, reply.completion_tokens, reply.finish_reason) == (len(ids), 40, "length")
+
+
+def test_end_of_turn_ends_the_reply_and_characters_come_whole(engine_of_parrot) -> None:
+    reply = engine_of_parrot.stream([user("hi")], GREEDY)
+    pieces = list(reply)
+    assert "".join(pieces) == CHINESE
+    assert pieces[:4] == ["你", "好", " ", "🙂"]  # three, three, one and four tokens
+    assert reply.finish_reason == "stop"
+    assert reply.completion_tokens == len(CHINESE.encode()) + 1
+    assert 0 < reply.first_token_seconds < reply.seconds and reply.tokens_per_second > 0
+
+
+def test_reply_cut_inside_a_character_ends_before_it(engine_of_parrot) -> None:
+    for tokens, text in ((3, "你"), (4, "你"), (5, "你"), (6, "你好"), (10, "你好 "), (11, "你好 🙂")):
+        reply = engine_of_parrot.stream([user("hi")], Settings(temperature=0, max_new_tokens=tokens))
+        assert "".join(reply) == text
+        assert reply.finish_reason == "length" and reply.completion_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (("here",), "你好 🙂 stop "),
+        (("nothing like it", "好 🙂 st"), "你"),
+        (("here you", "please!"), CHINESE),
+        (("please", "stop here p"), "你好 🙂 "),
+        (("你",), ""),
+    ],
+)
+def test_stop_texts_span_tokens_and_are_never_shown(engine_of_parrot, stop: tuple[str, ...], text: str) -> None:
+    import dataclasses
+
+    reply = engine_of_parrot.stream([user("hi")], dataclasses.replace(GREEDY, stop=stop))
+    shown = ""
+    for piece in reply:
+        shown += piece
+        assert text.startswith(shown)
+    assert shown == text
+    assert reply.finish_reason == "stop"
+
+
+def test_settings_draw_as_they_say(engine_of_tiny) -> None:
+    def ids(**settings) -> list[int]:
+        reply = engine_of_tiny.stream([user("x")], Settings(max_new_tokens=30, logprobs=0, **settings))
+        list(reply)
+        return [token.id for token in reply.logprobs]
+
+    greedy = ids(temperature=0)
+    assert ids(temperature=5, top_k=1) == ids(temperature=5, top_p=0) == ids(temperature=5, min_p=1) == greedy
+    assert ids(temperature=1, seed=7) == ids(temperature=1, seed=7)
+    assert ids(temperature=1, seed=7) != ids(temperature=1, seed=8)
+    assert len(set(ids(temperature=0, presence_penalty=2))) > len(set(greedy))
+    assert len(set(ids(temperature=0, frequency_penalty=2))) > len(set(greedy))
+    assert len(set(ids(temperature=0, repetition_penalty=50.0))) == 30
+
+
+def test_penalties_are_openais() -> None:
+    import torch
+
+    draw = engine_transformers.Draw(
+        Settings(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), 2, torch.device("cpu")
+    )
+    scores = draw._count_penalty(torch.tensor([[0, 1, 3, 3, 3, 2]]), torch.zeros(1, 5))
+    assert scores.tolist() == [[0, 0, -0.75, -1.25, 0]]  # the prompt's 0 and 1 do not count
+
+
+def test_logprobs_are_the_models_own(engine_of_tiny) -> None:
+    import torch
+
+    reply = engine_of_tiny.stream([user("x")], Settings(temperature=2, seed=1, max_new_tokens=5, logprobs=3))
+    list(reply)
+    ids = engine_of_tiny.prompt_ids([user("x")])
+    for token in reply.logprobs:
+        expected = engine_of_tiny.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert token.logprob == pytest.approx(float(expected[token.id]), abs=1e-4)
+        assert [i for i, _ in token.top] == expected.topk(3).indices.tolist()
+        ids.append(token.id)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"top_p": 1.5}, {"top_k": 0.5}, {"max_new_tokens": 0}, {"seed": True}, {"stop": ("",)}],
+)
+def test_wrong_settings_are_named(wrong: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+def test_text_like_a_control_token_stays_text(engine_of_parrot) -> None:
+    ids = engine_of_parrot.prompt_ids([user("a <|im_end|> b")])
+    assert ids.count(engine_of_parrot.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+    assert "a <|im_end|> b" in engine_of_parrot.tokenizer.decode(ids)
+
+
+def test_default_system_is_put_before_conversations_without_one(parrot: Path, engine_of_parrot) -> None:
+    model = load(str(parrot), [*EXACT, "default_system=be kind"])
+    with_it = len(engine_of_parrot.prompt_ids([{"role": "system", "content": "be kind"}, user("hi")]))
+    assert model.stream([user("hi")]).prompt_tokens == with_it
+    assert model.stream([{"role": "system", "content": ""}, user("hi")]).prompt_tokens == with_it - len("be kind")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache, and the context
+
+
+def test_tenth_turn_does_not_compute_nine(engine_of_parrot, parrot: Path) -> None:
+    messages, computed = [], []
+    for turn in range(10):
+        messages.append(user(f"question number {turn}"))
+        reply = engine_of_parrot.stream(messages, Settings(temperature=0, max_new_tokens=16))
+        text = "".join(reply)
+        computed.append(reply.prompt_tokens - reply.cached_tokens)
+        assert text == "".join(load_once(parrot).stream(messages, Settings(temperature=0, max_new_tokens=16)))
+        messages.append(assistant(text))
+    assert max(computed[1:]) < 100 < reply.prompt_tokens
+    again = engine_of_parrot.stream(messages[:-1], Settings(temperature=0, max_new_tokens=16))
+    assert "".join(again) == text and again.cached_tokens == again.prompt_tokens - 1
+
+
+_once: dict[Path, TransformersEngine] = {}
+
+
+def load_once(folder: Path) -> TransformersEngine:
+    """An engine that has no cache to use."""
+    model = _once.setdefault(folder, None) or load(str(folder), EXACT)
+    _once[folder], model._cache = model, None
+    return model
+
+
+def test_prompt_longer_than_one_piece(engine_of_tiny) -> None:
+    import torch
+
+    messages = [user("many words " * 120)]
+    ids = engine_of_tiny.prompt_ids(messages)
+    assert len(ids) > 2 * engine_transformers.PREFILL
+    reply = engine_of_tiny.stream(messages, Settings(temperature=0, max_new_tokens=5, logprobs=0))
+    list(reply)
+    expected = engine_of_tiny.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
+    assert [token.id for token in reply.logprobs] == expected.tolist()
+
+
+def test_cache_of_a_sliding_window(tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=263,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=24,
+        max_position_embeddings=512,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    model, fresh = load(str(tmp_path), EXACT), load(str(tmp_path), EXACT)
+    messages = []
+    for turn in range(4):
+        messages.append(user(f"a question of some length {turn}"))
+        reply = model.stream(messages, Settings(temperature=0, max_new_tokens=12))
+        text = "".join(reply)
+        fresh._cache = None
+        assert text == "".join(fresh.stream(messages, Settings(temperature=0, max_new_tokens=12)))
+        assert turn == 0 or reply.cached_tokens > 20
+        messages.append(assistant(text))
+
+
+def test_two_replies_at_once_do_not_disturb_each_other(engine_of_parrot) -> None:
+    one, two = (engine_of_parrot.stream([user(question)], GREEDY) for question in TALK)
+    pieces = list(itertools.zip_longest(one, two, fillvalue=""))
+    assert tuple("".join(column) for column in zip(*pieces, strict=True)) == tuple(TALK.values())
+
+
+def test_cancelled_reply_ends_at_the_next_token_and_harms_nothing(engine_of_tiny) -> None:
+    messages = [user("go on and on")]
+    whole = "".join(engine_of_tiny.stream(messages, GREEDY))
+    reply = engine_of_tiny.stream(messages, GREEDY)
+    text = ""
+    for piece in reply:
+        text += piece
+        if reply.completion_tokens >= 5:
+            reply.cancel()
+    assert reply.finish_reason == "cancelled" and reply.completion_tokens <= 6
+    assert whole.startswith(text)
+    assert "".join(engine_of_tiny.stream(messages, GREEDY)) == whole
+    abandoned = iter(engine_of_tiny.stream(messages, GREEDY))
+    next(abandoned)
+    abandoned.close()
+    assert "".join(engine_of_tiny.stream(messages, GREEDY)) == whole
+
+
+def test_oldest_turns_go_where_the_context_ends(engine_of_tiny) -> None:
+    system = {"role": "system", "content": "stay"}
+    old = [message for i in range(9) for message in (user(f"{i}" * 200), assistant("yes" * 20))]
+    messages = [system, *old, user("last")]
+    reply = engine_of_tiny.stream(messages, Settings(max_new_tokens=100))
+    assert reply.dropped_messages == 6  # three turns of 281 tokens
+    kept = engine_of_tiny.prompt_ids([system, *old[6:], user("last")])
+    assert reply.prompt_tokens == len(kept) <= 2048 - 100
+    assert len(engine_of_tiny.prompt_ids([system, *old[4:], user("last")])) > 2048 - 100
+    assert engine_of_tiny.stream([system, user("last")]).dropped_messages == 0
+
+
+def test_reply_ends_with_the_context(engine_of_tiny) -> None:
+    reply = engine_of_tiny.stream([user("w" * 2000)], Settings(temperature=0, max_new_tokens=500))
+    list(reply)
+    assert reply.finish_reason == "length"
+    assert reply.prompt_tokens + reply.completion_tokens == 2048
+
+
+def test_message_longer_than_the_context_is_an_error(engine_of_tiny) -> None:
+    with pytest.raises(UserError, match=r"has 30\d\d tokens .* reads 2048; shorten it"):
+        engine_of_tiny.stream([user("short"), assistant("short"), user("w" * 3000)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is loaded
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 32}},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_adapter_answers_as_peft_has_it(tiny_model: Path, tmp_path: Path, lora: dict) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = save_adapter(tiny_model, tmp_path / "adapter", **lora)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = [5, 17, 99, 200]
+    before = base(torch.tensor([ids])).logits[0, -1]
+    expected = PeftModel.from_pretrained(base, folder)(torch.tensor([ids])).logits[0, -1]
+    assert (expected - before).abs().max() > 0.1
+    model = load(str(folder), EXACT)
+    assert torch.allclose(logits(model, ids), expected, atol=1e-4)
+    both = load(str(folder), EXACT, with_base=True)
+    assert torch.allclose(logits(both, ids), expected, atol=1e-4)
+    assert torch.allclose(logits(both.base, ids), before, atol=1e-4)
+    assert torch.allclose(logits(both, ids), expected, atol=1e-4)
+
+
+def test_generate_engine_draws_the_same(parrot: Path, engine_of_parrot) -> None:
+    by_loop, by_generate = engine_of_parrot, load(str(parrot), EXACT)
+    by_generate.__class__ = engine_transformers.GenerateEngine  # what a GPU has, with transformers' own generate
+    for settings in (GREEDY, Settings(temperature=1.5, seed=3, max_new_tokens=30)):
+        replies = [model.stream([user("hi")], settings) for model in (by_loop, by_generate)]
+        assert "".join(replies[0]) == "".join(replies[1])
+        assert replies[0].finish_reason == replies[1].finish_reason
+    reply = by_generate.stream([user("count")], GREEDY)
+    assert next(iter(reply)) == "o"
+    reply.cancel()
+    list(reply)
+    assert reply.finish_reason == "cancelled"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several at once
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(engine_of_tiny) -> None:
+    from engine_batch import FlatRows
+
+    talks = [[user("word " * (n * n * 9) + str(n))] for n in range(7)]
+    settings = [Settings(temperature=0.9 * (n % 2), seed=n, max_new_tokens=25 + n) for n in range(7)]
+    alone = ["".join(engine_of_tiny.stream(talk, how)) for talk, how in zip(talks, settings, strict=True)]
+    assert isinstance(engine_of_tiny.rows(4), FlatRows)
+    assert at_once(engine_of_tiny, talks, settings) == alone
+    assert ["".join(engine_of_tiny.stream(talk, how)) for talk, how in zip(talks, settings, strict=True)] == alone
+
+
+def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    from engine_batch import FlatRows
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(
+        vocab_size=263, num_key_value_heads=2, sliding_window=24, max_position_embeddings=512, **sizes
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "window")
+    both = load(str(save_adapter(parrot, tmp_path / "adapter")), EXACT, with_base=True)
+    for model in (load(str(tmp_path / "window"), EXACT), both, both.base):
+        assert isinstance(model.rows(4), FlatRows)
+        talks = [[user("a question of some length " * n)] for n in (1, 4, 2, 1)]
+        how = Settings(temperature=0, max_new_tokens=12)
+        assert at_once(model, talks, how) == ["".join(model.stream(talk, how)) for talk in talks]
+
+
+def test_rows_of_a_model_that_cannot_be_flat(tiny_model: Path) -> None:
+    from engine_batch import SerialRows
+
+    model = load(str(tiny_model), EXACT)
+    model.model.set_attn_implementation("eager")
+    assert isinstance(model.rows(4), SerialRows)
+    talks = [[user("x" * n)] for n in (1, 90, 20)]
+    how = Settings(temperature=0, max_new_tokens=12)
+    assert at_once(model, talks, how) == ["".join(model.stream(talk, how)) for talk in talks]
+
+
+def test_a_row_that_fails_harms_no_other(engine_of_tiny) -> None:
+    from engine_batch import Batch, Full, Row
+
+    batch, told = Batch(engine_of_tiny, slots=3, waiting=1), [queue.SimpleQueue() for _ in range(4)]
+    how = Settings(temperature=0, max_new_tokens=30)
+    ids = [engine_of_tiny.prompt_ids([user(f"number {n} " * 9)]) for n in range(4)]
+    rows = [Row(engine_of_tiny, one, how, sink.put) for one, sink in zip(ids, told, strict=True)]
+    rows[1].ids[-3] = 10**6  # no token: the model fails at it, and with it the whole step
+    rows[2].draw = lambda *_: 1 // 0
+    with pytest.raises(Full):
+        batch.submit([*rows, rows[0]])
+    batch.submit(rows)
+    expected = "".join(engine_of_tiny.stream([user("number 0 " * 9)], how))
+    assert whole(told[0]) == expected and len(whole(told[3])) > 0
+    for sink, error in ((told[1], IndexError), (told[2], ZeroDivisionError)):
+        with pytest.raises(error):
+            whole(sink)
+    assert batch.alive and not batch.active and not batch.queue and not batch.kernel.opened
+    last = Row(engine_of_tiny, ids[0], how, told[0].put)
+    batch.submit([last])
+    assert whole(told[0]) == expected and last.reply.cached_tokens == len(ids[0]) - 1
+    batch.close()
+
+
+def test_a_cancelled_row_leaves_at_once(engine_of_tiny) -> None:
+    from engine_batch import Batch, Row
+
+    batch, told = Batch(engine_of_tiny, slots=1), [queue.SimpleQueue() for _ in range(3)]
+    ids = engine_of_tiny.prompt_ids([user("x")])
+    how = Settings(temperature=0, max_new_tokens=1500)
+    rows = [Row(engine_of_tiny, ids, how, sink.put) for sink in told[:2]]
+    last = Row(engine_of_tiny, ids, Settings(temperature=0, max_new_tokens=2), told[2].put)
+    batch.submit([*rows, last])
+    told[0].get(timeout=60)
+    rows[1].reply.cancel()  # while it waits
+    assert whole(told[1]) == "" and rows[1].reply.finish_reason == "cancelled"
+    rows[0].reply.cancel()
+    whole(told[0])
+    assert rows[0].reply.finish_reason == "cancelled" and rows[0].reply.completion_tokens < 1500
+    whole(told[2])
+    assert last.reply.finish_reason == "length"
+    batch.close()
+
+
+def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
+    import toolcalls
+
+    grammar = toolcalls.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
+    for seed in range(3):
+        how = Settings(temperature=1, seed=seed, max_new_tokens=60, grammar=grammar)
+        text = "".join(engine_of_tiny.stream([user("x")], how))
+        assert text.startswith('{"a": 1') or text.startswith('{"a": 22')
+    with pytest.raises(UserError, match="simplify the schema"):
+        "".join(engine_of_tiny.stream([user("x")], Settings(grammar="no grammar")))
+    biased = Settings(temperature=0, max_new_tokens=5, logit_bias=((65, 1000.0),), logprobs=0)
+    reply = engine_of_tiny.stream([user("x")], biased)
+    list(reply)
+    assert [token.id for token in reply.logprobs] == [65] * 5
+
+
+def test_run_is_found_by_folder_recipe_and_age(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(parrot, tmp_path / "saves" / "mine")
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model_name_or_path: {parrot}\ndataset: identity\ntemplate: llama3\ntop_k: 7\n")
+    for source in (find(), find("saves/mine"), find("mine.yaml")):
+        assert (source.adapter.resolve(), Path(source.model), source.template) == (folder, parrot, None)
+    assert find("saves/mine").config.max_new_tokens == 12  # the run's own settings
+    assert find("saves/mine", ["max_new_tokens=5"]).config.max_new_tokens == 5
+    assert find("mine.yaml").config.top_k == 7
+    checkpoint = shutil.copytree(folder, folder / "checkpoint-3")
+    (checkpoint / "run.json").unlink()
+    assert find(str(checkpoint)).config.max_new_tokens == 12
+
+
+def test_llama_factory_chat_file(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    adapter = save_adapter(parrot, tmp_path / "adapter")
+    recipe = tmp_path / "chat.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {parrot}\nadapter_name_or_path: {adapter}\ntemplate: chatml\nfinetuning_type: lora\n"
+        "infer_backend: huggingface\ntrust_remote_code: true\n"
+    )
+    source = find(str(recipe))
+    assert (source.adapter, source.model, source.template) == (adapter, str(parrot), "chatml")
+    plain = find(None, [f"model_name_or_path={parrot}", "template=chatml"])
+    assert (plain.adapter, plain.model, plain.template) == (None, str(parrot), "chatml")
+    assert plain.notes == ()
+    assert "needs a GPU" in find(str(parrot), ["quantization_bit=4"]).notes[0]
+
+
+def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def fault(target: str | None = None, *settings: str) -> str:
+        with pytest.raises(UserError) as caught:
+            find(target, settings)
+        return str(caught.value)
+
+    assert "no finished run" in fault()
+    assert fault("nobody/nothing") == (
+        "there is no model nobody/nothing; fetch it (python download.py nobody/nothing), or name its folder"
+    )
+    assert "there is no file x.gguf" in fault("x.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"PK and more")
+    assert "not a GGUF" in fault("bad.gguf")
+    (tmp_path / "empty").mkdir()
+    assert "neither a run, an adapter nor a model" in fault("empty")
+    recipe = tmp_path / "new.yaml"
+    recipe.write_text("dataset: identity\n")
+    assert "has not been trained yet; train it: python train.py new.yaml" in fault("new.yaml")
+
+    half = shutil.copytree(parrot, tmp_path / "half")
+    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-9])
+    assert "is not whole: it lacks model.safetensors" in fault("half")
+
+    folder = make_run(parrot, tmp_path / "saves" / "mine")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/gone/base"}))
+    assert fault("saves/mine") == (
+        "the base model of saves/mine, /gone/base, is not on this disk; say where it is now: model_name_or_path=FOLDER"
+    )
+    assert find("saves/mine", [f"model_name_or_path={parrot}"]).model == str(parrot)
+    (folder / "adapter_model.safetensors").unlink()
+    assert "lacks adapter_model.safetensors" in fault("saves/mine")
+    (folder / "adapter_config.json").unlink()
+    (folder / "run.json").write_text('{"status": "running"}')
+    assert "saves/mine holds no trained adapter (its training is running)" in fault("saves/mine")
+
+
+def test_base_of_a_merged_model_is_refused(parrot: Path) -> None:
+    with pytest.raises(UserError, match="has its training in its weights"):
+        load(str(parrot), with_base=True)
+
+
+@pytest.mark.slow
+def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) -> None:
+    import llamacpp
+
+    file = tmp_path / "embedded-f32.gguf"
+    convert = [sys.executable, str(llamacpp.converter()), str(embedded_model), "--outfile", str(file)]
+    subprocess.run([*convert, "--outtype", "f32"], check=True, capture_output=True)
+    model, exact = load(str(file)), load(str(embedded_model), EXACT)
+    tricky = [{"role": "system", "content": "x <|im_start|>"}, user("a <|im_end|> b\n<|im_start|>user 12 🙂 你")]
+    assert model.prompt_ids(tricky) == exact.prompt_ids(tricky)
+    assert model.stop_ids >= exact.stop_ids and model.context == 8192
+    question = [user("What is the capital of France?")]
+    settings = Settings(temperature=0, max_new_tokens=30, logprobs=2)
+    replies = [engine.stream(question, settings) for engine in (model, exact)]
+    texts = ["".join(reply) for reply in replies]
+    assert texts[0] == texts[1] and "Paris" in texts[0]
+    assert [r.finish_reason for r in replies] == ["stop", "stop"]
+    ours, theirs = (reply.logprobs for reply in replies)
+    assert [token.id for token in ours] == [token.id for token in theirs]
+    assert [token.logprob for token in ours] == pytest.approx([token.logprob for token in theirs], abs=0.05)
+    assert [i for token in ours for i, _ in token.top] == [i for token in theirs for i, _ in token.top]
+
+    assert at_once(model, [question, [user("Name a colour.")], question], settings)[::2] == [texts[0], texts[0]]
+
+    talk = [*question, assistant(texts[0]), user("请用中文回答 🙂")]
+    drawn = Settings(temperature=1, seed=5, max_new_tokens=20)
+    first, again = model.stream(talk, drawn), model.stream(talk, drawn)
+    assert first.dropped_messages == 0
+    text = "".join(first)
+    assert first.cached_tokens > 40 and "\ufffd" not in text
+    assert "".join(again) == text and again.cached_tokens == again.prompt_tokens - 1
+    stopped = model.stream(question, Settings(temperature=0, stop=("of Fra",)))
+    assert "".join(stopped) == texts[0].partition("of Fra")[0] and stopped.finish_reason == "stop"
+    with pytest.raises(UserError, match="shorten it"):
+        model.stream([user("w " * 9000)])
+
+
+@pytest.mark.slow
+def test_broken_gguf_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(b"GGUF" + bytes(range(200)))
+    result = run("chat.py", str(file), "-p", "hi", input="")
+    assert result.returncode == 2
+    assert "cannot be loaded by llama.cpp" in result.stderr and "Traceback" not in result.stderr

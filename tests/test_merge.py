@@ -1,0 +1,585 @@
+"""Merging: equal to peft for every kind of adapter, whole or not there, refused by name where it would be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run, write_jsonl
+from test_hub import Hub, hub_environment, standin
+
+import adapter as tensors
+import common
+import merge
+
+__all__ = ["standin"]  # a fixture
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(folder: Path, dtype: str = "float32"):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype, dtype)).eval()
+
+
+def train_adapter(base: Path, folder: Path, *, grow_to: int | None = None, **settings) -> Path:
+    """An adapter as peft saves it after training: all that is trainable has moved at random."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = load(base)
+    if grow_to:
+        model.resize_token_embeddings(grow_to, mean_resizing=False)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, **settings}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def peft_logits(base: Path, folder: Path, grow_to: int | None = None):
+    """Logits of base + adapter by peft, and those of peft's own merge."""
+    from peft import PeftModel
+
+    model = load(base)
+    if grow_to:
+        model.resize_token_embeddings(grow_to, mean_resizing=False)
+    model = PeftModel.from_pretrained(model, folder).eval()
+    apart = logits(model)
+    return apart, logits(model.merge_and_unload())
+
+
+def logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 45)[None]).logits[0].double()
+
+
+def distance(a, b) -> float:
+    return (a - b).abs().max().item()
+
+
+def merged(folder: Path, *settings: str) -> Path:
+    """Merges in this process, without the proof by a child, and gives the merged folder."""
+    merge.main([str(folder), "--no-verify", *settings])
+    return folder / "merged"
+
+
+def values(folder: Path) -> dict:
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
+    return found
+
+
+@pytest.fixture(scope="session")
+def models(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Folders of tiny models: tied (Llama), untied with biases (Llama), gpt2 (Conv1D, names without a prefix)."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("bases")
+    untied = shutil.copytree(tiny_model, root / "untied")
+    config = load(tiny_model).config
+    config.tie_word_embeddings, config.attention_bias, config.mlp_bias = False, True, True
+    torch.manual_seed(2)
+    model = LlamaForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.data.normal_(0, 0.1)
+    model.save_pretrained(untied)
+    gpt2 = shutil.copytree(tiny_model, root / "gpt2")
+    torch.manual_seed(3)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=263, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=2)
+    ).save_pretrained(gpt2)
+    return {"tied": tiny_model, "untied": untied, "gpt2": gpt2}
+
+
+KINDS = {
+    "lora": ("tied", {}),
+    "rslora": ("tied", {"use_rslora": True}),
+    "dora": ("tied", {"use_dora": True}),
+    "patterns": (
+        "tied",
+        {
+            "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 7},
+            "alpha_pattern": {"v_proj": 3, "^model.layers.0.self_attn.q_proj": 5},
+            "use_rslora": True,
+        },
+    ),
+    "bias_all": ("untied", {"bias": "all"}),
+    "bias_lora_only": ("untied", {"bias": "lora_only"}),
+    "lora_bias": ("untied", {"lora_bias": True}),
+    "norms_saved": ("tied", {"modules_to_save": ["norm", "input_layernorm"]}),
+    "ends_saved": ("untied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied_ends_saved": ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied_ends_saved_as_one": ("tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied_embedding_saved": ("tied", {"modules_to_save": ["embed_tokens"]}),
+    "tied_head_saved": ("tied", {"modules_to_save": ["lm_head"]}),
+    "embedding": ("untied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding_dora": ("untied", {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}),
+    "tied_embedding": ("tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied_head": ("tied", {"target_modules": ["lm_head"]}),
+    "tied_both": ("tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied_both_as_one": ("tied", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "grown": ("untied", {"grow_to": 270}),
+    "tied_grown": ("tied", {"grow_to": 270}),
+    "grown_saved": ("untied", {"grow_to": 270, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied_grown_saved": ("tied", {"grow_to": 270, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied_grown_embedding": ("tied", {"grow_to": 270, "target_modules": ["embed_tokens", "q_proj"]}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    "conv1d_dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True}),
+    "conv1d_undeclared": ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
+}
+
+
+# The base ties its two ends: what the adapter adds to one of them, peft's merge adds to both.
+WRONG_IN_PEFT = {"tied_head", "tied_both", "tied_both_as_one", "tied_embedding", "tied_grown_embedding"}
+
+
+QUICK = {"lora", "dora", "patterns", "lora_bias", "tied_embedding", "tied_grown_saved", "conv1d_dora"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_equals_peft(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    name, settings = KINDS[kind]
+    base = models[name]
+    folder = train_adapter(base, tmp_path / "adapter", **settings)
+    if kind == "conv1d_undeclared":  # peft itself corrects the setting as it saves; an older file may have it wrong
+        config = json.loads((folder / "adapter_config.json").read_text())
+        common.write_json(folder / "adapter_config.json", {**config, "fan_in_fan_out": False})
+    apart, peft_merged = peft_logits(base, folder, settings.get("grow_to"))
+    model = load(merged(folder))
+    assert distance(logits(load(base)), apart[:, :263]) > 0.05, "the adapter has to do something"
+    assert distance(logits(model), apart) < 2e-5
+    assert (distance(logits(model), peft_merged) < 2e-5) is (kind not in WRONG_IN_PEFT)
+    rows = {values(folder / "merged")[key].shape[0] for key in ("model.embed_tokens.weight",) if name != "gpt2"}
+    assert rows <= {settings.get("grow_to", 263)}
+    assert model.config.vocab_size == settings.get("grow_to", 263)
+    record = json.loads((folder / "merged" / "merge.json").read_text())
+    assert record["adapter_tensors"] == record["adapter_tensors_used_once"] == len(values(folder))
+
+
+@pytest.fixture(scope="session")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a plain LoRA adapter of the tiny model; treat it as read-only."""
+    return train_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "plain")
+
+
+@pytest.fixture
+def lora(plain: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(plain, tmp_path / "lora")
+
+
+def make_run(adapter: Path, folder: Path, base: Path, **settings) -> Path:
+    """A finished run as train.py leaves it."""
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder)
+    config = common.Config(model_name_or_path=str(base), template="chatml", output_dir=str(folder), **settings)
+    common.write_text(folder / "config.yaml", common.dump_config(config))
+    common.write_text(folder / "chat_template.jinja", "the trained template")
+    common.write_json(folder / "run.json", {"status": "finished", "stop": ["<|im_end|>"], "steps": 7})
+    return folder
+
+
+# Types and files
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_computed_in_float32_and_cast_once(dtype: str, lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    load(base).to(getattr(torch, dtype)).save_pretrained(base)
+    result = values(merged(lora, f"model_name_or_path={base}"))
+    weights, low = values(base), values(lora)
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        delta = low[f"{module}.lora_B.weight"].double() @ low[f"{module}.lora_A.weight"].double() * 2
+        exact = weights[name].double() + delta
+        assert result[name].dtype == getattr(torch, dtype)
+        info = torch.finfo(result[name].dtype)
+        half_a_unit = torch.clamp(exact.abs() * info.eps, min=info.smallest_normal * info.eps) / 2
+        assert ((result[name].double() - exact).abs() <= half_a_unit * 1.001).all()
+    untouched = "model.embed_tokens.weight"
+    assert torch.equal(result[untouched], weights[untouched])
+
+
+def test_all_float16_values_are_read_and_written_as_numpy_does(tmp_path: Path) -> None:
+    half = np.arange(65536, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)]
+    half.tofile(tmp_path / "half")
+    wide = tensors.read_rows(tensors.Tensor(tmp_path / "half", "F16", half.shape, 0))[:, 0]
+    assert np.array_equal(wide.view(np.uint32), half.astype(np.float32).view(np.uint32))
+    assert np.array_equal(tensors.pack(wide, "F16"), half.view(np.uint16))
+    between = (wide[1:30000] + wide[:29999]) / 2  # ties
+    noise = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    for numbers in (between, noise, noise * 1e-6, noise * 1e-4, -noise * 1e4):
+        assert np.array_equal(tensors.pack(numbers, "F16"), numbers.astype(np.float16).view(np.uint16))
+
+
+def test_bfloat16_rounds_to_even(tmp_path: Path) -> None:
+    import torch
+
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    bits[:65536] = (np.arange(65536, dtype=np.uint32) << 16) | 0x8000  # every tie
+    numbers = bits.view(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    expected = torch.from_numpy(numbers.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    assert np.array_equal(tensors.pack(numbers, "BF16"), expected)
+    expected.tofile(tmp_path / "brain")
+    wide = tensors.read_rows(tensors.Tensor(tmp_path / "brain", "BF16", expected.shape, 0))[:, 0]
+    assert np.array_equal(wide.view(np.uint32) >> 16, expected)
+
+
+def test_export_dtype_casts_everything(lora: Path) -> None:
+    import torch
+
+    folder = merged(lora, "export_dtype=bfloat16")
+    assert {tensor.dtype for tensor in values(folder).values()} == {torch.bfloat16}
+    config = json.loads((folder / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    assert load(folder, "auto").dtype == torch.bfloat16
+
+
+def test_shards_have_an_index_that_transformers_reads(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    whole = values(merged(lora))
+    plan = tensors.make_plan(
+        tensors.read_tensors(models["tied"]), {"tie_word_embeddings": True}, tensors.Adapter(lora), None
+    )
+    target = shutil.copytree(lora / "merged", tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors.write_shards(plan, target, 100_000)
+    files = sorted(path.name for path in target.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert max((target / file).stat().st_size for file in files) < 105_000
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == plan.size == sum(t.nbytes for t in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    assert distance(logits(load(target)), logits(load(lora / "merged"))) == 0
+
+
+# What is merged into what
+
+
+def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n")
+    (base / "LICENSE").write_text("the licence")
+    common.write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.6, "do_sample": True})
+    folder = make_run(plain, tmp_path / "saves" / "first", base, dataset=("rows",), learning_rate=1e-3)
+    result = run("merge.py", "--no-verify", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    out = folder / "merged"
+    assert result.stdout.splitlines()[-2:] == [
+        "talk to it: python chat.py saves/first/merged",
+        "make a GGUF: python quantize.py saves/first",
+    ]
+    assert {path.name for path in out.iterdir()} == {
+        *("LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merge.json"),
+        *("model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    }
+    assert (out / "chat_template.jinja").read_text() == "the trained template"
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 258, "temperature": 0.6, "do_sample": True}
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0\n" in card
+    assert "Trained on: rows (7 steps)." in card
+    assert str(tmp_path) not in card
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+
+
+def test_llamafactory_merge_file_unchanged(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """The keys of the tutorial's merge file; the template by its name."""
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(
+        f"### model\nmodel_name_or_path: {models['tied']}\nadapter_name_or_path: {lora}\ntemplate: llama3\n"
+        f"finetuning_type: lora\n\n### export\nexport_dir: {tmp_path / 'out'}\nexport_size: 2\nexport_device: cpu\n"
+        "export_legacy_format: false\n"
+    )
+    merge.main([str(recipe), "--no-verify"])
+    out = tmp_path / "out"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 262  # <|eot_id|>
+    template = (out / "chat_template.jinja").read_text()
+    assert "<|start_header_id|>" in template
+    assert "generation %}" not in template
+    assert not (lora / "merged").exists()
+
+
+def test_training_recipe_finds_its_run(plain: Path, models: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"model_name_or_path: {models['tied']}\nlearning_rate: 1e-3\ntemplate: chatml\n")
+    make_run(plain, Path("saves/mine"), models["tied"])
+    make_run(plain, Path("saves/newer"), models["tied"])
+    merge.main(["mine.yaml", "--no-verify"])
+    assert Path("saves/mine/merged/config.json").exists()
+    assert not Path("saves/newer/merged").exists()
+    shutil.copytree(plain, "saves/mine/checkpoint-5")
+    merge.main(["saves/mine/checkpoint-5", "--no-verify"])
+    assert Path("saves/mine/checkpoint-5/merged/chat_template.jinja").read_text() == "the trained template"
+
+
+def test_quantized_base_gives_way_to_the_model_it_was_made_of(
+    lora: Path, models: dict[str, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quantized = Path("models/tiny-unsloth-bnb-4bit")
+    quantized.mkdir(parents=True)
+    common.write_json(quantized / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
+    with pytest.raises(common.UserError, match=r"quantized \(bitsandbytes\).*16-bit model it was made of \(.*/tiny\)"):
+        merge.main([str(lora), f"model_name_or_path={quantized}", "--no-verify"])
+    shutil.copytree(models["tied"], "models/tiny")
+    merge.main([str(lora), "model_name_or_path=unsloth/tiny-unsloth-bnb-4bit", "--no-verify"])
+    assert "merging into models/tiny" in capsys.readouterr().out
+    assert (lora / "merged" / "config.json").exists()
+    with pytest.raises(common.UserError, match=r"python download\.py unsloth/other"):
+        merge.main([str(lora), "model_name_or_path=unsloth/other-bnb-4bit"])
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"peft_type": "IA3"}, "IA3 adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: [1, 2]"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow: 3"),
+        ({"r": 5}, "has rank 4, adapter_config.json says 5"),
+        ({"use_dora": True}, "contradict"),
+    ],
+)
+def test_refused_by_name(setting: dict, said: str, lora: Path) -> None:
+    config = json.loads((lora / "adapter_config.json").read_text())
+    common.write_json(lora / "adapter_config.json", {**config, **setting})
+    with pytest.raises(common.UserError) as error:
+        merge.main([str(lora), "--no-verify"])
+    assert said in str(error.value)
+    assert not (lora / "merged").exists()
+
+
+def rename(folder: Path, old: str, new: str | None) -> None:
+    """Renames (or drops) tensors of an adapter."""
+    from safetensors.torch import save_file
+
+    kept = {name.replace(old, new or ""): t for name, t in values(folder).items() if new is not None or old not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("layers.1.mlp.up_proj.lora_A", None, "layers.1.mlp.up_proj lacks its lora_A"),
+        ("layers.1.mlp", "layers.9.mlp", "layers.9.mlp"),
+        ("mlp.up_proj", "mlp.down_proj2", "which the base has not"),
+        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", "lora_diag.weight is of a kind"),
+        ("layers.0.mlp.gate_proj.lora_A", "layers.0.extra", "layers.0.extra.weight"),
+    ],
+)
+def test_every_tensor_has_its_place(old: str, new: str | None, said: str, lora: Path) -> None:
+    rename(lora, old, new)
+    with pytest.raises(common.UserError) as error:
+        merge.main([str(lora), "--no-verify"])
+    assert said in str(error.value)
+
+
+def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    file = base / "model.safetensors"
+    wider = values(base)
+    wider["model.layers.0.mlp.up_proj.weight"] = torch.zeros(130, 64)
+    save_file(wider, file)
+    with pytest.raises(common.UserError, match=r"trained on a weight of \(128, 64\), not \(130, 64\)"):
+        merge.main([str(lora), f"model_name_or_path={base}"])
+    file.write_bytes((models["tied"] / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(common.UserError, match="cut off"):
+        merge.main([str(lora), f"model_name_or_path={base}"])
+    file.rename(base / "model.gguf")
+    with pytest.raises(common.UserError, match="GGUF cannot be merged into"):
+        merge.main([str(lora), f"model_name_or_path={base}"])
+    broken = values(models["tied"])
+    broken["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(broken, file)
+    with pytest.raises(common.UserError, match=r"layers.0.mlp.up_proj.weight has values that are no numbers"):
+        merge.main([str(lora), f"model_name_or_path={base}", "--no-verify"])
+    broken["model.layers.0.mlp.up_proj.weight"][3, 5] = 70000.0
+    save_file(broken, file)
+    with pytest.raises(common.UserError, match="too large for F16"):
+        merge.main([str(lora), f"model_name_or_path={base}", "export_dtype=float16", "--no-verify"])
+    assert list(lora.glob("*merged*")) == []
+
+
+def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(f"adapter_name_or_path: {lora}\nexport_dirr: x\n")
+    (tmp_path / "saves" / "cut" / "checkpoint-20").mkdir(parents=True)
+    (tmp_path / "saves" / "cut" / "checkpoint-20" / "adapter_config.json").write_text("{}")
+    for arguments, said in (
+        (["m.yaml"], "did you mean 'export_dir'?"),
+        (["nowhere"], "there is no recipe nowhere"),
+        (["saves/cut"], "python merge.py saves/cut/checkpoint-20"),
+        ([], "train one first"),
+        ([f"adapter_name_or_path={lora},{lora}"], "several adapters"),
+        ([str(lora), "model_name_or_path=org/missing"], "python download.py org/missing"),
+    ):
+        started = time.monotonic()
+        result = run("merge.py", *arguments, cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (2, ""), result
+        assert said in result.stderr
+        assert "Traceback" not in result.stderr
+        assert time.monotonic() - started < 3
+    help_text = run("merge.py", "--help", cwd=tmp_path)
+    assert help_text.returncode == 0
+    assert "--push REPO" in help_text.stdout
+
+
+def test_nothing_is_overwritten_unasked(lora: Path, models: dict[str, Path]) -> None:
+    before = (merged(lora) / "model.safetensors").stat().st_ino
+    with pytest.raises(common.UserError, match="merged is there already; add --overwrite"):
+        merge.main([str(lora), "--no-verify"])
+    assert (lora / "merged" / "model.safetensors").stat().st_ino == before
+    merged(lora, "--overwrite")
+    assert (lora / "merged" / "model.safetensors").stat().st_ino != before
+    with pytest.raises(common.UserError, match="is the folder that is merged"):
+        merge.main([str(lora), "--no-verify", "--overwrite", f"export_dir={models['tied']}"])
+
+
+def sparse_base(models: dict[str, Path], folder: Path, size: int) -> Path:
+    """The tiny model with one tensor more of `size` bytes, which take no room on the disk."""
+    shutil.copytree(models["tied"], folder)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["model.extra.weight"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [end, end + size]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    os.truncate(file, 8 + len(text) + end + size)
+    return folder
+
+
+def test_disk_space_is_looked_at_first(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    base = sparse_base(models, tmp_path / "base", 6 << 40)
+    with pytest.raises(common.UserError, match=r"GB of free disk space, the merged model needs 6597\.\d"):
+        merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
+    with pytest.raises(common.UserError, match=r"comparing the models needs 79\d\d GB of memory"):
+        merge.choose_device(base, None)
+
+
+def test_killed_in_the_middle_leaves_nothing_that_looks_whole(
+    lora: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    base = sparse_base(models, tmp_path / "base", 4 << 30)
+    command = [sys.executable, str(ROOT / "merge.py"), str(lora), "--no-verify", f"model_name_or_path={base}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (begun := list(lora.glob(".merged.*/model.safetensors"))):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = begun[0].parent
+    assert left.exists()
+    assert not (left / "config.json").exists()
+    assert not (lora / "merged").exists()
+    merged(lora)
+    assert not left.exists()
+    assert (lora / "merged" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_path: Path) -> None:
+    environment = hub_environment(standin, tmp_path / "home")
+    standin.repos["me/taken"] = {"model.safetensors": b""}
+    result = run("merge.py", str(lora), "--no-verify", "--push", "me/taken", env=environment)
+    assert result.returncode == 2
+    assert "me/taken: it holds 1 files already" in result.stderr
+    assert not (lora / "merged").exists()
+    result = run("merge.py", str(lora), "--no-verify", "--push", "me/mine", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert f"uploaded   {standin.url}/me/mine/commit/1" in result.stdout
+    sent, local = standin.repos["me/mine"], {path.name: path.read_bytes() for path in (lora / "merged").iterdir()}
+    assert {name: sent[name] for name in sent if name != ".gitattributes"} == {
+        name: local[name] for name in local if name != "merge.json"
+    }
+
+
+# The proof
+
+
+@pytest.mark.slow
+def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(20)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    import torch
+
+    load(base).to(torch.bfloat16).save_pretrained(base)
+    folder = make_run(plain, tmp_path / "saves" / "proven", base, dataset=(str(data),))
+    shutil.copy(base / "chat_template.jinja", folder)
+    result = run("merge.py", "saves/proven", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    proof = json.loads((folder / "merged" / "merge.json").read_text())["proof"]
+    assert proof["prompts"] == 8
+    assert 0.3 * proof["rounding"] < proof["difference"] < 3 * proof["rounding"] < proof["adapter_effect"]
+    assert proof["same_first_choice"] > 0.9
+    assert "proof      8 prompts" in result.stdout
+    assert "where rounding to bfloat16 alone makes" in (folder / "merged" / "README.md").read_text().replace("\n", " ")
+
+    weights = values(folder / "merged")  # as if one matrix had been merged with half its scale
+    name = "model.layers.1.self_attn.v_proj.weight"
+    weights[name] = (weights[name].float() + values(base)[name].float()).div(2).to(torch.bfloat16)
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "merged" / "model.safetensors")
+    result = run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "does not answer as base + adapter" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_update_too_small_for_the_type_is_no_fault_of_the_merge(lora: Path, models, tmp_path: Path) -> None:
+    """As after two steps of training: most of it vanishes in bfloat16, all in the same direction."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    load(base).to(torch.bfloat16).save_pretrained(base)
+    file = lora / "adapter_model.safetensors"
+    save_file({name: value / 200 if "lora_B" in name else value for name, value in load_file(file).items()}, file)
+    rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(20)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    folder = make_run(lora, tmp_path / "saves" / "short", base, dataset=(str(data),))
+    shutil.copy(base / "chat_template.jinja", folder)
+    result = run("merge.py", "saves/short", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    proof = json.loads((folder / "merged" / "merge.json").read_text())["proof"]
+    assert proof["difference"] > 0.2 * proof["adapter_effect"]
+    assert proof["difference"] == pytest.approx(proof["rounding"], rel=0.1)

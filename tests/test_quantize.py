@@ -1,0 +1,515 @@
+"""quantize.py, llamacpp.py and modelfile.py, with llama.cpp's real converter, quantizer and runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_hub
+from conftest import ROOT, make_run, run, write_jsonl
+
+import llamacpp
+import quantize
+from common import UserError
+from modelfile import go_template, modelfile, template_shape
+from template import TEMPLATES, load_template
+
+standin = test_hub.standin  # the fixture: a hub on this machine
+
+ROWS = [
+    {"instruction": "你是谁？", "input": "", "output": "我是小一，由一张卡训练。"},
+    {"instruction": "Who are you?", "input": "", "output": "I am onecard 😀, 100% trained on one card."},
+    {"instruction": "Add 12 and 30.", "input": "", "output": "```python\nprint(12 + 30)  # 42\n```"},
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quick: what is refused before anything heavy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--type", "q4_k_n"], "--type q4_k_n (did you mean 'q4_k_m'?) is not known; use f32, f16,"),
+        (["--type", ","], "--type  is not known"),
+        (["no/such/folder"], "there is no recipe no/such/folder"),
+        ([".", "tests"], "are two folders; give one run or model"),
+        (["data"], "data holds neither a finished run nor a model; give saves/NAME, or a model's folder"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_sentence(arguments, words):
+    started = time.monotonic()
+    result = run("quantize.py", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert words in result.stderr
+    assert time.monotonic() - started < 10
+
+
+def test_help_names_every_type():
+    result = run("quantize.py", "--help")
+    assert result.returncode == 0
+    assert all(f"{kind}," in result.stdout + "," or f"{kind}\n" in result.stdout for kind in quantize.TYPES)
+    assert "--max-divergence" in result.stdout and "--push REPO" in result.stdout
+
+
+def make_model(folder: Path, dtype: str = "F16", shape: tuple[int, ...] = (4, 2)) -> Path:
+    """A folder with a config and a safetensors header, enough for what is asked before the converter."""
+    folder.mkdir(parents=True)
+    header = json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    (folder / "config.json").write_text('{"vocab_size": 8}')
+    return folder
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path):
+    model = make_model(tmp_path / "m")
+    (model / "gguf").mkdir()
+    there = model / "gguf" / "m-q8_0.gguf"
+    there.write_bytes(b"precious")
+    result = run("quantize.py", str(model), "--type", "q8_0,q4_k_m")
+    assert result.returncode == 2
+    assert result.stderr == f"error: {there} is there already; add --overwrite to replace it\n"
+    assert there.read_bytes() == b"precious"
+
+
+def test_a_disk_without_room_is_told_before_the_work(tmp_path):
+    model = make_model(tmp_path / "m", shape=(10**12,))
+    result = run("quantize.py", str(model), "--type", "f16", "--no-verify")
+    assert result.returncode == 2
+    assert re.search(r"has [\d.]+ GB of free disk space, 2000\.00 are needed \(f16 2000\.00 GB, and", result.stderr)
+    assert not (model / "gguf").exists()
+
+
+@pytest.mark.parametrize(("dtype", "own"), [("F16", "f16"), ("BF16", "bf16"), ("F32", "f32")])
+def test_weights_are_counted_from_the_headers(tmp_path, dtype, own):
+    assert quantize.weights_of(make_model(tmp_path / "m", dtype)) == (8, own)
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no 16-bit or 32-bit safetensors"):
+        quantize.weights_of(make_model(tmp_path / "m", "U8"))
+
+
+def test_a_stale_merge_is_refused(tmp_path):
+    adapter = tmp_path / "run"
+    model = make_model(adapter / "merged")
+    (adapter / "adapter_model.safetensors").write_bytes(b"new")
+    (model / "merge.json").write_text(json.dumps({"adapter": str(adapter), "adapter_sha256": "of the old one"}))
+    job = quantize.Job(None, model, adapter, ("f16",))
+    with pytest.raises(UserError, match=r"merged from another state.*python merge.py .*run --overwrite"):
+        quantize.merge_first(job, proving=True)
+
+
+def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, capsys):
+    monkeypatch.setattr(llamacpp, "_found", lambda: None)
+    monkeypatch.setattr(llamacpp, "_cmake", lambda: None)
+    job = quantize.Job(None, Path(), Path(), ("q8_0", "bf16"))
+    assert quantize.can_prove(job) is False
+    assert "nothing will be proven: quantizing and proving a GGUF need" in capsys.readouterr().out
+    with pytest.raises(UserError, match="install them"):
+        quantize.can_prove(quantize.Job(None, Path(), Path(), ("q8_0", "q4_k_m")))
+    with pytest.raises(UserError, match="--push uploads only what is proven"):
+        quantize.check_push("me/it", job, proving=False)
+
+
+def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        llamacpp.quantizer()
+    tool = tmp_path / "build" / "bin" / "llama-quantize"
+    tool.parent.mkdir(parents=True)
+    tool.write_text("")
+    (tmp_path / "convert_hf_to_gguf.py").write_text("")
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
+    assert llamacpp.quantizer() == str(tool)
+    assert llamacpp.converter() == tmp_path / "convert_hf_to_gguf.py"
+
+
+def test_a_child_that_dies_is_one_sentence():
+    code = "import os, sys; print('ggml.c:1: GGML_ASSERT(x) failed', flush=True); os.abort()"
+    with pytest.raises(UserError) as error:
+        llamacpp.run([sys.executable, "-c", code], "trying")
+    assert str(error.value) == (
+        "trying failed: ggml.c:1: GGML_ASSERT(x) failed (killed by signal 6); this is llama.cpp's own word"
+    )
+
+
+def test_samples_are_spread_and_cut():
+    rows = [{"input_ids": [i] * 10} for i in range(100)]
+    chosen = quantize.spread(rows, 25, 8)
+    assert [len(ids) for ids in chosen] == [8, 8, 8]
+    assert len({ids[0] for ids in chosen}) == 3
+    assert quantize.spread(rows, 25, 8) == chosen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quick: Ollama's template
+
+
+class Renderer(SimpleNamespace):
+    """A tokenizer as far as a chat template needs it."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        assert tokenize is False
+        names = {"bos_token": "<s>", "eos_token": "</s>"}
+        return _compile_jinja_template(self.text).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **names
+        )
+
+
+def renderer(name: str) -> Renderer:
+    from template import ChatTemplate
+
+    text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    return Renderer(text=ChatTemplate(name, text, (), False).saved, bos_token="<s>")
+
+
+def go(template: str, messages: list[tuple[str, str]]) -> str:
+    """What Ollama makes of a TEMPLATE: as much of Go's text/template as go_template writes."""
+    system = "\n\n".join(words for role, words in messages if role == "system")
+    template = template.removeprefix("{{ $system := .System }}")
+    head, rest = template.split("{{ range $i, $_ := .Messages }}")
+    body, tail = rest.rsplit("{{ end }}{{ end }}", 1)
+    parts = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', body)
+    branches = dict(zip(parts[1::2], parts[2::2], strict=True))
+    opening = r"\{\{ if ([^}]*)\}\}\{\{ \$system \}\}(.*?)\{\{ \$system = \"\" \}\}\{\{ end \}\}"
+    text = head
+    for number, (role, words) in enumerate(messages, 1):
+        piece = branches[role]
+        if match := re.search(opening, piece, re.DOTALL):
+            here = system and ("slice" not in match[1] or number == len(messages))
+            piece = piece.replace(match[0], system + match[2] if here else "")
+            system = "" if here else system
+        text += piece.replace("{{ .Content }}", words)
+    return (text + tail).replace('{{ "{{" }}', "{{")
+
+
+CONVERSATIONS = [
+    [("user", "Hi {{ there }}")],
+    [("system", "Be brief."), ("user", "你好"), ("assistant", "好"), ("user", "再见")],
+    [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen", "qwen3", "chatml", "gemma", "mistral", "default"])
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_ollama_s_template_writes_what_the_trained_one_writes(name, turns):
+    tokenizer = renderer(name)
+    text = modelfile("m-q8_0.gguf", "m", tokenizer, ("<|end|>",), adds_bos=False)
+    template = text.split('"""')[1]
+    if 'SYSTEM """' in text and turns[0][0] != "system":
+        turns = [("system", text.split('SYSTEM """')[1].split('"""')[0]), *turns]
+    messages = [{"role": role, "content": words} for role, words in turns]
+    assert go(template, turns) == tokenizer.apply_chat_template(messages, False, add_generation_prompt=True)
+
+
+def test_the_modelfile_in_full():
+    text = modelfile("tiny-q8_0.gguf", "tiny", renderer("llama3"), ("<|eot_id|>",), adds_bos=False)
+    assert text == (
+        "# ollama create tiny -f tiny-q8_0.Modelfile\n"
+        "FROM ./tiny-q8_0.gguf\n"
+        'TEMPLATE """<|begin_of_text|>{{ range $i, $_ := .Messages }}'
+        '{{ if eq .Role "system" }}<|start_header_id|>system<|end_header_id|>\n\n{{ .Content }}<|eot_id|>'
+        '{{ else if eq .Role "user" }}<|start_header_id|>user<|end_header_id|>\n\n{{ .Content }}<|eot_id|>'
+        '{{ else if eq .Role "assistant" }}<|start_header_id|>assistant<|end_header_id|>\n\n{{ .Content }}<|eot_id|>'
+        '{{ end }}{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n"""\n'
+        'PARAMETER stop "<|eot_id|>"\n'
+    )
+
+
+def test_the_beginning_token_is_written_once():
+    tokenizer = renderer("gemma")
+    assert '"""<s>' in modelfile("m.gguf", "m", tokenizer, ("<end_of_turn>",), adds_bos=False).replace(
+        "{{ $system := .System }}", ""
+    )
+    assert "<s>" not in modelfile("m.gguf", "m", tokenizer, ("<end_of_turn>",), adds_bos=True)
+
+
+def test_a_template_that_ollama_cannot_write_is_told(capsys):
+    tokenizer = Renderer(text="{{ messages[-1].content | upper }}<e>", bos_token=None)
+    assert template_shape(tokenizer) is None
+    text = modelfile("m.gguf", "m", tokenizer, ("<e>",), adds_bos=False)
+    assert 'TEMPLATE """' not in text and 'PARAMETER stop "<e>"' in text
+    assert "beyond Ollama's template language" in capsys.readouterr().out
+
+
+def test_braces_of_a_template_are_no_code():
+    shape = dict.fromkeys(("head", "user", "user_end", "assistant", "assistant_end", "system", "system_end"), "")
+    text = go_template(shape | {"user": "{{x}}", "prompt": "", "joint": "", "default": "", "place": "first"})
+    assert '{{ "{{" }}x}}{{ .Content }}' in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slow: the real converter, quantizer and runtime
+
+
+@pytest.fixture(scope="module")
+def small_model(embedded_model, tmp_path_factory) -> Path:
+    """Two layers of random weights behind the embedded model's tokenizer: what a proof needs, in seconds."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(small_model, tmp_path) -> Path:
+    """A copy of the small model to write into."""
+    return Path(shutil.copytree(small_model, tmp_path / "small"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS * 5)
+
+
+def gguf_fields(path: Path) -> dict:
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+@pytest.mark.slow
+def test_the_embedded_model_keeps_its_answers(embedded_model, tmp_path):
+    """f16 to rounding, q4_k_m as usual, tokens and end of turn right: the proof itself, on the real model."""
+    model = tmp_path / "it"
+    model.mkdir()
+    for path in embedded_model.iterdir():
+        if path.is_file():
+            (model / path.name).symlink_to(path)
+    result = run("quantize.py", str(model), "--type", "q4_k_m,f16")
+    assert result.returncode == 0, result.stderr
+    record = json.loads((model / "gguf" / "gguf.json").read_text())["files"]
+    f16, q4 = record["it-f16.gguf"], record["it-q4_k_m.gguf"]
+    assert f16["kl_divergence"] < 1e-4 and f16["top1_agreement"] > 0.99
+    assert abs(f16["perplexity"] / f16["reference_perplexity"] - 1) < 0.002
+    assert 0.01 < q4["kl_divergence"] < 0.35
+    assert 0.7 < q4["top1_agreement"] < 0.99
+    assert q4["bytes"] < 0.45 * f16["bytes"]
+    assert (f16["eos"], f16["eot"], f16["adds_bos"]) == (2, 2, False)
+    fields = gguf_fields(model / "gguf" / "it-q4_k_m.gguf")
+    assert fields["tokenizer.ggml.pre"] == "smollm"
+    assert fields["general.name"] == "it"
+    assert fields["general.license"] == "apache-2.0"
+    assert fields["general.base_model.0.name"] == "SmolLM2 135M Instruct"
+    assert fields["general.base_model.0.organization"] == "HuggingFaceTB"
+    assert fields["tokenizer.chat_template"] == (embedded_model / "chat_template.jinja").read_text(encoding="utf-8")
+    assert sorted(path.name for path in (model / "gguf").iterdir()) == [
+        "gguf.json",
+        "it-f16.Modelfile",
+        "it-f16.gguf",
+        "it-q4_k_m.Modelfile",
+        "it-q4_k_m.gguf",
+    ]
+    for word in ("16-bit model", "KL divergence", "same first choice", "perplexity", "tokens/s", "q4_k_m"):
+        assert word in result.stdout
+    text = (model / "gguf" / "it-q4_k_m.Modelfile").read_text()
+    assert "FROM ./it-q4_k_m.gguf\n" in text and 'PARAMETER stop "<|im_end|>"' in text
+
+
+@pytest.mark.slow
+def test_the_types_numbers_are_llama_cpp_s():
+    text = (llamacpp.source() / "llama_cpp" / "llama_cpp.py").read_text(encoding="utf-8")
+    numbers = {name.lower(): int(n) for name, n in re.findall(r"^LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+) = (\d+)", text, re.M)}
+    assert {kind: settings.number for kind, settings in quantize.TYPES.items()}.items() <= numbers.items()
+
+
+@pytest.mark.slow
+def test_every_kind_of_type_is_what_it_says(model, rows):
+    types = [kind for kind in quantize.TYPES if not kind.startswith("iq")]  # those: in the next test
+    result = run("quantize.py", str(model), "--type", ",".join(types), f"dataset={rows}", "--no-verify")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not verified") == len(types)
+    sizes = {}
+    for kind in types:
+        file = model / "gguf" / f"small-{kind}.gguf"
+        assert gguf_fields(file)["general.file_type"] == quantize.TYPES[kind].number, kind
+        sizes[kind] = file.stat().st_size
+    assert (
+        sizes["f32"] > sizes["f16"] == sizes["bf16"] > sizes["q8_0"] > sizes["q6_k"] > sizes["q4_k_m"] > sizes["q2_k"]
+    )
+
+
+@pytest.mark.slow
+def test_coarser_types_diverge_more(model, rows):
+    types = "bf16,q8_0,q4_k_m,q2_k,iq4_xs,iq3_xxs"
+    result = run("quantize.py", str(model), "--type", types, f"dataset={rows}", "--max-divergence", "9")
+    assert result.returncode == 0, result.stderr
+    files = json.loads((model / "gguf" / "gguf.json").read_text())["files"]
+    kl = {entry["type"]: entry["kl_divergence"] for entry in files.values()}
+    assert kl["bf16"] < 1e-3
+    assert kl["bf16"] < kl["q8_0"] < kl["q4_k_m"] < kl["q2_k"]
+    assert kl["iq4_xs"] < kl["iq3_xxs"]
+
+
+@pytest.mark.slow
+def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, standin):
+    folder = make_run(small_model, tmp_path / "talker", noise=0.05)
+    arguments = [str(folder), "--type", "q8_0", f"dataset={rows}", "--push", "me/talker"]
+    result = run("quantize.py", *arguments, env=test_hub.hub_environment(standin, tmp_path / "hub"))
+    assert result.returncode == 0, result.stderr
+    assert "merging first\n" in result.stdout
+    file = folder / "gguf" / "talker-q8_0.gguf"
+    assert standin.repos["me/talker"].keys() == {".gitattributes", "talker-q8_0.gguf", "talker-q8_0.Modelfile"}
+    assert standin.repos["me/talker"]["talker-q8_0.gguf"] == file.read_bytes()
+    fields = gguf_fields(file)
+    assert fields["general.name"] == "talker"
+    assert fields["general.base_model.0.name"] == "Small"
+    assert fields["tokenizer.chat_template"] == (folder / "merged" / "chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "adapter_model.safetensors").write_bytes(b"trained on")
+    again = run("quantize.py", str(folder), "--type", "f16")
+    assert again.returncode == 2 and "was merged from another state of its adapter" in again.stderr
+
+
+@pytest.mark.slow
+def test_the_importance_matrix_is_the_mean_square_of_each_input(small_model, tmp_path):
+    """Against transformers: squares of what goes into each linear layer, column by column."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = [list(range(1000, 1040)), list(range(40, 99))]
+    card, start = {}, tmp_path / "f32.gguf"
+    llamacpp.call(
+        llamacpp.convert, "converting", folder=small_model, target=start, kind="f32", card=card, name="x", end=2
+    )
+    matrix = tmp_path / "matrix.gguf"
+    count = llamacpp.call(llamacpp.importance, "importance", file=start, samples=ids, target=matrix)
+    assert count == 14  # seven matrices in each of two layers
+    model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    sums: dict[str, np.ndarray] = {}
+    names = {"self_attn.q_proj": "attn_q", "mlp.down_proj": "ffn_down"}
+    for layer in range(2):
+        for ours, theirs in names.items():
+
+            def hook(_, inputs, __, name=f"blk.{layer}.{theirs}.weight"):
+                sums[name] = sums.get(name, 0) + inputs[0][0].double().square().sum(0).numpy()
+
+            model.model.layers[layer].get_submodule(ours).register_forward_hook(hook)
+    with torch.inference_mode():
+        for sample in ids:
+            model(torch.tensor([sample]))
+    means = dict(llamacpp._read_matrix(matrix))
+    for name, squares in sums.items():
+        np.testing.assert_allclose(means[name], squares / 99, rtol=0.02, atol=1e-3 * squares.mean() / 99)
+
+
+@pytest.mark.slow
+def test_a_file_off_its_usual_divergence_is_an_error_and_not_kept(model, rows):
+    result = run("quantize.py", str(model), "--type", "q2_k", f"dataset={rows}", "--max-divergence", "0.00001")
+    assert result.returncode == 2
+    assert re.search(r"q2_k answers differently from the 16-bit model: mean KL divergence \d\.\d{4},", result.stderr)
+    assert list((model / "gguf").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_user_s_own_quantizer_is_called_as_llama_cpp_s(small_model, rows, tmp_path, monkeypatch):
+    """A `llama-quantize` on the path, with that program's command line: [--imatrix FILE] SOURCE TARGET TYPE."""
+    tool = tmp_path / "bin" / "llama-quantize"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import llamacpp, quantize
+matrix = sys.argv[2] if sys.argv[1] == "--imatrix" else None
+source, target, kind = sys.argv[-3:]
+assert kind.isupper()
+open({str(tmp_path / "called")!r}, "a").write(f"{{kind}} {{matrix is not None}}\\n")
+number = quantize.TYPES[kind.lower()].number
+llamacpp.call(llamacpp.quantize, "x", source=source, target=target, ftype=number, matrix=matrix)
+"""
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    model = Path(shutil.copytree(small_model, tmp_path / "small"))
+    result = run("quantize.py", str(model), "--type", "q4_k_m,iq4_xs", f"dataset={rows}")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "called").read_text() == "Q4_K_M False\nIQ4_XS True\n"
+    assert (model / "gguf" / "small-iq4_xs.gguf").stat().st_size > 10**6
+
+
+@pytest.mark.slow
+def test_an_unknown_tokenizer_is_one_sentence(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
+    result = run("quantize.py", str(model), "--type", "q8_0", "--no-verify")
+    assert result.returncode == 2
+    assert "converting to q8_0 failed: llama.cpp does not know this model's tokenizer" in result.stderr
+    assert list((model / "gguf").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_other_tokens_than_the_tokenizer_s_are_found(model, rows, tmp_path):
+    """The converter takes a tokenizer for another one's; the proof must see that it cuts otherwise."""
+    start = tmp_path / "x.gguf"
+    llamacpp.call(llamacpp.convert, "converting", folder=model, target=start, kind="q8_0", card={}, name="x", end=2)
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }  # no single digits
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    loaded = quantize.common.load_config([f"dataset={rows}"]).config
+    job = quantize.Job(loaded, model, model, ("q8_0",))
+    with pytest.raises(UserError, match="into other tokens than the model's tokenizer"):
+        quantize.check_contents(job, "q8_0", start)
+
+
+@pytest.mark.slow
+def test_a_wrong_end_of_turn_is_found(model, rows, tmp_path):
+    start = tmp_path / "x.gguf"
+    llamacpp.call(llamacpp.convert, "converting", folder=model, target=start, kind="q8_0", card={}, name="x", end=1)
+    job = quantize.Job(quantize.common.load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
+    assert load_template(None, job.tokenizer).stop == ("<|im_end|>",)
+    with pytest.raises(UserError, match=r"llama.cpp would not stop at <\|im_end\|>"):
+        quantize.check_contents(job, "q8_0", start)
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_nothing_that_looks_whole(model, rows):
+    command = [sys.executable, str(ROOT / "quantize.py"), str(model), "--type", "q4_k_m,f16", f"dataset={rows}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    output = model / "gguf"
+    for _ in range(1200):  # until the converter writes
+        if any(output.glob(".work-*/*.gguf")):
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(output.glob("*.gguf")) and not (output / "gguf.json").exists()
+    assert len(list(output.glob(".work-*"))) == 1
+    result = run("quantize.py", str(model), "--type", "q8_0", f"dataset={rows}")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["gguf.json", "small-q8_0.Modelfile", "small-q8_0.gguf"]

@@ -1,0 +1,200 @@
+"""When a training evaluates and stops: the plan's cost, the rule against small cases, and real runs that end early."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TALK, run, write_jsonl
+from test_train import read_run, train
+
+import dataset
+import stopping
+from common import Config, UserError, load_config
+
+
+@pytest.mark.parametrize(
+    ("steps", "epoch_steps", "step_tokens", "lengths"),
+    [
+        (5000, 18, 16 * 1500, [1500] * 31),  # the tutorial: 1,000 passes over some 300 rows
+        (60_000, 60_000, 16 * 300, [300] * 200),  # a million rows, once
+        (100, 90, 2000, [140] * 160),
+        (76, 19, 8 * 25, [25] * 100),
+        (400, 40, 1000, [900] * 300),  # long held-out samples beside short steps
+    ],
+)
+def test_planned_evaluations_cost_at_most_a_tenth(steps, epoch_steps, step_tokens, lengths):
+    every, samples = stopping.cheap_evaluations(steps, epoch_steps, step_tokens, np.array(lengths))
+    evaluated = sum(lengths[:samples]) * (steps // every)
+    assert evaluated * stopping.FORWARD <= 0.101 * steps * step_tokens
+    assert 1 <= samples <= len(lengths) and steps // every >= 1
+    if samples < len(lengths):
+        assert samples >= stopping.FEWEST
+
+
+def test_the_tutorials_run_is_evaluated_more_than_once_an_epoch_of_a_thousand():
+    every, samples = stopping.cheap_evaluations(5000, 18, 16 * 1500.0, np.array([1500] * 31))
+    assert (samples, every) == (31, 10)
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "epoch_steps", "stops_at"),
+    [
+        ([3, 2, 1, 1, 1, 1], 3, 10, 60),  # flat for three evaluations
+        ([3, 2, 1, 1.2, 1.4, 1.6], 3, 10, 60),  # rising
+        ([3, 2, 1, 1, 0.9, 1, 1, 1], 3, 10, 80),  # a late gain starts the count again
+        ([1, 0.9995, 0.999, 0.9985, 0.998], 3, 10, None),  # small gains that add up
+        ([1, 0.9999, 0.9998, 0.9997], 3, 10, 40),  # gains that do not
+        ([1, 1, 1, 1, 1, 1, 1], 3, 55, 70),  # a plateau shorter than an epoch is no reason
+        ([float("nan"), float("nan"), float("nan"), float("nan")], 3, 10, 30),
+    ],
+)
+def test_stalled(losses, patience, epoch_steps, stops_at):
+    seen, stopped = [], None
+    for number, loss in enumerate(losses, 1):
+        seen.append((number * 10, loss))
+        if stopping.stalled(seen, patience, 0.001, epoch_steps):
+            stopped = number * 10
+            break
+    assert stopped == stops_at
+
+
+def test_memorized_needs_three_passes_of_flat_loss_near_zero():
+    flat = [(step, 0.01) for step in range(5, 205, 5)]
+    assert stopping.memorized(flat, 10)
+    assert not stopping.memorized(flat, 100)  # not three passes yet
+    assert not stopping.memorized([(step, 0.2) for step, _ in flat], 10)  # flat, but not near zero
+    assert not stopping.memorized([(step, 0.04 - step / 6000) for step, _ in flat], 60)  # still falling
+    assert not stopping.memorized(flat[:3], 1)
+    assert not stopping.memorized([], 1)
+
+
+def test_a_tenth_is_held_out_by_default_where_there_is_enough():
+    config = Config()
+    assert dataset.held_out_size(config, 199) == 0
+    assert dataset.held_out_size(config, 314) == 31
+    assert dataset.held_out_size(config, 1_000_000) == 200
+    assert dataset.held_out_size(replace(config, val_size=0.0), 1000) == 0
+    assert dataset.held_out_size(replace(config, val_size=0.5), 10) == 0.5
+    assert dataset.held_out_size(replace(config, eval_strategy="no"), 1000) == 0
+    assert dataset.held_out_size(replace(config, eval_dataset=("other",)), 1000) == 0
+
+
+def plan_of(*settings: str, steps: int = 100, epoch: int = 10, held_out: int | None = 40) -> stopping.Plan:
+    config = load_config(list(settings)).config
+    return stopping.make_plan(config, steps, epoch, 16_000, None if held_out is None else np.array([100] * held_out))
+
+
+def test_a_checkpoint_is_kept_of_every_step_that_is_evaluated():
+    plan = plan_of()
+    assert plan.keeps_best and plan.save_steps == plan.eval_steps and plan.samples == 40
+    assert plan_of("eval_steps=7", "save_steps=100").save_steps == 7
+    by_epoch = plan_of("evaluation_strategy=epoch")
+    assert by_epoch.keeps_best and by_epoch.save_strategy == "epoch" and by_epoch.eval_steps is None
+    assert not plan_of("save_strategy=no").keeps_best
+    assert plan_of("eval_steps=7", "save_steps=100", "load_best_model_at_end=false").save_steps == 100
+    nothing = plan_of(held_out=None)
+    assert (nothing.eval_strategy, nothing.samples, nothing.save_steps) == ("no", 0, 100)
+    with pytest.raises(UserError, match="needs held-out data; set val_size"):
+        plan_of("eval_strategy=steps", held_out=None)
+
+
+def test_the_two_classic_failures_are_told_with_a_way_out():
+    def told(*settings: str, samples: int, steps: int, epoch: int, held_out: int | None = None) -> str:
+        plan = plan_of(*settings, steps=steps, epoch=epoch, held_out=held_out)
+        return "\n".join(stopping.warnings(load_config(list(settings)).config, samples, steps, plan))
+
+    few = told(samples=80, steps=15, epoch=5)
+    assert "only 15 optimizer steps" in few and "num_train_epochs: 12 or gradient_accumulation_steps: 2" in few
+    assert "max_steps: 60" in told("max_steps=3", samples=80, steps=3, epoch=5)
+    many = told("num_train_epochs=1000", samples=80, steps=5000, epoch=5)
+    assert "1,000 passes over 80 samples, 5,000 steps" in many and "val_size: 0.1" in many
+    assert "eval_loss no longer falls" in told("num_train_epochs=1000", samples=80, steps=5000, epoch=5, held_out=8)
+    assert "early_stopping: auto" in told("early_stopping=false", samples=80, steps=5000, epoch=5)
+    assert told(samples=1000, steps=186, epoch=62) == ""
+
+
+def test_llama_factorys_name_of_the_patience_is_known():
+    assert load_config(["early_stopping_steps=3"]).config.early_stopping_patience == 3
+    assert load_config(["early_stopping=no"]).config.early_stopping == "no"
+
+
+@pytest.fixture(scope="module")
+def guesses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows whose answers cannot be learned, only known by heart: held-out loss soon rises."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    rows = [{"instruction": f"{a}{b}", "output": letters[(7 * i * i + 3 * i) % 26]} for i, (a, b) in enumerate(
+        (a, b) for a in letters[:8] for b in letters[:5])]  # fmt: skip
+    return write_jsonl(tmp_path_factory.mktemp("guesses") / "rows.jsonl", rows)
+
+
+@pytest.mark.slow
+def test_training_stops_when_the_held_out_loss_rises_and_keeps_the_best(tiny_model, guesses, tmp_path):
+    folder = tmp_path / "run"
+    more = ["val_size=8", "max_steps=300", "eval_steps=5", "early_stopping_patience=3", "save_total_limit=1"]
+    result = train(tiny_model, guesses, folder, *more)
+    assert result.returncode == 0, result.stderr
+    state = read_run(folder)
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    measured = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
+    assert state["status"] == "finished" and state["steps"] < state["total_steps"] == 300
+    assert state["stopped_early"] in result.stdout
+    assert f"{state['steps']} of 300 steps" in result.stdout
+    best = min(measured, key=lambda found: found[1])
+    assert (state["best_step"], state["eval_loss"]) == best and state["best_step"] < state["steps"]
+    assert stopping.stalled(measured, 3, 0.001, 16) and not stopping.stalled(measured[:-1], 3, 0.001, 16)
+    kept = folder / f"checkpoint-{state['best_step']}" / "adapter_model.safetensors"
+    assert kept.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+    again = train(tiny_model, guesses, folder, *more)
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_training_stops_when_everything_is_known_by_heart(parrot, tmp_path):
+    talk = [{"instruction": question, "output": answer} for question, answer in TALK.items()]
+    rows = write_jsonl(tmp_path / "rows.jsonl", talk)
+    result = train(parrot, rows, tmp_path / "run", "num_train_epochs=200", "learning_rate=1e-4")
+    assert result.returncode == 0, result.stderr
+    assert "warning: 200 passes over 2 samples" in result.stdout
+    state = read_run(tmp_path / "run")
+    assert state["steps"] == 30 and "known by heart" in state["stopped_early"]
+    assert state["last_loss"] < 0.05 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path):
+    """Long and short answers in batches of one: a mean of the batches' means would be another number."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = [{"instruction": f"say {n}", "output": "x" * (1 + 30 * (n % 2))} for n in range(8)]
+    data, held_out = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "held.jsonl", rows[:4])
+    more = ["max_steps=1", "learning_rate=0", "per_device_eval_batch_size=1", "eval_steps=1"]
+    result = train(tiny_model, data, tmp_path / "run", f"eval_dataset={held_out}", *more)
+    assert result.returncode == 0, result.stderr
+    config = load_config([f"model_name_or_path={tiny_model}", f"dataset={held_out}", "cutoff_len=128"]).config
+    from template import load_template
+
+    tokenizer = dataset.load_tokenizer(config)
+    samples = dataset.prepare(config, tokenizer, load_template(None, tokenizer)).train
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    total, count = 0.0, 0
+    for sample in samples:
+        ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, labels[1:].long(), reduction="sum", ignore_index=-100))
+        count += int((labels[1:] != -100).sum())
+    assert read_run(tmp_path / "run")["eval_loss"] == pytest.approx(total / count, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_what_is_held_out_and_warns(tiny_model, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"a{n}", "output": f"b{n}"} for n in range(250)])
+    settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", "num_train_epochs=100"]
+    said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
+    assert "25 samples evaluated every" in said and "val_size: 0 would train on them" in said
+    assert "100 passes over 225 samples" in said

@@ -1,0 +1,620 @@
+"""Fine-tunes a language model with Unsloth: a recipe → a run folder.
+
+python train.py [RECIPE.yaml] [key=value ...]
+    --dry-run    says whether the run will work here, and changes nothing
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+import dataset
+import doctor
+import stopping
+from common import Config, Loaded, UserError
+
+if TYPE_CHECKING:
+    from dataset import Prepared
+    from progress import EarlyStopping
+    from template import ChatTemplate
+
+# What a run may be continued with although it was begun with another value: none of it changes the result.
+HARMLESS = {
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "output_dir",
+    "plot_loss",
+    "save_total_limit",
+    "report_to",
+    "use_unsloth",
+    *list(common.OPTIONS)[list(common.OPTIONS).index("do_sample") :],  # chat and export
+}
+OURS = ("checkpoint-*", ".saving", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
+OURS += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf", "eval")
+OURS += ("report.html", "runs")
+# The projections of the Llama family under the names that Unsloth's kernels know.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(common.help_text(__doc__))
+        return
+    dry_run = "--dry-run" in arguments
+    loaded = common.load_config([a for a in arguments if a != "--dry-run"])
+    config, folder = loaded.config, Path(loaded.config.output_dir)
+    for note in loaded.notes:
+        print(f"note: {note}")
+    if dry_run:
+        sys.exit(doctor.examine(loaded))
+    checkpoint = where_to_start(config, folder)
+    if checkpoint == "finished":
+        print(f"{folder} is finished; to train it again: overwrite_output_dir=true, or another output_dir")
+        print_next(folder)
+        return
+    fetch_embedded_model(config)
+    check_model(config)
+    check_environment(config)
+    dataset.check(config)
+    import_unsloth()  # takes ten seconds: faults that can be told before are
+    tokenizer, template, data = prepare_data(config)
+    begin(loaded, folder, data, resumed=checkpoint)
+    try:
+        precision = choose_precision(config)
+        with starting_folder(config) as start, quietly():
+            model = load_model(config, precision, start)
+        trainer, early = make_trainer(config, precision, model, tokenizer, data)
+        announce(config, trainer, data, tokenizer, early.plan)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except BaseException as error:
+        finish(folder, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
+        raise
+    conclude(folder, trainer, template, early.reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder before training
+
+
+def where_to_start(config: Config, folder: Path) -> str | None:
+    """The checkpoint to go on from, "finished", or None for a fresh start."""
+    if config.overwrite_output_dir:
+        return None
+    run = common.read_run(folder)
+    if run is None:
+        left = [path for pattern in OURS for path in folder.glob(pattern)]
+        if left:
+            raise UserError(
+                f"{folder} holds {left[0].name} but no run.json, so nothing is known of that run; "
+                "choose another output_dir, or overwrite_output_dir=true"
+            )
+        return None
+    if run["status"] == "running" and is_alive(run["pid"]):
+        raise UserError(f"{folder} is being trained by process {run['pid']}; wait for it, or choose another output_dir")
+    begun = common.run_config(folder)
+    changed = [
+        f"{name}={_shown(getattr(begun, name))} then, {_shown(getattr(config, name))} now"
+        for name in common.OPTIONS
+        if name not in HARMLESS and getattr(begun, name) != getattr(config, name)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} was begun with other settings ({'; '.join(changed)}); "
+            "give them as they were, choose another output_dir, or overwrite_output_dir=true"
+        )
+    shutil.rmtree(folder / ".saving", ignore_errors=True)
+    if run["status"] == "finished":
+        return "finished"
+    return chosen_checkpoint(config, folder)
+
+
+def _shown(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def chosen_checkpoint(config: Config, folder: Path) -> str | None:
+    """The checkpoint named by the configuration, or the run's newest; every one there is whole."""
+    wanted = config.resume_from_checkpoint
+    if wanted == "false":
+        return None
+    if wanted not in (None, "true"):
+        if not (Path(wanted) / "trainer_state.json").exists():
+            raise UserError(f"{wanted} is not a checkpoint; name a checkpoint-N folder of the run")
+        return wanted
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if newest is not None:
+        print(f"going on from {newest}")
+    return str(newest) if newest is not None else None
+
+
+def clear(folder: Path) -> None:
+    """Deletes what an earlier run left in `folder`, and nothing else."""
+    for path in [path for pattern in OURS for path in folder.glob(pattern)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def fetch_embedded_model(config: Config) -> None:
+    """Makes the embedded model the first time it is asked for."""
+    if config.model_name_or_path == common.EMBEDDED_MODEL and not Path(common.EMBEDDED_MODEL).exists():
+        status = subprocess.run([sys.executable, str(common.ROOT / "download.py")]).returncode
+        if status:
+            sys.exit(status)
+
+
+def check_model(config: Config) -> None:
+    """Raises UserError where the base model is not on the disk, not whole, or reads less than cutoff_len."""
+    path = Path(config.model_name_or_path)
+    missing = common.missing_from_model(path)
+    if missing and not path.exists():
+        raise UserError(
+            f"there is no model at {path}; fetch it (python download.py ORG/NAME) or set model_name_or_path"
+        )
+    if missing:
+        raise UserError(f"{path} is not a whole model, it lacks {', '.join(missing)}; fetch it again")
+    context = json.loads((path / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    if context and config.cutoff_len > context:
+        raise UserError(f"cutoff_len is {config.cutoff_len}, but {path} reads at most {context} tokens; lower it")
+
+
+def check_environment(config: Config) -> None:
+    """Raises UserError for what the device or the installation cannot do, before anything heavy."""
+    if config.quantization_bit == 8 and common.find_gpu() is None:
+        raise UserError("quantization_bit: 8 needs a GPU; take it out, or use 4")
+    if config.adapter_name_or_path is not None:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (Path(config.adapter_name_or_path) / name).is_file():
+                raise UserError(f"adapter_name_or_path: {config.adapter_name_or_path} has no {name}; name a run folder")
+    for package in config.report_to:
+        if package != "none" and importlib.util.find_spec(package) is None:
+            raise UserError(f"report_to: {package} is not installed; {sys.executable} -m pip install {package}")
+
+
+def prepare_data(config: Config) -> tuple[Any, ChatTemplate, Prepared]:
+    """The tokenizer, the chat template and the data, all faults of which are told before a model is loaded."""
+    from template import load_template
+
+    tokenizer = dataset.load_tokenizer(config)
+    template = load_template(config.template, tokenizer)
+    data = dataset.prepare(config, tokenizer, template)
+    print(dataset.format_report(data.report))
+    return tokenizer, template, data
+
+
+def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> None:
+    """Writes config.yaml and run.json, before the first step; clears the folder first where told to."""
+    if loaded.config.overwrite_output_dir:
+        clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write_text(folder / "config.yaml", common.dump_config(loaded.config))
+    packages = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
+    gpu = common.find_gpu()
+    run = {
+        "status": "running",
+        "pid": os.getpid(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "resumed_from": resumed,
+        "recipe": str(loaded.recipe) if loaded.recipe else None,
+        "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
+        "model": loaded.config.model_name_or_path,
+        "seed": loaded.config.seed,
+        "device": dataclasses.asdict(gpu) if gpu else {"name": "cpu", "cores": os.cpu_count()},
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+        "commit": commit(),
+        "data": data.report,
+    }
+    common.write_json(folder / "run.json", run)
+
+
+def commit() -> str | None:
+    """The commit of this kit, with a + where files differ from it; None outside git."""
+    command = ["git", "-C", str(common.ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def finish(folder: Path, status: str, **facts: Any) -> None:
+    """Completes run.json."""
+    run = common.read_run(folder) or {}
+    run.update(status=status, ended=datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts)
+    common.write_json(folder / "run.json", run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and the trainer
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps what libraries print while they load to themselves, unless they fail."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except BaseException as error:
+        if not isinstance(error, UserError):
+            print(said.getvalue(), file=sys.stderr)
+        raise
+
+
+def import_unsloth() -> None:
+    """Imports Unsloth, which must come before transformers, trl and peft."""
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub at every start
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(common.CACHE / "unsloth_compiled"))
+    print("loading Unsloth ...", flush=True)
+    with quietly():
+        import unsloth  # noqa: F401
+
+
+def load_model(config: Config, precision: Precision, start: str) -> Any:
+    """The model with its adapter, by Unsloth on every device: `start` is the base's folder, or an adapter's to go on
+    with."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    import batches
+
+    on_cpu = not torch.cuda.is_available()
+    checkpointing = use_checkpointing(config, on_cpu)
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=start,
+        max_seq_length=config.cutoff_len,
+        dtype=precision.weights,
+        load_in_4bit=config.quantization_bit == 4,
+        load_in_8bit=config.quantization_bit == 8,
+        full_finetuning=False,
+        use_gradient_checkpointing=checkpointing,
+        trust_remote_code=config.trust_remote_code,
+        local_files_only=True,
+        use_exact_model_name=True,
+        **({"attn_implementation": batches.register_sample_attention()} if on_cpu else {}),
+    )
+    if config.adapter_name_or_path:
+        return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))
+    try:
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=config.lora_rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.lora_dropout,
+            bias="none",
+            target_modules=PROJECTIONS if config.lora_target == ("all",) else list(config.lora_target),
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            use_gradient_checkpointing=checkpointing,
+            random_state=config.seed,
+            max_seq_length=config.cutoff_len,
+        )
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            f"lora_target: {','.join(config.lora_target)} names no module of this model; it has {', '.join(leaves)}"
+        ) from None
+
+
+@contextlib.contextmanager
+def starting_folder(config: Config) -> Iterator[str]:
+    """What Unsloth is to load: the base model, or a copy of the adapter that names the base where it is now."""
+    base = str(Path(config.model_name_or_path).resolve())
+    if config.adapter_name_or_path is None:
+        yield base
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(Path(config.adapter_name_or_path) / name, copy)
+        description = Path(copy) / "adapter_config.json"
+        settings = json.loads(description.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+        description.write_text(json.dumps(settings), encoding="utf-8")
+        yield copy
+
+
+def use_checkpointing(config: Config, on_cpu: bool) -> bool | str:
+    """Unsloth's word for whether activations are recomputed: on a CPU it only costs time, a third of it."""
+    wanted = {"true": True, "false": False, "auto": not on_cpu}[config.gradient_checkpointing]
+    return ("unsloth" if not on_cpu else True) if wanted else False
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of the base's weights, and the one ("bf16", "fp16" or None) in which matrices are multiplied."""
+
+    weights: Any
+    mixed: str | None
+
+
+def choose_precision(config: Config) -> Precision:
+    """bfloat16 wherever the device multiplies it fast, else float16 on a card and float32 on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported():
+            if config.fp16:
+                print("note: fp16: this card has bfloat16, which needs no loss scaling; it is used instead")
+            return Precision(torch.bfloat16, "bf16")
+        if config.bf16:
+            raise UserError("bf16: this card has no bfloat16; take it out, and float16 is used")
+        return Precision(torch.float16, "fp16")
+    from unsloth_zoo.cpu import cpu_bf16_supported
+
+    native = cpu_bf16_supported()
+    if config.fp16:
+        print(f"note: fp16: float16 is slow on a CPU; {'bfloat16' if native else 'float32'} is used")
+    if config.bf16 and not native:
+        print("note: bf16: this CPU has no instructions for it, so it would be slow; float32 is used")
+    return Precision(torch.float32, "bf16" if native and config.bf16 is not False else None)
+
+
+def make_trainer(
+    config: Config, precision: Precision, model: Any, tokenizer: Any, data: Prepared
+) -> tuple[Any, EarlyStopping]:
+    """TRL's SFTTrainer (which Unsloth has sped up by now) on samples that are already tokens; and what ends it."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    import batches
+    import progress
+
+    train = data.train
+    if config.packing:
+        train = batches.packed(data.train, data.train_lengths, config.cutoff_len)
+    steps, epoch_steps = batches.total_steps(config, len(train)), batches.epoch_steps(config, len(train))
+    plan = stopping.make_plan(config, steps, epoch_steps, int(data.train_lengths.sum()), data.eval_lengths)
+    held_out = data.eval.select(range(plan.samples)) if plan.samples else None
+
+    early = progress.EarlyStopping(config, plan)
+    eval_batches = math.ceil(plan.samples / config.per_device_eval_batch_size)
+    learned_a_batch = learned_tokens(held_out) / eval_batches if held_out else 1
+
+    class Trainer(SFTTrainer):
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """TRL would write one into every checkpoint."""
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            save_whole(self, super()._save_checkpoint, model, trial)
+
+        def _get_output_dir(self, trial: Any) -> str:
+            return getattr(self, "saving_in", None) or super()._get_output_dir(trial)
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
+            weight = int((inputs["labels"] != batches.IGNORED).sum()) / learned_a_batch
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            return (loss * weight, *rest)
+
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(config, precision, plan),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=batches.collate,
+        callbacks=[progress.Progress(Path(config.output_dir), config.plot_loss), progress.Interruption(), early],
+    )
+    trainer.remove_callback(PrinterCallback)  # the log is ours
+    return trainer, early
+
+
+def learned_tokens(samples: Any) -> int:
+    """How many tokens of tokenized samples are learned; the first of a sample has nothing to be predicted from."""
+    import batches
+
+    return sum(label != batches.IGNORED for row in samples["labels"] for label in row[1:])
+
+
+def save_whole(trainer: Any, save: Any, model: Any, trial: Any) -> None:
+    """Lets transformers write a checkpoint beside the others, then moves it there: a kill leaves whole ones only."""
+    from transformers.trainer_utils import rotate_checkpoints
+
+    folder = Path(trainer.args.output_dir)
+    name = f"checkpoint-{trainer.state.global_step}"
+    trainer.saving_in = str(folder / ".saving")
+    shutil.rmtree(trainer.saving_in, ignore_errors=True)
+    try:
+        save(model, trial)
+    finally:
+        beside, trainer.saving_in = Path(trainer.saving_in), None
+    if trainer.state.best_global_step:
+        best = folder / f"checkpoint-{trainer.state.best_global_step}"
+        trainer.state.best_model_checkpoint = str(best)
+        trainer.state.save_to_json(str(beside / name / "trainer_state.json"))
+    (beside / name / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+    (beside / name / "README.md").unlink(missing_ok=True)
+    for file in (beside / name).iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    shutil.rmtree(folder / name, ignore_errors=True)
+    os.replace(beside / name, folder / name)
+    beside.rmdir()
+    rotate_checkpoints(str(folder), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=False)
+
+
+def training_arguments(config: Config, precision: Precision, plan: stopping.Plan) -> Any:
+    """transformers' arguments; all whose default differs between Unsloth's backends are set."""
+    import torch
+    from trl import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=config.output_dir,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps or config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=precision.mixed == "bf16",
+        fp16=precision.mixed == "fp16",
+        gradient_checkpointing=bool(use_checkpointing(config, not on_gpu)),
+        logging_steps=config.logging_steps,
+        logging_first_step=config.logging_first_step,
+        logging_nan_inf_filter=False,  # it would hide a NaN and go on
+        eval_strategy=plan.eval_strategy,
+        eval_steps=plan.eval_steps,
+        save_strategy=plan.save_strategy,
+        save_steps=plan.save_steps,
+        save_total_limit=config.save_total_limit,
+        load_best_model_at_end=config.load_best_model_at_end and plan.keeps_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        include_num_input_tokens_seen="all",
+        report_to=[name for name in config.report_to if name != "none"],
+        run_name=Path(config.output_dir).name,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,  # ours, in batches.py, never lets samples see each other
+        padding_free=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said
+
+
+def announce(config: Config, trainer: Any, data: Prepared, tokenizer: Any, plan: stopping.Plan) -> None:
+    """Says what will be done, and shows a sample as it will be learned."""
+    import batches
+
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(math.prod(shape) for shape in doctor.tensor_shapes(Path(config.model_name_or_path)).values())
+    args = trainer.args
+    steps = batches.total_steps(config, len(trainer.train_dataset))
+    print(f"model      {config.model_name_or_path}: {total:,} parameters, {trainable:,} trained")
+    print(f"data       {len(data.train):,} samples, {int(data.train_lengths.sum()):,} tokens")
+    print(
+        f"steps      {steps:,} of {args.per_device_train_batch_size} x {args.gradient_accumulation_steps} "
+        f"{'rows' if config.packing else 'samples'}, learning rate {args.learning_rate:g} "
+        f"({args.lr_scheduler_type.value})"
+    )
+    print(f"held out   {stopping.describe(config, plan, data.eval_lengths)}")
+    for warning in stopping.warnings(config, len(data.train), steps, plan):
+        print(f"warning: {warning}")
+    print(dataset.show_sample(tokenizer, data.train[0]))
+
+
+def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: str | None) -> None:
+    """Leaves the best adapter in the run folder, completes run.json and says what came of it."""
+    import progress
+    import report
+
+    state, lines = trainer.state, progress.read_log(folder)
+    evaluations = [line for line in state.log_history if "eval_loss" in line]
+    facts = {
+        "steps": state.global_step,
+        "total_steps": state.max_steps,
+        "stopped_early": stopped_early,
+        "best_step": state.best_global_step or state.global_step,
+        "stop": template.stop,  # what ends a turn: merge.py and quantize.py read it
+        "tokens": int(state.num_input_tokens_seen),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "seconds": lines[-1]["elapsed"] if lines else None,
+        "train_loss": progress.mean_loss(lines),
+        "last_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        "eval_loss": state.best_metric or (evaluations[-1]["eval_loss"] if evaluations else None),
+        "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
+        "peak_memory": peak_memory(),
+    }
+    if state.global_step < state.max_steps and not stopped_early:
+        finish(folder, "interrupted", **facts)
+        print(f"\nstopped at step {state.global_step} of {state.max_steps}; to go on: {again()}")
+        sys.exit(130)
+    save_adapter(trainer, template, folder)
+    finish(folder, "finished", **facts)
+    written = report.write(folder)
+    minutes, seconds = divmod(round(facts["seconds"] or time.process_time()), 60)
+    held_out = f", eval_loss {facts['eval_loss']:.4f} (step {facts['best_step']})" if facts["eval_loss"] else ""
+    if stopped_early:
+        print(f"\nstopped at step {state.global_step:,} of {state.max_steps:,}: {stopped_early}", end="")
+    print(
+        f"\nfinished   {state.global_step:,} of {state.max_steps:,} steps in {minutes} min {seconds} s, "
+        f"{facts['tokens']:,} tokens, peak memory {facts['peak_memory'] / 1e9:.1f} GB\n"
+        f"loss       {lines[0].get('loss', math.nan):.3f} at first, {facts['last_loss']:.3f} at last{held_out}\n"
+        f"report     {written}"
+    )
+    if evaluations:
+        print(f"measure it: python evaluate.py {folder}")
+    print_next(folder)
+
+
+def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
+    """Puts the adapter, the tokenizer and the chat template that was trained into the run folder, each file whole."""
+    beside = folder / ".saving"
+    tokenizer = trainer.processing_class
+    tokenizer.chat_template = template.saved
+    tokenizer.save_pretrained(beside)
+    trainer.model.save_pretrained(beside, safe_serialization=True)
+    (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    for file in beside.iterdir():
+        os.replace(file, folder / file.name)
+    beside.rmdir()
+
+
+def peak_memory() -> int:
+    """Most memory used so far, in bytes: the card's where there is one, else this process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def again() -> str:
+    """The command that started this process."""
+    return " ".join(["python", *sys.argv])
+
+
+def print_next(folder: Path) -> None:
+    print(f"talk to it: python chat.py {folder}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,65 @@
+"""The board's pages: Model and data, Train, Evaluate, Chat, Export. What they do is what the scripts do.
+
+A page writes a recipe, starts a script as a process of its own and reads the run folder; nothing is trained here, and
+nothing that matters is kept here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import web_common
+import web_data
+import web_evaluate
+import web_parts
+import web_plots
+import web_results
+import web_train
+from common import OPTIONS, Config
+from web_words import GROUPS, HELP, WORDS
+
+CSS = web_parts.CSS + web_plots.CSS + web_data.CSS + web_train.CSS + web_evaluate.CSS
+
+
+def pages(language: str) -> None:
+    """The tabs of the board, inside an open gr.Tabs."""
+    import gradio as gr
+    import transformers
+
+    import progress  # noqa: F401
+    import web_chat
+
+    # Now, in one thread: visitors' threads that import it at the same time would find it half made.
+    assert transformers.AutoTokenizer
+
+    t = web_common.translator(language, WORDS)
+    options: dict[str, Any] = {}  # the name of a setting → the component that holds it, on whatever page it stands
+
+    def help_of(option: str) -> str:
+        english = OPTIONS[option].metadata["help"]
+        return HELP.get(option, english) if language == "zh" else english
+
+    def group_of(title: str) -> str:
+        return GROUPS[title] if language == "zh" else title[:1].upper() + title[1:]
+
+    def read(*values: Any) -> Config:
+        return web_train.settle(dict(zip(options, values, strict=True)), "looked-at").config
+
+    connects = []
+    with gr.Tab(t("Model and data"), id="data", elem_id="tab-data", elem_classes="board") as tab:
+        connects.append((tab, web_data.page(t, options, read)))
+    with gr.Tab(t("Train"), id="train", elem_id="tab-train", elem_classes="board") as tab:
+        connects.append((tab, web_train.page(t, help_of, group_of, options)))
+    with gr.Tab(t("Evaluate"), id="evaluate", elem_id="tab-evaluate", elem_classes="board") as tab:
+        connects.append((tab, web_evaluate.page(t)))
+    with gr.Tab(t("Chat"), id="chat", elem_id="tab-chat") as tab:
+        web_chat.page(language, tab=tab)
+    with gr.Tab(t("Export"), id="export", elem_id="tab-export", elem_classes="board") as tab:
+        connects.append((tab, web_results.export_page(t)))
+    for tab, connect in connects:
+        connect(tab)
+
+
+def add_routes(app: Any) -> None:
+    """Answers /files/PATH with a file of a run."""
+    app.add_route("/files/{path:path}", web_parts.serve_file)

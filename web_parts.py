@@ -1,0 +1,231 @@
+"""Pieces that several pages of the board are made of: tables, sizes, the state of a script, links to files of a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import common
+import web_common
+import web_jobs
+from common import UserError
+
+Translate = Callable[..., str]
+
+# What of a run folder the page hands out; nothing else on this machine is.
+SERVED = (".html", ".png", ".svg", ".gguf", ".Modelfile", ".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first_left: int = 1) -> str:
+    """An HTML table of cells that are HTML already; the first columns to the left, numbers to the right."""
+    cells = ["".join(f'<th class="{_side(i, first_left)}">{cell}</th>' for i, cell in enumerate(head))]
+    cells += ["".join(f'<td class="{_side(i, first_left)}">{cell}</td>' for i, cell in enumerate(row)) for row in rows]
+    body = "".join(f"<tr>{row}</tr>" for row in cells[1:])
+    top = f"<thead><tr>{cells[0]}</tr></thead>" if any(head) else ""
+    return f'<div class="scroll"><table class="figures">{top}{body}</table></div>'
+
+
+def _side(column: int, first_left: int) -> str:
+    return "l" if column < first_left else "r"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `271 MB`, `16.1 GB`."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """`0:01:40`."""
+    return str(timedelta(seconds=max(0, round(seconds))))
+
+
+def link(path: Path, text: str, *, download: bool = False) -> str:
+    """A link to a file of a run, which `serve_file` answers. The name of a picture carries its time: no old ones."""
+    extra = " download" if download else ' target="_blank"'
+    return f'<a href="{address(path)}"{extra}>{escape(text)}</a>'
+
+
+def address(path: Path) -> str:
+    return f"../files/{quote(path.as_posix())}?{path.stat().st_mtime_ns}"
+
+
+def servable(path: str) -> Path | None:
+    """The file that a page may show for this address, or None: only files of runs, of the kinds in SERVED."""
+    file = Path(path)
+    inside = file.resolve().is_relative_to(common.SAVES.resolve())
+    hidden = any(part.startswith(".") for part in file.parts)
+    return file if inside and not hidden and file.suffix in SERVED and file.is_file() else None
+
+
+async def serve_file(request: Any) -> Any:
+    """Answers `/files/PATH`. A report may run its own scripts, but is a stranger to the page's."""
+    from starlette.responses import FileResponse, PlainTextResponse
+
+    file = servable(request.path_params["path"])
+    if file is None:
+        return PlainTextResponse("there is no such file\n", 404)
+    headers = {"Content-Security-Policy": "sandbox allow-scripts allow-popups", "X-Content-Type-Options": "nosniff"}
+    kind = "text/plain; charset=utf-8" if file.suffix in (".Modelfile", ".yaml", ".jinja", ".md", ".jsonl") else None
+    return FileResponse(file, headers=headers, media_type=kind)
+
+
+def run_names() -> list[str]:
+    """The runs below saves/, newest first, by the names that the pages use."""
+    return [folder.relative_to(common.SAVES).as_posix() for folder in common.runs()]
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run; raises UserError for a name that would lead out of saves/."""
+    parts = Path(name.strip()).parts
+    if not parts or any(part in ("..", "/", "uploads") or part.startswith(".") for part in parts) or "\\" in name:
+        raise UserError(f"{name!r} cannot be the name of a run; use letters, digits, - and _")
+    return common.SAVES.joinpath(*parts)
+
+
+def trained(names: Sequence[str]) -> list[str]:
+    """Those runs that have an adapter."""
+    return [name for name in names if (run_folder(name) / "adapter_config.json").is_file()]
+
+
+def start_script(folder: Path, command: list[str]) -> web_jobs.Job:
+    """Starts a script that needs the memory which the chat's model may hold; see web_jobs.start."""
+    if chat := sys.modules.get("web_chat"):
+        chat.make_room()
+    return web_jobs.start(folder, command)
+
+
+def job_box(job: web_jobs.Job | None, t: Translate) -> str:
+    """A script as HTML: its command, how far it is, its fault in one sentence, and what it printed, folded."""
+    if job is None:
+        return ""
+    state = web_jobs.state(job)
+    words = {
+        "running": t("running"),
+        "done": t("done"),
+        "failed": t("failed"),
+        "stopped": t("stopped"),
+        "killed": t("ended from outside"),
+    }
+    head = f'<div class="job"><code>{escape(job.shown)}</code> {badge(state, words[state])}</div>'
+    parts = [head, web_common.fault(web_jobs.fault(job))]
+    if state == "running":
+        percent, said = web_jobs.progress(job.log) or (None, "")
+        parts.append(bar(percent, said or last_line(job)))
+    if said := web_jobs.tail(job.log):
+        opened = " open" if state == "running" else ""
+        parts.append(f"<details{opened}><summary>{t('What it says')}</summary>{log_box(said)}</details>")
+    return "".join(parts)
+
+
+def next_steps(t: Translate, *tabs: tuple[str, str]) -> str:
+    """What one does now, as buttons that open a page: (its name in the page's language, its id)."""
+    buttons = "".join(f"<button onclick=\"onecardTab('{tab}')\">{escape(name)} →</button>" for name, tab in tabs)
+    return f'<div class="next"><span>{t("Next:")}</span>{buttons}</div>'
+
+
+def train_first(t: Translate) -> str:
+    """Where there is no trained run yet."""
+    return web_common.empty(t("No trained run yet. Train one first.")) + next_steps(t, (t("Train"), "train"))
+
+
+def last_line(job: web_jobs.Job) -> str:
+    return next((line for line in reversed(web_jobs.lines(job.log)) if line.strip()), "")
+
+
+def log_box(text: str) -> str:
+    """The end of a log; it opens at its end, as the last lines stand first in a reversed column."""
+    return f'<div class="log"><pre>{escape(text)}</pre></div>'
+
+
+def badge(kind: str, text: str) -> str:
+    return f'<span class="badge {kind}">{escape(text)}</span>'
+
+
+def bar(percent: float | None, said: str) -> str:
+    """A progress bar; without a percentage it only moves."""
+    inner = f'<i style="width:{percent:.1f}%"></i>' if percent is not None else '<i class="moving"></i>'
+    return f'<div class="bar">{inner}</div><div class="note">{escape(said)}</div>'
+
+
+def tiles(figures: Sequence[tuple[str, str]]) -> str:
+    """Figures with their names, side by side."""
+    cells = "".join(f"<div><span>{escape(name)}</span><b>{escape(value)}</b></div>" for name, value in figures)
+    return f'<div class="tiles">{cells}</div>'
+
+
+def only_changes(shown: dict[str, Any], **now: Any) -> list[Any]:
+    """The values to send to a page that shows `shown` already (and is brought up to date): what is the same is skipped.
+
+    Without this a page that looks every two seconds would redraw what one is reading.
+    """
+    import gradio as gr
+
+    sent = [gr.skip() if shown.get(name) == value else value for name, value in now.items()]
+    shown.update(now)
+    return sent
+
+
+CSS = """
+.board .html-container { padding: 0 !important; }
+.scroll { overflow-x: auto; }
+.board table.figures { border: none; border-collapse: collapse; margin: 4px 0 10px; font-size: 14px; width: 100%;
+  font-variant-numeric: tabular-nums; }
+.board table.figures th { font-weight: 600; color: var(--body-text-color-subdued); font-size: 13px;
+  vertical-align: bottom; white-space: normal; }
+.board table.figures tr { border: none; }
+.board table.figures th, .board table.figures td { padding: 6px 10px; border: none;
+  border-bottom: 1px solid var(--block-border-color); }
+.board table.figures td { white-space: nowrap; }
+.board table.figures .l { text-align: left; } .board table.figures .r { text-align: right; }
+.board table.figures td.l { white-space: normal; overflow-wrap: anywhere; min-width: 90px; }
+.board a { padding: 0 !important; color: var(--color-accent); text-decoration: underline; text-underline-offset: 4px; }
+.job { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin-bottom: 8px; }
+.job code, .command { font-family: var(--font-mono); font-size: 13px; overflow-wrap: anywhere; }
+.badge { display: inline-block; border-radius: 99px; padding: 1px 10px; font-size: 13px; white-space: nowrap;
+  background: #e7ebee; color: #36434e; }
+.badge.running { background: #d5f2ec; color: #0b5a52; }
+.badge.done, .badge.finished { background: #dcf3dd; color: #1d5b22; }
+.badge.failed, .badge.killed { background: #fbe0de; color: #8a1f1b; }
+.badge.stopped { background: #fdeccf; color: #774a05; }
+.dark .badge { background: #2b343d; color: #c6d0d8; }
+.dark .badge.running { background: #0f3d38; color: #7ee8d8; }
+.dark .badge.done { background: #17391b; color: #93dd9a; }
+.dark .badge.finished { background: #17391b; color: #93dd9a; }
+.dark .badge.failed { background: #43201f; color: #f3b4b1; }
+.dark .badge.killed { background: #43201f; color: #f3b4b1; }
+.dark .badge.stopped { background: #42300f; color: #f2cd8a; }
+.next { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 10px 0 4px; font-size: 14px; }
+.next button { border: 1px solid var(--color-accent); color: var(--color-accent); background: none; cursor: pointer;
+  border-radius: 8px; padding: 5px 12px; margin: 0; font-weight: 550; }
+.next button:hover { background: var(--color-accent); color: var(--block-background-fill); }
+.bar { height: 8px; border-radius: 99px; background: var(--block-border-color); overflow: hidden; margin: 8px 0 6px; }
+.bar i { display: block; height: 100%; background: var(--color-accent); border-radius: 99px; transition: width .5s; }
+.bar i.moving { width: 30%; animation: moving 1.6s ease-in-out infinite alternate; }
+@keyframes moving { from { margin-left: 0 } to { margin-left: 70% } }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; margin: 10px 0 2px; }
+@media (max-width: 640px) {
+  .tiles { grid-template-columns: repeat(2, 1fr); }
+  .board table.figures th, .board table.figures td { padding: 6px 5px; }
+  .board table.figures small { display: block; margin: 0; }
+}
+.tiles div { border: 1px solid var(--block-border-color); border-radius: 8px; padding: 7px 10px; min-width: 0; }
+.tiles span { display: block; font-size: 12px; color: var(--body-text-color-subdued); }
+.tiles b { font-weight: 600; font-size: 16px; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.log { max-height: 240px; overflow: auto; display: flex; flex-direction: column-reverse; border-radius: 8px;
+  border: 1px solid var(--block-border-color); background: var(--background-fill-secondary); }
+.log pre { margin: 0; padding: 10px 12px; font-family: var(--font-mono); font-size: 12px; line-height: 1.5;
+  white-space: pre-wrap; overflow-wrap: anywhere; background: none; }
+.board details summary { cursor: pointer; font-size: 14px; margin: 8px 0 6px; color: var(--body-text-color-subdued); }
+.board h3 { font-size: 15px; font-weight: 600; margin: 2px 0 8px; } .board .scroll + h3 { margin-top: 20px; }
+.board p + h3 { margin-top: 16px; } .board .pictures + h3 { margin-top: 20px; }
+.board .fault { margin: 6px 0; }
+.board .block:has(> .html-container > .prose:empty) { display: none; }
+.board .when-run { transition: none; } .board:has(#status .empty) .when-run { display: none; }
+"""

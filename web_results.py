@@ -1,0 +1,263 @@
+"""The pages Evaluate and Export: what a run has learned, and what is made of it to be used elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import common
+import doctor
+import web_common
+import web_jobs
+import web_parts
+import web_train
+from common import UserError
+from web_parts import Translate, link, size, table
+
+# GGUF types in the order of their size, with bits a weight; quantize.py --help has all.
+TYPES = {"f16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "iq4_xs": 4.5, "q3_k_m": 4.0, "q2_k": 3.2}
+USUAL = "q4_k_m"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record that a script left, or nothing where there is none yet."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def chosen_run(name: str | None) -> tuple[list[str], str | None]:
+    """The runs that have an adapter, and the one that is looked at: `name`, or the newest."""
+    names = web_parts.trained(web_parts.run_names())
+    return names, name if name in names else next(iter(names), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def base_of(folder: Path) -> Path:
+    return Path((web_train.read_run(folder) or {}).get("model", common.EMBEDDED_MODEL))
+
+
+def parameters(folder: Path) -> int:
+    """How many weights the base of a run has; 0 where it is not on this disk."""
+    total = 0
+    for shape in doctor.tensor_shapes(base_of(folder)).values():
+        count = 1
+        for length in shape:
+            count *= length
+        total += count
+    return total
+
+
+def type_choices(name: str | None, t: Translate) -> list[tuple[str, str]]:
+    """The GGUF types with their expected sizes and a word on each."""
+    words = {"f16": t("16 bit, exact"), "q8_0": t("nearly exact"), USUAL: t("the usual choice"), "q2_k": t("coarse")}
+    count = parameters(web_parts.run_folder(name)) if name else 0
+    labels = []
+    for kind, bits in TYPES.items():
+        about = f"{t('about')} {size(count * bits / 8)}" if count else ""
+        labels.append((" · ".join(filter(None, (kind, about, words.get(kind, "")))), kind))
+    return labels
+
+
+def files_html(name: str | None, t: Translate) -> str:
+    """Everything a run can be used as, with its size: base, adapter, merged model, GGUF files."""
+    if not name:
+        return web_parts.train_first(t)
+    folder = web_parts.run_folder(name)
+    base, merged, ggufs = base_of(folder), folder / "merged", read_json(folder / "gguf" / "gguf.json").get("files", {})
+    whole = doctor.model_bytes(base)
+
+    def share(count: float) -> str:
+        return f"{count / whole:.0%}" if whole else "–"
+
+    rows = []
+    if whole:
+        rows.append([t("base model"), f"<code>{escape(str(base))}</code>", size(whole), "100%"])
+    adapter = folder / "adapter_model.safetensors"
+    count = adapter.stat().st_size
+    rows.append([t("adapter"), link(adapter, adapter.name, download=True), size(count), share(count)])
+    if common.missing_from_model(merged) == []:
+        files = " ".join(link(f, f.name, download=True) for f in sorted(merged.glob("*.safetensors")))
+        count = doctor.model_bytes(merged)
+        rows.append([t("merged model"), f"<code>{escape(str(merged))}</code><br>{files}", size(count), share(count)])
+    for file, record in sorted(ggufs.items(), key=lambda item: -item[1]["bytes"]):
+        path = folder / "gguf" / file
+        if path.is_file():
+            modelfile = path.with_suffix(".Modelfile")
+            more = " · " + link(modelfile, "Modelfile", download=True) if modelfile.is_file() else ""
+            links = link(path, file, download=True) + more
+            rows.append([f"GGUF {escape(record['type'])}", links, size(record["bytes"]), share(record["bytes"])])
+    return table(["", t("files"), t("size"), t("of the base")], rows, first_left=2)
+
+
+def proof_html(name: str | None, t: Translate) -> str:
+    """What merge.py and quantize.py measured of the files they made."""
+    if not name:
+        return ""
+    folder = web_parts.run_folder(name)
+    merge = read_json(folder / "merged" / "merge.json")
+    ggufs = read_json(folder / "gguf" / "gguf.json").get("files", {})
+    parts = []
+    if merge:
+        used = f"{merge['adapter_tensors_used_once']} / {merge['adapter_tensors']}"
+        rows = [
+            [t("tensors of the adapter, each used exactly once"), used],
+            [t("type of the weights"), escape(merge["dtype"])],
+        ]
+        if proof := merge.get("proof"):
+            rows += [
+                [t("prompts compared with base + adapter"), f"{proof['prompts']}"],
+                [t("difference of the logits (rms)"), f"{proof['difference']:.2g}"],
+                [t("what rounding alone makes"), f"{proof['rounding']:.2g}"],
+                [t("same first choice"), f"{proof['same_first_choice']:.1%}"],
+            ]
+        else:
+            rows.append([t("answers compared"), t("no")])
+        parts.append(f"<h3>{t('Merged model: what was verified')}</h3>" + table(["", ""], rows))
+    measured = [record for record in ggufs.values() if record.get("verified")]
+    if ggufs:
+        head = [t("type"), t("same tokens"), t("KL divergence"), t("same first choice"), t("perplexity")]
+        head += [t("tokens/s")]
+        rows = []
+        if measured:
+            rows.append([t("16-bit model"), "", "", "", f"{measured[0]['reference_perplexity']:.3f}", ""])
+        for record in sorted(ggufs.values(), key=lambda record: -record["bytes"]):
+            if record.get("verified"):
+                cells = [t("yes") if record.get("tokens_equal") else t("no"), f"{record['kl_divergence']:.4f}"]
+                cells += [f"{record['top1_agreement']:.1%}", f"{record['perplexity']:.3f}"]
+                rows.append([escape(record["type"]), *cells, f"{record['tokens_per_second']:.0f}"])
+            else:
+                rows.append([escape(record["type"]), t("not verified"), "", "", "", ""])
+        parts.append(f"<h3>{t('GGUF: measured with llama.cpp')}</h3>" + table(head, rows))
+    return "".join(parts)
+
+
+def modelfile_text(name: str | None) -> str:
+    """The Modelfile of the run's newest GGUF."""
+    if not name:
+        return ""
+    found = sorted((web_parts.run_folder(name) / "gguf").glob("*.Modelfile"), key=lambda path: path.stat().st_mtime)
+    return found[-1].read_text(encoding="utf-8") if found else ""
+
+
+def start_export(name: str | None, what: str, kinds: Sequence[str], overwrite: bool, verify: bool) -> None:
+    """Starts merge.py or quantize.py for a run; raises UserError where nothing is chosen."""
+    if not name:
+        raise UserError("there is no trained run; train one first")
+    if what == "quantize" and not kinds:
+        raise UserError("no GGUF type is chosen; choose one")
+    folder = web_parts.run_folder(name)
+    script = ["merge.py", str(folder)] if what == "merge" else ["quantize.py", str(folder), "--type", ",".join(kinds)]
+    flags = ["--overwrite"] * overwrite + ["--no-verify"] * (not verify)
+    for other in ("merge", "quantize"):
+        job = web_jobs.find(web_train.job_folder(folder, other))
+        if job and web_jobs.state(job) == "running":
+            raise UserError(f"{job.shown} is still at work; wait for it, or stop it")
+    web_parts.start_script(web_train.job_folder(folder, what), [*script, *flags])
+
+
+def newest_job(name: str | None, kinds: Sequence[str]) -> web_jobs.Job | None:
+    """The script of `kinds` that was started last for a run."""
+    if not name:
+        return None
+    folder = web_parts.run_folder(name)
+    jobs = [job for kind in kinds if (job := web_jobs.find(web_train.job_folder(folder, kind)))]
+    return max(jobs, key=lambda job: job.created, default=None)
+
+
+def export_page(t: Translate) -> Callable[[Any], None]:
+    """The components of the page Export inside an open gr.Tab. Returns what connects the events, given the tab."""
+    import gradio as gr
+
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=330):
+            run = gr.Dropdown([], label=t("Run"), elem_id="export-run")
+            gr.HTML(
+                f"<h3>{t('Merge')}</h3>" + web_common.note(t("One 16-bit model for transformers and vLLM.")),
+                padding=False,
+            )
+            merge = gr.Button(t("Merge"), variant="primary", elem_id="export-merge")
+            gr.HTML(
+                "<h3>GGUF</h3>" + web_common.note(t("For llama.cpp and Ollama; merges first where needed.")),
+                padding=False,
+            )
+            kinds = gr.CheckboxGroup(type_choices(None, t), value=[USUAL], label=t("Types"), elem_id="gguf-types")
+            quantize = gr.Button(t("Make GGUF"), variant="primary", elem_id="export-gguf")
+            with gr.Accordion(t("Options"), open=False, elem_id="export-options"):
+                verify = gr.Checkbox(True, label=t("Verify: compare the answers with the trained model's"))
+                overwrite = gr.Checkbox(False, label=t("Replace files that are there"))
+            stop = gr.Button(t("Stop"), variant="stop", elem_id="export-stop", visible=False)
+        with gr.Column(scale=7, min_width=330):
+            told = gr.HTML(elem_id="export-fault", padding=False)
+            files = gr.HTML(elem_id="export-files", padding=False)
+            doing = gr.HTML(elem_id="export-state", padding=False)
+            proof = gr.HTML(elem_id="export-proof", padding=False)
+            with gr.Accordion("Modelfile", open=False, visible=False) as fold:
+                modelfile = gr.Code(language=None, label="Modelfile", buttons=["copy"], wrap_lines=True)
+    seen, timer = gr.State(dict), gr.Timer(2)
+
+    def watch(name: str | None, shown: dict[str, Any]) -> list[Any]:
+        names, chosen = chosen_run(name)
+        job, text = newest_job(chosen, ("merge", "quantize")), modelfile_text(chosen)
+        now = {
+            "run": (names, chosen),
+            "kinds": type_choices(chosen, t),
+            "files": files_html(chosen, t),
+            "doing": web_parts.job_box(job, t),
+            "proof": proof_html(chosen, t),
+            "fold": bool(text),
+            "modelfile": text,
+            "stop": bool(job) and web_jobs.state(job) == "running",
+        }
+        sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
+        if isinstance(sent["run"], tuple):
+            sent["run"] = gr.Dropdown(choices=names, value=chosen)
+        if isinstance(sent["kinds"], list):
+            sent["kinds"] = gr.CheckboxGroup(choices=now["kinds"])
+        if isinstance(sent["fold"], bool):
+            sent["fold"] = gr.Accordion(visible=sent["fold"])
+        if isinstance(sent["stop"], bool):
+            sent["stop"] = gr.Button(visible=sent["stop"])
+        return [*sent.values(), shown]
+
+    def begin(what: str) -> Callable[..., str]:
+        def beginning(name: str | None, types: list[str], over: bool, proving: bool) -> str:
+            try:
+                start_export(name, what, types, over, proving)
+            except UserError as error:
+                return web_common.fault(error)
+            return ""
+
+        return beginning
+
+    def end(name: str | None) -> None:
+        if job := newest_job(name, ("merge", "quantize")):
+            web_jobs.interrupt(job)
+
+    def connect(tab: gr.Tab) -> None:
+        from gradio.context import Context
+
+        watched = [run, kinds, files, doing, proof, fold, modelfile, stop, seen]
+        for button, what in ((merge, "merge"), (quantize, "quantize")):
+            button.click(begin(what), [run, kinds, overwrite, verify], told, show_progress="hidden").then(
+                watch, [run, seen], watched, show_progress="hidden"
+            )
+        stop.click(end, run, show_progress="hidden")
+        gr.on(
+            [run.input, timer.tick, tab.select],
+            watch,
+            [run, seen],
+            watched,
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
+        Context.root_block.load(watch, [run, seen], watched, show_progress="hidden")
+
+    return connect
