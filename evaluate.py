@@ -754,8 +754,12 @@ def list_runs() -> str:
 
 
 def key_figure(folder: Path) -> tuple[str, str]:
-    """The newest evaluation of a run's own model: its data, and accuracy or exact match; dashes for none."""
-    files = sorted(folder.glob("eval/*/metrics.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    """The newest evaluation of a run's own model: its data, and accuracy or exact match; dashes for none.
+
+    What tells whether the run forgot comes only where there is nothing else.
+    """
+    files = list(folder.glob("eval/*/metrics.json"))
+    files.sort(key=lambda file: (file.parent.name != GENERAL, file.stat().st_mtime), reverse=True)
     for found in (json.loads(file.read_text(encoding="utf-8")) for file in files):
         figures = found["models"].get("trained", {})
         for key in ("accuracy", "exact_match"):

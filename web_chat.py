@@ -85,7 +85,6 @@ WORDS = {
     "Tool call": "工具调用",
     "(an empty reply)": "（空回复）",
     "loading {name} ...": "正在载入 {name} ……",
-    "loaded in {seconds:.1f} s": "载入用时 {seconds:.1f} 秒",
     "another page is being answered; waiting ...": "正在回答另一个页面；请稍候……",
     "memory is free": "内存已释放",
     "{n} tokens": "{n} 个词元",
@@ -119,8 +118,9 @@ class Asked:
     """What one browser waits for; `stop` ends it from another thread."""
 
     stopped: bool = False
-    dropped: bool = False  # something else was asked meanwhile: what still comes is not shown
+    instead: Callable[[], dict[Any, Any]] | None = None  # what is shown now, as something else was asked meanwhile
     reply: Reply | None = None
+    ended: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def stop(self) -> None:
         self.stopped = True
@@ -134,12 +134,16 @@ def stop(request: gr.Request) -> None:
         asked.stop()
 
 
-def _drop(request: gr.Request) -> bool:
-    """Ends the reply that this browser waits for, if any, without another word of it."""
+def _drop(request: gr.Request, instead: Callable[[], dict[Any, Any]]) -> bool:
+    """Ends the reply that this browser waits for, if any; returns once it has ended.
+
+    Its last word is what `instead` paints: Gradio may send that after all that the caller shows from now on.
+    """
     asked = _asked.pop(request.session_hash, None)
     if asked:
-        asked.dropped = True
+        asked.instead = instead
         asked.stop()
+        asked.ended.wait(10)
     return asked is not None
 
 
@@ -320,6 +324,7 @@ class ChatPage:
                     elem_id=f"chat-{voice}",
                     elem_classes="talk",
                 )
+        self.loading = gr.HTML(elem_classes="said", elem_id="chat-loading")
         self.remark = gr.HTML(elem_classes="said", elem_id="chat-remark")
         self.fault = gr.HTML(elem_classes="said", elem_id="chat-fault")
         self.role = gr.Radio(
@@ -449,7 +454,7 @@ class ChatPage:
         if self.source is None:
             self.connect_targets()
         else:
-            gr.context.Context.root_block.load(self.load, self.with_base, [self.remark, self.fault])
+            gr.context.Context.root_block.load(self.load, self.with_base, self.loading, show_progress="hidden")
 
     def show_voices(self, with_base: bool) -> list[Any]:
         """One voice without its name, or two with theirs."""
@@ -458,7 +463,7 @@ class ChatPage:
     def connect_targets(self) -> None:
         self.refresh.click(lambda: gr.update(choices=targets()), None, self.target, show_progress="hidden")
         self.free.click(self.free_memory, None, self.remark)
-        opened = {"fn": self.first_target, "inputs": [self.target, self.offered]}
+        opened = {"fn": self.first_target, "inputs": self.offered}
         opened["outputs"] = [self.target, self.offered, self.fault]
         gr.context.Context.root_block.load(**opened)
         if self.tab:
@@ -520,13 +525,13 @@ class ChatPage:
 
     def delete_turn(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> dict[Any, Any]:
         """Takes out the chosen turn, or the last; one that is being answered is the last."""
-        if _drop(request):
+        if _drop(request, lambda: self.paint(turns) | {self.remark: ""}):
             return self.paint(turns) | {self.remark: ""}
         number = len(turns) - 1 if chosen is None else chosen
         return self.paint([turn for i, turn in enumerate(turns) if i != number]) | {self.remark: ""}
 
     def start_anew(self, request: gr.Request) -> dict[Any, Any]:
-        _drop(request)
+        _drop(request, lambda: self.paint([]) | {self.remark: ""})
         return self.paint([]) | {self.remark: ""}
 
     def paint(self, turns: list[Turn], streaming: bool = False) -> dict[Any, Any]:
@@ -547,27 +552,38 @@ class ChatPage:
 
     def answer(self, turns: list[Turn], given: dict[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Every voice answers the last turn; where that cannot be, it is taken back and its text stands in the box."""
-        _drop(request)
+
+        def begin() -> dict[Any, Any]:
+            waiting = gr.update(value="", submit_btn=False, stop_btn=self.t("Stop"))
+            return self.paint(turns, streaming=True) | {self.box: waiting, self.fault: "", self.remark: ""}
+
+        _drop(request, begin)
         asked = _asked[request.session_hash] = Asked()
+        try:
+            yield begin()
+            yield from self.growing(turns, given, asked)
+        finally:
+            asked.ended.set()
+            if _asked.get(request.session_hash) is asked:
+                del _asked[request.session_hash]
+
+    def growing(self, turns: list[Turn], given: dict[Any, Any], asked: Asked) -> Iterator[dict[Any, Any]]:
+        """The answers as they grow, and at last how the page stays."""
         before, told = given[self.turns], ""
-        waiting = gr.update(value="", submit_btn=False, stop_btn=self.t("Stop"))
-        yield self.paint(turns, streaming=True) | {self.box: waiting, self.fault: "", self.remark: ""}
         try:
             settings = self.read_settings(given)
             tools = web_talk.read_tools(given[self.tools])
             with _in_words():
                 for painted, told in self.replies(turns, given, settings, tools, asked):
-                    if asked.dropped:
-                        return
+                    if asked.instead:
+                        break
                     yield self.paint(painted, streaming=True) | {self.remark: web_common.note(told)}
                     turns = painted
-            yield self.paint(turns) | {self.remark: web_common.note(told)}
+            last = self.paint(turns) | {self.remark: web_common.note(told)}
         except UserError as error:
             box = self.ready(value=turns[-1]["text"]) if len(turns) > len(before) else self.ready()
-            yield self.paint(before) | {self.box: box, self.fault: web_common.fault(error), self.remark: ""}
-        finally:
-            if _asked.get(request.session_hash) is asked:
-                del _asked[request.session_hash]
+            last = self.paint(before) | {self.box: box, self.fault: web_common.fault(error), self.remark: ""}
+        yield asked.instead() if asked.instead else last
 
     def replies(
         self, turns: list[Turn], given: dict[Any, Any], settings: Settings, tools: Any, asked: Asked
@@ -579,7 +595,10 @@ class ChatPage:
             text = "{name} has its training in its weights, so the model before it is not there; choose the run itself."
             raise UserError(t(text, name=source.name))
         while not _busy.acquire(timeout=0.3):
-            yield turns, t("another page is being answered; waiting ...")
+            if _loaded is None:
+                yield turns, t("loading {name} ...", name=source.name)
+            else:
+                yield turns, t("another page is being answered; waiting ...")
             if asked.stopped:
                 return
         try:
@@ -622,27 +641,31 @@ class ChatPage:
             raise UserError(self.t("There is no trained model in saves/ yet; train one, or name a model's folder."))
         return engine.find(target)
 
-    def load(self, with_base: bool) -> Iterator[tuple[str, str]]:
-        """Loads the only target when the page opens, so that the first reply need not wait for it."""
-        t, source, started = self.t, self.find(None), time.monotonic()
+    def load(self, with_base: bool) -> Iterator[str]:
+        """Loads the only target when the page opens, so that the first reply need not wait for it.
+
+        What it says has a place of its own: it may come after the first message was sent.
+        """
+        source = self.find(None)
         if is_loaded(source, with_base):
-            yield "", ""
+            yield ""
             return
-        yield web_common.note(t("loading {name} ...", name=source.name)), ""
+        yield web_common.note(self.t("loading {name} ...", name=source.name))
         try:
             with _busy, _in_words():
                 _engine(source, with_base)
-            yield web_common.note(t("loaded in {seconds:.1f} s", seconds=time.monotonic() - started)), ""
+            yield ""
         except UserError as error:
-            yield "", web_common.fault(error)
+            yield web_common.fault(error)
 
-    def first_target(self, target: str | None, offered: list[str]) -> tuple[Any, list[str], str]:
+    def first_target(self, offered: list[str]) -> tuple[Any, list[str], Any]:
         """When the page opens: what can be talked to by now; the newest is chosen where it was not offered before."""
         choices = targets()
         paths = [path for _, path in choices]
-        value = paths[0] if paths and paths[0] not in offered else target
+        chosen = {"value": paths[0]} if paths and paths[0] not in offered else {}
         nothing = self.t("There is no trained model in saves/ yet; train one, or name a model's folder.")
-        return gr.update(choices=choices, value=value), paths, "" if choices else web_common.note(nothing)
+        told = web_common.note(nothing) if not choices else gr.skip() if offered else ""
+        return gr.update(choices=choices, **chosen), paths, told
 
     def settings_of(self, target: str | None) -> list[Any]:
         """The fault of a target, if it has one, and the settings of its configuration."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -206,15 +207,15 @@ def page(t: Translate) -> Callable[[Any], None]:
             where = gr.HTML(elem_id="eval-where", elem_classes="pager-where", padding=False)
             forth = gr.Button("›", min_width=40, scale=0, elem_id="eval-forth")
         predictions = gr.HTML(elem_id="eval-predictions", padding=False)
-    seen, number, timer = gr.State(dict), gr.State(0), gr.Timer(2)
+    seen, asked_for, acted, timer = gr.State(dict), gr.State(0), gr.State(0.0), gr.Timer(2)
 
-    def watch(name: str | None, part: str | None, number: int, shown: dict[str, Any]) -> list[Any]:
+    def watch(name: str | None, held: str | None, wanted: int, shown: dict[str, Any]) -> list[Any]:
         names, chosen = web_results.chosen_run(name)
         parts = [folder.name for folder in evaluations(chosen)]
-        part = part if part in parts else next(iter(parts), None)
+        part = held if held in parts else next(iter(parts), None)
         html, number, pages = ("", 0, 1)
         if part:
-            html, number, pages = predictions_html(web_parts.run_folder(chosen) / "eval" / part, number, t)
+            html, number, pages = predictions_html(web_parts.run_folder(chosen) / "eval" / part, wanted, t)
         job = web_results.newest_job(chosen, ("evaluate",))
         now = {
             "run": (names, chosen),
@@ -227,21 +228,21 @@ def page(t: Translate) -> Callable[[Any], None]:
             "stop": bool(job) and web_jobs.state(job) == "running",
         }
         sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
-        for key in ("run", "which"):
+        for key, before in (("run", name), ("which", held)):
             if isinstance(sent[key], tuple):
-                sent[key] = gr.Dropdown(choices=now[key][0], value=now[key][1])
+                sent[key] = web_parts.offer(*now[key], before)
         if isinstance(sent["fold"], bool):
             sent["fold"] = gr.Column(visible=sent["fold"])
         if isinstance(sent["stop"], bool):
             sent["stop"] = gr.Button(visible=sent["stop"])
-        return [*sent.values(), number, shown]
+        return [*sent.values(), gr.skip() if number == wanted else number, shown]
 
-    def begin(name: str | None, names: list[str] | None, too: bool) -> str:
+    def begin(name: str | None, names: list[str] | None, too: bool) -> tuple[str, float]:
         try:
             start(name, names or [], too)
         except UserError as error:
-            return web_common.fault(error)
-        return ""
+            return web_common.fault(error), time.time()
+        return "", time.time()
 
     def end(name: str | None) -> None:
         if job := web_results.newest_job(name, ("evaluate",)):
@@ -250,17 +251,16 @@ def page(t: Translate) -> Callable[[Any], None]:
     def connect(tab: gr.Tab) -> None:
         from gradio.context import Context
 
-        asked = [run, which, number, seen]
-        watched = [run, doing, results, fold, which, where, predictions, stop, number, seen]
         quiet = {"show_progress": "hidden"}
-        go.click(begin, [run, data, base], told, **quiet).then(watch, asked, watched, **quiet)
+        go.click(begin, [run, data, base], [told, acted], **quiet)
         stop.click(end, run, **quiet)
-        gr.on(
-            [run.input, which.input, timer.tick, tab.select], watch, asked, watched, trigger_mode="always_last", **quiet
-        )
-        back.click(lambda n: n - 1, number, number, **quiet).then(watch, asked, watched, **quiet)
-        forth.click(lambda n: n + 1, number, number, **quiet).then(watch, asked, watched, **quiet)
-        Context.root_block.load(watch, asked, watched, **quiet)
+        back.click(lambda n: n - 1, asked_for, asked_for, **quiet)
+        forth.click(lambda n: n + 1, asked_for, asked_for, **quiet)
+        watched = [run, doing, results, fold, which, where, predictions, stop, asked_for, seen]
+        # one event for all: of two at a time the older answer could come last
+        moments = [Context.root_block.load, tab.select, timer.tick, run.change, which.change, asked_for.change]
+        moments.append(acted.change)
+        gr.on(moments, watch, [run, which, asked_for, seen], watched, trigger_mode="always_last", **quiet)
 
     return connect
 

@@ -172,6 +172,13 @@ def only_changes(shown: dict[str, Any], **now: Any) -> list[Any]:
     return sent
 
 
+def offer(names: list[str], chosen: str | None, held: str | None) -> Any:
+    """A dropdown's new choices; its value only where it is no more what it `held`: the visitor may be choosing now."""
+    import gradio as gr
+
+    return gr.Dropdown(choices=names) if chosen == held else gr.Dropdown(choices=names, value=chosen)
+
+
 CSS = """
 .board .html-container { padding: 0 !important; }
 .scroll { overflow-x: auto; }

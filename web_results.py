@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -201,7 +202,7 @@ def export_page(t: Translate) -> Callable[[Any], None]:
             proof = gr.HTML(elem_id="export-proof", padding=False)
             with gr.Accordion("Modelfile", open=False, visible=False) as fold:
                 modelfile = gr.Code(language=None, label="Modelfile", buttons=["copy"], wrap_lines=True)
-    seen, timer = gr.State(dict), gr.Timer(2)
+    seen, acted, timer = gr.State(dict), gr.State(0.0), gr.Timer(2)
 
     def watch(name: str | None, shown: dict[str, Any]) -> list[Any]:
         names, chosen = chosen_run(name)
@@ -218,7 +219,7 @@ def export_page(t: Translate) -> Callable[[Any], None]:
         }
         sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
         if isinstance(sent["run"], tuple):
-            sent["run"] = gr.Dropdown(choices=names, value=chosen)
+            sent["run"] = web_parts.offer(names, chosen, name)
         if isinstance(sent["kinds"], list):
             sent["kinds"] = gr.CheckboxGroup(choices=now["kinds"])
         if isinstance(sent["fold"], bool):
@@ -227,13 +228,13 @@ def export_page(t: Translate) -> Callable[[Any], None]:
             sent["stop"] = gr.Button(visible=sent["stop"])
         return [*sent.values(), shown]
 
-    def begin(what: str) -> Callable[..., str]:
-        def beginning(name: str | None, types: list[str], over: bool, proving: bool) -> str:
+    def begin(what: str) -> Callable[..., tuple[str, float]]:
+        def beginning(name: str | None, types: list[str], over: bool, proving: bool) -> tuple[str, float]:
             try:
                 start_export(name, what, types, over, proving)
             except UserError as error:
-                return web_common.fault(error)
-            return ""
+                return web_common.fault(error), time.time()
+            return "", time.time()
 
         return beginning
 
@@ -244,20 +245,13 @@ def export_page(t: Translate) -> Callable[[Any], None]:
     def connect(tab: gr.Tab) -> None:
         from gradio.context import Context
 
-        watched = [run, kinds, files, doing, proof, fold, modelfile, stop, seen]
+        quiet = {"show_progress": "hidden"}
         for button, what in ((merge, "merge"), (quantize, "quantize")):
-            button.click(begin(what), [run, kinds, overwrite, verify], told, show_progress="hidden").then(
-                watch, [run, seen], watched, show_progress="hidden"
-            )
-        stop.click(end, run, show_progress="hidden")
-        gr.on(
-            [run.input, timer.tick, tab.select],
-            watch,
-            [run, seen],
-            watched,
-            show_progress="hidden",
-            trigger_mode="always_last",
-        )
-        Context.root_block.load(watch, [run, seen], watched, show_progress="hidden")
+            button.click(begin(what), [run, kinds, overwrite, verify], [told, acted], **quiet)
+        stop.click(end, run, **quiet)
+        watched = [run, kinds, files, doing, proof, fold, modelfile, stop, seen]
+        # one event for all: of two at a time the older answer could come last
+        moments = [Context.root_block.load, tab.select, timer.tick, run.change, acted.change]
+        gr.on(moments, watch, [run, seen], watched, trigger_mode="always_last", **quiet)
 
     return connect

@@ -480,8 +480,12 @@ def make_field(name: str, label: str, help: str | None, t: Translate, *, filled:
     return gr.Textbox(first, max_lines=1, placeholder=default or t("unset"), **common_part)
 
 
-def new_name() -> str:
-    return time.strftime("run-%Y%m%d-%H%M%S")
+# Run in the browser: an answer of the server could come after the visitor has typed a name, and take its place.
+NEW_NAME = """(name) => {
+  const two = (number) => String(number).padStart(2, "0"), now = new Date();
+  const day = `${now.getFullYear()}${two(now.getMonth() + 1)}${two(now.getDate())}`;
+  return name || `run-${day}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
+}"""
 
 
 def page(
@@ -511,7 +515,7 @@ def page(
             }
             with gr.Group(elem_classes="tight"):
                 with gr.Row():
-                    run_name = gr.Textbox(value=new_name, label=t("Name of the run"), max_lines=1, elem_id="run-name")
+                    run_name = gr.Textbox(label=t("Name of the run"), max_lines=1, elem_id="run-name")
                     recipes = [(path.stem, str(path)) for path in sorted((common.ROOT / "configs").glob("*.yaml"))]
                     recipe = gr.Dropdown(recipes, value=None, label=t("Start from a recipe"), elem_id="recipe-choice")
                 for pair in zip(FIRST[:-1:2], FIRST[1::2], strict=True):
@@ -567,8 +571,7 @@ def page(
                 log = gr.HTML(elem_id="train-log", padding=False)
     with gr.Accordion(t("All runs"), open=False, elem_id="all-runs", elem_classes="when-run"):
         all_runs = gr.HTML(padding=False)
-    seen = gr.State(dict)
-    timer = gr.Timer(2)
+    seen, acted, timer = gr.State(dict), gr.State(0.0), gr.Timer(2)
 
     def read_fields(name: str, *values: Any) -> Loaded:
         return settle(dict(zip(options, values, strict=True)), name)
@@ -590,14 +593,14 @@ def page(
         begun = folder.relative_to(common.SAVES).as_posix()
         return ["", False, gr.Dropdown(choices=run_names(), value=begun)]
 
-    def act(what: Callable[[Path], None]) -> Callable[[str | None], str]:
-        def acting(name: str | None) -> str:
+    def act(what: Callable[[Path], None]) -> Callable[[str | None], tuple[str, float]]:
+        def acting(name: str | None) -> tuple[str, float]:
             try:
                 if name:
                     what(web_parts.run_folder(name))
             except UserError as error:
-                return web_common.fault(error)
-            return ""
+                return web_common.fault(error), time.time()
+            return "", time.time()
 
         return acting
 
@@ -621,7 +624,7 @@ def page(
         }
         sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
         if isinstance(sent["run"], tuple):
-            sent["run"] = gr.Dropdown(choices=names, value=chosen)
+            sent["run"] = web_parts.offer(names, chosen, name)
         if isinstance(sent["compare"], list):
             sent["compare"] = gr.Dropdown(choices=now["compare"])
         for button in buttons:
@@ -654,24 +657,19 @@ def page(
         outcome = [fault, memory, shown_command, shown_recipe, overwrite, refused]
         quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
         gr.on([*(c.change for c in settings), tab.select], live, settings, outcome, **quick)
-        watched = [run, compare, status, loss_plot, small_plots, log, all_runs, *buttons.values(), seen]
-        start.click(begin, [overwrite, *settings], [refused, overwrite, run], show_progress="hidden").then(
-            watch, [run, compare, seen], watched, show_progress="hidden"
-        )
+        start.click(begin, [overwrite, *settings], [refused, overwrite, run], show_progress="hidden")
         for name, what in (("pause", pause), ("go_on", go_on), ("abort", abort)):
-            buttons[name].click(act(what), run, told, show_progress="hidden").then(
-                watch, [run, compare, seen], watched, show_progress="hidden"
-            )
-        gr.on([run.input, compare.input, timer.tick, tab.select], watch, [run, compare, seen], watched, **quick)
-        load.upload(fill, load, [loaded_note, *settings], show_progress="hidden").then(live, settings, outcome, **quick)
-        recipe.input(fill, recipe, [loaded_note, *settings], show_progress="hidden").then(
-            live, settings, outcome, **quick
-        )
+            buttons[name].click(act(what), run, [told, acted], show_progress="hidden")
+        watched = [run, compare, status, loss_plot, small_plots, log, all_runs, *buttons.values(), seen]
+        root = Context.root_block
+        # one event for all: of two at a time the older answer could come last
+        moments = [root.load, tab.select, timer.tick, run.change, compare.change, acted.change]
+        gr.on(moments, watch, [run, compare, seen], watched, **quick)
+        load.upload(fill, load, [loaded_note, *settings], show_progress="hidden")
+        recipe.input(fill, recipe, [loaded_note, *settings], show_progress="hidden")
         model, fitted = options["model_name_or_path"], [options[name] for name in PRESET]
         model.input(fit_model, [model, *fitted], fitted, show_progress="hidden")
-        root = Context.root_block
-        root.load(watch, [run, compare, seen], watched, show_progress="hidden")
-        root.load(live, settings, outcome, show_progress="hidden")
+        root.load(None, run_name, run_name, js=NEW_NAME)  # its change calls `live`
 
     return connect
 

@@ -80,7 +80,7 @@ def test_the_run_folder_is_complete(finished):
     assert names == {
         "config.yaml", "run.json", "trainer_log.jsonl", "training_loss.png", "adapter_config.json",
         "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "checkpoint-10", "checkpoint-12",
+        "checkpoint-10", "checkpoint-12", "report.html",
     }  # fmt: skip
     state = read_run(finished)
     assert state["status"] == "finished"

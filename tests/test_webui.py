@@ -327,6 +327,8 @@ def test_a_new_conversation_ends_the_reply_of_the_old(page: Any) -> None:
     page.locator("#chat-new").click()
     page.get_by_text("Say something").wait_for()
     page.locator("#chat-box button", has_text="Send").wait_for()
+    page.wait_for_timeout(500)  # in which the old reply's last words would have come
+    assert said(page, "user") == []
     set_longest(page, 4)
     send(page, "hi")  # would wait for the old reply, were it still going on
     assert said(page, "user") == ["hi"]
