@@ -184,9 +184,11 @@ def test_the_state_of_a_run_is_read_from_its_folder() -> None:
 
 
 def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Path) -> None:
-    (room / "train.py").write_text("import time; time.sleep(60)")
+    (room / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
     job = web_jobs.start(room / "elsewhere", [str(room / "train.py")])
-    child = wait_for(lambda: psutil.Process(job.process).children())[0]
+    # before that its only child may still be the shell's own fork, or a Python that is not yet up: Ctrl-C is lost on both
+    wait_for(lambda: web_jobs.tail(job.log) == "ready")
+    (child,) = psutil.Process(job.process).children()
     folder = make_folder("terminal", "running", child.pid)
     wait_for(lambda: web_train.run_state(folder) == "running")
     assert web_train.at_work() == "terminal"
