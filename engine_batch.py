@@ -30,7 +30,7 @@ ATTENTION = "onecard_rows"
 STEP = 0.25  # seconds that the pieces of prompts may add to a step; the others wait for so long
 KEEP = 512 << 20  # bytes of keys and values kept of finished replies
 PACKED = 64  # rows up to which packed weights are used: each number of rows costs oneDNN a kernel of its own
-TRIM = 32  # finished rows after which freed memory goes back to the system
+TRIM = 8  # finished rows after which freed memory goes back to the system
 REUSE = 16  # tokens in common from which keeping them is worth the copying
 
 

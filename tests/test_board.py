@@ -186,7 +186,7 @@ def test_the_state_of_a_run_is_read_from_its_folder() -> None:
 def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Path) -> None:
     (room / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
     job = web_jobs.start(room / "elsewhere", [str(room / "train.py")])
-    # before that its only child may still be the shell's own fork, or a Python that is not yet up: Ctrl-C is lost on both
+    # before that its child may still be a fork of the shell, or a Python that is not yet up: Ctrl-C is lost on both
     wait_for(lambda: web_jobs.tail(job.log) == "ready")
     (child,) = psutil.Process(job.process).children()
     folder = make_folder("terminal", "running", child.pid)
