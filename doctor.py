@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ GB = 1e9
 # The oldest Linux driver for each CUDA version that torch is built with (NVIDIA's CUDA release notes). Within a major
 # version a newer CUDA runs on the driver of its first release; 13 needs 580.
 OLDEST_DRIVER = {13: 580, 12: 525, 11: 450}
+HIDE_THE_CARD = "to train on the CPU all the same, hide the card: CUDA_VISIBLE_DEVICES=-1"
 
 
 class Examination:
@@ -76,25 +78,48 @@ def check_gpu(seen: Examination, config: Config) -> Gpu | None:
             seen.fault("card", "quantization_bit: 8 needs a GPU; take it out, or use 4")
         return None
     seen.good("card", f"{gpu.name}, {gpu.free_memory / GB:.1f} of {gpu.total_memory / GB:.1f} GB free")
+    if fault := gpu_fault(gpu):
+        seen.fault("card", f"{fault}; {HIDE_THE_CARD}")
+    else:
+        seen.good("driver", f"{gpu.driver} (CUDA {gpu.cuda[0]}.{gpu.cuda[1]}), torch is built for {torch_cuda()[0]}.x")
+    return gpu
+
+
+def gpu_fault(gpu: Gpu) -> str | None:
+    """What keeps a training from this card, and what to do; None where nothing does.
+
+    Unsloth refuses a card that torch cannot use, so such a machine trains only with the card hidden.
+    """
     if gpu.compute < (7, 0):
-        seen.fault("card", f"its compute capability is {gpu.compute[0]}.{gpu.compute[1]}; Unsloth needs 7.0 or newer")
+        return f"{gpu.name} has compute capability {gpu.compute[0]}.{gpu.compute[1]}, but Unsloth needs 7.0 or newer"
     built_for = torch_cuda()
     if built_for is None:
-        seen.fault("torch", "is a build without CUDA, but there is a card: delete .venv and run make setup again")
-        return gpu
+        return "torch is a build without CUDA, but there is a card: delete .venv and run make setup again"
     driver = int(gpu.driver.split(".")[0])
     needed = OLDEST_DRIVER.get(built_for[0], 580)
     if driver < needed:
         fits = next((major for major, oldest in OLDEST_DRIVER.items() if driver >= oldest), None)
         other = f", or install the build of the same torch release for CUDA {fits}" if fits else ""
-        seen.fault(
-            "driver",
-            f"{gpu.driver}, but torch is built for CUDA {built_for[0]}.{built_for[1]}, which needs {needed} or newer: "
-            f"update the driver{other}",
+        return (
+            f"the driver is {gpu.driver}, but torch is built for CUDA {built_for[0]}.{built_for[1]}, "
+            f"which needs {needed} or newer: update the driver{other}"
         )
-    else:
-        seen.good("driver", f"{gpu.driver} (CUDA {gpu.cuda[0]}.{gpu.cuda[1]}), torch is built for {built_for[0]}.x")
-    return gpu
+    if missing := missing_for_triton():
+        packages = f"gcc python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+        return (
+            f"Triton compiles what starts its kernels, but finds no {' and no '.join(missing)}: apt install {packages}"
+        )
+    return None
+
+
+def missing_for_triton() -> list[str]:
+    """What Triton compiles with and does not find here: a C compiler (CC, gcc or clang) and Python's header."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    missing = [] if any(map(shutil.which, compilers)) else [f"C compiler ({' or '.join(compilers)})"]
+    # as in triton/runtime/build.py: Debian's own scheme names a folder that its packages do not fill
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"]) / "Python.h"
+    return missing if header.is_file() else [*missing, str(header)]
 
 
 def torch_cuda() -> tuple[int, int] | None:

@@ -194,8 +194,11 @@ def check_model(config: Config) -> None:
 
 def check_environment(config: Config) -> None:
     """Raises UserError for what the device or the installation cannot do, before anything heavy."""
-    if config.quantization_bit == 8 and common.find_gpu() is None:
+    gpu = common.find_gpu()
+    if config.quantization_bit == 8 and gpu is None:
         raise UserError("quantization_bit: 8 needs a GPU; take it out, or use 4")
+    if gpu is not None and (fault := doctor.gpu_fault(gpu)):
+        raise UserError(f"{fault}; {doctor.HIDE_THE_CARD}")
     if config.adapter_name_or_path is not None:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (Path(config.adapter_name_or_path) / name).is_file():

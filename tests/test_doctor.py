@@ -12,6 +12,7 @@ from conftest import run, write_jsonl
 
 import common
 import doctor
+import train
 from common import load_config
 
 GB = 1e9
@@ -80,23 +81,77 @@ esac
 """
 
 
-@pytest.mark.parametrize(("driver", "faults"), [("535.104.05", 1), ("580.65.06", 0)])
-def test_a_driver_too_old_for_torch_is_told_with_what_fits(tmp_path, monkeypatch, capsys, driver, faults):
-    """nvidia-smi's own form of answer, on a machine without one."""
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(FAKE_SMI.format(driver=driver))
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+@pytest.fixture
+def card(tmp_path, monkeypatch):
+    """A card as nvidia-smi tells of it, on a machine without one, and a torch for CUDA 13: `card("580.65.06")`."""
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor, "torch_cuda", lambda: (13, 0))
-    assert common.find_gpu() == common.Gpu("NVIDIA GeForce RTX 4090", driver, (12, 2), (8, 9), 24564 << 20, 24100 << 20)
-    seen = doctor.Examination()
-    doctor.check_gpu(seen, load_config([]).config)
-    assert seen.faults == faults
-    if faults:
-        said = capsys.readouterr().out
-        assert "needs 580 or newer" in said
-        assert "for CUDA 12" in said
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
+
+    def program(name: str, text: str = "") -> None:
+        file = tmp_path / name
+        file.write_text(text)
+        file.chmod(0o755)
+
+    def make(driver: str) -> common.Gpu:
+        for name in ("gcc", "Python.h"):
+            program(name)
+        program("nvidia-smi", FAKE_SMI.format(driver=driver))
+        return common.find_gpu()
+
+    return make
+
+
+def refusal(capsys) -> str:
+    """What keeps the card from training, of which `--dry-run` and training tell alike."""
+    seen, config = doctor.Examination(), load_config([]).config
+    doctor.check_gpu(seen, config)
+    assert seen.faults == 1
+    with pytest.raises(common.UserError) as caught:
+        train.check_environment(config)
+    assert str(caught.value) in capsys.readouterr().out
+    return str(caught.value)
+
+
+def test_a_card_that_will_do(card, capsys):
+    assert card("580.65.06") == common.Gpu(
+        "NVIDIA GeForce RTX 4090", "580.65.06", (12, 2), (8, 9), 24564 << 20, 24100 << 20
+    )
+    seen, config = doctor.Examination(), load_config([]).config
+    doctor.check_gpu(seen, config)
+    train.check_environment(config)
+    assert seen.faults == 0
+    assert "580.65.06 (CUDA 12.2), torch is built for 13.x" in capsys.readouterr().out
+
+
+def test_a_driver_too_old_for_torch_is_told_with_what_fits(card, capsys):
+    card("535.104.05")
+    said = refusal(capsys)
+    assert "needs 580 or newer" in said
+    assert "for CUDA 12" in said
+    assert "CUDA_VISIBLE_DEVICES=-1" in said
+
+
+def test_a_torch_without_cuda_is_told(card, monkeypatch, capsys):
+    card("580.65.06")
+    monkeypatch.setattr(doctor, "torch_cuda", lambda: None)
+    assert "run make setup again" in refusal(capsys)
+
+
+def test_what_triton_compiles_with_is_told(card, tmp_path, monkeypatch, capsys):
+    card("580.65.06")
+    monkeypatch.setenv("CC", "icc")
+    assert "no C compiler (icc)" in refusal(capsys)
+    monkeypatch.delenv("CC")
+    (tmp_path / "Python.h").unlink()
+    assert f"no {tmp_path / 'Python.h'}: apt install gcc python3" in refusal(capsys)
+    (tmp_path / "gcc").rename(tmp_path / "clang")
+    (tmp_path / "Python.h").touch()
+    assert doctor.missing_for_triton() == []
+    (tmp_path / "clang").unlink()
+    assert "no C compiler (gcc or clang)" in refusal(capsys)
 
 
 @pytest.mark.slow
