@@ -286,7 +286,7 @@ def adapter_parameters(config: Config, shapes: dict[str, list[int]]) -> int:
     return sum(config.lora_rank * (rows + columns) for rows, columns in linear)
 
 
-def estimate_memory(config: Config, folder: Path, tokens: int, on_gpu: bool) -> dict[str, float]:
+def estimate_memory(config: Config, folder: Path, tokens: int, gpu: Gpu | None) -> dict[str, float]:
     """Bytes a training needs at its peak, by what they are for.
 
     `tokens` are those of the largest forward pass. The parts are counted from the model's shapes; the activations are
@@ -299,32 +299,47 @@ def estimate_memory(config: Config, folder: Path, tokens: int, on_gpu: bool) -> 
     linear = sum(
         math.prod(s) for name, s in shapes.items() if len(s) == 2 and not re.search(r"embed|lm_head|norm", name)
     )
-    width = 2 if on_gpu or config.bf16 else 4
+    width = 2 if gpu or config.bf16 else 4
     by_bits = {4: 0.53, 8: 1.03}  # with the quantization constants
     weights = linear * by_bits.get(config.quantization_bit or 0, width) + (total - linear) * width
     hidden, inner = model["hidden_size"], model["intermediate_size"]
     layers, vocabulary = model["num_hidden_layers"], model["vocab_size"]
     one_layer = tokens * (10 * hidden + 5 * inner) * width
-    if on_gpu and config.gradient_checkpointing != "false":
-        activations = 2 * one_layer  # recomputed and their gradients; Unsloth keeps the layers' inputs in main memory
+    if gpu and config.gradient_checkpointing != "false":
+        # recomputed; Unsloth's kernels write most gradients over them, and it keeps the layers' inputs in main memory
+        activations = one_layer
     elif config.gradient_checkpointing == "true":
         activations = 2 * one_layer + layers * tokens * hidden * width
     else:
         activations = one_layer * layers
-    logits = 3 * 4 * tokens * vocabulary  # with their gradient; both backends compute them in pieces
+    adapter = adapter_parameters(config, shapes) * 16  # float32 weight, gradient and two moments
+    runtime = 1.2 * GB  # CUDA context, or Python with torch and Unsloth
+    left = gpu.free_memory - weights - adapter - activations - runtime if gpu else None
     return {
         "weights": weights,
-        "adapter": adapter_parameters(config, shapes) * 16,  # float32 weight, gradient and two moments
+        "adapter": adapter,
         "activations": activations,
-        "logits": min(logits, 1.0 * GB if on_gpu else 0.2 * GB),
-        "runtime": 1.2 * GB,  # CUDA context, or Python with torch and Unsloth
+        "logits": logits_memory(tokens, vocabulary, left),
+        "runtime": runtime,
     }
+
+
+def logits_memory(tokens: int, vocabulary: int, left: float | None) -> float:
+    """Bytes of the logits with their gradient and what lies between; both of Unsloth's backends compute them in pieces.
+
+    On a card it makes pieces (a multiple of four) of at most half the memory that is `left` there, and at most 4 GiB,
+    at 16 bytes a logit (unsloth_zoo/fused_losses/cross_entropy_loss.py): the larger the card, the higher the peak.
+    """
+    if left is None:
+        return min(3 * 4 * tokens * vocabulary, 0.2 * GB)
+    whole, room = 16 * tokens * vocabulary, max(0.2 * GB, min(left / 2, 4 << 30))
+    return whole if whole <= room else whole / (4 * math.ceil(whole / room / 4))
 
 
 def check_memory(seen: Examination, config: Config, gpu: Gpu | None, samples: Samples | None) -> None:
     longest = samples.longest if samples and not config.packing else config.cutoff_len
     tokens = config.per_device_train_batch_size * longest
-    parts = estimate_memory(config, Path(config.model_name_or_path), tokens, gpu is not None)
+    parts = estimate_memory(config, Path(config.model_name_or_path), tokens, gpu)
     need = sum(parts.values())
     have = gpu.free_memory if gpu else free_memory()
     detail = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size >= 0.05 * GB)

@@ -146,7 +146,7 @@ def memory_html(config: Config, t: Translate) -> str:
     gpu = find_gpu()
     try:
         tokens = config.per_device_train_batch_size * reading
-        parts = doctor.estimate_memory(config, folder, tokens, gpu is not None)
+        parts = doctor.estimate_memory(config, folder, tokens, gpu)
     except KeyError:
         return web_common.note(t("Memory: cannot be estimated for this kind of model."))
     need, free, total = (

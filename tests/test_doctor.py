@@ -51,13 +51,28 @@ def test_an_adapter_of_the_8b_shape_has_the_known_number_of_parameters(llama3_8b
     assert doctor.adapter_parameters(load_config(["lora_target=q_proj,v_proj"]).config, shapes) == 3_407_872
 
 
+def card_of(gigabytes: float) -> common.Gpu:
+    return common.Gpu("RTX", "580.65", (13, 0), (8, 9), int(gigabytes * GB), int(gigabytes * GB))
+
+
 def test_the_second_tutorial_file_is_estimated_to_fit_24_gb(llama3_8b):
     config = load_config(["cutoff_len=4096", "per_device_train_batch_size=2"]).config
-    parts = doctor.estimate_memory(config, llama3_8b, 2 * 4096, on_gpu=True)
+    parts = doctor.estimate_memory(config, llama3_8b, 2 * 4096, card_of(24))
     assert parts["weights"] == pytest.approx(16.06 * GB, rel=0.001)
-    assert 18 * GB < sum(parts.values()) < 24 * GB
+    assert 21 * GB < sum(parts.values()) < 22 * GB
     quantized = load_config(["quantization_bit=4"]).config
-    assert sum(doctor.estimate_memory(quantized, llama3_8b, 2 * 4096, on_gpu=True).values()) < 13 * GB
+    needs = {
+        free: sum(doctor.estimate_memory(quantized, llama3_8b, 2 * 4096, card_of(free)).values()) for free in (11, 24)
+    }
+    assert needs[11] < 11 * GB < needs[24] < 14 * GB  # the pieces of the logits are as large as the card allows
+
+
+@pytest.mark.parametrize(
+    ("tokens", "left", "pieces"), [(8192, 5e9, 8), (8192, 60e9, 4), (300, 60e9, 1), (2048, 3e9, 4)]
+)
+def test_the_logits_are_computed_in_unsloths_pieces(tokens, left, pieces):
+    """The numbers are get_chunk_size's of unsloth_zoo 2026.10.9, for half of what is left."""
+    assert doctor.logits_memory(tokens, 128256, left) == 16 * tokens * 128256 / pieces
 
 
 def test_what_does_not_fit_comes_with_advice(llama3_8b, capsys):

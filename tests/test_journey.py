@@ -189,6 +189,6 @@ def test_the_memory_that_was_foretold(journey):
     folder, _ = journey
     config = run_config(folder / "saves" / "quickstart")
     tokens = config.per_device_train_batch_size * 56  # the longest sample of identity and general
-    parts = doctor.estimate_memory(config, folder / config.model_name_or_path, tokens, on_gpu=False)
+    parts = doctor.estimate_memory(config, folder / config.model_name_or_path, tokens, None)
     used = json.loads((folder / "saves/quickstart/run.json").read_text())["peak_memory"]
     assert used == pytest.approx(sum(parts.values()), rel=0.35)
