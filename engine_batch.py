@@ -493,6 +493,12 @@ def _no_mask_for_rows(*args: Any, **kwargs: Any) -> Any:
     return sdpa_mask(*args, **kwargs) if getattr(_flat, "work", None) is None else None
 
 
+def _may_group(device: Any, band: Any) -> bool:
+    """Whether PyTorch may be told that heads share their keys: on a card, before torch 2.14, a mask beside that leaves
+    only the kernel that writes down all scores, new tokens x keys for each head."""
+    return band is None or device.type != "cuda"
+
+
 def rows_attention(
     module: Any,
     query: Any,
@@ -530,6 +536,10 @@ def rows_attention(
             result[:, at] = seen.reshape(1, heads, -1)
         else:
             band = piece.band(sliding_window, query.device)
+            grouped = heads != shared
+            if grouped and not _may_group(query.device, band):
+                keys, values = (part.repeat_interleave(heads // shared, 1) for part in (keys, values))
+                grouped = False
             seen = scaled_dot_product_attention(
                 query[:, :, at:to],
                 keys,
@@ -537,7 +547,7 @@ def rows_attention(
                 attn_mask=band,
                 is_causal=band is None,
                 scale=scaling,
-                enable_gqa=heads != shared,
+                enable_gqa=grouped,
             )
             result[:, at:to] = seen.transpose(1, 2)
         at = to
