@@ -1,12 +1,18 @@
-"""Run by test_train.py in a process of its own, since Unsloth patches transformers: prints what it measured as JSON.
+"""What Unsloth trains is what PyTorch would: prints what it measured as JSON.
 
-Through the code that trains: train.load_model and train.make_trainer, Unsloth's loss, TRL's compute_loss.
+    python tests/exact_training.py MODEL      the folder of a model; a small one, as it is trained three times
+
+Through the code that trains: train.load_model and train.make_trainer, Unsloth's loss, TRL's compute_loss. In float32 on
+a CPU, in the card's own precision on a card. test_train.py runs it in a process of its own: Unsloth patches
+transformers.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +21,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import train
 
+LENGTHS = ((9, 2), (31, 30), (17, 5), (40, 11))  # tokens, and how many of them are learned
 
-def main(folder: str, model_folder: str) -> None:
+
+def make_samples() -> list[dict[str, list[int]]]:
+    import numpy as np
+
+    generator, samples = np.random.default_rng(3), []
+    for length, learned in LENGTHS:
+        ids = generator.integers(0, 256, length).tolist()
+        samples.append({"input_ids": ids, "labels": [-100] * (length - learned) + ids[length - learned :]})
+    return samples
+
+
+def plain_loss(model_folder: str) -> float:
+    """Plain transformers and PyTorch's own cross entropy, sample by sample in float32; without Unsloth."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    plain, total, learned = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), 0.0, 0
+    for sample in make_samples():
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(sample["labels"][1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        learned += int((labels != -100).sum())
+    return total / learned
+
+
+def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     train.import_unsloth()
     import datasets
     import numpy as np
@@ -27,29 +60,33 @@ def main(folder: str, model_folder: str) -> None:
 
     settings = [f"model_name_or_path={model_folder}", "cutoff_len=64", "lora_rank=4", f"output_dir={folder}/run"]
     settings += ["learning_rate=0.1", "max_steps=1", "max_grad_norm=0", "optim=sgd", "lr_scheduler_type=constant"]
-    generator = np.random.default_rng(3)
-    samples = []
-    for length, learned in ((9, 2), (31, 30), (17, 5), (40, 11)):
-        ids = generator.integers(0, 256, length).tolist()
-        samples.append({"input_ids": ids, "labels": [-100] * (length - learned) + ids[length - learned :]})
+    samples = make_samples()
     table = datasets.Dataset.from_list(samples)
-    data = SimpleNamespace(train=table, train_lengths=np.array([9, 31, 17, 40]), eval=None, eval_lengths=None)
-    float32 = train.Precision(torch.float32, None)
+    lengths = np.array([length for length, _ in LENGTHS])
+    data = SimpleNamespace(train=table, train_lengths=lengths, eval=None, eval_lengths=None)
+    on_card = torch.cuda.is_available()
+    precision = train.choose_precision(common.Config()) if on_card else train.Precision(torch.float32, None)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 
     def trainer(*more: str):
         config = common.load_config([*settings, *more]).config
-        model = train.load_model(config, float32, model_folder)
+        model = train.load_model(config, precision, model_folder)
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:  # PEFT starts it at zero, where most gradients vanish
-                torch.manual_seed(len(name))
-                torch.nn.init.normal_(parameter, std=0.02)
-        return train.make_trainer(config, float32, model, tokenizer, data)[0]
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter.data.copy_(0.02 * noise)
+        return train.make_trainer(config, precision, model, tokenizer, data)[0]
+
+    def loss_of(made, rows: list[dict], items: int):
+        count = torch.tensor(items, device=made.args.device)
+        return made.compute_loss(
+            made.model, made._prepare_inputs(dict(batches.collate(rows))), num_items_in_batch=count
+        )
 
     def loss_and_gradients(made, rows: list[dict], items: int):
         made.model.zero_grad()
         made.model.train()
-        loss = made.compute_loss(made.model, dict(batches.collate(rows)), num_items_in_batch=torch.tensor(items))
+        loss = loss_of(made, rows, items)
         loss.backward()
         return loss.item(), [p.grad.clone() for p in made.model.parameters() if p.requires_grad]
 
@@ -58,7 +95,7 @@ def main(folder: str, model_folder: str) -> None:
     items = sum(label != -100 for sample in samples for label in sample["labels"][1:])
     together, gradients = loss_and_gradients(made, samples, items)
     alone = [loss_and_gradients(made, [sample], items) for sample in samples]
-    row = batches.packed(table, data.train_lengths, 97)[0]
+    row = batches.packed(table, data.train_lengths, int(lengths.sum()))[0]
     packed, packed_gradients = loss_and_gradients(made, [row], items)
     sums = [sum(parts) for parts in zip(*(one[1] for one in alone), strict=True)]
 
@@ -66,6 +103,8 @@ def main(folder: str, model_folder: str) -> None:
         return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
 
     report = {
+        "device": made.args.device.type,
+        "dtype": str(made.model.dtype),
         "loss": together,
         "losses_alone": sum(loss for loss, _ in alone),
         "loss_packed": packed,
@@ -73,23 +112,8 @@ def main(folder: str, model_folder: str) -> None:
         "gradient_difference": difference(gradients, sums),
         "gradient_difference_packed": difference(gradients, packed_gradients),
     }
-
-    # plain transformers and PyTorch's own cross entropy, sample by sample
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    with torch.no_grad():
-        total = sum(
-            torch.nn.functional.cross_entropy(
-                plain(input_ids=torch.tensor([s["input_ids"]])).logits[0, :-1], torch.tensor(s["labels"][1:]),
-                reduction="sum",
-            ).item()
-            for s in samples
-        )  # fmt: skip
     with made.model.disable_adapter(), torch.no_grad():
-        ours, _ = made.compute_loss(made.model, dict(batches.collate(samples)), return_outputs=True)
-    report["reference_loss"] = total / items
-    report["loss_without_adapter"] = ours.item()
+        report["loss_without_adapter"] = loss_of(made, samples, items).item()
 
     # one optimizer step, its samples cut into micro-batches in three ways
     steps = {}
@@ -101,8 +125,19 @@ def main(folder: str, model_folder: str) -> None:
         steps[size] = [a - b for a, b in zip(after, before, strict=True)]
     report["step"] = max(change.abs().max().item() for change in steps[4])
     report["step_difference"] = max(difference(steps[4], steps[2]), difference(steps[4], steps[1]))
+    return report
+
+
+def main(argv: list[str]) -> None:
+    if argv[0] == "--plain":
+        print(plain_loss(argv[1]))
+        return
+    alone = subprocess.run([sys.executable, __file__, "--plain", argv[0]], check=True, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(argv[0], folder)
+    report["reference_loss"] = float(alone.stdout.split()[-1])
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -58,20 +58,22 @@ def finished(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_packed_batches_and_micro_batches_train_the_same(tiny_model, tmp_path):
+def test_packed_batches_and_micro_batches_train_the_same(tiny_model):
     """Loss and gradients of a flat batch, a packed row and the samples alone; steps cut into micro-batches."""
-    script = [sys.executable, str(ROOT / "tests" / "exact_training.py"), str(tmp_path), str(tiny_model)]
+    script = [sys.executable, str(ROOT / "tests" / "exact_training.py"), str(tiny_model)]
     result = subprocess.run(script, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
+    exact = report["device"] == "cpu"  # float32; a card computes in bfloat16, with 8 bits of mantissa
+    same = {"abs": 1e-5} if exact else {"rel": 1e-3}
     assert report["gradient"] > 1e-2
-    assert report["loss"] == pytest.approx(report["losses_alone"], abs=1e-5)
-    assert report["loss"] == pytest.approx(report["loss_packed"], abs=1e-5)
-    assert report["gradient_difference"] < 1e-5
-    assert report["gradient_difference_packed"] < 1e-5
-    assert report["loss_without_adapter"] == pytest.approx(report["reference_loss"], abs=1e-5)
+    assert report["loss"] == pytest.approx(report["losses_alone"], **same)
+    assert report["loss"] == pytest.approx(report["loss_packed"], **same)
+    assert report["gradient_difference"] < (1e-5 if exact else 0.02 * report["gradient"])
+    assert report["gradient_difference_packed"] < (1e-5 if exact else 0.02 * report["gradient"])
+    assert report["loss_without_adapter"] == pytest.approx(report["reference_loss"], **same)
     assert report["step"] > 1e-3
-    assert report["step_difference"] < 1e-6
+    assert report["step_difference"] < (1e-6 if exact else 0.02 * report["step"])
 
 
 @pytest.mark.slow
