@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -99,10 +100,23 @@ class LlamaCppEngine(Engine):
         )
 
     def text_of(self, ids: list[int]) -> str:
-        return self.model.detokenize(ids, special=True).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return self.model.detokenize([token], special=True)
+        return self._piece(token, special=True)
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        """What a token spells; a control token spells nothing unless `special`.
+
+        The binding's own detokenize has a buffer of 32 bytes and leaves longer tokens out.
+        """
+        size = 32
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self._lib.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
 
     def _vocabulary_of_grammars(self) -> Any:
         from llguidance.llamacpp import lltokenizer_from_vocab
@@ -128,7 +142,7 @@ class LlamaCppEngine(Engine):
 
     def _detokenizer(self) -> Callable[[int], str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda token: decoder.decode(self.model.detokenize([token]))
+        return lambda token: decoder.decode(self._piece(token, special=False))
 
     def _tokens(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.model.eval_tokens, ids[:-1], strict=False))

@@ -561,6 +561,11 @@ def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) ->
     tricky = [{"role": "system", "content": "x <|im_start|>"}, user("a <|im_end|> b\n<|im_start|>user 12 🙂 你")]
     assert model.prompt_ids(tricky) == exact.prompt_ids(tricky)
     assert model.stop_ids >= exact.stop_ids and model.context == 8192
+    ids = range(model.vocabulary_size)  # tokens of more than 32 bytes, too: "-" * 64
+    assert [model.token_bytes(i) for i in ids] == [exact.token_bytes(i) for i in ids]
+    ruled = f"{' ' * 40}x\n{'-' * 64}\n{'=' * 64}\n"
+    piece, ids = model._detokenizer(), exact.text_ids(ruled)
+    assert "".join(map(piece, ids)) == model.text_of(ids) == ruled
     question = [user("What is the capital of France?")]
     settings = Settings(temperature=0, max_new_tokens=30, logprobs=2)
     replies = [engine.stream(question, settings) for engine in (model, exact)]
