@@ -373,7 +373,7 @@ def _find(target: str | None, settings: Sequence[str]) -> Source:
         path = Path(config.adapter_name_or_path or config.model_name_or_path)
     path = path or common.newest_run()
     if path.suffix == ".gguf":
-        return _find_gguf(path, config, loaded.notes)
+        return _find_gguf(path, loaded)
     if common.is_run(path) or _is_adapter(path):
         return _find_adapter(path, settings, loaded)
     folder = find_model(str(path))
@@ -381,7 +381,7 @@ def _find(target: str | None, settings: Sequence[str]) -> Source:
     return Source(str(path), config, str(folder), tokenizer=folder, template=template, notes=tuple(loaded.notes))
 
 
-def _find_gguf(path: Path, config: Config, notes: list[str]) -> Source:
+def _find_gguf(path: Path, loaded: common.Loaded) -> Source:
     if not path.is_file():
         raise UserError(f"there is no file {path}; make one: python quantize.py saves/NAME")
     with open(path, "rb") as file:
@@ -389,7 +389,10 @@ def _find_gguf(path: Path, config: Config, notes: list[str]) -> Source:
             raise UserError(
                 f"{path} is not a GGUF file (it does not begin with GGUF); make it again: python quantize.py"
             )
-    return Source(str(path), config, str(path), notes=tuple(notes))
+    notes = list(loaded.notes)
+    if "template" in loaded.given:
+        notes.append("template: a GGUF answers with the chat template in its file; this one is not used")
+    return Source(str(path), loaded.config, str(path), notes=tuple(notes))
 
 
 def _find_adapter(folder: Path, settings: Sequence[str], loaded: common.Loaded) -> Source:

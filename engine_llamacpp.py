@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,11 +20,14 @@ from typing import Any
 import common
 from common import UserError
 from engine import Engine, Message, Reply, Settings, Source, TokenLogprob
+from template import ChatTemplate
 
 CONTEXT = 8192  # llama.cpp sets the memory of the whole context aside at the start: at most so many tokens
+WORKSPACE = 512 << 20  # bytes of the card for what llama.cpp computes with
 ERROR = 4  # ggml_log_level
 SHARED = 2  # contexts of memory that the rows of a batch share
 LARGEST = 2048  # tokens of prompts in one step of a batch
+RESERVED = re.compile("[\ufdd0-\ufdef]")  # noncharacters, as template.py refuses them
 
 
 class LlamaCppEngine(Engine):
@@ -39,7 +43,7 @@ class LlamaCppEngine(Engine):
                 about = lib.Llama(file, vocab_only=True, verbose=False).metadata
                 architecture = about["general.architecture"]
                 self.context = min(int(about[f"{architecture}.context_length"]), CONTEXT)
-                layers = _layers_on_card(lib, Path(file), int(about[f"{architecture}.block_count"]))
+                layers = _layers_on_card(lib, Path(file), about, self.context)
                 self.model = lib.Llama(
                     file, n_ctx=self.context, n_gpu_layers=layers, last_n_tokens_size=self.context, verbose=False
                 )
@@ -61,30 +65,49 @@ class LlamaCppEngine(Engine):
 
     def _compile(self, text: str | None, file: str) -> Any:
         """The chat template, with what chat templates may call (the same as in transformers)."""
+        from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if text is None:
             raise UserError(f"{file} has no chat template; make it from a run: python quantize.py saves/NAME")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = time.strftime
-        return environment.from_string(text)
+        try:
+            return environment.from_string(ChatTemplate(file, text, (), False).saved)  # without generation tags
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template in {file} cannot be used: {error}.\n"
+                "Make the file from a run: python quantize.py saves/NAME"
+            ) from None
 
     def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """As with transformers: only the template's own control tokens are control tokens, a message's text is text.
 
         In the messages each look-alike is a number between two Unicode noncharacters while the template renders.
+        Raises UserError where the template refuses the messages.
         """
+        from jinja2 import TemplateError
+
+        if RESERVED.search(json.dumps([messages, tools], ensure_ascii=False)):
+            raise _refused("they contain noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
         names = sorted(self._control, key=len, reverse=True)
         control = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        hidden = _map_texts(messages, lambda text: control.sub(lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", text))
+        messages, tools = _map_texts(
+            [messages, tools], lambda text: control.sub(lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", text)
+        )
         spelled = {f"{kind}_token": self._spelled(kind) for kind in ("bos", "eos")}
         thinking = self.config.enable_thinking
-        text = self._template.render(
-            messages=hidden, tools=tools, add_generation_prompt=True, enable_thinking=thinking, **spelled
-        )
+        try:
+            text = self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, **spelled
+            )
+        except TemplateError as error:
+            raise _refused(f"the chat template refuses it: {error}") from None
+        except TypeError as error:  # a template that adds up None and text
+            raise _refused(f"the chat template cannot render it: {error}") from None
         ids: list[int] = []
         for part in re.split(f"({control.pattern})", text):
             if part in self._control:
@@ -287,17 +310,47 @@ def _listening(lib: Any) -> Iterator[list[str]]:
         lib.llama_log_set(lib._logger.llama_log_callback, None)
 
 
-def _layers_on_card(lib: Any, file: Path, layers: int) -> int:
-    """How many layers of a GGUF fit on the card beside a gigabyte for the context; -1: all; 0 without a card."""
-    gpu = common.find_gpu() if lib.llama_supports_gpu_offload() else None
+def _layers_on_card(lib: Any, file: Path, about: dict[str, str], cells: int) -> int:
+    """How many layers of a GGUF fit on the card with their keys and values; -1: all; 0 without a card."""
+    gpu = common.find_gpu()
     if gpu is None:
         return 0
-    share = (gpu.free_memory - (1 << 30)) / file.stat().st_size
-    return -1 if share >= 1 else max(0, int(layers * share))
+    if not lib.llama_supports_gpu_offload():
+        print(
+            "note: llama.cpp was built without CUDA, so a GGUF answers on the CPU; "
+            "to use the card: CMAKE_ARGS=-DGGML_CUDA=on",
+            file=sys.stderr,
+        )
+        return 0
+    share = (gpu.free_memory - WORKSPACE) / (file.stat().st_size + _cache_bytes(about, cells))
+    return -1 if share >= 1 else max(0, int(int(about[f"{about['general.architecture']}.block_count"]) * share))
+
+
+def _cache_bytes(about: dict[str, str], cells: int) -> int:
+    """The keys and values of `cells` tokens, in 16 bit; `about` is the metadata of a GGUF."""
+
+    def known(key: str) -> Any:  # a number, a list with one for each layer, or None
+        return json.loads(about.get(f"{about['general.architecture']}.{key}", "null"))
+
+    heads, layers = known("attention.head_count"), known("block_count")
+    most = max(heads) if isinstance(heads, list) else heads
+    if not most:  # a model without attention
+        return 0
+    shared = known("attention.head_count_kv") or heads
+    shared = sum(shared) if isinstance(shared, list) else shared * layers
+    size = known("embedding_length") // most
+    sizes = (known("attention.key_length") or size) + (known("attention.value_length") or size)
+    return shared * sizes * 2 * cells
 
 
 def _refuse(reason: str) -> None:
-    raise UserError(f"these messages cannot be put to the model: {reason}.\nChange them.")
+    from jinja2 import TemplateError
+
+    raise TemplateError(reason)
+
+
+def _refused(reason: str) -> UserError:
+    return UserError(f"these messages cannot be put to the model: {reason}.\nChange them.")
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -306,4 +359,4 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
         return change(value)
     if isinstance(value, list):
         return [_map_texts(item, change) for item in value]
-    return {key: _map_texts(item, change) for key, item in value.items()} if isinstance(value, dict) else value
+    return {change(key): _map_texts(item, change) for key, item in value.items()} if isinstance(value, dict) else value

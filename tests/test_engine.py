@@ -545,6 +545,38 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
     assert "saves/mine holds no trained adapter (its training is running)" in fault("saves/mine")
 
 
+def test_template_beside_a_gguf_is_noted(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    assert find(str(file)).notes == ()
+    assert "the chat template in its file" in find(str(file), ["template=qwen"]).notes[0]
+
+
+def test_layers_of_a_gguf_on_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import types
+
+    import common
+    from engine_llamacpp import WORKSPACE, _cache_bytes, _layers_on_card
+
+    numbers = {"block_count": 32, "embedding_length": 4096, "attention.head_count": 32, "attention.head_count_kv": 8}
+    about = {"general.architecture": "llama", **{f"llama.{key}": str(value) for key, value in numbers.items()}}
+    assert _cache_bytes(about, 8192) == 1 << 30  # Llama 3 8B: 128 KiB a token
+    assert _cache_bytes({**about, "llama.attention.head_count_kv": str([8, 0] * 16)}, 8192) == 1 << 29
+    assert _cache_bytes({**about, "llama.attention.head_count": "0"}, 8192) == 0
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    lib = types.SimpleNamespace(llama_supports_gpu_offload=lambda: True)
+    for gib, layers in ((4, -1), (0.5, 15), (0, 0)):
+        card = common.Gpu("card", "1", (12, 8), (8, 9), 8 << 30, WORKSPACE + int(gib * (1 << 30)))
+        monkeypatch.setattr(common, "find_gpu", lambda card=card: card)
+        assert _layers_on_card(lib, file, about, 8192) == layers
+    assert capsys.readouterr().err == ""
+    lib.llama_supports_gpu_offload = lambda: False
+    assert _layers_on_card(lib, file, about, 8192) == 0 and "built without CUDA" in capsys.readouterr().err
+
+
 def test_base_of_a_merged_model_is_refused(parrot: Path) -> None:
     with pytest.raises(UserError, match="has its training in its weights"):
         load(str(parrot), with_base=True)
@@ -566,6 +598,19 @@ def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) ->
     ruled = f"{' ' * 40}x\n{'-' * 64}\n{'=' * 64}\n"
     piece, ids = model._detokenizer(), exact.text_ids(ruled)
     assert "".join(map(piece, ids)) == model.text_of(ids) == ruled
+    for noncharacters in ("\ufdd099999\ufdd1", "\ufdd03\ufdd1"):  # what stands for control tokens while rendering
+        with pytest.raises(UserError, match="noncharacters"):
+            model.prompt_ids([user(noncharacters)])
+    own, lines = model._template, "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
+    model._template = model._compile(lines, "x.gguf")
+    assert model.text_of(model.prompt_ids([user("as it is")])) == "as it is"
+    for fault in ("messages[0]['content'] + messages[0]['x']", "none + 'x'", "raise_exception('no')"):
+        model._template = model._compile(f"{{{{ {fault} }}}}", "x.gguf")
+        with pytest.raises(UserError, match=r"cannot be put to the model: the chat template .*\nChange them"):
+            model.prompt_ids([user("x")])
+    with pytest.raises(UserError, match=r"the chat template in x.gguf cannot be used"):
+        model._compile("{% if %}", "x.gguf")
+    model._template = own
     question = [user("What is the capital of France?")]
     settings = Settings(temperature=0, max_new_tokens=30, logprobs=2)
     replies = [engine.stream(question, settings) for engine in (model, exact)]
