@@ -310,9 +310,9 @@ def read_tools(request: ChatRequest, has_tools: bool) -> Tools:
     if not has_tools:
         raise refuse("tools", "this model's chat template has none; take one that has (template=qwen)")
     if isinstance(choice, dict):
-        name = (choice.get("function") or {}).get("name") if choice.get("type") == "function" else None
-        chosen = [tool for tool in request.tools if tool["function"]["name"] == name]
-        if set(choice) != {"type", "function"} or not chosen:
+        named = [{"type": "function", "function": {"name": tool["function"]["name"]}} for tool in request.tools]
+        chosen = [tool for tool, one in zip(request.tools, named, strict=True) if choice == one]
+        if not chosen:
             raise refuse("tool_choice", "must be none, auto, required, or the function of one of the tools")
         return Tools(chosen, required=True, single=True)
     if choice not in (None, "none", "auto", "required"):

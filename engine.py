@@ -228,6 +228,7 @@ class Engine:
     context: int  # tokens of prompt and reply together
     stop_ids: frozenset[int]  # the ends of a turn
     control_tokens: Mapping[str, int]  # what a reply's text leaves out
+    added_tokens: Mapping[str, int]  # these, and others that text is never cut through: <tool_call> in some tokenizers
     vocabulary_size: int  # of the logits
     base: Engine | None = None  # the same model before training, where it was asked for
     config: Config

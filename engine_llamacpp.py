@@ -54,9 +54,11 @@ class LlamaCppEngine(Engine):
                 ) from None
         self._vocabulary = lib.llama_model_get_vocab(self.model.model)
         tokens = range(self.model.n_vocab())
-        text = {i: lib.llama_vocab_get_text(self._vocabulary, i).decode() for i in tokens if self._is(i, "control")}
+        kinds = {i: lib.llama_vocab_get_attr(self._vocabulary, i) for i in tokens}
+        whole = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
         self.stop_ids = frozenset(i for i in tokens if self._is(i, "eog"))
-        self._control = self.control_tokens = {text[i]: i for i in text}
+        self.added_tokens = {self._spelling(i): i for i, kind in kinds.items() if kind & whole}
+        self.control_tokens = {text: i for text, i in self.added_tokens.items() if self._is(i, "control")}
         self.vocabulary_size = self.model.n_vocab()
         self._template = self._compile(self.model.metadata.get("tokenizer.chat_template"), file)
 
@@ -93,7 +95,7 @@ class LlamaCppEngine(Engine):
 
         if RESERVED.search(json.dumps([messages, tools], ensure_ascii=False)):
             raise _refused("they contain noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
-        names = sorted(self._control, key=len, reverse=True)
+        names = sorted(self.control_tokens, key=len, reverse=True)
         control = re.compile("|".join(map(re.escape, names)) or "(?!)")
         messages, tools = _map_texts(
             [messages, tools], lambda text: control.sub(lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", text)
@@ -110,8 +112,8 @@ class LlamaCppEngine(Engine):
             raise _refused(f"the chat template cannot render it: {error}") from None
         ids: list[int] = []
         for part in re.split(f"({control.pattern})", text):
-            if part in self._control:
-                ids.append(self._control[part])
+            if part in self.control_tokens:
+                ids.append(self.control_tokens[part])
             elif part:
                 part = re.sub("\ufdd0(\\d+)\ufdd1", lambda m: names[int(m[1])], part)
                 ids += self.model.tokenize(part.encode(), add_bos=False, special=False)
@@ -161,7 +163,10 @@ class LlamaCppEngine(Engine):
 
     def _spelled(self, kind: str) -> str:
         token = getattr(self._lib, f"llama_vocab_{kind}")(self._vocabulary)
-        return self._lib.llama_vocab_get_text(self._vocabulary, token).decode() if token >= 0 else ""
+        return self._spelling(token) if token >= 0 else ""
+
+    def _spelling(self, token: int) -> str:
+        return self._lib.llama_vocab_get_text(self._vocabulary, token).decode()
 
     def _detokenizer(self) -> Callable[[int], str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -68,6 +68,10 @@ class TransformersEngine(Engine):
         added = self.tokenizer.added_tokens_decoder
         return {token.content: i for i, token in added.items() if token.special}
 
+    @functools.cached_property
+    def added_tokens(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
+
     def rows(self, _: int) -> Any:
         from engine_batch import transformers_rows
 

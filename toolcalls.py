@@ -92,8 +92,7 @@ def call_grammar(
     `required`: nothing but calls; else a reply may be text (or JSON after the schema `otherwise`) instead, and text may
     stand before calls. `single`: one call at most. Arguments are held to the schemas.
     """
-    functions = [tool["function"] for tool in tools]
-    call = {"anyOf": [_call_schema(function, style) for function in functions]}
+    call = {"anyOf": [_call_schema(tool["function"], style, f"json-schema:///tool{i}") for i, tool in enumerate(tools)]}
     one, text = f"%json {_compact(call)}", _text(otherwise)
     if style is TAGS:
         opening, closing = (_mark(mark, engine) for mark in (style.opening, style.closing))
@@ -129,13 +128,14 @@ def _prose(style: Style) -> str:
 
 
 def _mark(mark: str, engine: Engine) -> str:
-    """A mark in a grammar: the control token, where it is one, else its characters."""
-    return f"<[{engine.control_tokens[mark]}]>" if mark in engine.control_tokens else json.dumps(mark)
+    """A mark in a grammar: the token, where it is one that text is never cut through, else its characters."""
+    return f"<[{engine.added_tokens[mark]}]>" if mark in engine.added_tokens else json.dumps(mark)
 
 
-def _call_schema(function: dict[str, Any], style: Style) -> dict[str, Any]:
+def _call_schema(function: dict[str, Any], style: Style, root: str) -> dict[str, Any]:
+    """`root` names the schema of the arguments, so that its "$ref": "#/$defs/X" is looked up in it."""
     parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-    properties = {"name": {"const": function["name"]}, style.arguments: parameters}
+    properties = {"name": {"const": function["name"]}, style.arguments: {"$id": root, **parameters}}
     if style is LIST:
         properties["id"] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,10 +97,23 @@ def parrot_server(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def tiny_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def tool_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with Qwen's tokens of tool calls, which are no control tokens: 263 and 264."""
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("tools") / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(f"<{end}tool_call>", special=False, normalized=False) for end in ("", "/")])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Random words without end, two replies at once; its template has tools."""
     log = tmp_path_factory.mktemp("api") / "tiny.log"
-    arguments = (str(tiny_model), "infer_dtype=float32", "template=qwen", "max_new_tokens=8000", "top_k=0", "top_p=1")
+    arguments = (str(tool_model), "infer_dtype=float32", "template=qwen", "max_new_tokens=8000", "top_k=0", "top_p=1")
     server = Server(log, *arguments, MAX_CONCURRENT="2", API_MODEL_NAME="little")
     yield server
     assert server.end() == 0
@@ -428,16 +442,60 @@ def test_tools_are_called(tiny_server: Server) -> None:
         messages=talk, max_tokens=3, model="little", tools=[WEATHER], tool_choice="none"
     )
     assert after.usage.prompt_tokens > without.usage.prompt_tokens + 50
-    strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
-    free = client.chat.completions.create(model="little", messages=talk, tools=[strict], max_tokens=30, seed=1)
-    assert free.choices[0].finish_reason in ("length", "stop", "tool_calls")
+    strict = {"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}], "parallel_tool_calls": False}
+    free = {"model": "little", "messages": talk, "max_tokens": 200, "seed": 1}
+    for token, reason in (
+        (263, "tool_calls"),
+        (258, "stop"),
+    ):  # <tool_call> and the end of the turn, as the model likes
+        reply = client.chat.completions.create(**free, **strict, logit_bias={str(token): 100}).choices[0]
+        assert reply.finish_reason == reason
+        for call in reply.message.tool_calls or []:
+            assert json.loads(call.function.arguments)["city"] in ("Paris", "北京")
     for wrong, param in (
         ({"tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": "weather"}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "weather", "x": 1}}}, "tool_choice"),
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0]"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools[0].function.parameters"),
     ):
         status, body = tiny_server.chat(**{"tools": [WEATHER], **wrong})
         assert status == 400 and body["error"]["param"] == param
+
+
+@pytest.mark.slow
+def test_arguments_are_held_to_nested_schemas(tiny_server: Server) -> None:
+    import enum
+
+    import openai
+    import pydantic
+
+    class Unit(enum.Enum):
+        celsius = "C"
+        fahrenheit = "F"
+
+    class Place(pydantic.BaseModel):
+        unit: Unit
+
+    class Weather(pydantic.BaseModel):
+        places: list[Place] = pydantic.Field(min_length=1, max_length=2)
+
+    class Home(pydantic.BaseModel):
+        at: Place
+
+    tools = [openai.pydantic_function_tool(form) for form in (Weather, Home)]
+    assert "$defs" in tools[0]["function"]["parameters"] and tools[0]["function"]["strict"]
+    talk = [{"role": "user", "content": "How is the weather?"}]
+    called = set()
+    for form in (Weather, Home):
+        named = {"type": "function", "function": {"name": form.__name__}}
+        for choice in (named, "required"):
+            reply = tiny_server.client().chat.completions.parse(
+                model="little", messages=talk, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2
+            )
+            (call,) = reply.choices[0].message.tool_calls
+            called.add(type(call.function.parsed_arguments))
+    assert called == {Weather, Home}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -467,6 +467,10 @@ def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
         how = Settings(temperature=1, seed=seed, max_new_tokens=60, grammar=grammar)
         text = "".join(engine_of_tiny.stream([user("x")], how))
         assert text.startswith('{"a": 1') or text.startswith('{"a": 22')
+    call = [{"type": "function", "function": {"name": "f"}}]
+    grammar = toolcalls.call_grammar(toolcalls.TAGS, call, engine_of_tiny, required=True, single=True)
+    text = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=grammar)))
+    assert text == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # no token of this tokenizer
     with pytest.raises(UserError, match="simplify the schema"):
         "".join(engine_of_tiny.stream([user("x")], Settings(grammar="no grammar")))
     biased = Settings(temperature=0, max_new_tokens=5, logit_bias=((65, 1000.0),), logprobs=0)
