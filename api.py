@@ -280,6 +280,7 @@ class Service:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.largest = max(1 << 20, 64 * model.context)  # bytes of a request
         self._reader = ThreadPoolExecutor(1, "prompts")  # tokenizers are not made for several threads
+        self.reading = 0  # requests that it has, or that wait for it
 
     def close(self) -> None:
         self._reader.shutdown()
@@ -327,7 +328,13 @@ class Service:
         chat = http.url.path.endswith("/chat/completions")
         kind, prefix = ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
         job = Job(request, f"{prefix}-{uuid.uuid4().hex}", kind, [], [])
-        await asyncio.get_running_loop().run_in_executor(self._reader, self._read, read, job)
+        if self.reading >= self.batch.free:  # before the work of reading it
+            raise self.full()
+        self.reading += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._reader, self._read, read, job)
+        finally:
+            self.reading -= 1
         self.submit(job)
         headers = {"X-Request-Id": job.id}
         if dropped := max(row.reply.dropped_messages for row in job.rows):
@@ -468,7 +475,7 @@ class Service:
     def submit(self, job: Job) -> None:
         """Puts the rows in line. Raises ApiError where the line is full."""
         from api_forms import ApiError, refuse
-        from engine_batch import Full
+        from engine_batch import Ended, Full
 
         places = self.batch.slots + self.batch.waiting
         if len(job.rows) > places:
@@ -476,12 +483,19 @@ class Service:
         try:
             self.batch.submit(job.rows)
         except Full:
-            raise ApiError(
-                429,
-                f"{len(self.batch.queue)} replies are waiting already; try again",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(self.batch.patience)},
-            ) from None
+            raise self.full() from None
+        except Ended:
+            raise ApiError(503, "the model answers no more; start the server again") from None
+
+    def full(self) -> ApiError:
+        from api_forms import ApiError
+
+        return ApiError(
+            429,
+            f"{len(self.batch.queue)} replies are waiting already; try again",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(self.batch.patience)},
+        )
 
     # -- replies
 

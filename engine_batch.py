@@ -2,7 +2,7 @@
 
     batch = Batch(engine, slots=8, waiting=64)
     row = Row(engine, ids, Settings(), sink)        # sink(Event) is called by the batch's thread
-    batch.submit([row])                             # raises Full
+    batch.submit([row])                             # raises Full, Ended
     row.reply.cancel()
 
 A new reply joins between two steps; its prompt is computed in pieces beside the tokens of the others, so that these
@@ -36,6 +36,10 @@ REUSE = 16  # tokens in common from which keeping them is worth the copying
 
 class Full(Exception):
     """There is no place for these rows, not even to wait."""
+
+
+class Ended(Exception):
+    """The batch's thread has ended: nothing is answered any more."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Row:
 
     def finish(self, text: str = "", error: Exception | None = None) -> None:
         """Ends the reply, whatever state it is in."""
+        if error is not None:
+            self.reply.finish_reason = "error"
         self._tell(Event(text + self.writer.end(), self._new_logprobs(), True, error))
 
     def _new_logprobs(self) -> tuple[TokenLogprob, ...]:
@@ -113,17 +119,23 @@ class Batch:
         self._thread.start()
 
     def submit(self, rows: Sequence[Row]) -> None:
-        """Puts rows in line, all or none. Raises Full where they have no place even to wait."""
+        """Puts rows in line, all or none. Raises Full where they have no place even to wait, Ended after the end."""
         with self._changed:
-            free = max(0, self.slots - len(self.active)) + self.waiting - len(self.queue)
-            if len(rows) > free or self._closed:
+            if self._closed:
+                raise Ended
+            if len(rows) > self.free:
                 raise Full
             self.queue.extend(rows)
             self._changed.notify()
 
     @property
+    def free(self) -> int:
+        """How many rows have a place, if only to wait."""
+        return max(0, self.slots - len(self.active)) + self.waiting - len(self.queue)
+
+    @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return not self._closed
 
     @property
     def patience(self) -> int:
@@ -138,17 +150,27 @@ class Batch:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        fault = None
+        try:
+            while self._wait():
+                self._leave()
+                self._admit()
+                self._step()
+        except Exception as error:
+            fault = error
+            raise
+        finally:  # whatever has happened, nobody waits for a thread that has ended
             with self._changed:
-                while not (self.active or self.queue or self._closed):
-                    self._changed.wait()
-                if self._closed:
-                    break
-            self._leave()
-            self._admit()
-            self._step()
-        for row in [*self.active, *self.queue]:
-            row.finish()
+                self._closed = True
+            for row in [*self.active, *self.queue]:
+                row.finish(error=fault)
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False: the end."""
+        with self._changed:
+            while not (self.active or self.queue or self._closed):
+                self._changed.wait()
+            return not self._closed
 
     def _leave(self) -> None:
         """Cancelled rows go, those that wait too."""
@@ -175,7 +197,13 @@ class Batch:
             row = self.queue[0]
             if self.active and not self.kernel.has_room(row.longest):
                 return
-            row.place = self.kernel.open(row.ids, row.longest)
+            try:
+                row.place = self.kernel.open(row.ids, row.longest)
+            except Exception as error:  # noqa: BLE001 - it belongs to one request; the others go on
+                with self._changed:
+                    self.queue.popleft()
+                row.finish(error=error)
+                continue
             row.reply.cached_tokens = len(row.place.ids)
             with self._changed:
                 self.active.append(self.queue.popleft())
@@ -204,7 +232,6 @@ class Batch:
                 except Exception as fault:  # noqa: BLE001 - it belongs to one request; the others go on
                     error = fault
             if error is not None:
-                row.reply.finish_reason = "error"
                 row.finish(error=error)
             if row.reply.finish_reason:
                 self._release(row)

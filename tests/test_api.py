@@ -544,7 +544,7 @@ def test_full_line_is_429_and_who_goes_away_frees_the_place(tiny_server: Server)
     waiting.stdin.close()
     tiny_server.wait_for("onecard_waiting_replies", 16, 10)
     with pytest.raises(openai.RateLimitError) as caught:
-        client.chat.completions.create(model="little", messages=talk)
+        client.chat.completions.create(model="little", messages=[{"role": "user", "content": "w" * 9000}])  # unread
     assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
     waiting.kill()
     waiting.wait()

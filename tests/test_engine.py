@@ -439,6 +439,36 @@ def test_a_row_that_fails_harms_no_other(engine_of_tiny) -> None:
     batch.close()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_no_row_waits_where_the_batch_fails(engine_of_tiny) -> None:
+    from engine_batch import Batch, Ended, Row
+
+    def ask(tokens: int) -> queue.SimpleQueue:
+        told = queue.SimpleQueue()
+        how = Settings(temperature=0, max_new_tokens=tokens)
+        batch.submit([Row(engine_of_tiny, engine_of_tiny.prompt_ids([user("x")]), how, told.put)])
+        return told
+
+    def fail(*_) -> None:
+        raise MemoryError
+
+    batch = Batch(engine_of_tiny, slots=2)
+    first, own = ask(1500), batch.kernel.open
+    first.get(timeout=60)
+    batch.kernel.open = fail
+    with pytest.raises(MemoryError):
+        whole(ask(5))
+    batch.kernel.open = own
+    assert len(whole(ask(5))) > 0 and batch.alive
+    batch._step = fail  # the thread itself
+    with pytest.raises(MemoryError):
+        whole(first)
+    batch._thread.join()
+    with pytest.raises(Ended):
+        ask(5)
+    assert not batch.alive
+
+
 def test_a_cancelled_row_leaves_at_once(engine_of_tiny) -> None:
     from engine_batch import Batch, Row
 
