@@ -119,7 +119,7 @@ class Chat:
                     print()
                     continue
                 try:
-                    if text == "/exit":
+                    if text.partition(" ")[0] == "/exit":
                         return
                     self.obey(text) if text.startswith("/") else self.say(text)
                 except UserError as error:

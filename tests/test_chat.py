@@ -75,7 +75,7 @@ def test_one_answer_from_a_pipe(parrot: Path, tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, TALK["hi"] + "\n"), result.stderr
     assert re.search(r"\[29 tokens, [\d.]+ tokens/s, first after [\d.]+ s\]", result.stderr)
     assert "\x1b" not in result.stderr  # no colours outside a terminal
-    lines = run("chat.py", str(parrot), *GREEDY, input="hi\n/clear\ncount\n/nonsense\n", cwd=tmp_path)
+    lines = run("chat.py", str(parrot), *GREEDY, input="hi\n/clear\ncount\n/nonsense\n/exit now\nhi", cwd=tmp_path)
     assert (lines.returncode, lines.stdout) == (0, f"{TALK['hi']}\n{TALK['count']}\n")
     assert "there is no command /nonsense" in lines.stderr
 
