@@ -160,7 +160,7 @@ def application(service: Service) -> Starlette:
         return JSONResponse(error.body, error.status, headers=error.headers)
 
     async def refused(request: Request, error: ApiError) -> JSONResponse:
-        service.count(request.url.path, error.status, error.message)
+        service.count(request.scope["route"].path, error.status, error.message)
         return failure(error)
 
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
@@ -168,7 +168,7 @@ def application(service: Service) -> Starlette:
         return failure(ApiError(error.status_code, reason, headers=error.headers))
 
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        service.count(request.url.path, 500, repr(error))
+        service.count(request.scope["route"].path, 500, repr(error))
         return failure(ApiError(500, "the server failed at this request; its log says why"))
 
     async def chat(request: Request) -> Response:
@@ -311,7 +311,7 @@ class Service:
             )
 
     def count(self, path: str, status: int, text: str = "") -> None:
-        """Notes a finished request: in /metrics, and as a line on stderr."""
+        """Notes a finished request, in /metrics and as a line on stderr; `path` is that of its route."""
         self.metrics.requests.labels(path, status).inc()
         tell(f"{time.strftime('%H:%M:%S')} {status} {path} {text}".rstrip()[:500].replace("\n", " "))
 
@@ -321,11 +321,11 @@ class Service:
         """The response to a request: its replies as one JSON object, or streamed."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        from api_forms import ApiError, read_request
+        from api_forms import ApiError, ChatRequest, read_request
 
         request = read_request(await self.body(http), form)
         self.check_model(request.model)
-        chat = http.url.path.endswith("/chat/completions")
+        path, chat = http.scope["route"].path, form is ChatRequest
         kind, prefix = ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
         job = Job(request, f"{prefix}-{uuid.uuid4().hex}", kind, [], [])
         if self.reading >= self.batch.free:  # before the work of reading it
@@ -342,7 +342,7 @@ class Service:
         watch = asyncio.create_task(_cancel_when_gone(http, job))
         if request.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            stream = self.stream(http.url.path, job, watch)
+            stream = self.stream(path, job, watch)
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         try:
             async for _ in self.growth(job):
@@ -351,7 +351,7 @@ class Service:
             error.headers = headers
             raise
         finally:
-            self.finish(http.url.path, job, watch)
+            self.finish(path, job, watch)
         return JSONResponse(self.whole(job), headers=headers)
 
     async def body(self, http: Request) -> bytes:
@@ -571,8 +571,7 @@ class Service:
         if job.request.kept_logprobs is not None and job.kind == "chat.completion":
             known = chat_logprobs(logprobs, self.engine)
         elif job.request.kept_logprobs is not None:
-            offset = len(job.prefixes[index])
-            known = completion_logprobs(logprobs, self.engine, offset)
+            known = completion_logprobs(logprobs, self.engine, job.choices[index], len(job.prefixes[index]))
         return {"index": index, **body, "logprobs": known}
 
     async def stream(self, path: str, job: Job, watch: asyncio.Task) -> AsyncIterator[bytes]:

@@ -6,6 +6,7 @@ Every field of a request is honoured or refused by name; `null` is as good as le
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import secrets
@@ -79,20 +80,36 @@ class _Request(pydantic.BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
 
+    def check(self) -> None:
+        """Raises ApiError for a field that another one would leave without effect."""
+        if self.stream_options is not None and not self.stream:
+            raise refuse("stream_options", "they are for streamed replies; set stream, or leave them out")
+
 
 class ChatRequest(_Request):
     messages: list[Any] = pydantic.Field(min_length=1)
     logprobs: bool = False
     top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
     max_completion_tokens: int | None = pydantic.Field(None, ge=1)
-    modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: bool = True
+    modalities: list[Literal["text"]] | None = pydantic.Field(None, min_length=1)
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     safety_identifier: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] = False
     tool_choice: Any = None
     tools: list[Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refuse("top_logprobs", "they are told with log-probabilities; set logprobs, or leave them out")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise refuse("max_tokens", "max_completion_tokens says the same; give one of them")
+        if not self.tools and self.parallel_tool_calls is not None:
+            raise refuse("parallel_tool_calls", "there are no tools to call")
+        if not self.tools and self.tool_choice not in (None, "none"):
+            raise refuse("tool_choice", "there are no tools to choose from", "invalid_value")
 
     @property
     def longest(self) -> int | None:
@@ -163,8 +180,7 @@ def read_request(raw: bytes, form: type[_Request]) -> Any:
         raise ApiError(
             400, f"{param}: {fault['msg']}", param, "missing_required_parameter" if missing else "invalid_value"
         ) from None
-    if request.stream_options is not None and not request.stream:
-        raise refuse("stream_options", "they are for streamed replies; set stream, or leave them out")
+    request.check()
     return request
 
 
@@ -182,6 +198,8 @@ def settings_of(request: Any, engine: Engine) -> Settings:
     own = Settings.of(engine.config)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    if request.top_k == -1:  # vLLM's word for all
+        given["top_k"] = 0
     if request.seed is not None:
         given["seed"] = request.seed % (1 << 64)
     given["stop"] = _stops(request.stop)
@@ -304,8 +322,6 @@ def read_tools(request: ChatRequest, has_tools: bool) -> Tools:
         _check_tool(tool, f"tools[{i}]")
     choice = request.tool_choice
     if not request.tools:
-        if choice not in (None, "none", "auto"):
-            raise refuse("tool_choice", "there are no tools to choose from", "invalid_value")
         return Tools([])
     if not has_tools:
         raise refuse("tools", "this model's chat template has none; take one that has (template=qwen)")
@@ -319,7 +335,7 @@ def read_tools(request: ChatRequest, has_tools: bool) -> Tools:
         raise refuse("tool_choice", "must be none, auto, required, or a function", "invalid_value")
     if choice == "none":
         return Tools([])
-    return Tools(request.tools, required=choice == "required", single=not request.parallel_tool_calls)
+    return Tools(request.tools, required=choice == "required", single=request.parallel_tool_calls is False)
 
 
 def _check_tool(tool: Any, where: str) -> None:
@@ -346,11 +362,12 @@ def plain_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 def read_schema(response_format: dict[str, Any] | None) -> Any:
     """The JSON schema that the reply is held to; None: any text."""
-    kind = (response_format or {"type": "text"}).get("type")
+    response_format = {"type": "text"} if response_format is None else response_format
+    kind = response_format.get("type")
     known = {"text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "json_schema"}}
     if kind not in known:
         raise refuse("response_format", "its type must be text, json_object or json_schema")
-    if unknown := set(response_format or ()) - known[kind]:
+    if unknown := set(response_format) - known[kind]:
         raise refuse(f"response_format.{min(unknown)}", "there is no such field", "unknown_parameter")
     if kind != "json_schema":
         return {"type": "object"} if kind == "json_object" else None
@@ -404,6 +421,8 @@ class Choice:
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    offset: int = 0  # characters of the tokens whose log-probabilities were told
+    decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
     @property
     def satisfied(self) -> bool:
@@ -468,17 +487,28 @@ def chat_logprobs(tokens: Sequence[TokenLogprob], engine: Engine) -> dict[str, A
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Sequence[TokenLogprob], engine: Engine, offset: int) -> dict[str, Any]:
-    """The older form; `offset` is where the first token's text begins."""
-    kept = [token for token in tokens if token.id not in engine.stop_ids]
-    texts = [engine.token_bytes(token.id).decode("utf-8", "replace") for token in kept]
-    top = [
-        {engine.token_bytes(i).decode("utf-8", "replace"): max(value, LEAST_LOGPROB) for i, value in token.top}
-        for token in kept
-    ]
-    offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-    values = [max(token.logprob, LEAST_LOGPROB) for token in kept]
-    return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+def completion_logprobs(tokens: Sequence[TokenLogprob], engine: Engine, choice: Choice, prefix: int) -> dict[str, Any]:
+    """The older form, for the next `tokens` of a choice; `prefix` characters stand before its text."""
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        if token.id in engine.stop_ids:
+            continue
+        spelled = engine.token_bytes(token.id)
+        told["tokens"].append(_named(spelled))
+        told["token_logprobs"].append(max(token.logprob, LEAST_LOGPROB))
+        top = {_named(engine.token_bytes(i)): max(value, LEAST_LOGPROB) for i, value in token.top}
+        told["top_logprobs"].append(top)
+        told["text_offset"].append(prefix + choice.offset)
+        choice.offset += len(choice.decoder.decode(spelled))
+    return told
+
+
+def _named(spelled: bytes) -> str:
+    """A token as the older form names it; a part of a character by its bytes."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 def usage(prompts: Sequence[int], cached: Sequence[int], completions: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -200,6 +201,9 @@ class Writer:
         self.stops, self.text = _StopTexts(settings.stop), engine._detokenizer()
         self.limit = min(settings.max_new_tokens, engine.context - reply.prompt_tokens)
         self.started = time.perf_counter()
+        self.shown_tokens = 0  # tokens of whose text something has been shown
+        self._starts: collections.deque[int] = collections.deque()  # where the texts of the others begin
+        self._made = self._shown = 0  # characters
 
     def feed(self, token: int) -> str:
         """The text that can be shown after `token`; `finish_reason` is set where it was the last one."""
@@ -208,7 +212,8 @@ class Writer:
         reply.seconds = time.perf_counter() - self.started
         reply.first_token_seconds = reply.first_token_seconds or reply.seconds
         ended = token in self.stop_ids
-        piece = "" if ended else self.stops.feed(self.shown.get(token) or self.text(token))
+        text = "" if ended else self.shown.get(token) or self.text(token)
+        piece = self._note(text, self.stops.feed(text))
         if ended or self.stops.found:
             reply.finish_reason = "stop"
         elif reply.completion_tokens == self.limit:
@@ -218,7 +223,20 @@ class Writer:
     def end(self) -> str:
         """What was held back; a reply that has not ended by itself was cancelled."""
         self.reply.finish_reason = self.reply.finish_reason or "cancelled"
+        if self.stops.found:  # the tokens of the stop text are no part of the reply
+            del self.reply.logprobs[self.shown_tokens :]
+        else:
+            self.shown_tokens = self.reply.completion_tokens
         return self.stops.flush()
+
+    def _note(self, text: str, shown: str) -> str:
+        self._starts.append(self._made)
+        self._made += len(text)
+        self._shown += len(shown)
+        while self._starts and self._starts[0] < self._shown:
+            self._starts.popleft()
+            self.shown_tokens += 1
+        return shown
 
 
 class Engine:

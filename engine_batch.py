@@ -91,10 +91,11 @@ class Row:
         """Ends the reply, whatever state it is in."""
         if error is not None:
             self.reply.finish_reason = "error"
-        self._tell(Event(text + self.writer.end(), self._new_logprobs(), True, error))
+        text += self.writer.end()
+        self._tell(Event(text, self._new_logprobs(), True, error))
 
     def _new_logprobs(self) -> tuple[TokenLogprob, ...]:
-        new = tuple(self.reply.logprobs[self._told :])
+        new = tuple(self.reply.logprobs[self._told : self.writer.shown_tokens])
         self._told += len(new)
         return new
 

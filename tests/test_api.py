@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import typing
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,6 +275,13 @@ def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
     streamed = client.chat.completions.create(model="parrot", messages=talk, logprobs=True, stream=True)
     told = [token for c in streamed for token in (c.choices[0].logprobs.content if c.choices[0].logprobs else [])]
     assert [token.bytes for token in told] == [token.bytes for token in content]
+    for stream in (False, True):  # "st" is held back until it is no "sto!", "he" until it is "here"
+        asked = {"model": "parrot", "messages": talk, "logprobs": True, "stop": ["sto!", "here"], "stream": stream}
+        reply = client.chat.completions.create(**asked)
+        known = [chunk.choices[0].logprobs for chunk in reply] if stream else [reply.choices[0].logprobs]
+        spelled = bytes(b for part in known if part for token in part.content for b in token.bytes)
+        assert spelled.decode() == "你好 🙂 stop "
+    assert client.chat.completions.create(model="parrot", messages=talk, extra_body={"top_k": -1}).choices
 
 
 @pytest.mark.slow
@@ -305,11 +313,18 @@ def test_every_shape_of_message_is_read(parrot_server: Server) -> None:
         ({"n": 100}, "n"),
         ({"stop": [""]}, "stop"),
         ({"top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"parallel_tool_calls": True}, "parallel_tool_calls"),
+        ({"modalities": []}, "modalities"),
+        ({"top_k": -2}, "top_k"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         ({"tools": [WEATHER]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"response_format": {}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}},
          "response_format"),
@@ -355,6 +370,10 @@ def test_malformed_bodies_and_wrong_places(parrot_server: Server) -> None:
     status, answer = parrot_server.post({"model": "gpt-5", "messages": [{"role": "user", "content": "hi"}]})
     assert status == 404 and answer["error"]["code"] == "model_not_found" and "'parrot'" in answer["error"]["message"]
     assert parrot_server.post({}, "/nothing")[0] == 404 and parrot_server.post({}, "/models")[0] == 405
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        parrot_server.get("/v1/models/made-up")
+    metrics = parrot_server.get("/metrics")  # one line a route, whatever is asked for
+    assert 'path="/v1/models/{name:path}",status="404"' in metrics and "made-up" not in metrics
     assert json.loads(parrot_server.get("/health")) == {"status": "ok"}
     assert parrot_server.chat()[1]["choices"][0]["message"]["content"] == TALK["hi"]
 
@@ -366,13 +385,22 @@ def test_plain_completions(parrot_server: Server) -> None:
     reply = client.completions.create(model="parrot", prompt=prompt, max_tokens=60)
     assert reply.choices[0].text == TALK["hi"] and reply.object == "text_completion"
     short = client.completions.create(model="parrot", prompt=[prompt, prompt.replace("hi", "count")], echo=True, n=2)
-    assert [c.text for c in short.choices] == [prompt + "你好 🙂 stop"[:-2]] * 2 + [
-        prompt.replace("hi", "count") + TALK["count"]
-    ] * 2 or [c.finish_reason for c in short.choices] == ["length", "length", "stop", "stop"]
+    counted = prompt.replace("hi", "count") + TALK["count"]
+    assert [c.text for c in short.choices] == [prompt + "你好 🙂 stop"] * 2 + [counted] * 2  # 16 tokens
+    assert [c.finish_reason for c in short.choices] == ["length", "length", "stop", "stop"]
     pieces = client.completions.create(model="parrot", prompt=prompt, max_tokens=60, stream=True)
     assert "".join(chunk.choices[0].text for chunk in pieces) == TALK["hi"]
-    known = client.completions.create(model="parrot", prompt=prompt, logprobs=1, max_tokens=60).choices[0].logprobs
+    asked = {"model": "parrot", "prompt": prompt, "logprobs": 5, "max_tokens": 60}
+    known = client.completions.create(**asked).choices[0].logprobs
     assert len(known.tokens) == len(known.token_logprobs) == len(TALK["hi"].encode())
+    assert known.tokens[:3] == ["bytes:\\xe4", "bytes:\\xbd", "bytes:\\xa0"] and known.tokens[-1] == "e"
+    assert all(len(top) == 5 and token in top for token, top in zip(known.tokens, known.top_logprobs, strict=True))
+    assert known.text_offset == [len(TALK["hi"].encode()[:n].decode(errors="ignore")) for n in range(len(known.tokens))]
+    told = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **asked)]
+    for part in ("tokens", "text_offset"):
+        assert [one for chunk in told if chunk for one in getattr(chunk, part)] == getattr(known, part)
+    stopped = client.completions.create(stop="here", **asked).choices[0]
+    assert stopped.text == "你好 🙂 stop " and stopped.logprobs.tokens[-1] == " "
     for wrong, param in ((["best_of", 3], "best_of"), (["suffix", "x"], "suffix"), (["prompt", []], "prompt")):
         status, body = parrot_server.post({"model": "parrot", "prompt": "x", wrong[0]: wrong[1]}, "/completions")
         assert status == 400 and body["error"]["param"] == param
