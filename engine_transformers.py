@@ -23,6 +23,23 @@ from common import Config, UserError
 from engine import Engine, Matcher, Message, Reply, Settings, Source, TokenLogprob, adapter_settings, read_json
 
 PREFILL = 512  # tokens of a prompt computed at once: a cancelled reply ends within one such piece
+CHANGES_SCORES = (  # settings of a model's generation_config that change scores before we draw: only Settings do that
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "remove_invalid_values",
+)
 
 
 class TransformersEngine(Engine):
@@ -244,7 +261,7 @@ class GenerateEngine(TransformersEngine):
     def _tokens(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
         import torch
 
-        drawn: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        drawn: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # None: generate has ended
         draw, closed = self.draw(settings, len(ids)), threading.Event()
 
         def choose(sequence: Any, scores: Any) -> Any:
@@ -262,19 +279,20 @@ class GenerateEngine(TransformersEngine):
                 self.model.generate(
                     input_ids=inputs,
                     attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=self.context - len(ids),
+                    max_new_tokens=min(settings.max_new_tokens, self.context - len(ids)),
                     do_sample=False,
                     logits_processor=[choose],
                     stopping_criteria=[stop],
+                    **dict.fromkeys(CHANGES_SCORES),
                 )
+                drawn.put(None)
             except BaseException as error:  # noqa: BLE001 - it belongs to the thread that reads the reply
                 drawn.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            while True:
-                token = drawn.get()
+            while (token := drawn.get()) is not None:
                 if isinstance(token, BaseException):
                     raise token
                 yield token

@@ -8,6 +8,7 @@ import queue
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,45 @@ def test_generate_engine_draws_the_same(parrot: Path, engine_of_parrot) -> None:
     reply.cancel()
     list(reply)
     assert reply.finish_reason == "cancelled"
+
+
+def test_generate_engine_draws_as_asked_and_never_waits_for_nothing(
+    engine_of_tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+    from types import SimpleNamespace
+
+    source = SimpleNamespace(name="tiny", config=engine_of_tiny.config, template=None)
+    model = engine_transformers.GenerateEngine(source, engine_of_tiny.model, engine_of_tiny.tokenizer)
+    own, asked = model.model.generate, []
+    for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "suppress_tokens": [1, 2]}.items():
+        monkeypatch.setattr(model.model.generation_config, name, value)
+    how = Settings(temperature=0, max_new_tokens=30)
+    assert "".join(model.stream([user("x")], how)) == "".join(engine_of_tiny.stream([user("x")], how))
+    reply = model.stream([user("x")], Settings(temperature=0, max_new_tokens=500))
+
+    def generate(**options) -> None:
+        (stop,) = options["stopping_criteria"]
+        asked.append(options["max_new_tokens"])
+
+        def stop_late(sequence, *scores):
+            if len(sequence[0]) == reply.prompt_tokens + 3:  # the reader waits for the fourth token already
+                waiting.wait(10)
+                reply.cancel()
+            return stop(sequence, *scores)
+
+        own(**{**options, "stopping_criteria": [stop_late]})
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    waiting, text = threading.Event(), []
+    reader = threading.Thread(target=lambda: text.extend(reply), daemon=True)
+    reader.start()
+    while reply.completion_tokens < 3 and reader.is_alive():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    waiting.set()
+    reader.join(20)
+    assert not reader.is_alive() and reply.finish_reason == "cancelled" and asked == [500]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
