@@ -185,6 +185,12 @@ class Adapter:
         self.settings = read_json(folder / "adapter_config.json")
         check_settings(self.settings, folder)
         self.tensors = read_header(self.file)
+        for name, tensor in self.tensors.items():
+            if tensor.dtype not in DTYPES.values():
+                raise UserError(
+                    f"{self.file}: {name} is stored as {tensor.dtype}, and {', '.join(DTYPES)} are read; "
+                    "save the adapter in one of these"
+                )
         self.parts: dict[str, dict[str, str]] = {}
         self.whole: dict[str, dict[str, str]] = {}
         self.used: Counter[str] = Counter()
@@ -267,6 +273,7 @@ class Adapter:
 
 
 OTHER_BASE = "give model_name_or_path=the model it was trained on"
+MULTIMODAL = "a multimodal model's tensors have other names on the disk than in memory: merge it with peft"
 
 
 def check_settings(settings: dict[str, Any], folder: Path) -> None:
@@ -276,6 +283,9 @@ def check_settings(settings: dict[str, Any], folder: Path) -> None:
             f"{folder} is a {settings.get('peft_type')} adapter, and merge.py merges LoRA, rsLoRA and DoRA; "
             "merge it with peft's merge_and_unload"
         )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), int | float):
+            raise UserError(f"{folder / 'adapter_config.json'} has no number {key}; save the adapter again with peft")
     faults = [f"{key}: {value!r}" for key, value in settings.items() if key not in KNOWN and value]
     if settings.get("init_lora_weights") not in INITIALIZATIONS:
         faults.append(f"init_lora_weights: {settings['init_lora_weights']!r} (it changed the base's weights as well)")
@@ -308,6 +318,11 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
     untied = False
     if embedding and language_config(config).get("tie_word_embeddings", head not in base):
         # one tensor in the base; it stays one unless the adapter changes its two uses differently
+        if {embedding, head} <= own.keys() and digest(own[embedding]) != digest(own[head]):
+            raise UserError(
+                f"{adapter.file} has {embedding} and {head} with different values, which are one tensor in the base; "
+                + OTHER_BASE
+            )
         own[head] = own[embedding] = own.get(embedding, own.get(head, base[embedding]))
         ends = [digest(copied[name]) if name in copied else name in modules for name in (embedding, head)]
         untied = ends[0] != ends[1] or True in ends
@@ -316,11 +331,13 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
             for tensors in (base, own, copied):
                 tensors.pop(head, None)
 
-    for name, tensor in {**own, **copied}.items():
-        check_replacement(adapter, name, tensor, base)
     sources = {**base, **own, **copied}
-    if missing := [name for name in modules if name not in sources]:
-        raise UserError(f"{adapter.file} changes {missing[0]}, which the base has not; {OTHER_BASE}")
+    missing = [name for name in (*own, *copied) if name not in base] + [name for name in modules if name not in sources]
+    if missing:
+        mend = MULTIMODAL if language_config(config) is not config else OTHER_BASE
+        raise UserError(f"{adapter.file} changes {missing[0]}, which the base has not; {mend}")
+    for name, tensor in {**own, **copied}.items():
+        check_replacement(adapter, name, tensor, base[name])
     rows = {sources[name].shape[0] for name in (embedding, head) if name in sources}
     if len(rows) > 1:
         raise UserError(f"{adapter.file} has {embedding} and {head} of different lengths; merge it with peft")
@@ -332,13 +349,11 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
     return Plan(pieces, untied, rows.pop() if rows else None)
 
 
-def check_replacement(adapter: Adapter, name: str, tensor: Tensor, base: dict[str, Tensor]) -> None:
+def check_replacement(adapter: Adapter, name: str, tensor: Tensor, base: Tensor) -> None:
     """Raises UserError where the adapter's tensor cannot stand for the base's: only an embedding may grow."""
-    if name not in base:
-        raise UserError(f"{adapter.file} brings {name}, which the base has not; {OTHER_BASE}")
-    grown = name.endswith(EMBEDDINGS + HEADS) and (tensor.shape[0], *base[name].shape[1:]) == tensor.shape
-    if tensor.shape != base[name].shape and not (grown and tensor.shape[0] > base[name].shape[0]):
-        raise UserError(f"{adapter.file}: {name} has the shape {tensor.shape}, not {base[name].shape}; {OTHER_BASE}")
+    grown = name.endswith(EMBEDDINGS + HEADS) and (tensor.shape[0], *base.shape[1:]) == tensor.shape
+    if tensor.shape != base.shape and not (grown and tensor.shape[0] > base.shape[0]):
+        raise UserError(f"{adapter.file}: {name} has the shape {tensor.shape}, not {base.shape}; {OTHER_BASE}")
 
 
 def find_updates(

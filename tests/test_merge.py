@@ -371,6 +371,8 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
         ({"use_qalora": True}, "use_qalora"),
         ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow: 3"),
         ({"r": 5}, "has rank 4, adapter_config.json says 5"),
+        ({"r": None}, "has no number r"),
+        ({"lora_alpha": None}, "has no number lora_alpha"),
         ({"use_dora": True}, "contradict"),
     ],
 )
@@ -406,6 +408,41 @@ def test_every_tensor_has_its_place(old: str, new: str | None, said: str, lora: 
     with pytest.raises(common.UserError) as error:
         merge.main([str(lora), "--no-verify"])
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("float64", "F64"), ("int16", "I16"), ("float8_e4m3fn", "F8_E4M3"), ("bool", "BOOL")]
+)
+def test_types_that_cannot_be_computed_with_are_refused(dtype: str, said: str, lora: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in values(lora).items()}
+    save_file(stored, lora / "adapter_model.safetensors")
+    with pytest.raises(common.UserError, match=rf"lora_A.weight is stored as {said}, and float32, float16, bfloat16"):
+        merge.main([str(lora), "--no-verify"])
+
+
+def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: dict[str, Path]) -> None:
+    from safetensors.torch import save_file
+
+    ends = values(models["tied"])["model.embed_tokens.weight"]
+    names = [f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+    trained = values(lora)
+    save_file({**trained, names[0]: ends + 1, names[1]: ends + 1}, lora / "adapter_model.safetensors")
+    assert distance(values(merged(lora))["model.embed_tokens.weight"], ends + 1) == 0
+    save_file({**trained, names[0]: ends + 1, names[1]: ends + 2}, lora / "adapter_model.safetensors")
+    with pytest.raises(common.UserError, match="lm_head.weight with different values, which are one tensor"):
+        merge.main([str(lora), "--no-verify"])
+
+
+def test_a_multimodal_base_is_told_from_a_wrong_one(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    common.write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
+    rename(lora, "base_model.model.model", "base_model.model.model.language_model")
+    with pytest.raises(common.UserError, match="other names on the disk than in memory: merge it with peft"):
+        merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
 
 
 def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
