@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import json
 import logging
 import math
@@ -353,6 +354,8 @@ def _coerce(name: str, value: Any) -> Any:
     optional = type(None) in typing.get_args(kind)
     if optional:
         kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    if kind is str and isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "")):
         if optional:
             return None
@@ -596,6 +599,33 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
+def suit_transformers_4(folder: Path) -> None:
+    """Rewrites in tokenizer_config.json what only transformers 5 can read; it reads the older words as well."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    write_json(path, settings)
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process of this user that had this number is gone; another user's may have the number by now."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, PermissionError):
+        return True
+    return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left beside `folder` of their attempts to let it appear."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.???.*.tmp"):
+        if has_ended(int(path.suffixes[-2][1:])):
+            shutil.rmtree(path)
+
+
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place once the block has ended without an error.
@@ -603,11 +633,7 @@ def appearing(folder: Path) -> Iterator[Path]:
     What a killed process left of an earlier attempt is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for path in folder.parent.glob(f".{folder.name}.*.tmp"):
-        try:
-            os.kill(int(path.suffixes[-2][1:]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path)
+    remove_leftovers(folder)
     beside, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
     beside.mkdir()
     try:

@@ -594,6 +594,7 @@ def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
     tokenizer = trainer.processing_class
     tokenizer.chat_template = template.saved
     tokenizer.save_pretrained(beside)
+    common.suit_transformers_4(beside)
     trainer.model.save_pretrained(beside, safe_serialization=True)
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     for file in beside.iterdir():

@@ -214,7 +214,7 @@ def targets() -> list[tuple[str, str]]:
         found += [
             (str(path.relative_to(common.SAVES)), str(path)) for path in (*places, *sorted(run.glob("gguf/*.gguf")))
         ]
-    models = sorted(path.parent for path in Path("models").glob("*/config.json"))
+    models = sorted(path.parent for path in Path("models").glob("[!.]*/config.json"))
     return found + [(str(path), str(path)) for path in models]
 
 

@@ -186,3 +186,16 @@ def test_newest_run_is_the_one_last_written(tmp_path):
     assert common.newest_run(tmp_path) == tmp_path / "nested/new"
     with pytest.raises(UserError, match="make train"):
         common.newest_run(tmp_path / "nothing")
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
+    def kill(process: int, _: int) -> None:
+        if process != 3:
+            raise {1: ProcessLookupError, 2: PermissionError}[process]  # gone; another user has its number by now
+
+    monkeypatch.setattr("os.kill", kill)
+    for name in (".m[1].new.1.tmp", ".m[1].old.2.tmp", ".m[1].new.3.tmp", ".m1.new.1.tmp"):
+        (tmp_path / name).mkdir()
+    with common.appearing(tmp_path / "m[1]"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".m[1].new.3.tmp", ".m1.new.1.tmp", "m[1]"}

@@ -126,6 +126,8 @@ def test_plain_peft_loads_the_adapter_and_the_template(finished, tiny_model):
     template = AutoTokenizer.from_pretrained(finished).chat_template
     assert "generation %}" not in template
     assert "<|im_start|>" in template
+    settings = json.loads((finished / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # as transformers 4 knows it
 
 
 @pytest.mark.slow

@@ -28,6 +28,16 @@ TALK = [
 ]
 
 
+def test_a_model_that_is_not_whole_yet_is_not_offered(tmp_path, monkeypatch):
+    import web_chat
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("whole", ".whole.new.7.tmp"):
+        (Path("models") / name).mkdir(parents=True)
+        (Path("models") / name / "config.json").write_text("{}")
+    assert web_chat.targets() == [("models/whole", "models/whole")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The conversation as data
 
