@@ -105,6 +105,53 @@ def _other_format(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The base model
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-(4|8)bit$|-(4|8)bit$", re.IGNORECASE)
+
+
+def find_base(name: str) -> tuple[Path, str, dict[str, Any]]:
+    """Folder, name and config.json of the 16-bit base; for one quantized by bitsandbytes, of what it was made of."""
+    if name.endswith(".gguf"):
+        raise UserError(
+            f"{name} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of"
+        )
+    folder = find_model(name)
+    whole = QUANTIZED_NAME.sub("", name)
+    if whole != name and (original := find_model(whole)):
+        folder, name = original, whole
+    if folder is None:
+        fetch = f"fetch it: python download.py {whole}" if HUB_NAME.fullmatch(whole) else "is it moved?"
+        raise UserError(f"the base model {whole} is not on this disk; {fetch}, or give model_name_or_path=FOLDER")
+    config = read_json(folder / "config.json")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "")
+        raise UserError(
+            f"{folder} is quantized ({method}): merging would bake its rounding errors in, and most runtimes could not "
+            f"read the result; give model_name_or_path=the 16-bit model it was made of"
+            + (f" ({whole})" if whole != name else "")
+        )
+    return folder, name, config
+
+
+def find_model(name: str) -> Path | None:
+    """The folder of a model: as named, below the kit or models/, or in the hub's cache; None where it is not."""
+    for folder in (Path(name).expanduser(), common.ROOT / name, Path("models") / Path(name).name):
+        if (folder / "config.json").exists():
+            return folder
+    if not HUB_NAME.fullmatch(name):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The plan: what becomes of each of the base's tensors
 
 

@@ -31,15 +31,22 @@ def check_access(repo: str, overwrite: bool) -> None:
         raise UserError(f"--push {repo}: it holds {len(files)} files already; add --overwrite, or choose another name")
 
 
-def upload(folder: Path, repo: str, *, ignore: list[str]) -> str:
-    """Uploads a folder as one commit and returns its address; a new repository is private. `ignore` are patterns."""
+def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | None = None) -> str:
+    """Uploads a folder as one commit and returns its address; a new repository is private.
+
+    `ignore` are patterns of what stays here, `delete` of what leaves the repository unless it is sent anew.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
     with plain_errors(repo):
         api.create_repo(repo, private=True, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, ignore_patterns=ignore, commit_message=f"Upload {folder.parent.name}"
+            repo_id=repo,
+            folder_path=folder,
+            ignore_patterns=ignore,
+            delete_patterns=delete,
+            commit_message=f"Upload {folder.parent.name}",
         )
     return commit.commit_url
 

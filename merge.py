@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import logging
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 import common
 from adapter import (
     DTYPES,
+    HUB_NAME,
     SIZES,
     Adapter,
     Plan,
+    find_base,
     language_config,
     make_plan,
     read_json,
@@ -55,6 +58,10 @@ def main(argv: list[str]) -> None:
     job = find_job(settings)
     started = time.monotonic()
     adapter = Adapter(job.adapter)
+    if flags.push and is_proven(job, adapter):  # its upload failed
+        check_push(flags.push, job)
+        push(flags.push, job)
+        return
     plan = make_plan(read_tensors(job.base), job.config_json, adapter, job.config.export_dtype)
     turns = trained_turns(job, plan)
     announce(job, adapter, plan, turns)
@@ -62,9 +69,7 @@ def main(argv: list[str]) -> None:
     if not flags.no_verify:
         choose_device(job.base, common.find_gpu())  # before the work, not after it
     if flags.push:
-        import hub
-
-        hub.check_access(flags.push, job.config.overwrite_output_dir)
+        check_push(flags.push, job)
     with common.appearing(job.output) as folder:
         write_shards(plan, folder, job.config.export_size * 10**9)
         write_small_files(job, plan, turns, folder)
@@ -74,8 +79,9 @@ def main(argv: list[str]) -> None:
         write_card(job, folder)
     print(f"merged     {job.output} ({plan.size / 1e9:.2f} GB)")
     if flags.push:
-        print(f"uploaded   {hub.upload(job.output, flags.push, ignore=[RECORD])}")
-    print(f"talk to it: python chat.py {job.output}\nmake a GGUF: python quantize.py {job.adapter}")
+        push(flags.push, job)
+    output = shlex.quote(str(job.output))
+    print(f"talk to it: python chat.py {output}\nmake a GGUF: python quantize.py {output}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -86,6 +92,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--push", metavar="REPO")
     parser.add_argument("--check", metavar="FOLDER")
     flags, settings = parser.parse_known_args(argv)
+    if flags.push and flags.no_verify:
+        raise UserError("--push uploads only what is proven; leave --no-verify out")
     return flags, [*settings, "overwrite_output_dir=true"] if flags.overwrite else settings
 
 
@@ -111,101 +119,79 @@ def find_job(settings: list[str]) -> Job:
     folders = [Path(s) for s in settings if Path(s).is_dir()]
     if len(folders) > 1:
         raise UserError(f"{folders[0]} and {folders[1]} are two folders; give one run or adapter")
-    loaded = common.load_config([s for s in settings if not Path(s).is_dir()])
+    rest = [s for s in settings if not Path(s).is_dir()]
+    loaded = common.load_config(rest)
     for note in loaded.notes:
         print(f"note: {note}")
-    folder = find_adapter(loaded, folders[0] if folders else None)
+    told = common.load_config([s for s in rest if Path(s) != loaded.recipe])  # the command line alone
+    folder = folders[0] if folders else name_adapter(loaded, told)
+    check_adapter(folder)
     run = next((f for f in (folder, folder.parent) if common.is_run(f)), None)
     config = loaded.config
     if run:  # its settings, and before them what the recipe and the command line say
-        given = {name: getattr(config, name) for name in {*loaded.given, "overwrite_output_dir", "export_dir"}}
+        given = {name: getattr(config, name) for name in {*loaded.given, "export_dir"}}
         config = dataclasses.replace(common.run_config(run), **given)
+    # what a recipe may overwrite is its training's
+    config = dataclasses.replace(config, overwrite_output_dir=told.config.overwrite_output_dir)
     name = config.model_name_or_path
     if not run and "model_name_or_path" not in loaded.given:
-        name = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or name
-    base, name, config_json = find_base(name)
-    return Job(config, folder, run, base, name, config_json, Path(config.export_dir or folder / "merged"))
-
-
-def find_adapter(loaded: Loaded, folder: Path | None) -> Path:
-    """The folder with adapter_config.json."""
-    config = loaded.config
-    if folder is None:
-        trained = loaded.recipe and Path(config.output_dir)
-        if trained and (trained / "adapter_config.json").exists() and "export_dir" not in loaded.given:
-            folder = trained
-        elif config.adapter_name_or_path:
-            folder = Path(config.adapter_name_or_path)
-        elif trained:
+        settings_json = read_json(folder / "adapter_config.json")
+        name = settings_json.get("base_model_name_or_path") or name
+        if (revision := settings_json.get("revision")) not in (None, "main"):
             raise UserError(
-                f"{loaded.recipe} has not been trained: {trained} has no adapter; run python train.py {loaded.recipe}, "
-                "or set adapter_name_or_path"
+                f"{folder} was trained on the revision {revision} of {name}; "
+                "give model_name_or_path=a folder with that revision"
             )
-        else:
-            folder = common.newest_run()
+    base, found, config_json = find_base(name)
+    if found != name:
+        print(f"note: {name} is quantized; merging into {base}, which it was made of")
+    return Job(config, folder, run, base, found, config_json, Path(config.export_dir or folder / "merged"))
+
+
+def name_adapter(loaded: Loaded, told: Loaded) -> Path:
+    """The folder of the adapter that the recipe and the command line (`told`) name, or of the newest run."""
+    config = loaded.config
+    if loaded.recipe is None:
+        return Path(config.adapter_name_or_path) if config.adapter_name_or_path else common.newest_run()
+    trained = Path(config.output_dir)
+    is_merge_file = config.export_dir and "export_dir" not in told.given  # else the adapter is what training began with
+    named = config.adapter_name_or_path and (is_merge_file or "adapter_name_or_path" in told.given)
+    if (trained / "adapter_config.json").exists() and not named:
+        return trained
+    if config.adapter_name_or_path:
+        return Path(config.adapter_name_or_path)
+    raise UserError(
+        f"{loaded.recipe} has not been trained: {trained} has no adapter; "
+        f"run python train.py {shlex.quote(str(loaded.recipe))}, or set adapter_name_or_path"
+    )
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises UserError where a folder has no adapter."""
     if "," in str(folder) and not folder.exists():
         raise UserError(f"{folder} are several adapters; merge one, then the next into the result")
     if (folder / "adapter_config.json").exists():
-        return folder
+        return
     checkpoints = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=lambda p: int(p.parent.name[11:]))
     if checkpoints:
         raise UserError(
-            f"{folder} has not finished training; merge a checkpoint: python merge.py {checkpoints[-1].parent}"
+            f"{folder} has not finished training; merge a checkpoint: "
+            f"python merge.py {shlex.quote(str(checkpoints[-1].parent))}"
         )
     raise UserError(f"{folder} has no adapter_config.json; give a run's folder, or an adapter's that peft saved")
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-(4|8)bit$|-(4|8)bit$", re.IGNORECASE)
-
-
-def find_base(name: str) -> tuple[Path, str, dict[str, Any]]:
-    """Folder, name and config.json of the 16-bit base; for one quantized by bitsandbytes, of what it was made of."""
-    if name.endswith(".gguf"):
-        raise UserError(
-            f"{name} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of"
-        )
-    folder = find_model(name)
-    whole = QUANTIZED_NAME.sub("", name)
-    if whole != name and (original := find_model(whole)):
-        print(f"note: {name} is quantized; merging into {original}, which it was made of")
-        folder, name = original, whole
-    if folder is None:
-        fetch = f"fetch it: python download.py {whole}" if HUB_NAME.fullmatch(whole) else "is it moved?"
-        raise UserError(f"the base model {whole} is not on this disk; {fetch}, or give model_name_or_path=FOLDER")
-    config = read_json(folder / "config.json")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "")
-        raise UserError(
-            f"{folder} is quantized ({method}): merging would bake its rounding errors in, and most runtimes could not "
-            f"read the result; give model_name_or_path=the 16-bit model it was made of"
-            + (f" ({whole})" if whole != name else "")
-        )
-    return folder, name, config
-
-
-def find_model(name: str) -> Path | None:
-    """The folder of a model: as named, below the kit or models/, or in the hub's cache; None where it is not."""
-    for folder in (Path(name).expanduser(), common.ROOT / name, Path("models") / Path(name).name):
-        if (folder / "config.json").exists():
-            return folder
-    if not HUB_NAME.fullmatch(name):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-
-
 def check_output(job: Job, plan: Plan) -> None:
-    """Raises UserError where the output is there already, or the disk has no room for it."""
-    if job.output.exists() and any(job.output.iterdir()) and not job.config.overwrite_output_dir:
-        raise UserError(f"{job.output} is there already; add --overwrite, or give export_dir=another folder")
-    if job.output.resolve() in (job.base.resolve(), job.adapter.resolve()):
-        raise UserError(f"{job.output} is the folder that is merged; give export_dir=another one")
+    """Raises UserError where the output may not be replaced, or the disk has no room for it."""
+    for folder in filter(None, (job.base, job.adapter, job.run)):
+        if folder.resolve().is_relative_to(job.output.resolve()):
+            raise UserError(f"{job.output} holds {folder}, which is merged; give export_dir=another folder")
+    if job.output.is_file() or (job.output.is_dir() and any(job.output.iterdir())):
+        if not (job.output / RECORD).exists():
+            raise UserError(f"{job.output} is there already and is no earlier merge; give another export_dir")
+        if not job.config.overwrite_output_dir:
+            raise UserError(f"{job.output} is there already; add --overwrite, or give export_dir=another folder")
+    common.remove_leftovers(job.output)  # they take room
     there = next(p for p in (job.output.absolute(), *job.output.absolute().parents) if p.exists())
     free, needed = shutil.disk_usage(there).free, plan.size + 10**8
     if free < needed:
@@ -213,6 +199,31 @@ def check_output(job: Job, plan: Plan) -> None:
             f"{there} has {free / 1e9:.1f} GB of free disk space, the merged model needs {needed / 1e9:.1f}; "
             "free some, or give export_dir=a folder on another disk"
         )
+
+
+def is_proven(job: Job, adapter: Adapter) -> bool:
+    """Whether the output is there as this merge would make it, with its proof."""
+    if job.config.overwrite_output_dir or not (job.output / RECORD).exists():
+        return False
+    record = read_json(job.output / RECORD)
+    same = record["adapter_sha256"] == sha256(adapter.file) and record["base"] == str(job.base.resolve())
+    same = same and job.config.export_dtype in (None, record["dtype"])
+    return same and "proof" in record and not common.missing_from_model(job.output)
+
+
+def check_push(repo: str, job: Job) -> None:
+    """Raises UserError where the hub would refuse the merged model."""
+    import hub
+
+    hub.check_access(repo, job.config.overwrite_output_dir)
+
+
+def push(repo: str, job: Job) -> None:
+    """Uploads the merged model, in place of the weights that the repository may hold."""
+    import hub
+
+    weights = ["model*.safetensors", "model.safetensors.index.json"]
+    print(f"uploaded   {hub.upload(job.output, repo, ignore=[RECORD], delete=weights)}")
 
 
 def announce(job: Job, adapter: Adapter, plan: Plan, turns: Turns | None) -> None:
@@ -336,6 +347,7 @@ def write_small_files(job: Job, plan: Plan, turns: Turns | None, folder: Path) -
     for source, patterns in ((tokenizer_folder(job), TOKENIZER), (job.base, FROM_BASE)):
         for path in (path for pattern in patterns for path in source.glob(pattern)):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+    common.suit_transformers_4(folder)
     if turns:
         common.write_text(folder / "chat_template.jinja", turns.text)
         settings = read_json(folder / "tokenizer_config.json")
@@ -351,7 +363,8 @@ def write_generation_config(job: Job, turns: Turns | None, folder: Path) -> None
     settings = read_json(path) if path.exists() else {}
     if turns:
         settings["eos_token_id"] = turns.stop_ids[0] if len(turns.stop_ids) == 1 else turns.stop_ids
-    common.write_json(folder / "generation_config.json", settings)
+    if settings:  # an empty one would take away the end that config.json names
+        common.write_json(folder / "generation_config.json", settings)
 
 
 def write_config(job: Job, plan: Plan, folder: Path) -> None:
@@ -407,7 +420,9 @@ def write_card(job: Job, folder: Path) -> None:
     lines = [f"{name} with an adapter ({record['kind']}) merged into its weights ({record['dtype']}), by onecard."]
     if run:
         datasets = ", ".join(Path(name).name for name in job.config.dataset)
-        lines.append(f"Trained on: {datasets}" + (f" ({run['steps']} steps)." if run.get("steps") else "."))
+        checkpoint = re.fullmatch(r"checkpoint-(\d+)", job.adapter.name)
+        steps = int(checkpoint[1]) if checkpoint else run.get("steps")
+        lines.append(f"Trained on: {datasets}" + (f" ({steps} steps)." if steps else "."))
     if proof := record.get("proof"):
         lines.append(
             f"On {proof['prompts']} prompts its logits differ from base + adapter by {proof['difference']:.2g} (rms), "
@@ -455,6 +470,9 @@ def prove(folder: Path) -> None:
     every twelfth of the changed weights moves by one unit in the last place, which has the variance of rounding.
     """
     record = read_json(folder / RECORD)
+    for part in ("base", "adapter"):
+        if not Path(record[part]).is_dir():
+            raise UserError(f"{record[part]}, the {part} that {folder} was merged of, is not there; put it back there")
     logging.disable(logging.WARNING)
     import torch
     from transformers.utils import logging as transformers_logging
@@ -538,8 +556,8 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
         for question, answer in QUESTIONS
     ]
     if record["run"]:
-        config = common.run_config(Path(record["run"]))
         try:
+            config = common.run_config(Path(record["run"]))
             few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
             conversations = dataset.read_conversations(few)[0][:8]
         except UserError as error:

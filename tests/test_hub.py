@@ -20,7 +20,7 @@ from pathlib import Path
 def main(arguments):
     folder, repo, overwrite = arguments
     hub.check_access(repo, overwrite == "True")
-    print(hub.upload(Path(folder), repo, ignore=["merge.json"]))
+    print(hub.upload(Path(folder), repo, ignore=["merge.json"], delete=["model*.safetensors"]))
 common.run_script(main)
 """
 
@@ -100,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
                 elif line["key"] == "lfsFile":
                     assert hashlib.sha256(self.server.lfs[value["oid"]]).hexdigest() == value["oid"]
                     self.server.repos[repo][value["path"]] = self.server.lfs[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del self.server.repos[repo][value["path"]]
             return self.answer(
                 {"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.url}/{repo}/commit/1"}
             )
@@ -156,8 +158,10 @@ def test_uploads_every_byte_into_a_private_repository_once(standin: Hub, folder:
     assert again.returncode == 2
     assert "holds 2 files already; add --overwrite" in again.stderr
     assert sent["README.md"] != b"changed"
+    sent |= {"model-00001-of-00002.safetensors": b"of an earlier upload", "LICENSE": b"the user's"}
     assert push(standin, folder, "me/merged", overwrite=True).returncode == 0
     assert sent["README.md"] == b"changed"
+    assert sent.keys() == {".gitattributes", "LICENSE", "README.md", "model.safetensors"}
 
 
 @pytest.mark.slow

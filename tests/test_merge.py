@@ -292,7 +292,7 @@ def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[st
     out = folder / "merged"
     assert result.stdout.splitlines()[-2:] == [
         "talk to it: python chat.py saves/first/merged",
-        "make a GGUF: python quantize.py saves/first",
+        "make a GGUF: python quantize.py saves/first/merged",
     ]
     assert {path.name for path in out.iterdir()} == {
         *("LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merge.json"),
@@ -336,6 +336,63 @@ def test_training_recipe_finds_its_run(plain: Path, models: dict[str, Path], tmp
     shutil.copytree(plain, "saves/mine/checkpoint-5")
     merge.main(["saves/mine/checkpoint-5", "--no-verify"])
     assert Path("saves/mine/checkpoint-5/merged/chat_template.jinja").read_text() == "the trained template"
+    assert "(5 steps)" in Path("saves/mine/checkpoint-5/merged/README.md").read_text()
+
+
+def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
+    plain: Path, models: dict[str, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(plain, Path("saves/mine"), models["tied"])
+    shutil.copytree(plain, "first")
+    recipe = f"model_name_or_path: {models['tied']}\n"
+    for number, (more, setting, adapter) in enumerate(
+        (
+            ("", "export_dir=out 0", "saves/mine"),
+            ("export_dir: out 1\n", "seed=1", "saves/mine"),
+            ("adapter_name_or_path: [first]\n", "export_dir=out 2", "saves/mine"),
+            ("adapter_name_or_path: [first]\nexport_dir: out 3\n", "seed=1", "first"),
+            ("export_dir: out 4\n", "adapter_name_or_path=first", "first"),
+        )
+    ):
+        Path("mine.yaml").write_text(recipe + more)
+        merge.main(["mine.yaml", setting, "--no-verify"])
+        assert json.loads(Path(f"out {number}/merge.json").read_text())["adapter"] == str(Path(adapter).resolve())
+        assert f"make a GGUF: python quantize.py 'out {number}'\n" in capsys.readouterr().out
+
+
+def test_the_revision_of_a_base_is_not_passed_over(lora: Path, models: dict[str, Path]) -> None:
+    config = json.loads((lora / "adapter_config.json").read_text())
+    common.write_json(lora / "adapter_config.json", {**config, "revision": "v2"})
+    with pytest.raises(common.UserError, match=r"trained on the revision v2 of .*give model_name_or_path"):
+        merge.main([str(lora), "--no-verify"])
+    assert merged(lora, f"model_name_or_path={models['tied']}").exists()
+
+
+def test_without_a_template_the_end_of_the_base_stays(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    for name in ("generation_config.json", "chat_template.jinja"):
+        (base / name).unlink()
+    folder = merged(lora, f"model_name_or_path={base}")
+    assert load(folder).generation_config.eos_token_id == load(base).generation_config.eos_token_id == 258
+
+
+def test_the_tokenizer_is_named_as_transformers_4_knows_it(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "TokenizersBackend"
+    common.write_json(base / "tokenizer_config.json", {**settings, "extra_special_tokens": ["<|eot_id|>"]})
+    folder = merged(lora, f"model_name_or_path={base}")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in settings  # a list, where transformers 4 takes names only
+    old, new = (AutoTokenizer.from_pretrained(path) for path in (base, folder))
+    assert type(old) is type(new)
+    assert old.all_special_tokens == new.all_special_tokens
+    text = "Hello 你好 <|eot_id|> 123"
+    assert old(text)["input_ids"] == new(text)["input_ids"]
 
 
 def test_quantized_base_gives_way_to_the_model_it_was_made_of(
@@ -432,7 +489,7 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: d
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 1}, lora / "adapter_model.safetensors")
     assert distance(values(merged(lora))["model.embed_tokens.weight"], ends + 1) == 0
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 2}, lora / "adapter_model.safetensors")
-    with pytest.raises(common.UserError, match="lm_head.weight with different values, which are one tensor"):
+    with pytest.raises(common.UserError, match=r"lm_head.weight with different values, which are one tensor"):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -504,8 +561,25 @@ def test_nothing_is_overwritten_unasked(lora: Path, models: dict[str, Path]) -> 
     assert (lora / "merged" / "model.safetensors").stat().st_ino == before
     merged(lora, "--overwrite")
     assert (lora / "merged" / "model.safetensors").stat().st_ino != before
-    with pytest.raises(common.UserError, match="is the folder that is merged"):
+    with pytest.raises(common.UserError, match="which is merged; give export_dir=another"):
         merge.main([str(lora), "--no-verify", "--overwrite", f"export_dir={models['tied']}"])
+
+
+def test_overwrite_replaces_earlier_merges_only(plain: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_run(plain, tmp_path / "run", models["tied"], overwrite_output_dir=True)  # of the training
+    checkpoint = shutil.copytree(plain, folder / "checkpoint-5")
+    for output in (folder, tmp_path, checkpoint):
+        with pytest.raises(common.UserError, match="which is merged; give export_dir=another"):
+            merge.main([str(checkpoint), "--no-verify", "--overwrite", f"export_dir={output}"])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_text("")
+    with pytest.raises(common.UserError, match="is no earlier merge; give another export_dir"):
+        merge.main([str(folder), "--no-verify", "--overwrite", f"export_dir={tmp_path / 'photos'}"])
+    merged(folder)
+    for arguments in ([str(folder)], [str(folder / "config.yaml")]):
+        with pytest.raises(common.UserError, match="is there already; add --overwrite"):
+            merge.main([*arguments, "--no-verify"])
+    merged(folder, "overwrite_output_dir=true")
 
 
 def sparse_base(models: dict[str, Path], folder: Path, size: int) -> Path:
@@ -525,8 +599,11 @@ def sparse_base(models: dict[str, Path], folder: Path, size: int) -> Path:
 
 def test_disk_space_is_looked_at_first(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     base = sparse_base(models, tmp_path / "base", 6 << 40)
+    killed = lora / f".merged.new.{2**22 + 1}.tmp"  # no process has this number
+    killed.mkdir()
     with pytest.raises(common.UserError, match=r"GB of free disk space, the merged model needs 6597\.\d"):
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
+    assert not killed.exists()
     with pytest.raises(common.UserError, match=r"comparing the models needs 79\d\d GB of memory"):
         merge.choose_device(base, None)
 
@@ -555,20 +632,48 @@ def test_killed_in_the_middle_leaves_nothing_that_looks_whole(
 def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_path: Path) -> None:
     environment = hub_environment(standin, tmp_path / "home")
     standin.repos["me/taken"] = {"model.safetensors": b""}
-    result = run("merge.py", str(lora), "--no-verify", "--push", "me/taken", env=environment)
+    result = run("merge.py", str(lora), "--push", "me/taken", env=environment)
     assert result.returncode == 2
     assert "me/taken: it holds 1 files already" in result.stderr
     assert not (lora / "merged").exists()
-    result = run("merge.py", str(lora), "--no-verify", "--push", "me/mine", env=environment)
+    standin.broken = True
+    result = run("merge.py", str(lora), "--push", "me/mine", env=environment)
+    assert result.returncode == 2
+    assert "try again later with --push" in result.stderr
+    standin.broken = False
+    before = (lora / "merged" / "model.safetensors").stat().st_ino
+    result = run("merge.py", str(lora), "--push", "me/mine", env=environment)
     assert result.returncode == 0, result.stderr
     assert f"uploaded   {standin.url}/me/mine/commit/1" in result.stdout
+    assert (lora / "merged" / "model.safetensors").stat().st_ino == before
     sent, local = standin.repos["me/mine"], {path.name: path.read_bytes() for path in (lora / "merged").iterdir()}
     assert {name: sent[name] for name in sent if name != ".gitattributes"} == {
         name: local[name] for name in local if name != "merge.json"
     }
 
 
+def test_only_what_is_proven_is_pushed(lora: Path) -> None:
+    with pytest.raises(common.UserError, match="--push uploads only what is proven; leave --no-verify out"):
+        merge.main([str(lora), "--no-verify", "--push", "me/mine"])
+    record = merged(lora) / "merge.json"
+    job, adapter = merge.find_job([str(lora)]), tensors.Adapter(lora)
+    assert not merge.is_proven(job, adapter)
+    content = json.loads(record.read_text()) | {"proof": {}}
+    common.write_json(record, content)
+    assert merge.is_proven(job, adapter)
+    for other in ({"adapter_sha256": "of an earlier one"}, {"base": "/another"}):
+        common.write_json(record, content | other)
+        assert not merge.is_proven(job, adapter)
+
+
 # The proof
+
+
+def test_a_run_that_was_moved_is_told(lora: Path, tmp_path: Path) -> None:
+    merged(lora)
+    lora.rename(tmp_path / "moved")
+    with pytest.raises(common.UserError, match=r"lora, the adapter that .*moved/merged was merged of, is not there"):
+        merge.main(["--check", str(tmp_path / "moved" / "merged")])
 
 
 @pytest.mark.slow
