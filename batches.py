@@ -6,7 +6,10 @@ GPU kernels read the boundaries from `packed_seq_lengths`; on a CPU `sample_atte
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +21,47 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that is not learned, as in transformers
 ATTENTION = "sample_sdpa"  # the name under which `sample_attention` is registered
+SEPARABLE = {"full_attention", "sliding_attention"}  # the kinds of layers that keep the samples of a flat batch apart
+# What keys of config.json start with where there are others: state spaces, convolutions, linear attention. Not every
+# such model lists its layers' kinds.
+RECURRENT = ("mamba", "ssm", "state_size", "conv", "linear_conv", "linear_attn", "lru_width")
+
+
+def mixes_samples(folder: Path) -> bool:
+    """Whether layers of the model in `folder` would let the samples of a flat batch see each other."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings |= settings.get("text_config") or {}  # of a model that sees images, too
+    if not SEPARABLE.issuperset(settings.get("layer_types") or ()):
+        return True
+    if any(key.startswith(RECURRENT) for key in settings):
+        return True
+    # Unsloth's Gemma 2 takes no notice of boundaries where it caps the attention's scores
+    return settings.get("model_type") == "gemma2"
+
+
+def fitted(config: Config) -> tuple[Config, str | None]:
+    """The configuration for the model on the disk, and what was changed: one sample a forward pass if it mixes them.
+
+    An optimizer step still sees as many samples, except that packed rows held several.
+    """
+    if not mixes_samples(Path(config.model_name_or_path)):
+        return config, None
+    one = dataclasses.replace(
+        config,
+        packing=False,
+        neat_packing=False,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=config.gradient_accumulation_steps * config.per_device_train_batch_size,
+    )
+    changed = [
+        f"{name}={str(getattr(one, name)).lower()}"
+        for name in ("packing", "per_device_train_batch_size", "gradient_accumulation_steps")
+        if getattr(one, name) != getattr(config, name)
+    ]
+    if not changed:
+        return one, None
+    return one, f"this model's layers would mix the samples of a batch, so they go one by one: {' '.join(changed)}"
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:

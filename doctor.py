@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import batches
 import common
 from common import Config, Gpu, Loaded, UserError
 
@@ -52,6 +53,10 @@ def examine(loaded: Loaded) -> int:
     gpu = check_gpu(seen, config)
     check_packages(seen, gpu)
     on_disk = check_model(seen, config)
+    if on_disk:
+        config, note = batches.fitted(config)
+        if note:
+            seen.note("batches", note)
     samples = check_data(seen, config, on_disk)
     if on_disk:
         check_memory(seen, config, gpu, samples)
@@ -229,7 +234,6 @@ def check_data(seen: Examination, config: Config, on_disk: bool) -> Samples | No
     except UserError as error:
         seen.fault("data", str(error))
         return None
-    import batches
     import stopping
 
     rows = len(data.train)

@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> None:
         return
     fetch_embedded_model(config)
     check_model(config)
+    config = fit_batches(config)
     check_environment(config)
     dataset.check(config)
     import_unsloth()  # takes ten seconds: faults that can be told before are
@@ -190,6 +191,16 @@ def check_model(config: Config) -> None:
     context = json.loads((path / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
     if context and config.cutoff_len > context:
         raise UserError(f"cutoff_len is {config.cutoff_len}, but {path} reads at most {context} tokens; lower it")
+
+
+def fit_batches(config: Config) -> Config:
+    """The configuration with the batches that the model can take; says what was changed."""
+    import batches
+
+    config, note = batches.fitted(config)
+    if note:
+        print(f"note: {note}")
+    return config
 
 
 def check_environment(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -103,6 +105,66 @@ def test_a_sliding_window_is_kept():
         reference.set_attn_implementation(batches.register_sample_attention())
         together = reference(**batches.collate(samples)).logits[0]
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def hybrid_config():
+    from transformers import Qwen3_5TextConfig
+
+    return Qwen3_5TextConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )  # fmt: skip
+
+
+def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
+    """The losses of the run's batches are those of its samples alone; two samples in a batch would change them."""
+    import torch
+    from transformers import Qwen3_5ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3_5ForCausalLM(hybrid_config()).save_pretrained(tmp_path)
+    given = load_config([f"model_name_or_path={tmp_path}", "packing=true", "per_device_train_batch_size=3"]).config
+    config, note = batches.fitted(given)
+    assert (config.packing, config.per_device_train_batch_size, config.per_device_eval_batch_size) == (False, 1, 1)
+    assert config.gradient_accumulation_steps == 24
+    assert note.endswith("packing=false per_device_train_batch_size=1 gradient_accumulation_steps=24")
+    model, samples = flat_model(tmp_path), random_samples([7, 30, 12])
+
+    def losses(size):
+        rows = [samples[at : at + size] for at in range(0, len(samples), size)]
+        with torch.no_grad():
+            return sum(model(**batch, num_items_in_batch=1).loss for batch in map(batches.collate, rows))
+
+    with torch.no_grad():
+        alone = [model(input_ids=torch.tensor([s["input_ids"]])).logits[0, :-1] for s in samples]
+    labels = [torch.tensor(s["labels"])[1:] for s in samples]
+    expected = torch.nn.functional.cross_entropy(torch.cat(alone), torch.cat(labels), reduction="sum")
+    assert torch.allclose(losses(config.per_device_train_batch_size), expected, rtol=1e-5)
+    assert not torch.allclose(losses(given.per_device_train_batch_size), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mixes"),
+    [
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]}, False),
+        ({"model_type": "gemma2"}, True),
+        ({"layer_types": ["linear_attention", "full_attention"]}, True),
+        ({"model_type": "qwen3_5", "text_config": {"layer_types": ["linear_attention", "full_attention"]}}, True),
+        ({"model_type": "qwen3_next", "linear_conv_kernel_dim": 4}, True),  # as its vendor writes it
+        ({"model_type": "lfm2", "layer_types": ["full_attention"], "conv_L_cache": 3}, True),
+        ({"model_type": "falcon_h1", "mamba_d_ssm": 1024}, True),
+    ],
+)
+def test_models_that_mix_samples_are_told_from_their_config(tmp_path, settings, mixes):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert batches.mixes_samples(tmp_path) is mixes
+
+
+def test_other_models_keep_their_batches(tiny_model):
+    config = load_config([f"model_name_or_path={tiny_model}", "packing=true"]).config
+    assert batches.fitted(config) == (config, None)
 
 
 @pytest.mark.parametrize(
