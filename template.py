@@ -4,11 +4,12 @@ A template marks what is learned by `{% generation %} ... {% endgeneration %}`; 
 assistant's turns stand inside. Everything about a template is in its file: the comment at its head names the control
 tokens it needs, and one more template is one more file.
 
-Only the template's own control tokens become control tokens; the same characters inside a message stay text. A row
-that holds such characters takes a detour: their first character is replaced, while rendering, by a stand-in of the
-same length, the control tokens left over are the template's own, and these are encoded by a copy of the tokenizer that
-knows control tokens only under other names. The stand-ins are Unicode noncharacters (U+FDD0..U+FDEF), which no text
-may contain.
+Only the template's own control tokens become control tokens; the same characters inside a message stay text. Control
+tokens are those that the tokenizer calls special, and added tokens that the template writes around plain words. A row
+that holds such characters takes a detour: their first character is replaced, while rendering, by a stand-in of the same
+length, the control tokens left over are the template's own, and these are encoded by a copy of the tokenizer that knows
+control tokens only under other names. The stand-ins are Unicode noncharacters (U+FDD0..U+FDEF), which no text may
+contain.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import functools
 import json
 import re
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,7 @@ TEMPLATES = ROOT / "templates"
 OWN = "the tokenizer's own"  # the name of a template that is no file of templates/
 
 Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?}], "tools"?: [...]}
-Sample = dict[str, Any]  # {"input_ids": list[int], "labels": list[int], "truncated": bool}
+Sample = dict[str, Any]  # {"input_ids": list[int], "labels": list[int], "truncated": bool, "left_out": Counter}
 Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 
 _LEARNED = "\ufdd0"  # stands before and after what is learned
@@ -119,9 +121,12 @@ def _lacking(text: str, tokenizer: Any) -> list[str]:
     missing = []
     for token in header[1].split() if header else []:
         spelled = special.get(token) if token.endswith("_token") else token
-        if not spelled or len(_coder(tokenizer).backend.encode(spelled, add_special_tokens=False).ids) != 1:
+        if not spelled or len(_backend(tokenizer).encode(spelled, add_special_tokens=False).ids) != 1:
             missing.append(token)
     return missing
+
+
+_TURNS = [{"role": role, "content": f"{role} words {i}"} for i in (1, 2) for role in ("user", "assistant")]
 
 
 def _probe(name: str, text: str, tokenizer: Any) -> ChatTemplate:
@@ -134,9 +139,8 @@ def _probe(name: str, text: str, tokenizer: Any) -> ChatTemplate:
         environment = _environment()
         variables = meta.find_undeclared_variables(environment.parse(_filtered(text)))
         template = ChatTemplate(name, text, (), "tools" in variables)
-        turns = [{"role": role, "content": f"{role} words {i}"} for i in (1, 2) for role in ("user", "assistant")]
-        coder = _coder(tokenizer)
-        rendered = _render(template, {"messages": turns}, coder)
+        coder = _coder(tokenizer, text)
+        rendered = _render(template, {"messages": _TURNS}, coder)
     except (jinja2.TemplateError, TypeError, _RowFault) as error:
         raise UserError(f"{fault} cannot be used: {error}.\n{_advice(tokenizer, name != OWN)}") from None
     ends = []
@@ -370,9 +374,13 @@ def _has_words(message: dict[str, Any], coder: _Coder) -> bool:
 
 
 def _unmarked_end(content: str, following: str, coder: _Coder) -> int:
-    """How many characters of `content` stand after its last mark in `following`, the rest of the rendering."""
+    """How many characters of `content` stand after its last mark in `following`, the rest of the rendering.
+
+    They stand there as they are, as JSON has them (Llama 3.1's tool results), or without spaces at the end.
+    """
     rest = content[len(content) - coder.skipped_backwards.match(content[::-1]).end() :]
-    return next(len(end) for end in (rest, rest.rstrip(), "") if following.startswith(end))
+    ends = (rest, json.dumps(rest, ensure_ascii=False)[1:-1], rest.rstrip(), "")
+    return next(len(end) for end in ends if following.startswith(end))
 
 
 @functools.lru_cache(maxsize=64)
@@ -419,20 +427,32 @@ def _common(one: str, other: str, coder: _Coder) -> str:
 # Encoding
 
 
-class _Coder:
-    """What is known of one tokenizer: its control tokens, and how text is encoded in which only some are meant."""
+def _backend(tokenizer: Any) -> Any:
+    """The fast tokenizer of the tokenizers library; raises UserError where there is none."""
+    backend = getattr(tokenizer, "_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            "this model's tokenizer has no fast version (tokenizer.json).\n"
+            "Convert it with transformers, or use a model that has one."
+        )
+    return backend
 
-    def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "_tokenizer", None)
-        if backend is None:
-            raise UserError(
-                "this model's tokenizer has no fast version (tokenizer.json).\n"
-                "Convert it with transformers, or use a model that has one."
-            )
-        self.backend = backend
-        self.names: dict[str, str] = {}  # bos_token, eos_token, ...: what templates may use
+
+class _Coder:
+    """What is known of one tokenizer: its control tokens, and how text is encoded in which only some are meant.
+
+    `marks` are control tokens that the tokenizer does not call special.
+    """
+
+    def __init__(self, tokenizer: Any, marks: frozenset[str] = frozenset()) -> None:
+        self.backend = backend = _backend(tokenizer)
+        self.names: dict[str, str] = tokenizer.special_tokens_map  # bos_token, eos_token, ...: what templates may use
         added = backend.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special and token.content}
+        self.special = {
+            token.content: i
+            for i, token in added.items()
+            if token.content and (token.special or token.content in marks)
+        }
         self.unknown = self.special.get(str(tokenizer.unk_token)) if tokenizer.unk_token else None
         self.firsts = sorted({token[0] for token in self.special})
         self.prefixes = tuple({token[:2] for token in self.special})
@@ -526,15 +546,38 @@ class _Coder:
         return ids
 
 
-_coders: weakref.WeakKeyDictionary[Any, _Coder] = weakref.WeakKeyDictionary()
+_coders: weakref.WeakKeyDictionary[Any, dict[str, _Coder]] = weakref.WeakKeyDictionary()  # tokenizer, template's text
 
 
-def _coder(tokenizer: Any) -> _Coder:
-    if tokenizer not in _coders:
-        _coders[tokenizer] = _Coder(tokenizer)
-    coder = _coders[tokenizer]
+def _coder(tokenizer: Any, text: str) -> _Coder:
+    """The coder of a tokenizer under the template `text`."""
+    coders = _coders.setdefault(tokenizer, {})
+    if text not in coders:
+        coder = _Coder(tokenizer)
+        marks = _marks(text, coder)
+        coders[text] = _Coder(tokenizer, marks) if marks else coder
+    coder = coders[text]
     coder.names = tokenizer.special_tokens_map  # each time: scripts set eos_token and pad_token
     return coder
+
+
+def _marks(text: str, coder: _Coder) -> frozenset[str]:
+    """The added tokens that the template `text` writes around plain words although they are not special.
+
+    Not <think> and </think>, which are the answers' own; nor plain words and spaces that a tokenizer has added.
+    """
+    with contextlib.suppress(_RowFault):
+        rendered = _jinja(text, {"messages": _TURNS}, coder, thinking=True)
+        added = coder.backend.get_added_tokens_decoder().values()
+        return frozenset(
+            token.content
+            for token in added
+            if not token.special
+            and token.content in rendered
+            and re.fullmatch(r"[^\w\s].*[^\w\s]", token.content, re.DOTALL)
+            and "think" not in token.content.lower()
+        )
+    return frozenset()
 
 
 @contextlib.contextmanager
@@ -623,8 +666,9 @@ def encode(
     Learned (label = id, elsewhere -100) are the assistant's words and the token that ends its turn: of every turn, of
     the last one (`mask_history`), or everything (`train_on_prompt`). A conversation longer than `cutoff_len` tokens is
     cut (`overlong="truncate"`, see `_shortened`) or becomes a reason ("drop" and "error" are the caller's difference).
+    `left_out` of a sample counts its answers of which the template renders a part only, by what it leaves out.
     """
-    coder = _coder(tokenizer)
+    coder = _coder(tokenizer, template.text)
     rules = _Rules(cutoff_len, overlong, mask_history, train_on_prompt, enable_thinking)
     results: list[Any] = []
     for conversation in conversations:
@@ -638,10 +682,29 @@ def encode(
             encodings = coder.encode([results[i].text for i in chosen], guarded)
             for i, encoding in zip(chosen, encodings, strict=True):
                 try:
+                    left_out = _left_out(conversations[i]["messages"], results[i])
                     results[i] = _sample(conversations[i], template, coder, rules, results[i], encoding)
+                    results[i]["left_out"] = left_out
                 except _RowFault as fault:
                     results[i] = str(fault)
     return results
+
+
+def _left_out(messages: list[dict[str, Any]], rendered: _Rendered) -> Counter[str]:
+    """How many answers lack thoughts, or the sentence beside a tool call, in what is learned of them."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not any(len(answer) > 2 or "</think>" in (answer.get("content") or "") for answer in answers):
+        return Counter()
+    learned = [rendered.text[start:stop] for start, stop in rendered.spans]
+    if len(learned) != len(answers):  # an own template that leaves empty answers out, or tags several parts of each
+        learned = ["".join(learned)] * len(answers)
+    left_out: Counter[str] = Counter()
+    for answer, text in zip(answers, learned, strict=True):
+        before, _, sentence = (answer.get("content") or "").rpartition("</think>")
+        thoughts = answer.get("reasoning_content") or before.rpartition("<think>")[2]
+        left_out["thoughts"] += thoughts.strip() not in text
+        left_out["words beside a tool call"] += bool(answer.get("tool_calls")) and sentence.strip() not in text
+    return +left_out
 
 
 def _sample(
@@ -801,8 +864,8 @@ def prompt_ids(
     The same rule as in training: only the template's own control tokens are control tokens. Raises UserError where the
     template refuses the messages.
     """
-    coder = _coder(tokenizer)
     text = template_text or _own_text(tokenizer)
+    coder = _coder(tokenizer, text)
     try:
         conversation = _plain({"messages": messages, "tools": tools})
         guarded = coder.looks_like_control(conversation)

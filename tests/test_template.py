@@ -343,7 +343,7 @@ def test_both_ways_of_encoding_agree(style: str):
     """A row without look-alikes, encoded as such a row would be, has the same ids, prefix spaces included."""
     tokenizer = pieces_tokenizer(style)
     template = load_template(style, tokenizer)
-    coder = room._coder(tokenizer)
+    coder = room._coder(tokenizer, template.text)
     for conversation in (talk("hi", "hi hi"), talk(" hi\n  hi", "你好🙂", "hi", " hi "), talk("", "h")):
         rendered = room._render(template, conversation, coder)
         detour = room._Rendered(coder.unguard(rendered.text), rendered.spans, True)
@@ -356,7 +356,7 @@ def test_both_ways_of_encoding_agree(style: str):
 def test_both_ways_agree_on_the_real_tokenizer(embedded_model):
     tokenizer = AutoTokenizer.from_pretrained(embedded_model)
     template = load_template(None, tokenizer)
-    coder = room._coder(tokenizer)
+    coder = room._coder(tokenizer, template.text)
     texts = [t for t, _ in json.loads((Path(__file__).parent / "tokens_smollm2.json").read_text(encoding="utf-8"))]
     for text in texts:
         guarded = room._render(template, talk(f"<|im_end|>{text}", "x"), coder)
@@ -506,6 +506,67 @@ def test_own_template_masks(tiny_tokenizer, kind: str):
     assert learned(nasty, tokenizer)[0].lstrip() == "A<|im_start|>" + template.stop[0]
     cut = one(talk("Q" * 100, "A" * 10), template, tokenizer, cutoff_len=70)
     assert len(cut["input_ids"]) <= 70 and learned(cut, tokenizer)[0].lstrip() == "A" * 10 + template.stop[0]
+
+
+def test_control_tokens_that_are_not_special_stay_text_in_data():
+    """DeepSeek R1's kind: its headers are added tokens, but not special; <think> belongs to the data."""
+    tokenizer = byte_tokenizer(["<|end|>"], ("<|User|>", "<|Assistant|>", "<think>", "</think>"), eos="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}"
+        "<|Assistant|>{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|><think>{% endif %}"
+    )
+    template = load_template(None, tokenizer)
+    sample = one(talk("a <|Assistant|>Sure!<|User|>", "b<|User|>"), template, tokenizer)
+    assert sample["input_ids"] == [257, *b("a <|Assistant|>Sure!<|User|>"), 258, *b("b<|User|>"), 256]
+    assert prompt_ids([user("<|User|>")], tokenizer) == [257, *b("<|User|>"), 258, 259]
+    assert one(talk("a<think>b", "c"), template, tokenizer)["input_ids"] == [
+        257,
+        *b("a"),
+        259,
+        *b("b"),
+        258,
+        *b("c"),
+        256,
+    ]
+
+
+CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {}}}
+
+
+def test_what_a_template_leaves_out_of_answers_is_counted():
+    def left_out(name: str, *answers: dict, **options) -> dict:
+        messages = [m for answer in answers for m in (user("q, as One would."), answer)]
+        tokenizer = for_template(name)
+        return one({"messages": messages}, load_template(name, tokenizer), tokenizer, **options)["left_out"]
+
+    inside, beside = assistant("<think>\nOne\n</think>\n\n1"), assistant("1", reasoning_content="One")
+    thoughts, words = {"thoughts": 1}, {"words beside a tool call": 1}
+    assert left_out("qwen3", inside) == left_out("qwen3", beside) == left_out("chatml", inside) == {}
+    assert left_out("chatml", beside) == left_out("qwen3", inside, enable_thinking=False) == thoughts
+    assert left_out("qwen3", inside, inside) == thoughts  # the vendor's, too, shows those of the last turn only
+    calling = [assistant("One moment.", tool_calls=[CALL]), assistant("", tool_calls=[CALL])]
+    for name, expected in (("llama3", words), ("mistral", words), ("qwen", {}), ("qwen3", {})):
+        assert left_out(name, *calling) == expected, name
+    tokenizer = for_template("chatml")  # DeepSeek's kind of an own template
+    tokenizer.chat_template = ROLES.replace("m.content", "m.content.split('</think>')[-1]") + PROMPT
+    own = load_template(None, tokenizer)
+    assert one({"messages": [user("q"), inside]}, own, tokenizer)["left_out"] == thoughts
+
+
+def test_own_template_that_writes_results_of_tools_as_json():
+    """Llama 3.1's kind; the newline at the end of a result is an escape there."""
+    tokenizer = for_template("llama3")
+    tagged = load_template("llama3", tokenizer)
+    tokenizer.chat_template = tagged.saved
+    messages = [
+        user("q"),
+        assistant("", tool_calls=[CALL]),
+        {"role": "tool", "content": 'two "lines"\n'},
+        assistant("a"),
+    ]
+    conversation = {"messages": messages, "tools": []}
+    assert one(conversation, load_template(None, tokenizer), tokenizer) == one(conversation, tagged, tokenizer)
 
 
 def test_own_template_with_tools():
