@@ -262,6 +262,8 @@ class Config:
 OPTIONS = {f.name: f for f in dataclasses.fields(Config) if "help" in f.metadata}
 _TYPES = typing.get_type_hints(Config)
 
+MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
+
 # Older or other spellings of an option.
 ALIASES = {"evaluation_strategy": "eval_strategy", "early_stopping_steps": "early_stopping_patience"}
 
@@ -361,7 +363,7 @@ def _coerce(name: str, value: Any) -> Any:
             return None
         if typing.get_origin(kind) is tuple:
             return ("none",) if name == "report_to" else ()
-        if kind is str and isinstance(value, str) and value.strip():
+        if kind is str and isinstance(value, str) and (value.strip() or name in MAY_BE_EMPTY):
             return value.strip()
         raise ValueError("a value is needed")
     if typing.get_origin(kind) is tuple:

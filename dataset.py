@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -319,7 +319,8 @@ def tokenize(job: Job, rows: list[tuple[str, int, Any]], *, encoding: bool = Tru
 
     import template
 
-    config, layout = job.config, dataclasses.replace(job.layout, notes=set(), used=set(), seen=set())
+    config = job.config
+    layout = dataclasses.replace(job.layout, notes=set(), counted=Counter(), used=set(), seen=set())
     conversations, contents, places, faults = _convert_all(rows, layout, config)
     samples = template.encode(
         conversations if encoding else [],
@@ -335,6 +336,9 @@ def tokenize(job: Job, rows: list[tuple[str, int, Any]], *, encoding: bool = Tru
     dropped = [reason for _, reason in refused if config.overlong == "drop" and TOO_LONG in reason]
     faults += [(f"{place}: {reason}", False) for place, reason in refused if reason not in dropped]
     kept = [{"input_ids": [], "labels": []} if isinstance(sample, str) else sample for sample in samples]
+    for sample in kept:
+        for what, answers in sample.get("left_out", {}).items():
+            layout.counted[f"answers whose {what} the chat template ({job.template.name}) leaves out"] += answers
     chain = itertools.chain.from_iterable
     return Chunk(
         np.fromiter(chain(sample["input_ids"] for sample in kept), np.int32),
@@ -487,6 +491,7 @@ def _write_samples(
             faults.add(chunk.faults)
             own += [reason for reason, _ in chunk.faults[: 1000 - len(own)]]
             layout.notes |= chunk.layout.notes
+            layout.counted += chunk.layout.counted
             layout.used |= chunk.layout.used
             layout.seen |= chunk.layout.seen
     if not rows:
@@ -509,7 +514,7 @@ def _write_samples(
         "duplicates": len(contents) - len(np.unique(contents)),
         "skipped": counts["faulty"],
         "faults": own,
-        "notes": sorted(layout.notes | notes),
+        "notes": sorted(layout.notes | notes) + [f"{what}: {n:,}" for what, n in sorted(layout.counted.items())],
     }
     common.write_json(folder / "report.json", report)
     return True

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -390,7 +391,7 @@ FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", "to
 
 @dataclass
 class Layout:
-    """How the rows of one dataset are laid out, and what was remarkable about them (`notes`, `used`, `seen`)."""
+    """How the rows of one dataset are laid out, and what was remarkable about them (from `notes` on)."""
 
     formatting: str
     columns: dict[str, str | None]  # what is read → the column it stands in
@@ -399,6 +400,7 @@ class Layout:
     roles: dict[str, str]
     registered: bool
     notes: set[str] = field(default_factory=set)
+    counted: Counter[str] = field(default_factory=Counter)  # notes that end with a number
     used: set[str] = field(default_factory=set)  # columns that were read
     seen: set[str] = field(default_factory=set)  # columns that some row has
 
@@ -643,6 +645,18 @@ FORMATS: dict[str, Callable[[Row, Layout], list[Row]]] = {
 }
 
 
+def _fill_in(messages: list[Row], layout: Layout, config: Config) -> None:
+    """Puts name and author for {{name}} and {{author}}, unless they are empty: a row may be about such marks."""
+    marked = [message for message in messages if "{{" in message["content"]]
+    for setting, word in (("name", config.name), ("author", config.author)):
+        mark = f"{{{{{setting}}}}}"
+        found = [message for message in marked if mark in message["content"]]
+        if found and word:
+            layout.counted[f'rows in which {mark} becomes {word!r} ({setting}: "" would leave it)'] += 1
+            for message in found:
+                message["content"] = message["content"].replace(mark, word)
+
+
 def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
     """A row as a conversation, with {{name}} and {{author}} filled in; raises Fault with what is wrong."""
     if not isinstance(row, dict):
@@ -655,12 +669,7 @@ def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
         if system:
             messages.insert(0, {"role": "system", "content": system})
     _check_order(messages)
-    for message in messages:
-        if "{{" in message["content"]:
-            filled = message["content"].replace("{{name}}", config.name).replace("{{author}}", config.author)
-            if filled != message["content"]:
-                message["content"] = filled
-                layout.notes.add(f"{{{{name}}}} and {{{{author}}}} become {config.name!r} and {config.author!r}")
+    _fill_in(messages, layout, config)
     tools = _tools(row, layout)
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
 

@@ -412,12 +412,24 @@ def test_tool_calls_of_sharegpt_and_openai_are_the_same_conversation(tmp_path: P
     assert '"name": "add", "description": "adds"' in shown and "<tool_call>\n" in shown and '{"x": 1}' in shown
 
 
-def test_name_author_and_default_system_are_filled_in(tmp_path: Path) -> None:
+def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_tokenizer) -> None:
     row = {"instruction": "Who is {{name}}?", "output": "{{name}} by {{author}}, {{other}}"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "system": "own"}])
     first, second = conversations(path, name="Ada", author="Bo", default_system="Be {{name}}.")
     assert [m["content"] for m in first["messages"]] == ["Be Ada.", "Who is Ada?", "Ada by Bo, {{other}}"]
     assert second["messages"][0]["content"] == "own"
+    notes = prepare(tiny_tokenizer, path, name="Ada").report["datasets"][0]["notes"]
+    assert "rows in which {{name}} becomes 'Ada' (name: \"\" would leave it): 2" in notes
+    alone = conversations(path, name="", author="Bo")[0]["messages"]
+    assert [m["content"] for m in alone] == ["Who is {{name}}?", "{{name}} by Bo, {{other}}"]
+    assert common.load_config(["name=", "author="]).config.name == ""
+
+
+def test_answers_of_which_the_template_leaves_out_a_part_are_counted(tmp_path: Path, tiny_tokenizer) -> None:
+    thinking = {"messages": [TALK[0], {**TALK[1], "reasoning_content": "Who am I?"}]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [thinking, {"messages": TALK}, thinking])
+    notes = prepare(tiny_tokenizer, path).report["datasets"][0]["notes"]
+    assert notes == ["answers whose thoughts the chat template (chatml) leaves out: 2"]
 
 
 def test_format_is_told_from_the_first_row_that_has_one(tmp_path: Path) -> None:
