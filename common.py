@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("ONECARD_CACHE", ROOT / ".cache"))
 SAVES = Path("saves")
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
+TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
 
 
 # ---------------------------------------------------------------------------------------------------------------------

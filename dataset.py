@@ -541,13 +541,16 @@ class Prepared:
     eval: datasets.Dataset | None
     train_lengths: np.ndarray
     eval_lengths: np.ndarray | None
+    contents: np.ndarray  # int64, the fingerprints of the conversations that are trained on, each once
     report: dict[str, Any]
 
 
 def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     """Reads, checks, tokenizes (or finds in the cache), splits and mixes the data of a run.
 
-    Raises UserError with all faulty rows, or where no sample is left.
+    What is held out is in an order drawn with the seed: an evaluation during training may take only the first of it,
+    which must not be those of one label or one dataset. Raises UserError with all faulty rows, or where no sample is
+    left.
     """
     import numpy as np
 
@@ -573,12 +576,13 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     train = _mixed(train[lengths[train] > 0], sizes, config)
     table = _table(folders["train"])
     made = {"train": (table.select(train), lengths[train])}
+    shuffled = np.random.default_rng(config.seed).permutation
     if held_out is not None:
-        held_out = held_out[lengths[held_out] > 0]
+        held_out = shuffled(held_out[lengths[held_out] > 0])
         made["eval"] = (table.select(held_out), lengths[held_out])
     elif folders["eval"]:
         _, eval_lengths, eval_contents = _stacked(folders["eval"])
-        kept = np.flatnonzero(eval_lengths)
+        kept = shuffled(np.flatnonzero(eval_lengths))
         made["eval"] = (_table(folders["eval"]).select(kept), eval_lengths[kept])
         if shared := int(np.isin(eval_contents[kept], contents[train]).sum()):
             reports["eval"][0]["notes"].append(f"{shared} samples of eval_dataset are trained on too")
@@ -587,6 +591,7 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     return Prepared(
         *(made["train"][0], made.get("eval", (None, None))[0]),
         *(made["train"][1], made.get("eval", (None, None))[1]),
+        contents=np.unique(contents[train]),
         report=report,
     )
 

@@ -86,20 +86,29 @@ def stalled(evaluations: Sequence[tuple[int, float]], patience: int, threshold: 
 
     The pass is for tasks whose loss lies on a plateau before it falls: no sample is left unseen in the judgement.
     """
+    at, waited = last_gain(evaluations, threshold)
+    return waited >= patience and evaluations[-1][0] - at >= epoch_steps
+
+
+def last_gain(evaluations: Sequence[tuple[int, float]], threshold: float) -> tuple[int, int]:
+    """The step of the last gain of more than `threshold` on the lowest loss before (0: none), and evaluations since."""
     lowest, at, waited = math.inf, 0, 0
     for step, loss in evaluations:
         if loss < lowest - threshold:
             lowest, at, waited = loss, step, 0
         else:
             waited += 1
-    return waited >= patience and evaluations[-1][0] - at >= epoch_steps
+    return at, waited
 
 
 def memorized(losses: Sequence[tuple[int, float]], epoch_steps: float) -> bool:
-    """Whether the (step, training loss) of the last three passes, at least 30 steps, are flat and near zero."""
-    if not losses:
+    """Whether the (step, training loss) of the last three passes are flat and near zero.
+
+    At least 30 steps and four logged lines, so that each half has some.
+    """
+    if len(losses) < 2:
         return False
-    window = max(3 * epoch_steps, 30)
+    window = max(3 * epoch_steps, 30, 4 * (losses[-1][0] - losses[-2][0]))
     start = losses[-1][0] - window
     if start < 0:
         return False
@@ -119,8 +128,8 @@ def why_stop(log: Sequence[dict[str, Any]], config: Config, plan: Plan) -> str |
     if evaluations and stalled(
         evaluations, config.early_stopping_patience, config.early_stopping_threshold, plan.epoch_steps
     ):
-        best = min(evaluations, key=lambda found: found[1])
-        return f"eval_loss has not improved since step {best[0]:,}"
+        since, _ = last_gain(evaluations, config.early_stopping_threshold)  # the lowest may be later, by less than that
+        return f"eval_loss has not improved by more than {config.early_stopping_threshold:g} since step {since:,}"
     losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
     if not evaluations and memorized(losses, plan.epoch_steps):
         return "the training loss is flat and near zero: the data is known by heart"
@@ -146,6 +155,9 @@ def warnings(config: Config, samples: int, steps: int, plan: Plan) -> list[str]:
     found = []
     epoch_steps, held_out = plan.epoch_steps, plan.eval_strategy != "no"
     passes = steps / epoch_steps
+    if held_out and not (config.load_best_model_at_end and plan.keeps_best):
+        way = "save_strategy: steps" if config.load_best_model_at_end else "load_best_model_at_end: true"
+        found.append(f"the adapter of the last step is kept, not that of the lowest eval_loss; {way} keeps the best")
     if steps < FEW_STEPS:
         more = math.ceil(2 * FEW_STEPS / epoch_steps)
         smaller = max(1, config.gradient_accumulation_steps * steps // (2 * FEW_STEPS))

@@ -52,7 +52,7 @@ HARMLESS = {
 }
 OURS = ("checkpoint-*", ".saving", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
 OURS += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf", "eval")
-OURS += ("report.html", "runs")
+OURS += ("report.html", "runs", common.TRAINED)
 # The projections of the Llama family under the names that Unsloth's kernels know.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> None:
     config, folder = loaded.config, Path(loaded.config.output_dir)
     for note in loaded.notes:
         print(f"note: {note}")
+    refuse_prediction(loaded)
     if dry_run:
         sys.exit(doctor.examine(loaded))
     checkpoint = where_to_start(config, folder)
@@ -96,6 +97,15 @@ def main(arguments: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run folder before training
+
+
+def refuse_prediction(loaded: Loaded) -> None:
+    """Raises UserError for a recipe that only predicts (LLaMA-Factory's do_predict): it names no data to train on."""
+    wanted = loaded.config.do_predict and loaded.config.eval_dataset and "dataset" not in loaded.given
+    if wanted and loaded.recipe and not common.read_recipe(loaded.recipe).get("do_train"):
+        raise UserError(
+            f"this recipe predicts: python evaluate.py {loaded.recipe}; to train, name a dataset or set do_train: true"
+        )
 
 
 def where_to_start(config: Config, folder: Path) -> str | None:
@@ -236,6 +246,7 @@ def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> 
         clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     common.write_text(folder / "config.yaml", common.dump_config(loaded.config))
+    write_trained(folder, data, resumed)
     packages = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
     gpu = common.find_gpu()
     run = {
@@ -253,6 +264,22 @@ def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> 
         "data": data.report,
     }
     common.write_json(folder / "run.json", run)
+
+
+def write_trained(folder: Path, data: Prepared, resumed: str | None) -> None:
+    """Writes the fingerprints of the conversations that are trained on: evaluate.py never measures on them.
+
+    They are kept because data files change. A run that goes on keeps those of its beginning, too.
+    """
+    import numpy as np
+
+    file, contents = folder / common.TRAINED, data.contents
+    if resumed and file.is_file():
+        contents = np.union1d(np.load(file), contents)
+    beside = folder / f".{common.TRAINED}"
+    with open(beside, "wb") as opened:
+        np.save(opened, contents)
+    os.replace(beside, file)
 
 
 def commit() -> str | None:
@@ -562,18 +589,20 @@ def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: 
 
     state, lines = trainer.state, progress.read_log(folder)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
+    best_is_kept = trainer.args.load_best_model_at_end and state.best_global_step
+    last_eval_loss = evaluations[-1]["eval_loss"] if evaluations else None
     facts = {
         "steps": state.global_step,
         "total_steps": state.max_steps,
         "stopped_early": stopped_early,
-        "best_step": state.best_global_step or state.global_step,
+        "best_step": state.best_global_step if best_is_kept else state.global_step,  # whose adapter is kept
         "stop": template.stop,  # what ends a turn: merge.py and quantize.py read it
         "tokens": int(state.num_input_tokens_seen),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "seconds": lines[-1]["elapsed"] if lines else None,
         "train_loss": progress.mean_loss(lines),
         "last_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
-        "eval_loss": state.best_metric or (evaluations[-1]["eval_loss"] if evaluations else None),
+        "eval_loss": state.best_metric if best_is_kept else last_eval_loss,
         "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
         "peak_memory": peak_memory(),
     }
@@ -585,7 +614,9 @@ def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: 
     finish(folder, "finished", **facts)
     written = report.write(folder)
     minutes, seconds = divmod(round(facts["seconds"] or time.process_time()), 60)
-    held_out = f", eval_loss {facts['eval_loss']:.4f} (step {facts['best_step']})" if facts["eval_loss"] else ""
+    held_out = (
+        f", eval_loss {facts['eval_loss']:.4f} (step {facts['best_step']})" if facts["eval_loss"] is not None else ""
+    )
     if stopped_early:
         print(f"\nstopped at step {state.global_step:,} of {state.max_steps:,}: {stopped_early}", end="")
     print(

@@ -1,6 +1,6 @@
 """The tutorial's way (thousands of steps on some 80 rows) beside this kit's stop, on the same rows.
 
-  python bench/stopping.py [STEPS]        1000 unless told; about 45 CPU-minutes on the embedded model
+  python bench/stopping.py [STEPS]        1000 unless told; about 60 CPU-minutes on the embedded model
 
 Both runs see the same 80 rows of the fraud task (in words, windows of 5 transactions) in batches of 4, with the same
 settings and the same course of the learning rate; one goes through all the steps, the other holds 10 more rows out and
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def make_data(folder: Path) -> None:
-    """80 rows to train on, 20 held out, and the test rows of other accounts and a later time."""
+    """80 rows to train on, 10 held out, and the test rows of other accounts and a later time."""
     run("data/make_diy.py", *MADE.split(), "--out", str(folder / "made"))
     made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     common.write_json(folder / "train.json", made[:TRAINED])

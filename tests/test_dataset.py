@@ -552,6 +552,27 @@ def test_eval_dataset_is_held_out_and_what_it_shares_is_said(tmp_path: Path, tin
     assert "2 samples of eval_dataset are trained on too" in made.report["eval_datasets"][0]["notes"]
 
 
+def test_the_first_of_what_is_held_out_is_of_all_labels_and_datasets(tmp_path: Path, tiny_tokenizer) -> None:
+    """An evaluation during training may take only the first: rows sorted by label must not make it one of one label."""
+    names = [
+        write_jsonl(tmp_path / f"{n}.jsonl", [{"instruction": f"q{n}{i}", "output": n} for i in range(60)])
+        for n in "ab"
+    ]
+    rows = write_jsonl(tmp_path / "all.jsonl", [json.loads(line) for name in names for line in name.open()])
+    other = write_jsonl(tmp_path / "other.jsonl", questions(2))
+
+    def answers(made: dataset.Prepared) -> list[str]:
+        assert made.eval_lengths.tolist() == [len(row["input_ids"]) for row in made.eval]
+        return [chr(tiny_tokenizer.decode([i for i in row["labels"] if i >= 0]).encode()[0]) for row in made.eval]
+
+    split, several = prepare(tiny_tokenizer, rows, val_size=60), prepare(tiny_tokenizer, *names, val_size=60)
+    given = prepare(tiny_tokenizer, other, eval_dataset=tuple(map(str, names)))
+    for found in map(answers, (split, several, given)):
+        assert 3 <= found[:20].count("a") <= 17
+    assert answers(prepare(tiny_tokenizer, rows, val_size=60)) == answers(split)
+    assert sorted(split.contents) == sorted(map(formats.fingerprint, conversations(rows, val_size=60)))
+
+
 def test_mixing(tmp_path: Path, tiny_tokenizer) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", [{"instruction": "few", "output": f"a{n}"} for n in range(4)])
     many = write_jsonl(tmp_path / "many.jsonl", [{"instruction": "many", "output": f"a{n}"} for n in range(12)])

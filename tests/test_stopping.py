@@ -70,6 +70,14 @@ def test_memorized_needs_three_passes_of_flat_loss_near_zero():
     assert not stopping.memorized([(step, 0.04 - step / 6000) for step, _ in flat], 60)  # still falling
     assert not stopping.memorized(flat[:3], 1)
     assert not stopping.memorized([], 1)
+    rare = [(1, 2.0), *((step, 0.01) for step in range(100, 600, 100))]  # a line in more than three passes
+    assert stopping.memorized(rare, 5) and not stopping.memorized(rare[:-1], 5)
+
+
+def test_the_reason_names_the_step_that_is_counted_from():
+    log = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([2, 1, 0.9999, 0.9998, 0.9997], 1)]
+    reason = stopping.why_stop(log, load_config(["early_stopping_patience=3"]).config, plan_of())
+    assert reason == "eval_loss has not improved by more than 0.001 since step 20"
 
 
 def test_a_tenth_is_held_out_by_default_where_there_is_enough():
@@ -115,6 +123,10 @@ def test_the_two_classic_failures_are_told_with_a_way_out():
     assert "eval_loss no longer falls" in told("num_train_epochs=1000", samples=80, steps=5000, epoch=5, held_out=8)
     assert "early_stopping: auto" in told("early_stopping=false", samples=80, steps=5000, epoch=5)
     assert told(samples=1000, steps=186, epoch=62) == ""
+    sized = {"samples": 1000, "steps": 186, "epoch": 62, "held_out": 40}
+    assert told(**sized) == ""
+    assert "kept, not that of the lowest eval_loss; save_strategy: steps" in told("save_strategy=no", **sized)
+    assert "load_best_model_at_end: true keeps the best" in told("load_best_model_at_end=false", **sized)
 
 
 def test_llama_factorys_name_of_the_patience_is_known():
@@ -150,6 +162,19 @@ def test_training_stops_when_the_held_out_loss_rises_and_keeps_the_best(tiny_mod
     assert kept.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
     again = train(tiny_model, guesses, folder, *more)
     assert again.returncode == 0 and "is finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_where_the_best_is_not_kept_the_record_is_of_the_last_step(tiny_model, guesses, tmp_path):
+    folder = tmp_path / "run"
+    more = ["val_size=8", "max_steps=60", "eval_steps=5", "early_stopping=no", "load_best_model_at_end=false"]
+    result = train(tiny_model, guesses, folder, *more)
+    assert result.returncode == 0, result.stderr
+    assert "warning: the adapter of the last step is kept" in result.stdout
+    state = read_run(folder)
+    log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    measured = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
+    assert (state["best_step"], state["eval_loss"]) == measured[-1] != min(measured, key=lambda found: found[1])
 
 
 @pytest.mark.slow

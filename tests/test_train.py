@@ -11,10 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, run, write_jsonl
 
 import common
+import dataset
+import formats
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -82,8 +85,10 @@ def test_the_run_folder_is_complete(finished):
     assert names == {
         "config.yaml", "run.json", "trainer_log.jsonl", "training_loss.png", "adapter_config.json",
         "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "checkpoint-10", "checkpoint-12", "report.html",
+        "checkpoint-10", "checkpoint-12", "report.html", "trained.npy",
     }  # fmt: skip
+    trained, _ = dataset.read_conversations(common.run_config(finished))
+    assert set(np.load(finished / "trained.npy").tolist()) == set(map(formats.fingerprint, trained))
     state = read_run(finished)
     assert state["status"] == "finished"
     assert state["steps"] == state["total_steps"] == 12
@@ -293,6 +298,31 @@ def test_bad_input_is_told_in_a_second(tiny_model, data, tmp_path):
     assert "there is no model" in in_a_second(tmp_path / "nothing", data, folder)
     assert "reads at most 8192" in in_a_second(tiny_model, data, folder, "cutoff_len=10000")
     assert "dataset" in in_a_second(tiny_model, tmp_path / "none.jsonl", folder)
+
+
+def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
+    recipe, folder = tmp_path / "predict.yaml", tmp_path / "run"
+    settings = f"do_predict: true\neval_dataset: {data}\nmodel_name_or_path: {tiny_model}\noutput_dir: {folder}\n"
+    recipe.write_text(settings)
+    for more in ([], ["--dry-run"]):
+        result = run("train.py", str(recipe), *more, cwd=tmp_path)
+        assert result.returncode == 2 and f"this recipe predicts: python evaluate.py {recipe}" in result.stderr
+    assert not folder.exists()
+    recipe.write_text(settings + "do_train: true\n")
+    assert "this recipe predicts" not in run("train.py", str(recipe), "--dry-run", cwd=tmp_path).stderr
+
+
+def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
+    import train as script
+
+    def trained(contents: list[int], resumed: str | None) -> list[int]:
+        data = dataset.Prepared(None, None, None, None, np.array(contents), report={})
+        script.write_trained(tmp_path, data, resumed)
+        return np.load(tmp_path / "trained.npy").tolist()
+
+    assert trained([3, 5], None) == [3, 5]
+    assert trained([4, 5], "checkpoint-4") == [3, 4, 5]
+    assert trained([4, 5], None) == [4, 5]
 
 
 def test_bad_input_deletes_nothing_of_an_earlier_run(tiny_model, tmp_path):
