@@ -145,10 +145,10 @@ def chosen_rows(source: Source, config: Config, notes: set[str]) -> Iterator[tup
 
 
 def _rest(rows: Iterator[Any], limit: int, notes: set[str]) -> Iterator[Any]:
-    """No rows; a note where max_samples left some out."""
+    """No rows; a note where max_samples left some out. A generator: it must not look before the others are through."""
     if next(rows, None) is not None:
         notes.add(f"max_samples: only the first {limit} rows are used")
-    return iter(())
+    yield from ()
 
 
 def layout_of(source: Source) -> Layout:

@@ -602,6 +602,9 @@ def test_num_samples_draws_and_max_samples_cuts(tmp_path: Path, tiny_tokenizer) 
     more = prepare(tiny_tokenizer, "more", dataset_dir=registry)
     assert len(more.train) == 15 and more.report["datasets"][0]["duplicates"] == 5
     cut = prepare(tiny_tokenizer, tmp_path / "rows.jsonl", max_samples=3)
+    asked = [row["messages"][0]["content"] for row in conversations(tmp_path / "rows.jsonl", max_samples=3)]
+    assert asked == ["q0", "q1", "q2"]
+    assert prepare(tiny_tokenizer, tmp_path / "rows.jsonl", max_samples=10).report["datasets"][0]["notes"] == []
     assert len(cut.train) == 3 and "max_samples: only the first 3 rows are used" in cut.report["datasets"][0]["notes"]
 
 
