@@ -17,7 +17,16 @@ def make_folder(folder: Path) -> Path:
     """A run folder as train.py and evaluate.py leave it, with a name that would be markup."""
     folder.mkdir()
     common.write_text(folder / "config.yaml", "learning_rate: 0.0003\nauthor: <b>Orbit</b>\n")
-    run = {"status": "finished", "model": "models/x", "steps": 20, "total_steps": 30, "peak_memory": 2e9, "seconds": 75}
+    run = {"stopped_early": "eval_loss has not improved by more than 0.001 since step 1,080"}
+    run |= {
+        "status": "finished",
+        "model": "models/x",
+        "steps": 20,
+        "total_steps": 30,
+        "peak_memory": 2e9,
+        "seconds": 75,
+    }
+    run["trainable_parameters"] = 4884480
     common.write_json(folder / "run.json", run | {"command": ["python", "train.py", "r.yaml"]})
     log = [{"step": i, "loss": 2 / i, "learning_rate": 1e-4, "tokens_per_second": 50.0} for i in range(1, 21)]
     log.insert(10, {"step": 10, "eval_loss": 0.5})
@@ -27,6 +36,7 @@ def make_folder(folder: Path) -> Path:
     p = np.random.default_rng(0).random(40)
     figures = metrics.classification([str(i % 2) for i in range(40)], np.stack([1 - p, p], 1), ("0", "1"))
     found = {"dataset": "d", "task": "classification", "rows": 40, "left_out": 0, "models": {"trained": figures}}
+    found |= {"labels": ["0", "1"], "positive": "1"}
     common.write_json(part / "metrics.json", found | {"command": ["python", "evaluate.py", "run", "dataset=d"]})
     return folder
 
@@ -39,6 +49,25 @@ def test_one_file_with_everything_and_no_network(tmp_path: Path) -> None:
     assert "python evaluate.py run dataset=d" in page
     assert "<b>Orbit" not in page and "&lt;b&gt;Orbit" in page
     assert page.count('class="zh"') >= page.count('class="en"') > 30
+
+
+def test_both_languages_say_all_and_the_commands_delete_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    page = report.write(folder).read_text(encoding="utf-8")
+    assert "自第 1,080 步起，留出集损失的下降未超过 0.001" in page and "1 分 15 秒" in page
+    assert "4,884,480" in page and "labels=1,0" in page and 'class="diagonal"' in page
+    assert f"python train.py r.yaml output_dir={folder}-again" in page and "overwrite_output_dir=true" not in page
+    assert page.count(">true-positive rate<") == page.count(">检出率<") == 1  # the axis itself has a name
+    assert "held out</span>" in page
+    lines = [line for line in (folder / "trainer_log.jsonl").read_text().splitlines() if "eval_loss" not in line]
+    (folder / "trainer_log.jsonl").write_text("\n".join(lines))
+    assert "held out</span>" not in report.write(folder).read_text(encoding="utf-8")
+    assert report.duration(7260) == "2 h 1 min" and report.duration(5) == "5 s" and report.reason("new") == "new"
+
+
+def test_a_precision_recall_curve_has_corners() -> None:
+    """Else the one point of a majority vote would be a line above every other curve."""
+    assert report.steps([(1.0, 0.25), (0.0, 1.0)]) == [(1.0, 0.25), (0.0, 0.25), (0.0, 1.0)]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
