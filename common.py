@@ -583,6 +583,25 @@ def help_text(usage: str, groups: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
+def use_chinese_font() -> None:
+    """Lets matplotlib draw Chinese by a font of this machine; where it has none there are boxes, without warnings."""
+    import contextlib
+    import warnings
+
+    from matplotlib import font_manager, rcParams
+
+    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+    if len(rcParams["font.family"]) > 1:
+        return
+    files = font_manager.findSystemFonts()
+    for file in sorted(files, key=lambda file: ("CJK" not in file, "Sans" not in file, "Regular" not in file, file)):
+        with contextlib.suppress(RuntimeError, OSError):  # a font of pixels, or a broken one
+            if font_manager.get_font(file).get_char_index(ord("的")):
+                font_manager.fontManager.addfont(file)
+                rcParams["font.family"] = ["DejaVu Sans", font_manager.FontProperties(fname=file).get_name()]
+                return
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and the run folder
 
@@ -678,6 +697,17 @@ def newest_run(saves: Path = SAVES) -> Path:
 def is_run(path: Path) -> bool:
     """Whether `path` is a folder that train.py wrote."""
     return (path / "run.json").is_file()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def run_config(folder: Path) -> Config:

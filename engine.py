@@ -420,7 +420,7 @@ def _find_adapter(folder: Path, settings: Sequence[str], loaded: common.Loaded) 
         status = (common.read_run(folder) or {}).get("status")
         whole = [path for path in folder.glob("checkpoint-*") if _is_adapter(path)]
         newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-        hint = f"talk to its checkpoint: python chat.py {newest}" if newest else "train it to its end"
+        hint = f"name its checkpoint: {newest}" if newest else "train it to its end"
         raise UserError(f"{folder} holds no trained adapter (its training is {status}); {hint}")
     run = next((f for f in (folder, folder.parent) if (f / "config.yaml").is_file() and common.is_run(f)), None)
     config, template = loaded.config, loaded.config.template

@@ -21,6 +21,8 @@ import dataclasses
 import gc
 import hashlib
 import json
+import re
+import shlex
 import shutil
 import sys
 import time
@@ -40,10 +42,15 @@ from common import Config, UserError
 
 Conversation = dict[str, Any]
 
-FORMAT = 1  # of predictions.jsonl and how they are made: another number makes old ones void
+FORMAT = 2  # of predictions.jsonl and how they are made: another number makes old ones void
 MOST_LABELS, LONGEST_LABEL = 20, 32  # of a closed set: answers, and characters of one
+POSITIVE = {"yes", "y", "true", "t", "positive", "是", "对", "真", "有", "阳性"}  # of two labels, in lower case
 SHORTEST_LIMIT = 64  # tokens that a reply may always have
 GENERAL = "general_test"  # of data/: what was forgotten is measured on it
+DATA = {"dataset", "eval_dataset"}
+# What a recipe that is the target may say otherwise than the run that it belongs to.
+ASKED = DATA | {"dataset_dir", "max_samples", "cutoff_len", "labels", "do_predict", "predict_with_generate"}
+ASKED |= {"max_new_tokens"}
 
 
 def main(argv: list[str]) -> None:
@@ -127,22 +134,52 @@ class Job:
     contenders: list[Contender]
     parts: list[Part]
     notes: list[str]
-    given: set[str]  # settings of the command line
+    given: set[str]  # settings that were asked for
+    output: Path | None  # where a recipe of LLaMA-Factory wants its predictions
     encoded: dict[str, Encoded] = dataclasses.field(default_factory=dict)
 
 
 def find_job(args: argparse.Namespace, settings: list[str]) -> Job:
     """Raises UserError, before anything heavy, for what is missing or not fit to be evaluated."""
-    given = {setting.lstrip("-").partition("=")[0].replace("-", "_") for setting in settings}
-    if wrong := sorted(given & {"val_size", "output_dir"}):
+    keys = {setting: setting.lstrip("-").partition("=")[0].replace("-", "_") for setting in settings}
+    if wrong := sorted({"val_size", "output_dir"} & set(keys.values())):
         raise UserError(f"{wrong[0]} cannot be changed after training; name the data: dataset=NAME")
-    source = engine.find(args.target, settings)
-    run = next((f for f in [Path(source.name), *Path(source.name).parents][:3] if common.is_run(f)), None)
-    recipe = [str(run / "config.yaml")] if run else []
-    config = common.load_config([*recipe, *settings]).config if run else source.config
+    # a model does not depend on the data, and a run's val_size would contradict an eval_dataset
+    source = engine.find(args.target, [setting for setting in settings if keys[setting] not in DATA])
+    run = run_of(Path(source.name))
+    config, given, output = find_config(source, run, args.target, settings)
     notes = list(source.notes)
     parts = find_parts(config, run, given, Path(source.name), notes)
-    return Job(config, run, find_contenders(args, source, run), parts, notes, given)
+    return Job(config, run, find_contenders(args, source, run), parts, notes, given, output)
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a run, its checkpoint, its merged model or its GGUF belongs to."""
+    return next((folder for folder in [path, *path.parents][:3] if common.is_run(folder)), None)
+
+
+def find_config(
+    source: engine.Source, run: Path | None, target: str | None, settings: list[str]
+) -> tuple[Config, set[str], Path | None]:
+    """The settings of an evaluation; those among them that were asked for; and a recipe's own folder for predictions.
+
+    A run's settings, before them what its recipe says of data and evaluation, and before all the command line. The
+    datasets of a recipe are asked for where they are others than the run's: a training's recipe is a target, too.
+    """
+    typed = common.load_config(settings)
+    config, given, output = common.run_config(run) if run else source.config, set(typed.given), None
+    values = {key: getattr(typed.config, key) for key in given}
+    if target and Path(target).suffix in (".yaml", ".yml", ".json"):
+        recipe = common.load_config([target])
+        asked = recipe.given & ASKED - (DATA if given & DATA else set())
+        asked = {
+            key for key in asked if not (run and key in DATA and getattr(recipe.config, key) == getattr(config, key))
+        }
+        values = {key: getattr(recipe.config, key) for key in asked} | values
+        given |= asked
+        if "output_dir" in recipe.given and not common.is_run(Path(recipe.config.output_dir)):
+            output = Path(recipe.config.output_dir)
+    return dataclasses.replace(config, **values), given, output
 
 
 def find_contenders(args: argparse.Namespace, source: engine.Source, run: Path | None) -> list[Contender]:
@@ -170,44 +207,60 @@ def has_adapter(run: Path) -> bool:
 
 def find_parts(config: Config, run: Path | None, given: set[str], target: Path, notes: list[str]) -> list[Part]:
     """The data: what was asked for, or what the run held out, or the test sets registered beside its datasets."""
-    trained_config = common.run_config(run) if run else None
-    trained, held_out = dataset.read_conversations(trained_config) if trained_config else ([], [])
-    changed = changed_files(run) if run else []
-    home = (run or common.SAVES / target.name) / "eval"
+    check_labels(config)
+    own = common.run_config(run) if run else None
     names = config.eval_dataset if "eval_dataset" in given else config.dataset if "dataset" in given else ()
-    if not names and trained_config is None:
+    if not names and own is None:
         raise UserError(f"{target} is no run, so nothing is known of its data; name some: dataset=NAME")
-    if not names and trained_config.eval_dataset:
-        names = trained_config.eval_dataset
-    if not names and held_out:
-        if changed:
-            raise UserError(
-                f"{changed[0]} has changed since {run} was trained, so what was held out is no longer known; "
-                "name data that it has not seen: dataset=NAME"
-            )
-        whose = owners(trained_config)
-        grouped: dict[str, list[Conversation]] = {}
-        for row in held_out:
-            grouped.setdefault(whose[dataset.fingerprint(row)], []).append(row)
-    else:
-        if not names:
-            names = registered_tests(trained_config)
-            notes.append(f"{run} held nothing out; {', '.join(names)} of dataset_info.json is used instead")
-        if changed:
-            notes.append(f"{changed[0]} has changed since {run} was trained: rows that it saw then may be among these")
-        grouped = {name: read_rows(config, name) for name in names}
-    seen = {dataset.fingerprint(row) for row in trained}
-    parts = [
-        make_part(config, name, rows, trained_config, seen, home / Path(name).stem) for name, rows in grouped.items()
+    names, held_out = names or own.eval_dataset, None
+    if not names and (held_out := held_out_by(run, own)):
+        config, names = own, own.dataset
+    elif not names:
+        names, held_out = registered_tests(own), None
+        notes.append(f"{run} held nothing out; {', '.join(names)} of dataset_info.json is used instead")
+    trainings = trainings_of(run, notes) if run else []
+    home = (run or common.SAVES / target.name) / "eval"
+    made = [
+        make_part(config, name, folder, trainings, notes, held_out)
+        for name, folder in part_folders(home, names).items()
     ]
-    return parts if any(part.name == GENERAL for part in parts) else [*parts, *general_part(config, seen, home)]
+    parts = [part for part in made if part]
+    if config.labels and all(part.labels != config.labels for part in parts):
+        first = parts[0]
+        raise UserError(
+            f"{first.name} has the answer {strange_answer(config, first.rows)!r}, which is not among labels: "
+            f"{', '.join(config.labels)}; mend labels"
+        )
+    if any(part.name == GENERAL for part in parts):
+        return parts
+    return [*parts, *general_part(config, trainings, home)]
 
 
-def general_part(config: Config, seen: set[int], home: Path) -> list[Part]:
+def part_folders(home: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The folder of each dataset: its name, or its file's; where another has that, a hash of its path beside it."""
+    found: dict[str, Path] = {}
+    for name in names:
+        folder = home / Path(name).stem
+        if name != GENERAL and folder in {home / GENERAL, *found.values()}:
+            folder = folder.with_name(f"{folder.name}-{hashlib.sha256(name.encode()).hexdigest()[:6]}")
+        found[name] = folder
+    return found
+
+
+def check_labels(config: Config) -> None:
+    """Raises UserError for labels among which there is nothing to choose."""
+    if twice := next((text for text, count in Counter(config.labels).items() if count > 1), None):
+        raise UserError(f"labels: {twice} stands there twice; name each answer once")
+    if len(config.labels) == 1:
+        raise UserError(f"labels: {config.labels[0]} alone leaves nothing to choose; name every answer, with commas")
+
+
+def general_part(config: Config, trainings: list[Training], home: Path) -> list[Part]:
     """The kit's small general-knowledge set: what becomes less likely there was forgotten. None if all was trained."""
     kit = dataclasses.replace(config, dataset_dir=str(common.ROOT / "data"), default_system=None, max_samples=None)
-    rows = [row for row in read_rows(kit, GENERAL) if dataset.fingerprint(row) not in seen]
-    return [Part(GENERAL, rows, home / GENERAL, "loss")] if rows else []
+    rows = read_rows(kit, GENERAL)
+    kept = [row for row, new in zip(rows, unseen(kit, GENERAL, rows, trainings), strict=True) if new]
+    return [Part(GENERAL, kept, home / GENERAL, "loss")] if kept else []
 
 
 def read_rows(config: Config, name: str) -> list[Conversation]:
@@ -216,9 +269,74 @@ def read_rows(config: Config, name: str) -> list[Conversation]:
     return dataset.read_conversations(dataclasses.replace(config, **alone))[0]
 
 
-def owners(config: Config) -> dict[int, str]:
-    """The dataset that each conversation of a run, known by its fingerprint, comes from."""
-    return {dataset.fingerprint(row): name for name in config.dataset for row in read_rows(config, name)}
+def held_out_by(run: Path, config: Config) -> set[int]:
+    """The fingerprints of what a run held out; raises UserError where that is no longer known."""
+    _, held_out = dataset.read_conversations(config)
+    if held_out and (changed := changed_files(run)):
+        raise UserError(
+            f"{changed[0]} has changed since {run} was trained, so what was held out is no longer known; "
+            "name data that it has not seen: dataset=NAME"
+        )
+    return set(map(dataset.fingerprint, held_out))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run was trained on: the fingerprints of its conversations, as its own settings made them of the rows."""
+
+    config: Config
+    contents: set[int]
+
+
+def trainings_of(run: Path, notes: list[str]) -> list[Training]:
+    """The training of a run, and before it those of the runs whose adapters it went on with."""
+    found: list[Training] = []
+    passed: set[Path] = set()
+    while run.resolve() not in passed:
+        passed.add(run.resolve())
+        config = common.run_config(run)
+        found.append(Training(config, trained_contents(run, config, notes)))
+        if not config.adapter_name_or_path:
+            break
+        before = run_of(Path(config.adapter_name_or_path))
+        if before is None or not (before / "config.yaml").is_file():
+            notes.append(
+                f"{run} went on with {config.adapter_name_or_path}, which is no run: what that was trained on is not "
+                "known, and rows of it may be among these"
+            )
+            break
+        run = before
+    return found
+
+
+def trained_contents(run: Path, config: Config, notes: list[str]) -> set[int]:
+    """The fingerprints that a run wrote down; where it wrote none down, those of its data, as far as they are there."""
+    if (run / common.TRAINED).is_file():
+        import numpy as np
+
+        return set(np.load(run / common.TRAINED).tolist())
+    try:
+        trained, _ = dataset.read_conversations(config)
+    except UserError as error:
+        reason = str(error).splitlines()[0]
+        notes.append(f"what {run} was trained on cannot be read ({reason}): rows that it saw may be among these")
+        return set()
+    if changed := changed_files(run):
+        notes.append(f"{changed[0]} has changed since {run} was trained: rows that it saw then may be among these")
+    return set(map(dataset.fingerprint, trained))
+
+
+def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[Training]) -> list[bool]:
+    """Which rows of a dataset no training saw, as that training's name, author and system message made them."""
+    fresh = [True] * len(rows)
+    for training in trainings:
+        own = {key: getattr(training.config, key) for key in ("name", "author", "default_system")}
+        as_it_was = dataclasses.replace(config, **own)
+        rendered = rows if as_it_was == config else read_rows(as_it_was, name)
+        fresh = [
+            new and dataset.fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)
+        ]
+    return fresh
 
 
 def changed_files(run: Path) -> list[str]:
@@ -246,42 +364,92 @@ def registered_tests(config: Config) -> tuple[str, ...]:
 
 
 def make_part(
-    config: Config, name: str, rows: list[Conversation], trained: Config | None, seen: set[int], folder: Path
-) -> Part:
-    """The rows that were not trained on, and the closed set of their answers, if there is one."""
-    kept = [row for row in rows if dataset.fingerprint(row) not in seen]
+    config: Config,
+    name: str,
+    folder: Path,
+    trainings: list[Training],
+    notes: list[str],
+    held_out: set[int] | None = None,
+) -> Part | None:
+    """The rows that were not trained on, and the closed set of their answers, if there is one.
+
+    `held_out` are fingerprints: only these rows are meant. None where a dataset has none of them.
+    """
+    rows = read_rows(config, name)
+    wanted = [held_out is None or dataset.fingerprint(row) in held_out for row in rows]
+    fresh = unseen(config, name, rows, trainings)
+    kept = [row for row, *facts in zip(rows, wanted, fresh, strict=True) if all(facts)]
+    if not any(wanted):
+        return None
     if not kept:
         raise UserError(f"every row of {name} was trained on, so it proves nothing; name other data: dataset=NAME")
-    answers = [answer(row) for row in kept]
-    own = (
-        next((other for other in trained.dataset if other in (name, name.removesuffix("_test"))), None)
-        if trained
-        else None
-    )
-    learned = [row for row in read_rows(trained, own) if dataset.fingerprint(row) in seen] if own else []
-    known = tuple(answer(row) for row in learned)
-    labels = config.labels or closed_set(answers, known)
-    if strange := next((text for text in answers if config.labels and text not in labels), None):
-        raise UserError(
-            f"{name} has the answer {strange!r}, which is not among labels: {', '.join(labels)}; mend labels"
+    answers, known = [answer(row) for row in kept], trained_answers(name, trainings)
+    strange = strange_answer(config, kept) if config.labels else None
+    if strange is not None:
+        notes.append(f"labels do not fit {name}, which has the answer {strange!r}")
+    labels = config.labels if config.labels and strange is None else closed_set(answers, known)
+    if not labels and (odd := odd_answers([*answers, *known])):
+        notes.append(
+            f"{name}: the answer {odd[0]!r} keeps the others from being a few that repeat, so all are taken as texts; "
+            "mend or take out its row to have the choice among the others measured"
         )
-    task = "classification" if labels else "text"
-    return Part(name, kept, folder, task, labels, known, len(rows) - len(kept))
+    return Part(name, kept, folder, "classification" if labels else "text", labels, known, sum(wanted) - len(kept))
+
+
+def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:
+    """The answers that the newest training saw in a dataset, or in that whose test set it is, where it can be read."""
+    if not trainings:
+        return ()
+    newest = trainings[0]
+    own = next((other for other in newest.config.dataset if other in (name, name.removesuffix("_test"))), None)
+    with contextlib.suppress(UserError):  # a file that is gone
+        rows = read_rows(newest.config, own) if own else []
+        return tuple(answer(row) for row in rows if dataset.fingerprint(row) in newest.contents)
+    return ()
 
 
 def answer(row: Conversation) -> str:
-    """The last answer of a conversation."""
+    """The last answer of a conversation, in words; a call of tools has none."""
     return row["messages"][-1]["content"].strip()
 
 
+def strange_answer(config: Config, rows: list[Conversation]) -> str | None:
+    """The first answer that is not among the labels."""
+    return next((text for text in map(answer, rows) if text not in config.labels), None)
+
+
 def closed_set(answers: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """The answers, sorted, if they are few, short, and repeated: then choosing among them is what is learned."""
+    """The answers, in order, if they are few, short, and repeated: then choosing among them is what is learned."""
     counts = Counter([*answers, *known])
-    short = all(0 < len(text) <= LONGEST_LABEL and "\n" not in text for text in counts)
     repeated = min(counts.values()) >= 2 and sum(counts.values()) >= 5 * len(counts)
-    if not (short and repeated and 2 <= len(counts) <= MOST_LABELS):
+    if not (all(map(is_short, counts)) and repeated and 2 <= len(counts) <= MOST_LABELS):
         return ()
-    return tuple(sorted(counts, key=lambda text: (float(text) if text.lstrip("-").isdigit() else 0.0, text)))
+    return in_order(counts)
+
+
+def is_short(text: str) -> bool:
+    return 0 < len(text) <= LONGEST_LABEL and "\n" not in text
+
+
+def in_order(counts: Counter[str]) -> tuple[str, ...]:
+    """Labels by their number, then by their characters; of two, the positive one last.
+
+    That is the higher number or what says yes; of other words the rarer one, as one looks for what is rare.
+    """
+    numbers = {text: float(text) for text in counts if re.fullmatch(r"[+-]?\d+(\.\d+)?", text)}
+    labels = sorted(counts, key=lambda text: (numbers.get(text, 0.0), text))
+    if len(labels) == 2 and len(numbers) < 2:
+        labels.sort(key=lambda text: (text.casefold() in POSITIVE, -counts[text]))
+    return tuple(labels)
+
+
+def odd_answers(answers: Sequence[str]) -> list[str]:
+    """The few answers, at most one in twenty, without which the others would be a closed set."""
+    counts = Counter(answers)
+    odd = {text for text in counts if counts[text] < 2 or not is_short(text)}
+    rest = [text for text in answers if text not in odd]
+    few = 0 < len(answers) - len(rest) <= max(1, len(answers) // 20)
+    return [text for text in counts if text in odd] if few and rest and closed_set(rest, []) else []
 
 
 def announce(job: Job) -> None:
@@ -293,8 +461,15 @@ def announce(job: Job) -> None:
             "text": "texts",
             "loss": "what was forgotten",
         }
+        if len(part.labels) == 2:
+            kinds["classification"] += f"; positive is {part.labels[1]} ({turned_round(part.labels)} turns it round)"
         out = f"; {part.left_out:,} that were trained on are left out" if part.left_out else ""
         print(f"data       {part.name}: {len(part.rows):,} rows, {kinds[part.task]}{out}")
+
+
+def turned_round(labels: Sequence[str]) -> str:
+    """The setting that makes the other of two labels the positive one."""
+    return shlex.quote(f"labels={','.join(reversed(labels))}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,6 +484,7 @@ class Encoded:
     prompts: list[list[int]]
     choices: list[list[list[int]]]  # a row's labels, for a closed set
     samples: list[dict[str, list[int]]]  # prompt and answer with what is learned, for texts
+    answers: list[str]  # the right ones
     limit: int = 0  # tokens of a reply; 0: none is wanted
 
     @property
@@ -402,7 +578,7 @@ def encode_choices(part: Part, config: Config, tokenizer: Any, template: Any) ->
         split = [split_sample(samples[i]) for samples in by_label]
         prompts.append(max(split, key=lambda pair: len(pair[1]))[0])
         choices.append(without_end([tokens for _, tokens in split]))
-    return Encoded(kept, prompts, choices, [])
+    return Encoded(kept, prompts, choices, [], [answer(part.rows[i]) for i in kept])
 
 
 def without_end(choices: list[list[int]]) -> list[list[int]]:
@@ -418,7 +594,14 @@ def encode_texts(part: Part, config: Config, tokenizer: Any, template: Any) -> E
     kept = refuse_faulty(part, last)
     samples = as_trained([part.rows[i] for i in kept], config, tokenizer, template, train_on_prompt=False)
     plain = [{key: sample[key] for key in ("input_ids", "labels")} for sample in samples]
-    return Encoded(kept, [split_sample(last[i])[0] for i in kept], [], plain)
+    split = [split_sample(last[i]) for i in kept]
+    answers = [
+        tokenizer.decode(learned, skip_special_tokens=True).strip()  # a call of tools, as the template writes it
+        if part.rows[i]["messages"][-1].get("tool_calls")
+        else answer(part.rows[i])
+        for i, (_, learned) in zip(kept, split, strict=True)
+    ]
+    return Encoded(kept, [asked for asked, _ in split], [], plain, answers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,12 +619,16 @@ def predict(job: Job, contender: Contender) -> None:
     print(f"loading {contender.source.name} ...", flush=True)
     scorer = scoring.of(engine.load(contender.source))
     for part, missing in todo:
-        started = time.monotonic()
-        with open(predictions_file(part, contender.label), "a", encoding="utf-8") as file:
-            for lines in rows_predicted(job, contender, part, missing, scorer):
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                file.flush()
-        finish(contender, part, time.monotonic() - started)
+        started, batches = time.monotonic(), 0
+        try:
+            with open(predictions_file(part, contender.label), "a", encoding="utf-8") as file:
+                for lines in rows_predicted(job, contender, part, missing, scorer):
+                    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                    file.flush()
+                    batches += 1
+        finally:  # an interrupted one has taken its time, too
+            add_effort(part, contender.label, time.monotonic() - started, batches)
+        finish(contender, part)
     del scorer
     gc.collect()
 
@@ -456,6 +643,8 @@ def rows_predicted(
 
     encoded = encode(job, part)
     lengths = [len(encoded.prompts[i]) + encoded.limit for i in missing]
+    if encoded.samples:
+        lengths = [max(n, len(encoded.samples[i]["input_ids"])) for i, n in zip(missing, lengths, strict=True)]
     ask = choose if part.task == "classification" else write
     bar = tqdm(total=len(missing), desc=f"{contender.label}, {part.name}", unit=" rows", file=sys.stderr)
     with bar:
@@ -464,8 +653,10 @@ def rows_predicted(
             facts = ask(part, encoded, places, scorer)
             lines = []
             for place, fact in zip(places, facts, strict=True):
-                row = part.rows[encoded.rows[place]]
-                lines.append({"row": encoded.rows[place], "prompt": prompt(row), "label": answer(row), **fact})
+                number, right = encoded.rows[place], encoded.answers[place]
+                row = part.rows[number]
+                known_by = f"{dataset.fingerprint(row) % 2**64:016x}"  # all of it, where the prompt is its last message
+                lines.append({"row": number, "conversation": known_by, "prompt": prompt(row), "label": right, **fact})
             yield lines
             bar.update(len(batch))
 
@@ -542,7 +733,7 @@ def missing_rows(job: Job, contender: Contender, part: Part) -> list[int]:
         shared = shared_file(key)
         if shared.is_file():
             shutil.copyfile(shared, file)
-        facts = {"key": key, "rows": encoded.fingerprint, "model": contender.source.name, "seconds": 0.0}
+        facts = {"key": key, "rows": encoded.fingerprint, "model": contender.source.name, "seconds": 0.0, "batches": 0}
         facts["dtype"] = dtype_of(contender.source.config)
         write_state(part, contender.label, facts)
     lines = read_lines(file)
@@ -576,11 +767,17 @@ def dtype_of(config: Config) -> str:
     return config.infer_dtype if config.infer_dtype != "auto" or common.find_gpu() else "float32"
 
 
-def finish(contender: Contender, part: Part, seconds: float) -> None:
+def add_effort(part: Part, label: str, seconds: float, batches: int) -> None:
+    """Adds what predictions took to what those before an interruption did."""
+    state = read_state(part)[label]
+    spent = {"seconds": round(state["seconds"] + seconds, 1), "batches": state["batches"] + batches}
+    write_state(part, label, state | spent)
+
+
+def finish(contender: Contender, part: Part) -> None:
     """Puts the predictions into the rows' order, and those of a base where other runs find them."""
     file, state = predictions_file(part, contender.label), read_state(part)[contender.label]
     write_lines(file, read_lines(file))
-    write_state(part, contender.label, state | {"seconds": round(state["seconds"] + seconds, 1)})
     if contender.label == "base":
         shared = shared_file(state["key"])
         shared.parent.mkdir(parents=True, exist_ok=True)
@@ -610,6 +807,7 @@ def conclude(job: Job, part: Part) -> None:
         "rows": len(encoded.rows),
         "left_out": part.left_out,
         "labels": list(part.labels),
+        "positive": part.labels[1] if len(part.labels) == 2 else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
     }
@@ -619,7 +817,7 @@ def conclude(job: Job, part: Part) -> None:
     print(f"\n{part.name}: {len(encoded.rows):,} rows\n{dataset.format_table(table(part.task, measured['models']))}")
     for name, pair in measured.get("paired", {}).items():
         print(f"{name}: {describe_pair(pair)}")
-    if part.task == "loss" and (note := describe_forgetting(measured["models"])):
+    if part.name == GENERAL and part.task != "classification" and (note := describe_forgetting(measured["models"])):
         print(note)
     print(f"all of it: {part.folder}")
 
@@ -689,7 +887,7 @@ def write_as_llamafactory(job: Job) -> None:
     """generated_predictions.jsonl and predict_results.json of the target, in LLaMA-Factory's form."""
     label = job.contenders[-1].label
     tokenizer, _ = tokenizer_of(job)
-    lines, seconds = [], 0.0
+    lines, seconds, batches = [], 0.0, 0
     for part in job.parts:
         if part.task != "loss":
             made = {line["row"]: line for line in read_lines(predictions_file(part, label))}
@@ -697,13 +895,15 @@ def write_as_llamafactory(job: Job) -> None:
             for row, ids in zip(encoded.rows, encoded.prompts, strict=True):
                 texts = {"predict": made[row]["prediction"], "label": made[row]["label"]}
                 lines.append({"prompt": tokenizer.decode(ids, skip_special_tokens=False), **texts})
-            seconds += read_state(part)[label]["seconds"]
+            state = read_state(part)[label]
+            seconds, batches = seconds + state["seconds"], batches + state["batches"]
     if not lines:
         return
-    folder = job.run or job.parts[0].folder.parent
+    folder = job.output or job.run or job.parts[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "generated_predictions.jsonl", lines)
     predictions, truth = ([line[key] for line in lines] for key in ("predict", "label"))
-    common.write_json(folder / "predict_results.json", metrics.as_llamafactory(predictions, truth, seconds))
+    common.write_json(folder / "predict_results.json", metrics.as_llamafactory(predictions, truth, seconds, batches))
     print(f"\nas LLaMA-Factory writes them: {folder}/predict_results.json, {folder}/generated_predictions.jsonl")
 
 
@@ -745,26 +945,33 @@ def list_runs() -> str:
         run = common.read_run(folder) or {}
         data, figure = key_figure(folder)
         minutes = f"{run['seconds'] / 60:.1f}" if run.get("seconds") else "-"
-        losses = [f"{run[key]:.4f}" if run.get(key) else "-" for key in ("last_loss", "eval_loss")]
+        losses = ["-" if run.get(key) is None else f"{run[key]:.4f}" for key in ("last_loss", "eval_loss")]
         steps = [str(run.get(key) or "-") for key in ("steps", "total_steps")]
-        rows.append([str(folder), str(run.get("status", "-")), *steps, minutes, *losses, data, figure])
+        status = str(run.get("status", "-"))
+        if status == "running" and not common.is_alive(run["pid"]):
+            status = "interrupted"  # by what left it no time to write so
+        rows.append([str(folder), status, *steps, minutes, *losses, data, figure])
     if len(rows) == 1:
         raise UserError(f"there is no run in {common.SAVES}/; train one: make train")
     return dataset.format_table(rows)
 
 
 def key_figure(folder: Path) -> tuple[str, str]:
-    """The newest evaluation of a run's own model: its data, and accuracy or exact match; dashes for none.
+    """The newest evaluation of a run's own model, or of what was made of it: its data, and accuracy or exact match.
 
-    What tells whether the run forgot comes only where there is nothing else.
+    Dashes for none. What tells whether the run forgot comes only where there is nothing else.
     """
     files = list(folder.glob("eval/*/metrics.json"))
     files.sort(key=lambda file: (file.parent.name != GENERAL, file.stat().st_mtime), reverse=True)
     for found in (json.loads(file.read_text(encoding="utf-8")) for file in files):
-        figures = found["models"].get("trained", {})
+        models = {
+            label: figures for label, figures in found["models"].items() if label not in ("majority vote", "base")
+        }
+        label = "trained" if "trained" in models else next(iter(models), None)
+        whose = "" if label == "trained" else f" ({label})"
         for key in ("accuracy", "exact_match"):
-            if key in figures:
-                return found["dataset"], f"{key} {figures[key]:.3f}"
+            if key in models.get(label, {}):
+                return found["dataset"], f"{key} {models[label][key]:.3f}{whose}"
     return "-", "-"
 
 
@@ -780,7 +987,7 @@ def compare(first: Path, second: Path) -> str:
         if a != b and key != "output_dir":
             rows.append([key, *(",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (a, b))])
     for key in ("steps", "best_step", "seconds", "tokens", "last_loss", "eval_loss"):
-        rows.append([key, *("-" if run.get(key) is None else f"{run[key]:,.5g}" for run in runs)])
+        rows.append([key, *(amount(run.get(key)) for run in runs)])
     blocks = [dataset.format_table(rows)]
     for file in sorted(first.glob("eval/*/metrics.json")):
         other = second / file.relative_to(first)
@@ -791,23 +998,31 @@ def compare(first: Path, second: Path) -> str:
     return "\n\n".join([*blocks, f"both losses: {picture}"])
 
 
+def amount(value: float | None) -> str:
+    """A number in five digits, or all where it has more; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:,.5g}"
+
+
 def compare_part(first: Path, second: Path, *names: str) -> str:
     """The figures of both runs on one dataset, and their difference on the rows that both predicted."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in (first, second)]
     title = found[0]["dataset"]
-    if found[0]["task"] != found[1]["task"] or any("trained" not in part["models"] for part in found):
+    same = all(found[0][key] == found[1][key] for key in ("task", "labels"))
+    if not same or any("trained" not in part["models"] for part in found):
         return f"{title}: not evaluated in the same way; evaluate both again"
     models = {name: part["models"]["trained"] for name, part in zip(names, found, strict=True)}
     text = f"{title}\n{dataset.format_table(table(found[0]['task'], models))}"
     lines = [
-        {(x["prompt"], x["label"]): x for x in read_lines(file.parent / "predictions.jsonl")}
+        {line["conversation"]: line for line in read_lines(file.parent / "predictions.jsonl") if "conversation" in line}
         for file in (first, second)
     ]
     both = [key for key in lines[0] if key in lines[1] and "prediction" in lines[0][key]]
     if not both:
         return text
     said = [[part[key]["prediction"] for key in both] for part in lines]
-    pair = metrics.paired([label for _, label in both], *said)
+    pair = metrics.paired([lines[0][key]["label"] for key in both], *said)
     return f"{text}\n{names[1]} - {names[0]} on {len(both):,} rows of both: {describe_pair(pair)}"
 
 

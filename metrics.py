@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import common
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -54,11 +56,11 @@ def classification(truth: Sequence[str], probabilities: np.ndarray, labels: Sequ
     figures |= {
         "tpr_at_fpr_10": tpr_at(y, p, 0.10),
         "tpr_at_fpr_1": tpr_at(y, p, 0.01),
-        "brier": float(np.square(p - np.eye(len(labels))[y]).sum(1).mean() / (2 if len(labels) == 2 else 1)),
+        "brier": float(sk.brier_score_loss(y, p[:, 1] if len(labels) == 2 else p, labels=range(len(labels)))),
         "log_loss": float(sk.log_loss(y, p, labels=range(len(labels)))),
         **calibration(y, p),
         "confusion": sk.confusion_matrix(y, predicted, labels=range(len(labels))).tolist(),  # [truth][predicted]
-        "curves": curves(y, p) if len(labels) == 2 and 0 < y.sum() < len(y) else None,
+        "curves": curves(y, p) if len(set(y.tolist())) > 1 else None,
     }
     return figures
 
@@ -144,13 +146,20 @@ def calibration(y: np.ndarray, p: np.ndarray) -> dict[str, Any]:
 
 
 def curves(y: np.ndarray, p: np.ndarray) -> dict[str, Any]:
-    """The points of the ROC and the precision-recall curve."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
+    """The points of the ROC and the precision-recall curve, and the areas under them.
 
-    fpr, tpr, _ = roc_curve(y, p[:, 1])
-    precision, recall, _ = precision_recall_curve(y, p[:, 1], drop_intermediate=True)
+    With more than two labels of every label against the rest, all taken together (micro average).
+    """
+    import numpy as np
+    from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
+
+    binary = p.shape[1] == 2
+    came, said = (y == 1, p[:, 1]) if binary else (np.eye(p.shape[1])[y].ravel(), p.ravel())
+    fpr, tpr, _ = roc_curve(came, said)
+    precision, recall, _ = precision_recall_curve(came, said, drop_intermediate=True)
     points = {"fpr": fpr, "tpr": tpr, "precision": precision, "recall": recall}
-    return {name: [round(float(value), 6) for value in values] for name, values in points.items()}
+    found: dict[str, Any] = {name: [round(float(value), 6) for value in values] for name, values in points.items()}
+    return found | {"auc": float(auc(fpr, tpr)), "ap": float(average_precision_score(came, said)), "micro": not binary}
 
 
 def majority(trained: Sequence[str], truth: Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -264,8 +273,11 @@ def surprise(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
     }
 
 
-def as_llamafactory(predictions: Sequence[str], truth: Sequence[str], seconds: float) -> dict[str, float]:
-    """The figures of LLaMA-Factory's predict_results.json: means over rows, from 0 to 100; BLEU-4 over characters."""
+def as_llamafactory(predictions: Sequence[str], truth: Sequence[str], seconds: float, batches: int) -> dict[str, float]:
+    """The figures of LLaMA-Factory's predict_results.json: means over rows, from 0 to 100; BLEU-4 over characters.
+
+    Its steps are batches.
+    """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smoothing = SmoothingFunction().method3
@@ -281,7 +293,7 @@ def as_llamafactory(predictions: Sequence[str], truth: Sequence[str], seconds: f
         "predict_rouge-l": round(100 * scores["rougeL"], 4),
         "predict_runtime": round(seconds, 4),
         "predict_samples_per_second": round(len(truth) / seconds, 3) if seconds else 0.0,
-        "predict_steps_per_second": round(len(truth) / seconds, 3) if seconds else 0.0,
+        "predict_steps_per_second": round(batches / seconds, 3) if seconds else 0.0,
     }
 
 
@@ -296,18 +308,23 @@ def draw(models: dict[str, Any], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    common.use_chinese_font()
     curved = {label: figures for label, figures in models.items() if figures["curves"]}
     color = dict(zip(models, itertools.cycle(COLORS), strict=False))
     if curved:
         with _picture(folder / "roc.png", "false-positive rate", "true-positive rate") as axes:
             axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
             for label, figures in curved.items():
-                points, name = figures["curves"], f"{label}: AUC {figures['roc_auc']:.3f}"
+                points = figures["curves"]
+                name = f"{label}: {'micro ' * points['micro']}AUC {points['auc']:.3f}"
                 axes.plot(points["fpr"], points["tpr"], color=color[label], label=name)
         with _picture(folder / "precision_recall.png", "recall", "precision") as axes:
             for label, figures in curved.items():
-                points, name = figures["curves"], f"{label}: AP {figures['average_precision']:.3f}"
-                axes.plot(points["recall"], points["precision"], color=color[label], label=name)
+                points = figures["curves"]
+                name = f"{label}: {'micro ' * points['micro']}AP {points['ap']:.3f}"
+                # between two points lies no classifier on a straight line: precision is that of the higher recall
+                look = {"color": color[label], "drawstyle": "steps-post", "label": name}
+                axes.plot(points["recall"], points["precision"], **look)
     with _picture(folder / "calibration.png", "probability said", "share that came true") as axes:
         axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
         for label, figures in models.items():
@@ -321,6 +338,7 @@ def draw_losses(logs: dict[str, Path], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    common.use_chinese_font()
     from matplotlib import pyplot
 
     import report

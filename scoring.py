@@ -19,6 +19,7 @@ from engine import Engine
 Ids = Sequence[int]
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included
 ROWS = 64  # of a batch, at most: a reply's tokens come one at a time for all of them
+LOGITS = 1 << 30  # bytes of the logits of a batch, at most, where it can be split
 
 
 def of(engine: Engine) -> TransformersScorer | LlamaCppScorer:
@@ -40,6 +41,11 @@ def batches(lengths: Sequence[int], tokens: int, rows: int = ROWS) -> list[list[
     return made
 
 
+def first_learned(labels: Ids) -> int:
+    """Where the learned tokens of a sample begin; the first of all has nothing that it could follow from."""
+    return next((i for i, label in enumerate(labels) if i and label != -100), len(labels))
+
+
 class TransformersScorer:
     """By a model of transformers. The output layer is computed in float32 whatever the weights are.
 
@@ -51,6 +57,7 @@ class TransformersScorer:
 
         self.engine, self.model, self.torch = engine, engine.model, torch
         self.tokens = GPU_TOKENS if self.model.device.type == "cuda" else CPU_TOKENS
+        self.vocabulary = self.model.config.get_text_config().vocab_size
         head = self.model.get_output_embeddings()
         if type(head) is torch.nn.Linear and head.weight.dtype != torch.float32:
             head.forward = lambda hidden: _float32_product(hidden, head.weight, head.bias)
@@ -85,7 +92,7 @@ class TransformersScorer:
         seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         mask = torch.cat([seen, torch.ones_like(ids)], 1)
         positions = seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device)
-        croppable = cache.is_croppable
+        croppable = cache.is_croppable and not any(cache.is_linear)  # a convolution's state goes one way
         used = cache if croppable else copy.deepcopy(cache)
         following = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         known = self._logits(following, used, keep=width).log_softmax(-1)
@@ -96,6 +103,10 @@ class TransformersScorer:
     def losses(self, samples: Sequence[dict[str, Ids]]) -> list[tuple[float, int]]:
         """For each sample the sum of -log p over its learned tokens, in nats, and how many these are."""
         torch = self.torch
+        widest = max(len(sample["labels"]) - first_learned(sample["labels"]) for sample in samples) + 1
+        if len(samples) > 1 and 4 * len(samples) * widest * self.vocabulary > LOGITS:
+            half = len(samples) // 2
+            return [*self.losses(samples[:half]), *self.losses(samples[half:])]
         with torch.inference_mode():
             inputs = self._padded([sample["input_ids"] for sample in samples])
             width = inputs["input_ids"].shape[1]
@@ -105,11 +116,14 @@ class TransformersScorer:
             labels[:, 0] = -100  # nothing stands before it
             learned = (labels != -100).any(0).nonzero()[:, 0]
             keep = width - int(learned[0]) + 1
-            logits = self._logits(inputs, None, keep=keep)[:, :-1]
+            logits = self._logits(inputs, None, keep=keep)
             wanted = labels[:, 1 - keep :].to(logits.device)
-            nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-            nats = nats.view(wanted.shape).double().sum(1)
-        return list(zip(nats.tolist(), (wanted != -100).sum(1).tolist(), strict=True))
+            loss = torch.nn.functional.cross_entropy  # row by row: it makes a copy as large as what it is given
+            nats = [
+                float(loss(said[:-1], right, reduction="none").double().sum())
+                for said, right in zip(logits, wanted, strict=True)
+            ]
+        return list(zip(nats, (wanted != -100).sum(1).tolist(), strict=True))
 
     def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str]:
         """The likeliest reply to each prompt, word by word: what the engine streams at temperature 0."""
@@ -165,9 +179,11 @@ def _float32_product(hidden: Any, weight: Any, bias: Any, rows: int = 16384) -> 
     import torch
 
     hidden = hidden.float()
-    parts = [torch.nn.functional.linear(hidden, part.float()) for part in weight.split(rows)]
-    logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return logits if bias is None else logits + bias.float()
+    logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].float()
+        logits[..., start : start + rows] = torch.nn.functional.linear(hidden, part)
+    return logits if bias is None else logits.add_(bias.float())
 
 
 class LlamaCppScorer:

@@ -121,7 +121,7 @@ def where_to_start(config: Config, folder: Path) -> str | None:
                 "choose another output_dir, or overwrite_output_dir=true"
             )
         return None
-    if run["status"] == "running" and is_alive(run["pid"]):
+    if run["status"] == "running" and common.is_alive(run["pid"]):
         raise UserError(f"{folder} is being trained by process {run['pid']}; wait for it, or choose another output_dir")
     begun = common.run_config(folder)
     changed = [
@@ -167,17 +167,6 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of that number runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def fetch_embedded_model(config: Config) -> None:
