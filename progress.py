@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import os
@@ -144,12 +146,31 @@ def draw_loss(lines: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if training or evaluation:
         axes.legend()
-    axes.set_title(path.resolve().parent.name)
+    title = path.resolve().parent.name
+    font = title_font(title)
+    axes.set_title(title if font else title.encode("ascii", "ignore").decode().strip(), font=font)
     figure.tight_layout()
     beside = path.with_name(f".{path.name}.{os.getpid()}.png")
     figure.savefig(beside)
     pyplot.close(figure)
     os.replace(beside, path)
+
+
+@functools.cache
+def title_font(title: str) -> Path | None:
+    """A font's file with every character of `title`: matplotlib's own, else one of the system's; None: no font has."""
+    from matplotlib import font_manager
+
+    def has_all(file: str) -> bool:
+        with contextlib.suppress(RuntimeError, OSError):  # a font of pixels, or a broken one
+            font = font_manager.get_font(file)
+            return all(font.get_char_index(ord(character)) for character in title)
+        return False
+
+    if has_all(own := font_manager.findfont("DejaVu Sans")):
+        return Path(own)
+    files = sorted(font_manager.findSystemFonts(), key=lambda file: ("Sans" not in file, "Regular" not in file, file))
+    return next((Path(file) for file in files if has_all(file)), None)
 
 
 def smooth(values: list[float]) -> list[float]:

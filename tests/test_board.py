@@ -199,6 +199,16 @@ def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Pat
     assert web_train.run_state(folder) == "killed"  # it had no time to say that it was interrupted
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["run", "我的训练", "run \U0001f9ff"])
+def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
+    import progress
+
+    (tmp_path / name).mkdir()
+    progress.draw_loss([{"step": 1, "loss": 2.0}], tmp_path / name / progress.PICTURE)
+    assert (tmp_path / name / progress.PICTURE).stat().st_size > 1000
+
+
 @pytest.mark.usefixtures("room")
 def test_several_runs_stand_on_one_plot() -> None:
     make_folder("one", "finished", lines=12)
