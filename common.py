@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import glob
+import importlib.util
 import json
 import logging
 import math
@@ -171,7 +172,28 @@ class Config:
     warmup_ratio: float = option(0.0, "the same as a share of all steps", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "decay of the adapter's weights", minimum=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", minimum=0)
-    optim: str = option("adamw_torch", "optimizer, as transformers names it")
+    optim: str = option(
+        "adamw_torch",
+        "optimizer, as transformers names it",
+        choices=(
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "adafactor",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_lion_8bit",
+            "paged_lion_32bit",
+            "ademamix",
+            "ademamix_8bit",
+            "adagrad",
+            "rmsprop",
+            "sgd",
+        ),
+    )
     seed: int = option(42, "seed of everything random", minimum=0)
     gradient_checkpointing: str = option(
         "auto",
@@ -223,7 +245,7 @@ class Config:
     save_steps: float = option(100, "steps between checkpoints; below 1: a share", minimum=0)
     save_total_limit: int | None = option(2, "checkpoints kept; the best one always is", minimum=1)
     plot_loss: bool = option(True, "draw training_loss.png")
-    report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, or several")
+    report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, or several; all: those installed")
     use_unsloth: bool = option(True, "always on: training is Unsloth's")
 
     _chat: str = group("chat")
@@ -266,11 +288,21 @@ _TYPES = typing.get_type_hints(Config)
 MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
 
 # Older or other spellings of an option.
-ALIASES = {"evaluation_strategy": "eval_strategy", "early_stopping_steps": "early_stopping_patience"}
+ALIASES = {
+    "evaluation_strategy": "eval_strategy",
+    "early_stopping_steps": "early_stopping_patience",
+    "disable_gradient_checkpointing": "gradient_checkpointing",  # with the opposite value
+}
+
+# Trackers that transformers knows, each by the name of its package.
+REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "neptune", "trackio", "comet_ml", "clearml")
 
 # Keys of LLaMA-Factory and transformers that change nothing on one card: accepted, with this note.
 _ONE_CARD = "is about several cards or machines; there is one"
 _ALWAYS = "is always so here"
+_TEXT_ONLY = "text is trained here"
+_NO_HUB = "nothing here asks a hub for files; download.py fetches a model"
+_SWANLAB = "use report_to: swanlab"
 IGNORED = {
     "do_train": "train.py trains, evaluate.py evaluates",
     "do_eval": "train.py evaluates where there is held-out data",
@@ -306,19 +338,57 @@ IGNORED = {
     "print_param_status": "the summary counts trainable parameters",
     "export_device": "the merge needs no device: it streams the files",
     "export_legacy_format": "only safetensors are written",
-    "media_dir": "text is trained here",
+    "media_dir": _TEXT_ONLY,
+    "image_max_pixels": _TEXT_ONLY,
+    "image_min_pixels": _TEXT_ONLY,
+    "video_max_pixels": _TEXT_ONLY,
+    "video_min_pixels": _TEXT_ONLY,
+    "freeze_vision_tower": _TEXT_ONLY,
+    "freeze_multi_modal_projector": _TEXT_ONLY,
     "tf32": "the precision is chosen for the device",
     "save_only_model": "a checkpoint can always be resumed",
     "save_safetensors": _ALWAYS,
-    "disable_gradient_checkpointing": "use gradient_checkpointing",
     "use_cache": _ALWAYS,
     "use_kv_cache": _ALWAYS,
     "ray_run_name": _ONE_CARD,
     "ray_num_workers": _ONE_CARD,
+    "ray_storage_path": _ONE_CARD,
+    "ray_storage_filesystem": _ONE_CARD,
+    "ray_init_kwargs": _ONE_CARD,
+    "resources_per_worker": _ONE_CARD,
+    "placement_strategy": _ONE_CARD,
     "compute_accuracy": "evaluate.py measures accuracy",
+    "model_revision": "download.py --revision fetches a model's revision",
+    "hf_hub_token": _NO_HUB,
+    "ms_hub_token": _NO_HUB,
+    "om_hub_token": _NO_HUB,
+    "hub_model_id": "merge.py --push uploads a model",
+    "export_hub_model_id": "merge.py --push uploads a model",
+    "use_swanlab": _SWANLAB,
+    "swanlab_project": _SWANLAB,
+    "swanlab_workspace": _SWANLAB,
+    "swanlab_run_name": _SWANLAB,
+    "swanlab_mode": _SWANLAB,
+    "swanlab_api_key": _SWANLAB,
+    "swanlab_logdir": _SWANLAB,
+    "swanlab_lark_webhook_url": _SWANLAB,
+    "swanlab_lark_secret": _SWANLAB,
+    "logging_dir": "tensorboard's files stand in runs/ of the run folder",
+    "logging_strategy": "logging_steps says when",
+    "metric_for_best_model": "is always eval_loss here",
+    "greater_is_better": "is always eval_loss here, of which less is better",
+    "eval_on_start": "evaluations come with the steps; evaluate.py measures the model before training",
+    "eval_accumulation_steps": "an evaluation keeps no logits",
+    "data_seed": "seed is that of the data, too",
+    "torch_compile": "Unsloth compiles what is worth it",
+    "dataloader_drop_last": "no sample is left out",
+    "dataloader_persistent_workers": "batches are ready before they are needed",
+    "use_cpu": "the CPU trains where there is no card, or CUDA_VISIBLE_DEVICES=-1",
+    "no_cuda": "the CPU trains where there is no card, or CUDA_VISIBLE_DEVICES=-1",
+    "skip_special_tokens": "a reply is shown without control tokens",
 }
 
-# Keys that would change the result and that this kit does not have: refused unless false, zero or empty.
+# Keys that would change the result and that this kit does not have: refused unless false, zero, none or empty.
 REFUSED = (
     "pissa_init",
     "use_galore",
@@ -346,7 +416,31 @@ REFUSED = (
     "vllm_config",
     "tool_format",
     "split_special_tokens",
+    "new_special_tokens",
+    "disable_shuffling",
+    "label_smoothing_factor",
+    "lr_scheduler_kwargs",
+    "use_dft_loss",
+    "use_eaft_loss",
+    "use_asft_loss",
+    "pissa_convert",
+    "fp8",
+    "moe_aux_loss_coef",
+    "visual_inputs",
+    "push_to_hub",
 )
+
+# Keys that would change the result, with the only value that is used here, which is LLaMA-Factory's default.
+FIXED = {
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "loraplus_lr_embedding": 1e-6,
+    "pissa_iter": 16,
+    "num_beams": 1,
+    "length_penalty": 1,
+}
+_OFF = ("", "none", "null", "false", "no", "off", "0", "0.0", "[]", "{}")
 
 
 def _coerce(name: str, value: Any) -> Any:
@@ -422,12 +516,14 @@ def _check_option(name: str, value: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and how it came about: the recipe's path (or None), its notes, the keys that were set."""
+    """A configuration and how it came about: the recipe's path (or None), its notes, the options that were set, and
+    those of them that were set on the command line."""
 
     config: Config
     recipe: Path | None
     notes: list[str]
     given: frozenset[str]
+    typed: frozenset[str] = frozenset()
 
 
 def load_config(arguments: list[str]) -> Loaded:
@@ -436,24 +532,21 @@ def load_config(arguments: list[str]) -> Loaded:
     Raises UserError that names every fault of the file and the command line at once.
     """
     recipe: Path | None = None
-    given: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    read: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
     for argument in arguments:
         text = argument[2:] if argument.startswith("--") else argument
         key, equals, value = text.partition("=")
         if equals and key.replace("_", "").replace("-", "").isalnum() and not Path(argument).exists():
-            key = key.replace("-", "_")
-            given[key], origin[key] = _parse(value), "command line"
+            typed[key.replace("-", "_")] = _parse(value)
         elif argument.startswith("-"):
             raise UserError(f"unknown argument {argument}; settings are written key=value, --help lists them")
         elif recipe is not None:
             raise UserError(f"two recipes given, {recipe} and {argument}; give one, and settings as key=value")
         else:
             recipe = Path(argument)
-            for key, item in read_recipe(recipe).items():
-                given.setdefault(key, item)  # the command line wins wherever it stands
-                origin.setdefault(key, str(recipe))
-    return _resolve(recipe, given, origin)
+            read = read_recipe(recipe)
+    return _resolve(recipe, read, typed)
 
 
 def _parse(text: str) -> Any:
@@ -473,11 +566,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text ({error}); a recipe is a YAML file in UTF-8") from None
     try:
-        content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        twice = _keys_twice(yaml.compose(text, Loader=loader))
+        content = yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
         raise UserError(f"{where}: {getattr(error, 'problem', error)}; write one `key: value` a line") from None
+    if twice:
+        raise UserError(f"{path}, {'; '.join(twice)}; keep one")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -485,39 +582,84 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _resolve(recipe: Path | None, given: dict[str, Any], origin: dict[str, str]) -> Loaded:
+def _keys_twice(document: yaml.Node | None) -> list[str]:
+    """The settings that stand twice in a recipe, of which YAML would silently take the last."""
+    lines: dict[str, list[int]] = {}
+    for key, _ in document.value if isinstance(document, yaml.MappingNode) else ():
+        lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
+    return [f"line {at[-1]}: {key} stands already in line {at[0]}" for key, at in lines.items() if len(at) > 1]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value as it was given: under which key, and where."""
+
+    key: str
+    value: Any
+    where: str
+
+
+def _by_name(given: dict[str, Any], where: str, faults: list[str]) -> dict[str, _Setting]:
+    """The settings of one origin by the names of their options; the same one under two names is a fault."""
+    found: dict[str, _Setting] = {}
+    for key, value in given.items():
+        name = ALIASES.get(key, key)
+        if key == "disable_gradient_checkpointing":
+            if _is_off(value):
+                continue  # which is LLaMA-Factory's default
+            value = "false"
+        if name in found:
+            faults.append(f"{where}: {found[name].key} and {key} are the same setting; keep one")
+        found[name] = _Setting(key, value, where)
+    return found
+
+
+def _is_off(value: Any) -> bool:
+    return str(value).strip().lower() in _OFF
+
+
+def _is_fixed(key: str, value: Any) -> bool:
+    """Whether `value` is what is used here for a key of FIXED."""
+    try:
+        return value is None or float(value) == FIXED[key]
+    except (TypeError, ValueError):
+        return False
+
+
+def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -> Loaded:
     faults: list[str] = []
     notes: list[str] = []
     values: dict[str, Any] = {}
-    for key, value in given.items():
-        name = ALIASES.get(key, key)
-        where = origin[key]
+    typed_by_name = _by_name(typed, "command line", faults)
+    for name, setting in {**_by_name(read, str(recipe), faults), **typed_by_name}.items():
+        key, value, where = setting.key, setting.value, setting.where
         if name in OPTIONS:
-            if name != key and name in given:
-                faults.append(f"{where}: {key} and {name} are the same setting; keep one")
-                continue
             try:
-                values[name] = _coerce(name, value)
-                fault = _check_option(name, values[name])
+                meant = _coerce(name, value)
+                fault = _check_option(name, meant)
             except ValueError as error:
                 fault = str(error)
             if fault:
                 faults.append(f"{where}: {key}: {value!r} {fault}")
+            else:
+                values[name] = meant
         elif key in IGNORED:
             notes.append(f"{key}: {IGNORED[key]}")
         elif key in REFUSED:
-            if value not in (None, False, 0, "", "false", "False"):
+            if not _is_off(value):
                 faults.append(f"{where}: {key} is something this kit does not do; take it out of the recipe")
+        elif key in FIXED:
+            if not _is_fixed(key, value):
+                faults.append(f"{where}: {key} is always {FIXED[key]:g} here; take it out of the recipe")
         else:
             faults.append(f"{where}: unknown key {key}{nearest(key, [*OPTIONS, *ALIASES])}")
-    if not faults:
-        faults += _combine(values, notes)
+    faults += _combine(values, notes)
     if faults:
         head = "the configuration has a fault" if len(faults) == 1 else f"the configuration has {len(faults)} faults"
         raise UserError(f"{head}:\n  " + "\n  ".join(faults) + "\npython train.py --help lists every key.")
     if values.get("output_dir") is None:
         values["output_dir"] = str(SAVES / (recipe.stem if recipe else "default"))
-    return Loaded(Config(**values), recipe, notes, frozenset(values))
+    return Loaded(Config(**values), recipe, notes, frozenset(values), frozenset(typed_by_name))
 
 
 def _combine(values: dict[str, Any], notes: list[str]) -> list[str]:
@@ -543,9 +685,13 @@ def _combine(values: dict[str, Any], notes: list[str]) -> list[str]:
         faults.append("interleave_probs must be positive and sum to 1")
     if not names:
         faults.append("dataset names no data; give a name of dataset_info.json or a file")
+    if "all" in values.get("report_to", ()):
+        values["report_to"] = tuple(name for name in REPORTERS if importlib.util.find_spec(name)) or ("none",)
+        notes.append(f"report_to: all is here {', '.join(values['report_to'])}: what is installed")
     for reporter in values.get("report_to", ()):
-        if reporter not in ("none", "tensorboard", "wandb"):
-            faults.append(f"report_to: {reporter!r} must be one of none, tensorboard, wandb")
+        if reporter not in ("none", "all", *REPORTERS):
+            known = ("none", "all", *REPORTERS)
+            faults.append(f"report_to: {reporter!r} must be one of {', '.join(known)}{nearest(reporter, known)}")
     if values.get("max_steps") == 0:
         faults.append("max_steps must be -1 (off) or at least 1")
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:

@@ -67,6 +67,9 @@ def test_numbers_that_yaml_reads_as_text(recipe):
         ("resume_from_checkpoint: false", "resume_from_checkpoint", "false"),
         ("save_strategy: no", "save_strategy", "no"),
         ("eval_strategy: no", "eval_strategy", "no"),
+        ("disable_gradient_checkpointing: true", "gradient_checkpointing", "false"),
+        ("disable_gradient_checkpointing: false", "gradient_checkpointing", "auto"),
+        ("report_to: swanlab", "report_to", ("swanlab",)),
     ],
 )
 def test_keys_with_their_meaning(recipe, line, name, value):
@@ -86,10 +89,13 @@ def test_command_line_wins_wherever_it_stands(recipe):
 
 def test_all_faults_at_once(recipe):
     text = "lerning_rate: 1\nlora_rank: x\nstage: dpo\nval_size: -1\ncutoff_len: 2.5\npissa_init: true\nseed: .nan\n"
+    text += "mask_history: true\ntrain_on_prompt: true\noptim: adamw_torchh\n"
     with pytest.raises(UserError) as raised:
         load_config([recipe(text)])
     message = str(raised.value)
-    assert "7 faults" in message
+    assert "9 faults" in message
+    assert "mask_history and train_on_prompt exclude each other" in message
+    assert "(did you mean 'adamw_torch'?)" in message
     assert "lerning_rate (did you mean 'learning_rate'?)" in message
     for key in ("lora_rank", "stage", "val_size", "cutoff_len", "pissa_init", "seed"):
         assert f"{key}" in message
@@ -99,6 +105,44 @@ def test_all_faults_at_once(recipe):
 def test_keys_that_change_nothing_are_noted_and_foreign_ones_refused_only_when_set(recipe):
     loaded = load_config([recipe("deepspeed: ds.json\npissa_init: false\nexport_device: cpu")])
     assert [note.split(":")[0] for note in loaded.notes] == ["deepspeed", "export_device"]
+
+
+@pytest.mark.parametrize("off", ["false", "0", "0.0", "none", '"null"', "[]"])
+def test_foreign_keys_that_are_off_are_accepted(recipe, off):
+    assert load_config([recipe(f"neftune_noise_alpha: {off}\nlabel_smoothing_factor: {off}\nfp8: {off}")]).notes == []
+
+
+def test_keys_of_llama_factory_at_their_defaults_are_accepted(recipe):
+    harmless = "use_swanlab: false\nmetric_for_best_model: eval_loss\npush_to_hub: false\nimage_max_pixels: 262144\n"
+    harmless += "ray_storage_path: ./saves\nresources_per_worker:\n  GPU: 1\nhf_hub_token: null\ndata_seed: 1\n"
+    harmless += "adam_beta1: 0.9\nadam_beta2: 0.999\nadam_epsilon: 1.0e-8\npissa_iter: 16\nnum_beams: 1\n"
+    load_config([recipe(harmless)])
+    with pytest.raises(UserError) as raised:
+        load_config([recipe("adam_beta2: 0.95\ndisable_shuffling: true\nnum_beams: 4")])
+    assert "3 faults" in str(raised.value)
+    assert "adam_beta2 is always 0.999 here" in str(raised.value)
+
+
+def test_report_to_all_is_what_is_installed(recipe, monkeypatch):
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
+    loaded = load_config([recipe("report_to: all")])
+    assert loaded.config.report_to == ("wandb", "mlflow")
+    assert "wandb, mlflow" in loaded.notes[0]
+
+
+def test_the_command_line_wins_over_another_spelling_in_the_file(recipe):
+    path = recipe("evaluation_strategy: steps\ndisable_gradient_checkpointing: true\nseed: 3")
+    loaded = load_config([path, "eval_strategy=no", "gradient_checkpointing=true"])
+    assert (loaded.config.eval_strategy, loaded.config.gradient_checkpointing) == ("no", "true")
+    assert loaded.given == {"eval_strategy", "gradient_checkpointing", "seed", "output_dir"}
+    assert loaded.typed == {"eval_strategy", "gradient_checkpointing"}
+    with pytest.raises(UserError, match="evaluation_strategy and eval_strategy are the same setting"):
+        load_config([recipe("evaluation_strategy: steps\neval_strategy: epoch")])
+
+
+def test_a_key_that_stands_twice_is_told_with_its_line(recipe):
+    with pytest.raises(UserError, match="line 3: learning_rate stands already in line 1"):
+        load_config([recipe("learning_rate: 1e-4\nseed: 1\nlearning_rate: 1e-2\n")])
 
 
 def test_settings_that_exclude_each_other(recipe):

@@ -21,6 +21,7 @@ TOKENS = {
     "llama3": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], {"eos": "<|eot_id|>"}),
     "qwen": (["<|im_start|>", "<|im_end|>"], {"eos": "<|im_end|>"}),
     "qwen3": (["<|im_start|>", "<|im_end|>"], {"eos": "<|im_end|>"}),
+    "qwen3_nothink": (["<|im_start|>", "<|im_end|>"], {"eos": "<|im_end|>"}),
     "gemma": (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], {"bos": "<bos>", "eos": "<eos>"}),
     "mistral": (
         ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", *TOOLS],
@@ -271,6 +272,18 @@ def test_qwen3_thinking():
     assert silent[: len(prompt)] == prompt and tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
     many = talk("a", "<think>\nx\n</think>\n\nA", "b", "<think>\ny\n</think>\n\nB")
     assert runs(many, True) == ["A<|im_end|>", "<think>\ny\n</think>\n\nB<|im_end|>"]
+
+
+def test_qwen3_nothink_is_plain_chatml():
+    """As LLaMA-Factory has it, for models that never think: no empty pair, and no default system message."""
+    tokenizer = for_template("qwen3_nothink")
+    template = load_template("qwen3_nothink", tokenizer)
+    sample = one(talk("1+1?", "2", system="S"), template, tokenizer)
+    turns = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(sample["input_ids"]) == f"{turns}2<|im_end|>\n"
+    assert learned(sample, tokenizer) == ["2<|im_end|>"]
+    asked = prompt_ids([user("1+1?")], tokenizer, template_text=template.saved, enable_thinking=True)
+    assert tokenizer.decode(asked) == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_qwen3_thoughts_that_do_not_fit():
@@ -594,7 +607,7 @@ def test_own_template_with_tools():
 def test_own_template_that_cannot_be_followed_is_refused(tiny_tokenizer, text: str, reason: str):
     with pytest.raises(UserError, match=reason) as error:
         load_template(None, with_own(tiny_tokenizer, text))
-    assert str(error.value).endswith("Templates that fit it: chatml, default, llama3, qwen.")
+    assert str(error.value).endswith("Templates that fit it: chatml, default, llama3, qwen, qwen3_nothink.")
 
 
 def test_own_template_that_rewrites_one_row_gives_a_reason(tiny_tokenizer):
