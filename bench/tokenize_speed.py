@@ -60,7 +60,7 @@ import common, dataset, datasets, pathlib, template
 common.CACHE = pathlib.Path({cache!r})
 tokenizer = AutoTokenizer.from_pretrained({model!r})
 chatml = template.load_template("chatml", tokenizer)
-config = common.Config(dataset=({data!r},), dataset_dir="none", cutoff_len=2048)
+config = common.Config(dataset=({data!r},), dataset_dir="none", cutoff_len=2048, val_size=0)
 def work():
     prepared = dataset.prepare(config, tokenizer, chatml)
     return int(prepared.train_lengths.sum()), len(prepared.train)
