@@ -424,6 +424,8 @@ def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplat
     folder = common.CACHE / "data" / _cache_key(source, config, template, tokenizer)
     if config.overwrite_cache and folder.exists():
         shutil.rmtree(folder)
+    if folder.exists() and not _is_whole(folder):
+        shutil.rmtree(folder)
     if folder.exists():
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         faults.add((reason, False) for reason in report["faults"])
@@ -437,6 +439,9 @@ def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplat
     beside.mkdir()
     try:
         if _write_samples(beside, source, config, tokenizer, template, faults):
+            for file in beside.iterdir():  # else a power cut may leave the name without the content
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
             os.replace(beside, folder)
     except OSError as error:
         if error.errno == errno.ENOTEMPTY:
@@ -447,6 +452,21 @@ def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplat
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files of a cache folder can be read and belong together: a power cut or a full disk may cut them."""
+    import numpy as np
+    import pyarrow as pa
+
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        with pa.memory_map(str(folder / "samples.arrow")) as file:
+            rows = {pa.ipc.open_stream(file).read_all().num_rows}  # mapped, not read
+        rows |= {len(np.load(folder / name)) for name in ("lengths.npy", "contents.npy")}
+    except (OSError, ValueError, EOFError):  # Arrow's and JSON's are ValueErrors
+        return False
+    return rows == {report["conversations"]}
 
 
 def _write_samples(

@@ -206,6 +206,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | bytes | Fault]]:
             "plain text has no questions and answers; a .txt may hold rows as JSON lines, other text cannot be used"
         )
         return iter([(1, Fault(reason, final=True))])
+    if kind in ("json", "txt") and text.startswith(b"{") and _spreads_objects(path):
+        reason = "an object of the file goes over several lines; it must be a list [...] of rows, or one object a line"
+        return iter([(1, Fault(reason, final=True))])
     if kind in ("json", "txt"):
         return _array_rows(path) if text.startswith(b"[") else _line_rows(path)
     return {"csv": _csv_rows, "parquet": _parquet_rows, "arrow": _arrow_rows}[kind](path)
@@ -218,6 +221,23 @@ def _line_rows(path: Path) -> Iterator[tuple[int, bytes]]:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace() and line:
                 yield number, line
+
+
+def _spreads_objects(path: Path, enough: int = 1 << 24) -> bool:
+    """Whether the first object of a file of JSON goes on after its first line, as far as its beginning tells."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        first = next(line for line in file if not line.isspace())
+        try:
+            json.loads(first)
+            return False
+        except RecursionError:
+            return False
+        except ValueError:
+            text = first + file.read(enough)
+    try:
+        return json.JSONDecoder().raw_decode(text.lstrip())[1] > len(first.strip())
+    except (ValueError, RecursionError):
+        return first.strip() == "{"
 
 
 def parse_line(line: bytes, number: int) -> Any:
@@ -297,12 +317,13 @@ def _array_rows(path: Path, chunk: int = 1 << 20, longest: int = 1 << 26) -> Ite
             if skip_space():
                 yield number, broken("text after the end of the list", at)
         except UnicodeDecodeError:
-            yield number, Fault(f"{_not_utf8(path)}; save the file as UTF-8", final=True)
+            yield number, Fault(f"{not_utf8(path)}; save the file as UTF-8", final=True)
         except RecursionError:
             yield number, Fault("is nested too deeply", final=True)
 
 
-def _not_utf8(path: Path) -> str:
+def not_utf8(path: Path) -> str:
+    """Where a file stops being UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -319,6 +340,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | Fault]]:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            if twice := sorted({name for name in header if name and header.count(name) > 1}):
+                yield 1, Fault(f"the header has the column {twice[0]!r} more than once; rename one", final=True)
+                return
             for values in reader:
                 if not values:
                     continue  # an empty line
@@ -330,11 +354,19 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row | Fault]]:
         except csv.Error as error:
             yield number + 1, Fault(f"line {reader.line_num}: broken CSV ({error})", final=True)
         except UnicodeDecodeError:
-            yield number + 1, Fault(f"{_not_utf8(path)}; save the file as CSV in UTF-8", final=True)
+            yield number + 1, Fault(f"{not_utf8(path)}; save the file as CSV in UTF-8", final=True)
 
 
 def numbered(batches: Iterable[Any]) -> Iterator[tuple[int, Row]]:
-    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    """The rows of Arrow batches, without the nulls inside their columns: Arrow gives every object the keys of all."""
+    rows = (row for batch in batches for row in batch.to_pylist())
+    return enumerate(({column: _without_nulls(value) for column, value in row.items()} for row in rows), 1)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | Fault]]:
@@ -383,7 +415,7 @@ SHAPES_SHOWN = (
 )
 # What the values of a message's role mean; an entry's tags come on top. "call" is an assistant's tool call as JSON.
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-ROLES |= {"developer": "system", "tool": "tool", "observation": "tool", "function_call": "call"}
+ROLES |= {"developer": "system", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "call"}
 TAGGED = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "function_tag": "call"}
 TAGGED |= {"system_tag": "system"}
 FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
@@ -446,6 +478,11 @@ def find_layout(entry: Entry, first: Row) -> Layout:
                 notes.add(f"dataset_info.json names no formatting; its rows are {formatting}")
             columns = dict(told)
     formatting = formatting or "alpaca"
+    if first and formatting == "alpaca" and set(columns) == {"prompt"} and TEXT_COLUMNS["response"] not in first:
+        raise UserError(
+            f"dataset {entry.name!r} is text without answers (pre-training); this kit trains on answers: name their "
+            "column as response under columns in dataset_info.json, or take another dataset"
+        )
     if formatting == "openai" and entry.formatting:
         notes.add("no 'detailed thinking off' is put into the system message (LLaMA-Factory does for openai data)")
     named = frozenset(columns) if entry.registered else frozenset()
@@ -543,7 +580,8 @@ def from_messages(row: Row, layout: Layout) -> list[Row]:
         if not isinstance(message, dict):
             raise Fault(f"{where} is not an object with a role and a content")
         role_key = layout.tags.get("role_tag") or ("role" if "role" in message else "from")
-        content_key = layout.tags.get("content_tag") or ("content" if "content" in message else "value")
+        usual = "content" if "content" in message or ("value" not in message and role_key == "role") else "value"
+        content_key = layout.tags.get("content_tag") or usual
         if role_key not in message:
             raise Fault(f"{where} has no '{role_key}'{nearest(role_key, message)}")
         role = layout.roles.get(message[role_key]) if isinstance(message[role_key], str) else None

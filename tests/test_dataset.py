@@ -176,7 +176,7 @@ FAULTS = [
     (message(turns=[("usr", "q"), ("assistant", "a")]), "row 1: message 1 has the unknown role 'usr'; known are user,"),
     (message(turns=[("user", "q"), ("assistant", None)]), "row 1: the answer (message 2) is null"),
     (message(turns=[("user", "q"), ("assistant", 0)]), 'row 1: the answer (message 2) is a number (0); write "0"'),
-    ('{"messages": [{"role": "user", "contnt": "q"}]}', "message 1 has no 'value'"),
+    ('{"messages": [{"role": "user", "contnt": "q"}]}', "message 1 has no 'content' (did you mean 'contnt'?)"),
     ('{"messages": ["hello"]}', "message 1 is not an object with a role and a content"),
     (
         message(turns=[("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")]),
@@ -214,6 +214,7 @@ def test_faulty_row_is_named_with_file_row_and_reason(tmp_path: Path, content: s
             "instruction,output\n你,好\n".encode("gbk"),
             "line 2, byte 1 is not UTF-8; save the file as CSV in UTF-8",
         ),
+        ("a.csv", b"instruction,output,output\nq,a,b\n", "the header has the column 'output' more than once"),
         ("a.csv", b"instruction,output\nq\n", "row 1: line 2: 1 values for 2 columns"),
         ("a.csv", b'instruction,output\nq,a\n"q,a\n', "row 2: line 3: broken CSV"),
         ("a.json", b'[{"instruction": "q", "output": "a"},]', "row 2: broken JSON at line 1, column 38"),
@@ -223,6 +224,12 @@ def test_faulty_row_is_named_with_file_row_and_reason(tmp_path: Path, content: s
             "row 2: broken JSON at line 1, column 37: Expecting ',' or ']'",
         ),
         ("a.json", b'[{"instruction": "q", "output": "a"}] x', "text after the end of the list"),
+        ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), "row 1: an object of the file goes over several"),
+        (
+            "a.json",
+            b'\xef\xbb\xbf\n{"data": [\n' + json.dumps(GOOD).encode() + b"]}",
+            "it must be a list [...] of rows",
+        ),
         ("a.parquet", b"no parquet", "the file is no Parquet file"),
         ("a.arrow", b"no arrow", "the file is no Arrow file"),
         ("a.txt", b"Once upon a time\n", "plain text has no questions and answers"),
@@ -412,6 +419,47 @@ def test_tool_calls_of_sharegpt_and_openai_are_the_same_conversation(tmp_path: P
     assert '"name": "add", "description": "adds"' in shown and "<tool_call>\n" in shown and '{"x": 1}' in shown
 
 
+def test_nulls_that_arrow_puts_into_objects_are_not_trained(tmp_path: Path) -> None:
+    """Arrow gives each object of a column the keys of all; a null answer is a fault all the same."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {key: {"type": "string"}}}}}
+        for name, key in (("f", "x"), ("g", "y"))
+    ]
+    calling = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {"x": "1"}}}],
+    }
+    result = {"role": "tool", "content": "2", "tool_call_id": "1"}
+    rows = [
+        {"messages": [TALK[0], calling, result, TALK[1]], "tools": tools},
+        {"messages": TALK, "tools": [{"type": "function", "function": {"name": "h", "strict": True}}]},
+    ]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert conversations(tmp_path / "rows.parquet") == conversations(tmp_path / "rows.jsonl")
+    rows = [{"messages": [TALK[0], {"role": "assistant", "content": None}]}, {"messages": TALK}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "null.parquet")
+    pyarrow.parquet.write_table(pa.Table.from_pylist([GOOD, {**GOOD, "output": None}]), tmp_path / "output.parquet")
+    for name, reason in (("null", "row 1: message 2 has no 'content'"), ("output", "row 2: output is null")):
+        with pytest.raises(UserError, match=reason):
+            conversations(tmp_path / f"{name}.parquet")
+
+
+def test_function_is_an_older_name_of_the_role_tool(tmp_path: Path) -> None:
+    calling = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    talk = [TALK[0], calling, {"role": "function", "name": "f", "content": "2"}, TALK[1]]
+    (read,) = conversations(write_jsonl(tmp_path / "rows.jsonl", [{"messages": talk}]))
+    assert read["messages"][2] == {"role": "tool", "name": "f", "content": "2"}
+
+
+def test_text_without_answers_is_told_once(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "once upon"}, {"text": "a time"}])
+    registry = register(tmp_path, c4={"file_name": "rows.jsonl", "columns": {"prompt": "text"}})
+    with pytest.raises(UserError, match=r"'c4' is text without answers \(pre-training\); this kit trains on answers"):
+        dataset.check(config("c4", dataset_dir=registry))
+
+
 def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_tokenizer) -> None:
     row = {"instruction": "Who is {{name}}?", "output": "{{name}} by {{author}}, {{other}}"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "system": "own"}])
@@ -485,6 +533,20 @@ def test_cache_is_found_again_and_keyed_by_content_template_and_settings(
     assert len(list(cache.iterdir())) == 4
     prepare(tiny_tokenizer, path, overwrite_cache=True)
     assert len(list(cache.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["samples.arrow", "lengths.npy", "contents.npy", "report.json"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_cut_cache_is_made_anew(tmp_path: Path, cache: Path, tiny_tokenizer, name: str, kept: float) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(3))
+    whole = prepare(tiny_tokenizer, path).train[:]
+    (folder,) = cache.iterdir()
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()  # not the file that is mapped
+    (folder / name).write_bytes(content[: int(kept * len(content))])
+    assert prepare(tiny_tokenizer, path).train[:] == whole
+    (folder / name).unlink()
+    assert prepare(tiny_tokenizer, path).train[:] == whole
 
 
 def test_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path, cache: Path, tiny_tokenizer) -> None:
