@@ -19,6 +19,7 @@ import csv
 import json
 import math
 import random
+import re
 import statistics
 import sys
 from bisect import bisect_left
@@ -33,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import UserError, nearest, run_script, write_text  # noqa: E402
+from formats import not_utf8  # noqa: E402
 
 # The datasets of this folder, as the arguments that make them.
 SHIPPED = {
@@ -46,6 +48,7 @@ WORDS_QUESTION = "\nFraud?"
 SIZES = {"tiny": 0.1, "small": 1.0, "medium": 10.0, "large": 100.0, "huge": math.inf}  # each word's amounts end there
 TEMPLATE_TOKENS = 32  # kept free below --max-tokens for what the chat template puts around prompt and answer
 DAY = 24 * 60 * 60
+SLASHED = re.compile(r"^(\d{4})/(\d{1,2})/(\d{1,2})(?: +(\d{1,2})(?=:))?")
 
 
 class Transaction(NamedTuple):
@@ -219,7 +222,7 @@ def csv_rows(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num} is broken CSV ({error}); mend its quotes") from None
         except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text after line {reader.line_num}; save it as CSV in UTF-8") from None
+            raise UserError(f"{path}, {not_utf8(path)}; save the file as CSV in UTF-8") from None
 
 
 def parquet_rows(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -295,17 +298,29 @@ def read_amount(where: str, value: Any) -> float:
 
 
 def read_time(where: str, value: Any) -> float:
-    """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone), a timestamp, or a number of seconds."""
+    """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone), a timestamp, or a number of seconds.
+
+    Also of a date with slashes, as Excel writes it in Chinese: 2024/5/20 9:01.
+    """
+    advice = "write it like 2024-05-17 09:01, or as seconds since 1970"
     try:
         if not isinstance(value, datetime):
             value = str(value).strip().replace("Z", "+00:00")
-            number = value.replace(".", "", 1).isdigit()
-            value = from_seconds(float(value)) if number else datetime.fromisoformat(value)
+            if value.replace(".", "", 1).isdigit():
+                if float(value) > 1e11:  # the year 5138
+                    advice = "it looks like milliseconds since 1970: divide it by 1000"
+                value = from_seconds(float(value))
+            else:
+                value = datetime.fromisoformat(SLASHED.sub(dashed, value))
         return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise UserError(
-            f"{where}: {str(value)!r} is not a time; write it like 2024-05-17 09:01, or as seconds since 1970"
-        ) from None
+        raise UserError(f"{where}: {str(value)!r} is not a time; {advice}") from None
+
+
+def dashed(date: re.Match[str]) -> str:
+    """2024/5/20 9 → 2024-05-20 09."""
+    year, month, day, hour = date.groups()
+    return f"{year}-{month:0>2}-{day:0>2}" + (f" {hour:0>2}" if hour else "")
 
 
 def from_seconds(seconds: float) -> datetime:
@@ -469,7 +484,12 @@ def make(args: argparse.Namespace) -> None:
         args.split_time = moments[int(0.7 * len(moments))]
     parts = build(accounts, labels, args)
     print(f"{len(labels)} labelled accounts, split at {show_time(args.split_time)}")
-    left_out = len(labels) - len({window.account for part in parts for window in part})
+    if absent := [name for name in labels if name not in accounts]:
+        print(
+            f"{len(absent)} labelled accounts are not in the table (first: {absent[0]}); "
+            "write them the same way in both files"
+        )
+    left_out = len(labels) - len(absent) - len({window.account for part in parts for window in part})
     if left_out:
         print(f"left out: {left_out} accounts, with too few transactions in their part or above --balance")
     args.out.parent.mkdir(parents=True, exist_ok=True)

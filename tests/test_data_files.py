@@ -333,10 +333,22 @@ def test_transactions_count_for_both_labelled_accounts(tmp_path: Path, table: li
         "2024-03-01T08:00:00+08:00",
         "1709251200",
         "1709251200.0",
+        "2024/03/01 00:00:00",
+        "2024/3/1 0:00",
+        "2024/3/1",
     ],
 )
 def test_times(when: str):
     assert make_diy.read_time("here", when) == START
+
+
+def test_labelled_accounts_that_the_table_writes_otherwise_are_told(table: list[str], tmp_path: Path, capsys):
+    labels = tmp_path / "labels.csv"
+    labels.write_text(labels.read_text(encoding="utf-8").replace("0x000a", "0x000A"), encoding="utf-8")
+    make_diy.main([*table, "--min-transactions", "1"])
+    said = capsys.readouterr().out
+    assert "1 labelled accounts are not in the table (first: 0x000A); write them the same way in both files" in said
+    assert "left out" not in said
 
 
 def test_parquet_gives_the_same_as_csv(table: list[str], tmp_path: Path):
@@ -403,7 +415,7 @@ ROW = "0x0000,0x0001,5,2024-03-01 00:00\n"
         (HEADER + "0x0000,0x0001,,2024-03-01\n", "tx.csv, line 2: the amount '' is not a number of at least 0;"),
         (HEADER + "0x0000,0x0001,5,yesterday\n", "tx.csv, line 2: 'yesterday' is not a time;"),
         (HEADER + "0x0000,0x0001,5,20240301\n", "tx.csv, line 2: '20240301' is not a time;"),
-        (HEADER + "0x0000,0x0001,5,1709251200000\n", "tx.csv, line 2: '1709251200000' is not a time;"),
+        (HEADER + "0x0000,0x0001,5,1709251200000\n", "'1709251200000' is not a time; it looks like milliseconds"),
         (HEADER + "0x0000,,5,2024-03-01\n", "tx.csv, line 2: the to account is empty;"),
         (HEADER + '0x0000,"0x0"01,5,2024-03-01\n', "tx.csv, line 2 is broken CSV"),
         (HEADER + ROW, "the training part has "),
@@ -440,7 +452,11 @@ def test_a_broken_file_is_told(table: list[str], tmp_path: Path):
     for name, content, message in (
         ("tx.parquet", b"PAR1", "tx.parquet is not a parquet file"),
         ("tx.xlsx", b"", "tx.xlsx is neither .csv nor .parquet"),
-        ("tx.csv", HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"), "tx.csv is not UTF-8 text"),
+        (
+            "tx.csv",
+            HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"),
+            "line 2, byte 1 is not UTF-8; save the file as CSV",
+        ),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=re.escape(message)):
