@@ -285,6 +285,15 @@ def test_a_recipe_says_what_is_predicted(trained: Path, tmp_path: Path) -> None:
     )  # val_size does not stand in its way
 
 
+def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "saves" / "r" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").write_text("{}")
+    common.write_json(tmp_path / "saves/r/run.json", {"status": "running", "pid": 1})
+    with pytest.raises(common.UserError, match=f"holds no trained adapter .*; name its checkpoint: {checkpoint}"):
+        job_of(str(tmp_path / "saves/r"))
+
+
 @pytest.mark.slow
 def test_labels_are_for_the_datasets_that_they_fit(trained: Path) -> None:
     home = trained.parent.parent
