@@ -1,18 +1,22 @@
 """The engine beside transformers' own `model.generate`: tokens a second, and the time to the first token.
 
 python bench/generate_speed.py [TARGET] [key=value ...]      TARGET as for chat.py; unset: the embedded model
+    --unsloth    Unsloth's generation of the same model beside them; for a model without an adapter
 
 Both use the same loaded model, the same prompt and greedy choice. They take turns, and the median of the rounds'
 ratios is told, so that a busy machine harms both alike. Then a conversation of ten turns: what each turn's first token
-costs with the cache kept, and without.
+costs with the cache kept, and without. Unsloth changes transformers' own classes, so it comes last, in its own process.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,8 +31,12 @@ QUESTION = (
 
 
 def main(argv: list[str]) -> None:
-    targets = [word for word in argv if "=" not in word]
-    model = engine.load(targets[0] if targets else common.EMBEDDED_MODEL, [word for word in argv if "=" in word])
+    if argv[:1] == ["--unsloth-alone"]:
+        print(json.dumps(rounds_of_unsloth(argv[1])))
+        return
+    targets = [word for word in argv if "=" not in word and word != "--unsloth"]
+    target, settings = targets[0] if targets else common.EMBEDDED_MODEL, [word for word in argv if "=" in word]
+    model = engine.load(target, settings)
     model.stop_ids = frozenset()  # both write NEW_TOKENS
     messages = [{"role": "user", "content": QUESTION * 6}]
     ids = model.prompt_ids(messages)
@@ -36,12 +44,54 @@ def main(argv: list[str]) -> None:
     rounds = [(by_generate(model, ids), by_engine(model, messages)) for _ in range(ROUNDS + 1)][1:]
     print(f"{'':<18}{'tokens/s':>12}{'first token s':>16}{'CPU s':>10}")
     for name, column in zip(("model.generate", "engine"), zip(*rounds, strict=True), strict=True):
-        speed, first, cpu = (statistics.median(values) for values in zip(*column, strict=True))
-        print(f"{name:<18}{speed:>12.1f}{first:>16.3f}{cpu:>10.2f}")
+        print(row(name, column))
     ratios = [[b / a for a, b in zip(*pair, strict=True)] for pair in rounds]
     speed, first, cpu = (statistics.median(values) for values in zip(*ratios, strict=True))
     print(f"{'engine/generate':<18}{speed:>12.3f}{first:>16.3f}{cpu:>10.3f}   (asked: at least 0.95, at most 1.1)")
     ten_turns(model)
+    if "--unsloth" in argv:
+        beside_unsloth(model, engine.find(target, settings).model, ids)
+
+
+def row(name: str, rounds: Any) -> str:
+    speed, first, cpu = (statistics.median(values) for values in zip(*rounds, strict=True))
+    return f"{name:<18}{speed:>12.1f}{first:>16.3f}{cpu:>10.2f}"
+
+
+def beside_unsloth(model: TransformersEngine, folder: str, ids: list[int]) -> None:
+    """Unsloth's figures, once this process has given back the card's memory."""
+    import torch
+
+    del model.model
+    model._cache = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    command = [sys.executable, __file__, "--unsloth-alone", folder]
+    alone = subprocess.run(command, input=json.dumps(ids), capture_output=True, text=True)
+    if alone.returncode:
+        print(f"\nUnsloth failed: {alone.stderr.strip().splitlines()[-1]}")
+    else:
+        print("\n" + row("Unsloth", json.loads(alone.stdout.splitlines()[-1])))
+
+
+def rounds_of_unsloth(folder: str) -> list[tuple[float, float, float]]:
+    """The figures of `by_generate` for Unsloth's model of `folder`; the prompt's ids come from stdin."""
+    from types import SimpleNamespace
+
+    from unsloth import FastLanguageModel
+
+    ids = json.load(sys.stdin)
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(Path(folder).resolve()),
+        max_seq_length=len(ids) + NEW_TOKENS,
+        dtype=None,
+        load_in_4bit=False,
+        local_files_only=True,
+        use_exact_model_name=True,
+    )
+    FastLanguageModel.for_inference(model)
+    contestant: Any = SimpleNamespace(model=model)
+    return [by_generate(contestant, ids) for _ in range(ROUNDS + 1)][1:]
 
 
 def by_generate(model: TransformersEngine, ids: list[int]) -> tuple[float, float, float]:
