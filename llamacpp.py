@@ -2,7 +2,8 @@
 
 Its source comes inside the Python package llama-cpp-python: llama.cpp's own converter (no build needed), the library
 (quantizer and runtime, built here) and the Python binding of the same revision. What the user has is used instead:
-`LLAMA_CPP_DIR` names a folder of llama.cpp, or `llama-quantize` is on the path; `CMAKE_ARGS` is passed to the build.
+`LLAMA_CPP_DIR` names a folder of llama.cpp, or `llama-quantize` is on the path; `CMAKE_ARGS` is passed to the build
+(`-DGGML_CUDA=OFF` keeps it off the card, for which it is built where there are one and CUDA's compiler).
 
 `python llamacpp.py` fetches and builds; `python llamacpp.py FUNCTION` is how `call` runs a function in a child.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -27,10 +29,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import CACHE, UserError, run_script, write_text
+from common import CACHE, UserError, find_gpu, run_script, write_text
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from common import Gpu
 
 VERSION = "0.3.36"  # of llama-cpp-python; its llama.cpp is 0.5.0
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -168,11 +172,19 @@ def _cmake() -> str | None:
 
 
 def _machine() -> str:
-    """What a build depends on: this CPU's abilities and CMAKE_ARGS; a cache on a shared disk may serve several CPUs."""
+    """What a build depends on: this CPU's abilities, the card and CMAKE_ARGS; a shared cache may serve several."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = re.search(r"^(flags|Features)\s*:.*", cpu, re.MULTILINE)
     text = platform.machine() + (flags.group() if flags else cpu) + os.environ.get("CMAKE_ARGS", "")
+    if card := _card():
+        text += f"CUDA {card.compute}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _card() -> Gpu | None:
+    """The card that the library is built for; None where there is none, or no CUDA compiler."""
+    return find_gpu() if shutil.which("nvcc") else None
 
 
 def _same_interface(header: Path) -> bool:
@@ -188,7 +200,8 @@ def _same_interface(header: Path) -> bool:
 
 def _build(target: Path) -> None:
     """Builds the library alone into the folder `target`, which appears whole."""
-    settings = [f"-D{key}={value}" for key, value in _CMAKE.items()] + os.environ.get("CMAKE_ARGS", "").split()
+    cuda = {"GGML_CUDA": "ON"} if _card() else {}
+    settings = [f"-D{key}={value}" for key, value in (_CMAKE | cuda).items()] + os.environ.get("CMAKE_ARGS", "").split()
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     tree, jobs = str(HOME / "source" / "vendor" / "llama.cpp"), str(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(dir=HOME, prefix=".build-") as beside:
@@ -265,6 +278,7 @@ def call(function: Callable[..., Any], doing: str, **arguments: Any) -> Any:
     """Runs a function of this room in a child process, as llama.cpp may abort; its result comes back as JSON."""
     # a thread that waits for the others spins; on a busy machine that costs nine tenths of the speed and more
     environment = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # files are measured on the CPU: the card's memory is torch's
     if function is not convert:
         environment["LLAMA_CPP_LIB_PATH"] = str(library().resolve())
     command = [sys.executable, str(Path(__file__).resolve()), function.__name__]

@@ -7,12 +7,14 @@ the Modelfile carries the template, translated by rendering placeholders: whatev
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 
 def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_bos: bool) -> str:
     """The text of the Modelfile for a GGUF beside it; `adds_bos`: llama.cpp itself begins with the token for it."""
-    lines = [f"# ollama create {name} -f {file.removesuffix('.gguf')}.Modelfile", f"FROM ./{file}"]
+    made = shlex.quote(f"{file.removesuffix('.gguf')}.Modelfile")
+    lines = [f"# ollama create {shlex.quote(name)} -f {made}", f"FROM ./{file}"]
     shape = template_shape(tokenizer)
     if shape is None:
         note = "the chat template is beyond Ollama's template language; write TEMPLATE into the Modelfile"

@@ -13,11 +13,12 @@ python quantize.py FOLDER --type q8_0                   a merged folder, or any 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+from adapter import find_base, language_config, read_json, sha256
 from common import Config, UserError
 
 RECORD = "gguf.json"
@@ -72,6 +74,8 @@ TYPES = {
     "iq2_xs": Type(20, 2.6, (1.7, 2.4), True),
     "iq2_xxs": Type(19, 2.4, (2.5, 2.8), True),
 }
+# Mean KL divergence of the embedded model computed in this type from the same weights computed in float32.
+NOISE = {"float32": 0.0, "float16": 0.00004, "bfloat16": 0.0022}
 LARGE = 10**9  # weights from which on the limits of the 8B model hold
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # the converter writes these itself: no compiler is needed
 
@@ -86,21 +90,24 @@ def main(argv: list[str]) -> None:
     flags, settings = parse(argv)
     logging.disable(logging.WARNING)  # what transformers says on import is not about this
     job = find_job(flags.type, settings)
-    check_output(job)
     proving = not flags.no_verify and can_prove(job)
     if flags.push:
         check_push(flags.push, job, proving)
-    merge_first(job, proving)
+        if are_proven(job):  # their upload failed
+            push(flags.push, job)
+            return
+    check_output(job)
     check_disk(job)
+    merge_first(job, proving)
     if proving or needs_matrix(job):
         print(f"data       {len(job.samples[0])} samples, of which {PROOF_TOKENS} tokens prove it")
     results: dict[str, dict[str, Any]] = {}
     with workspace(job.output) as work:
-        start = convert(job, first_type(job), work)
+        start = convert(job, first_type(job, weights_of(job.model)[1]), work)
         matrix = importance_matrix(job, start, work)
         for kind in sorted(job.types, key=lambda kind: kind == start.stem):  # what the others are made of goes last
             file = make(job, kind, start, matrix, work)
-            results[kind] = {"bytes": file.stat().st_size}
+            results[kind] = {"bytes": file.stat().st_size, "adapter_sha256": merge_record(job).get("adapter_sha256")}
             if proving:
                 results[kind] |= verify(job, kind, file, work, flags.max_divergence)
             keep(job, kind, file, results[kind])
@@ -108,8 +115,8 @@ def main(argv: list[str]) -> None:
     if flags.push:
         push(flags.push, job)
     first = job.types[0]
-    print(f"talk to it: python chat.py {job.file(first)}")
-    print(f"in Ollama:  ollama create {job.name} -f {job.modelfile(first)}")
+    name, file, modelfile = (shlex.quote(str(part)) for part in (job.name, job.file(first), job.modelfile(first)))
+    print(f"talk to it: python chat.py {file}\nin Ollama:  ollama create {name} -f {modelfile}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -130,13 +137,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @dataclass(frozen=True)
 class Job:
-    """The 16-bit model's folder, the folder it is named after, the types to make, and what merge.py is told first."""
+    """The 16-bit model's folder, the folder it is named after, the types to make.
+
+    Where there is no model yet: what merge.py is told first, and the base it merges into.
+    """
 
     config: Config
     model: Path
     home: Path
     types: tuple[str, ...]
     merge: tuple[str, ...] = ()
+    base: str = ""
 
     @property
     def name(self) -> str:
@@ -189,19 +200,44 @@ def find_job(wanted: str, settings: list[str]) -> Job:
     rest = [setting for setting in settings if not Path(setting).is_dir()]
     loaded = common.load_config(rest)
     config = loaded.config
-    if not folders and loaded.recipe and "export_dir" in loaded.given:  # a LLaMA-Factory merge file
-        model = Path(config.export_dir)
-        return Job(config, model, model, types, merge=tuple(rest))
-    folder = folders[0] if folders else Path(config.output_dir) if loaded.recipe else common.newest_run()
+    told = common.load_config([setting for setting in rest if Path(setting) != loaded.recipe])  # the command line alone
+    merge: tuple[str, ...] = ()
+    if not folders and loaded.recipe and config.export_dir:  # merge.py reads it
+        is_merge_file = config.adapter_name_or_path and "export_dir" not in told.given
+        adapter = Path(config.adapter_name_or_path if is_merge_file else config.output_dir)
+        model = home = Path(config.export_dir)
+        merge = tuple(rest)
+    else:
+        model = folders[0] if folders else Path(config.output_dir) if loaded.recipe else common.newest_run()
+        adapter = find_adapter(model)
+        home = adapter or model
+        if model == adapter:
+            model, merge = Path(config.export_dir or adapter / "merged"), (str(adapter), *rest)
+    run = find_run(adapter, model)
+    if run:  # its settings, and before them what the recipe and the command line say
+        given = {name: getattr(config, name) for name in {*loaded.given, "export_dir"}}
+        config = dataclasses.replace(common.run_config(run), **given)
+    # what a recipe may overwrite is its training's
+    config = dataclasses.replace(config, overwrite_output_dir=told.config.overwrite_output_dir)
+    base = config.model_name_or_path
+    if not run and "model_name_or_path" not in loaded.given and adapter and (adapter / "adapter_config.json").exists():
+        base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or base
+    return Job(config, model, home, types, merge, base)
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """The adapter that a folder is, or whose merged model it is; raises UserError where it is no model either."""
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds neither a finished run nor a model; give saves/NAME, or a model's folder")
-    adapter = next((f for f in (folder, folder.parent) if (f / "adapter_config.json").exists()), None)
-    run = next((f for f in (adapter, adapter.parent) if common.is_run(f)), None) if adapter else None
-    if run and loaded.recipe is None:  # the run's own settings, and the command line's before them
-        config = common.load_config([str(run / "config.yaml"), *rest]).config
-    if folder != adapter:
-        return Job(config, folder, adapter or folder, types)
-    return Job(config, Path(config.export_dir or adapter / "merged"), adapter, types, merge=(str(adapter), *rest))
+    return next((f for f in (folder, folder.parent) if (f / "adapter_config.json").exists()), None)
+
+
+def find_run(adapter: Path | None, model: Path) -> Path | None:
+    """The run that an adapter belongs to, or that the record of a merged folder names."""
+    places = [adapter, adapter.parent] if adapter else []
+    if (model / "merge.json").exists() and (named := read_json(model / "merge.json").get("run")):
+        places.append(Path(named))
+    return next((folder for folder in places if common.is_run(folder)), None)
 
 
 def check_output(job: Job) -> None:
@@ -216,7 +252,8 @@ def can_prove(job: Job) -> bool:
     import llamacpp
 
     missing = llamacpp.missing()
-    if missing and not set(job.types) <= set(CONVERTED):
+    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp.quantizer()
+    if missing and (by_library or needs_matrix(job)):
         raise UserError(missing)
     if missing:
         print(f"note: nothing will be proven: {missing}")
@@ -249,20 +286,39 @@ def merge_first(job: Job, proving: bool) -> None:
         flags = [] if proving else ["--no-verify"]
         if status := subprocess.run([sys.executable, script, *job.merge, *flags]).returncode:
             raise UserError(f"merge.py ended with status {status}, see above; nothing was quantized")
-    path = job.model / "merge.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = merge_record(job)
     weights = Path(record.get("adapter", "")) / "adapter_model.safetensors"
-    if weights.exists() and record["adapter_sha256"] != hashlib.sha256(weights.read_bytes()).hexdigest():
+    if weights.exists() and record["adapter_sha256"] != sha256(weights):
         raise UserError(
             f"{job.model} was merged from another state of its adapter; "
-            f"merge again first: python merge.py {record['adapter']} --overwrite"
+            f"merge again first: python merge.py {shlex.quote(record['adapter'])} --overwrite"
         )
+
+
+def merge_record(job: Job) -> dict[str, Any]:
+    """merge.json of the model, or an empty record."""
+    path = job.model / "merge.json"
+    return read_json(path) if path.exists() else {}
+
+
+def are_proven(job: Job) -> bool:
+    """Whether all files are there as they would be made again, with their proofs."""
+    if job.config.overwrite_output_dir or not job.model.exists():
+        return False
+    merge_first(job, proving=True)  # only looks whether the merge is of the adapter's present state
+    entries, merged = read_record(job).get("files", {}), merge_record(job).get("adapter_sha256")
+    for kind in job.types:
+        entry = entries.get(job.file(kind).name, {})
+        whole = job.file(kind).exists() and job.file(kind).stat().st_size == entry.get("bytes")
+        if not (whole and entry.get("verified") and entry.get("adapter_sha256") == merged):
+            return False
+    return True
 
 
 def weights_of(folder: Path) -> tuple[int, str]:
     """Count of a model's weights, and the GGUF type that holds most of them as they are; reads headers only."""
     counts: dict[str, int] = {}
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("model*.safetensors"):
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         for name, tensor in header.items():
@@ -278,16 +334,32 @@ def weights_of(folder: Path) -> tuple[int, str]:
 
 
 def check_disk(job: Job) -> None:
-    """Raises UserError where the disk has no room; small models take more bits a weight than TYPES says."""
-    count, own = weights_of(job.model)
-    sizes = {
-        kind: int(count * min(TYPES[kind].bits * 1.4 + 2, max(TYPES[kind].bits, 16)) / 8) for kind in (*job.types, own)
-    }
-    logits = 4 * PROOF_TOKENS * json.loads((job.model / "config.json").read_text()).get("vocab_size", 1 << 18)
-    needed = sum(sizes.values()) + logits
-    there = next(folder for folder in (job.output.absolute(), *job.output.absolute().parents) if folder.exists())
+    """Raises UserError where the disk has no room for the files and what is made on the way, a merge too.
+
+    What a type takes beyond its bits a weight (TYPES) is much in a small model only.
+    """
+    remove_leftovers(job.output)  # they take room
+    common.remove_leftovers(job.model)
+    merging = job.merge and not job.model.exists()
+    model = find_base(job.base)[0] if merging else job.model
+    count, own = weights_of(model)
+
+    def size(kind: str) -> int:
+        bits = TYPES[kind].bits
+        return int(count * min(bits + 0.5 if count >= LARGE else bits * 1.4 + 2, max(bits, 16)) / 8)
+
+    first = first_type(job, own)
+    sizes = {kind: size(kind) for kind in (*job.types, first)}
+    vocabulary = language_config(read_json(model / "config.json")).get("vocab_size", 1 << 18)
+    needed = sum(sizes.values()) + 4 * PROOF_TOKENS * vocabulary
+    there, merged = (
+        next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+        for path in (job.output, job.model)
+    )
+    if merging and there.stat().st_dev == merged.stat().st_dev:
+        needed += size(own)
     free = shutil.disk_usage(there).free
-    parts = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items() if kind in job.types)
+    parts = ", ".join(f"{kind} {sizes[kind] / 1e9:.2f} GB" for kind in job.types)
     print(f"model      {job.model} ({count / 1e6:.0f} M weights, {own})\noutput     {job.output} (at most {parts})")
     if free < needed:
         way = needed - sum(sizes[kind] for kind in job.types)
@@ -297,18 +369,17 @@ def check_disk(job: Job) -> None:
         )
 
 
+def remove_leftovers(output: Path) -> None:
+    """Removes what killed processes left in a folder."""
+    for path in output.glob(".work-*"):
+        if common.has_ended(int(path.name.split("-")[1])):
+            shutil.rmtree(path)
+
+
 @contextmanager
 def workspace(output: Path) -> Iterator[Path]:
-    """A folder for what is not whole or not proven yet, inside the output's, removed at the end.
-
-    What a killed process left there is removed too.
-    """
+    """A folder for what is not whole or not proven yet, inside the output's, removed at the end."""
     output.mkdir(parents=True, exist_ok=True)
-    for path in output.glob(".work-*"):
-        try:
-            os.kill(int(path.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path)
     with tempfile.TemporaryDirectory(dir=output, prefix=f".work-{os.getpid()}-") as folder:
         yield Path(folder)
 
@@ -317,9 +388,9 @@ def workspace(output: Path) -> Iterator[Path]:
 # Making the files
 
 
-def first_type(job: Job) -> str:
+def first_type(job: Job, own: str) -> str:
     """What the converter writes first: the only type asked for, else the model's own, which the others come from."""
-    return job.types[0] if len(job.types) == 1 and job.types[0] in CONVERTED else weights_of(job.model)[1]
+    return job.types[0] if len(job.types) == 1 and job.types[0] in CONVERTED else own
 
 
 def convert(job: Job, kind: str, work: Path) -> Path:
@@ -372,12 +443,12 @@ def make(job: Job, kind: str, start: Path, matrix: Path | None, work: Path) -> P
     target = work / f"{kind}.gguf"
     if target == start:
         return target
-    if llamacpp.missing():
-        return convert(job, kind, work)
     used = str(matrix) if matrix and TYPES[kind].needs_matrix else None
     doing = f"quantizing to {kind}"
     if tool := llamacpp.quantizer():
         llamacpp.run([tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing)
+    elif llamacpp.missing():
+        return convert(job, kind, work)
     else:
         number = TYPES[kind].number
         llamacpp.call(llamacpp.quantize, doing, source=start, target=target, ftype=number, matrix=used)
@@ -427,16 +498,16 @@ def verify(job: Job, kind: str, file: Path, work: Path, limit: float | None) -> 
 
     seen = check_contents(job, kind, file)
     samples = spread(job.samples[0], PROOF_TOKENS, PROOF_LENGTH)
-    reference = reference_logits(job, samples, work)
+    reference, computed_in = reference_logits(job, samples, work)
     measured = llamacpp.call(llamacpp.measure, f"comparing {kind}", file=file, samples=samples, reference=reference)
     if limit is None:
-        limit = TYPES[kind].limits[weights_of(job.model)[0] < LARGE]
+        limit = TYPES[kind].limits[weights_of(job.model)[0] < LARGE] + 3 * NOISE[computed_in]
     if not measured["kl_divergence"] <= limit:
         raise UserError(
             f"{kind} answers differently from the 16-bit model: mean KL divergence {measured['kl_divergence']:.4f}, "
             f"{kind} usually stays below {limit:g}; take a larger type, or accept it: --max-divergence X"
         )
-    return {**measured, **seen, "verified": True}
+    return {**measured, **seen, "reference_dtype": computed_in, "verified": True}
 
 
 def check_contents(job: Job, kind: str, file: Path) -> dict[str, Any]:
@@ -478,14 +549,14 @@ def spread(samples: Any, tokens: int, longest: int) -> list[list[int]]:
     return chosen
 
 
-def reference_logits(job: Job, samples: list[list[int]], work: Path) -> Path:
+def reference_logits(job: Job, samples: list[list[int]], work: Path) -> tuple[Path, str]:
     """Logits of the 16-bit model by transformers, float32 (tokens × vocabulary) in a .npy file; computed once.
 
-    Computed in float32 where memory allows it, on the card or the CPU, else in the model's own type.
+    Computed in float32 where memory allows it, on the card or the CPU, else in the model's own type; the type's name
+    is the second result.
     """
-    target = work / "reference.npy"
-    if target.exists():
-        return target
+    if found := next(work.glob("reference-*.npy"), None):
+        return found, found.stem.removeprefix("reference-")
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -494,6 +565,8 @@ def reference_logits(job: Job, samples: list[list[int]], work: Path) -> Path:
 
     disable_progress_bar()
     device, dtype = choose_device(job)
+    name = str(dtype).removeprefix("torch.")
+    target = work / f"reference-{name}.npy"
     code = job.config.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, trust_remote_code=code).to(device).eval()
     logits, start = None, 0
@@ -506,7 +579,7 @@ def reference_logits(job: Job, samples: list[list[int]], work: Path) -> Path:
             logits[start : start + len(ids)] = rows
             start += len(ids)
     logits.flush()
-    return target
+    return target, name
 
 
 def choose_device(job: Job) -> tuple[str, Any]:
@@ -549,7 +622,9 @@ def table(job: Job, results: dict[str, dict[str, Any]]) -> str:
         if len(lines) == 1:
             bits = TYPES[own].bits
             perplexity = f"{result['reference_perplexity']:.4f}"
-            lines.append(("16-bit model", f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", perplexity, "", ""))
+            exact = result["reference_dtype"] == "float32"
+            name = "16-bit model" if exact else f"16-bit model, in {result['reference_dtype']}"
+            lines.append((name, f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", perplexity, "", ""))
         lines.append(
             (
                 *size,
@@ -561,7 +636,10 @@ def table(job: Job, results: dict[str, dict[str, Any]]) -> str:
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    if noise := max(NOISE[result.get("reference_dtype", "float32")] for result in results.values()):
+        rows.append(f"(that type alone makes a divergence of about {noise:g}: three times that is allowed on top)")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

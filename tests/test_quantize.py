@@ -19,7 +19,7 @@ from conftest import ROOT, make_run, run, write_jsonl
 
 import llamacpp
 import quantize
-from common import UserError
+from common import Config, UserError, dump_config
 from modelfile import go_template, modelfile, template_shape
 from template import TEMPLATES, load_template
 
@@ -87,7 +87,96 @@ def test_a_disk_without_room_is_told_before_the_work(tmp_path):
     result = run("quantize.py", str(model), "--type", "f16", "--no-verify")
     assert result.returncode == 2
     assert re.search(r"has [\d.]+ GB of free disk space, 2000\.00 are needed \(f16 2000\.00 GB, and", result.stderr)
+    assert "and 0.00 GB on the way" in result.stderr  # the converter writes it at once
     assert not (model / "gguf").exists()
+
+
+def test_a_large_model_s_files_are_not_thought_larger_than_they_are(tmp_path):
+    model = make_model(tmp_path / "m", shape=(8 * 10**12,))
+    (model / "gguf" / f".work-{2**22 + 1}-x").mkdir(parents=True)  # no process has this number
+    job = quantize.Job(None, model, model, ("q4_k_m", "f16"))
+    with pytest.raises(UserError, match=r"q4_k_m 5400\.00 GB, f16 16000\.00 GB, and 0\.00 GB on the way"):
+        quantize.check_disk(job)
+    assert list((model / "gguf").iterdir()) == []  # what a kill left takes no room
+
+
+def test_a_merge_counts_before_it_is_made(tmp_path):
+    run_folder = make_run_folder(tmp_path, make_model(tmp_path / "base", shape=(10**12,)))
+    result = run("quantize.py", str(run_folder), "--type", "q8_0", "--no-verify")
+    assert result.returncode == 2
+    assert "merging first" not in result.stdout
+    assert re.search(r"\(q8_0 1125\.00 GB, and 2000\.00 GB on the way\)", result.stderr)
+
+
+def make_run_folder(folder: Path, base: Path, **settings) -> Path:
+    """A finished run, as far as what is asked before the merge."""
+    made = folder / "run"
+    made.mkdir()
+    config = Config(model_name_or_path=str(base), output_dir=str(made), **settings)
+    (made / "config.yaml").write_text(dump_config(config))
+    (made / "run.json").write_text("{}")
+    (made / "adapter_config.json").write_text("{}")
+    (made / "adapter_model.safetensors").write_bytes(b"trained")
+    return made
+
+
+def test_what_the_training_said_of_its_output_is_not_about_the_files(tmp_path):
+    base = make_model(tmp_path / "base")
+    folder = make_run_folder(tmp_path, base, overwrite_output_dir=True, export_dir=str(tmp_path / "other"))
+    for arguments in ([str(folder)], [str(folder / "config.yaml"), "export_dir="]):
+        job = quantize.find_job("q8_0", arguments)
+        assert job.config.overwrite_output_dir is False
+        assert job.model == folder / "merged"
+        assert job.base == str(base)
+    job = quantize.find_job("q8_0", [str(folder), "overwrite_output_dir=true", f"export_dir={tmp_path / 'x'}"])
+    assert job.config.overwrite_output_dir is True
+    assert (job.model, job.home) == (tmp_path / "x", folder)
+    assert quantize.find_job("q8_0", [str(folder / "config.yaml")]).model == tmp_path / "other"
+
+
+def test_a_merged_folder_is_proven_on_the_data_of_its_run(tmp_path):
+    folder = make_run_folder(tmp_path, make_model(tmp_path / "base"), dataset=("mine",), template="qwen")
+    merged = make_model(tmp_path / "merged")
+    (merged / "merge.json").write_text(json.dumps({"run": str(folder)}))
+    recipe = tmp_path / "merge.yaml"
+    recipe.write_text(f"adapter_name_or_path: {folder}\ntemplate: llama3\nexport_dir: {tmp_path / 'to come'}\n")
+    for argument, template in ((merged, "qwen"), (recipe, "llama3")):
+        config = quantize.find_job("q8_0", [str(argument)]).config
+        assert (config.dataset, config.template) == (("mine",), template)
+    assert quantize.find_job("q8_0", [str(merged), "dataset=other"]).config.dataset == ("other",)
+
+
+def test_files_are_proven_as_long_as_nothing_has_changed(tmp_path):
+    model = make_model(tmp_path / "m")
+    job = quantize.find_job("q8_0,f16", [str(model)])
+    job.output.mkdir()
+    entries = {}
+    for kind in job.types:
+        assert not quantize.are_proven(job)
+        job.file(kind).write_bytes(b"whole")
+        entries[job.file(kind).name] = {"bytes": 5, "verified": True, "adapter_sha256": None}
+        (job.output / "gguf.json").write_text(json.dumps({"files": entries}))
+    assert quantize.are_proven(job)
+    (model / "merge.json").write_text('{"adapter_sha256": "of another training"}')
+    assert not quantize.are_proven(job)
+
+
+def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypatch):
+    model = make_model(tmp_path / "m", "BF16", (10**9,))
+    job = quantize.Job(None, model, model, ("f16",))
+    measured = dict.fromkeys(("top1_agreement", "perplexity", "tokens_per_second", "prompt_tokens_per_second"), 1.0)
+    measured |= {"reference_perplexity": 1.0, "kl_divergence": 0.004}
+    monkeypatch.setattr(quantize, "check_contents", lambda *_: {})
+    monkeypatch.setattr(quantize.Job, "samples", ([], []))
+    monkeypatch.setattr(llamacpp, "call", lambda *_, **__: measured)
+    (tmp_path / "reference-float32.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"f16 usually stays below 0\.002"):
+        quantize.verify(job, "f16", tmp_path, tmp_path, None)
+    (tmp_path / "reference-float32.npy").rename(tmp_path / "reference-bfloat16.npy")
+    result = quantize.verify(job, "f16", tmp_path, tmp_path, None)
+    text = quantize.table(job, {"f16": {"bytes": 2 * 10**9, **result}})
+    assert "16-bit model, in bfloat16" in text
+    assert "a divergence of about 0.0022: three times that is allowed on top" in text
 
 
 @pytest.mark.parametrize(("dtype", "own"), [("F16", "f16"), ("BF16", "bf16"), ("F32", "f32")])
@@ -116,8 +205,18 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     job = quantize.Job(None, Path(), Path(), ("q8_0", "bf16"))
     assert quantize.can_prove(job) is False
     assert "nothing will be proven: quantizing and proving a GGUF need" in capsys.readouterr().out
+    k_quant, matrix = (quantize.Job(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
+    for job in (k_quant, matrix):
+        with pytest.raises(UserError, match="install them"):
+            quantize.can_prove(job)
+    monkeypatch.setattr(llamacpp, "quantizer", lambda: "llama-quantize")  # the user's own
+    assert quantize.can_prove(k_quant) is False
     with pytest.raises(UserError, match="install them"):
-        quantize.can_prove(quantize.Job(None, Path(), Path(), ("q8_0", "q4_k_m")))
+        quantize.can_prove(matrix)
+    called = []
+    monkeypatch.setattr(llamacpp, "run", lambda command, _: called.append(command))
+    quantize.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
+    assert called == [["llama-quantize", "f16.gguf", "q4_k_m.gguf", "Q4_K_M"]]
     with pytest.raises(UserError, match="--push uploads only what is proven"):
         quantize.check_push("me/it", job, proving=False)
 
@@ -133,6 +232,20 @@ def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
     assert llamacpp.quantizer() == str(tool)
     assert llamacpp.converter() == tmp_path / "convert_hf_to_gguf.py"
+
+
+def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monkeypatch):
+    built = []
+    monkeypatch.setattr(llamacpp, "run", lambda command, _: built.append(command))
+    monkeypatch.setattr(llamacpp.shutil, "copytree", lambda *_, **__: None)
+    monkeypatch.setattr(llamacpp.os, "replace", lambda *_: None)
+    names = set()
+    for card in (None, SimpleNamespace(compute=(8, 9))):
+        monkeypatch.setattr(llamacpp, "_card", lambda card=card: card)
+        names.add(llamacpp._built().name)
+        llamacpp._build(Path("lib"))
+        assert ("-DGGML_CUDA=ON" in built[-2]) is (card is not None)
+    assert len(names) == 2
 
 
 def test_a_child_that_dies_is_one_sentence():
@@ -376,10 +489,16 @@ def test_coarser_types_diverge_more(model, rows):
 def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, standin):
     folder = make_run(small_model, tmp_path / "talker", noise=0.05)
     arguments = [str(folder), "--type", "q8_0", f"dataset={rows}", "--push", "me/talker"]
-    result = run("quantize.py", *arguments, env=test_hub.hub_environment(standin, tmp_path / "hub"))
-    assert result.returncode == 0, result.stderr
+    environment = test_hub.hub_environment(standin, tmp_path / "hub")
+    standin.broken = True
+    result = run("quantize.py", *arguments, env=environment)
+    assert result.returncode == 2 and "try again later with --push" in result.stderr
     assert "merging first\n" in result.stdout
     file = folder / "gguf" / "talker-q8_0.gguf"
+    before, standin.broken = file.stat().st_ino, False
+    result = run("quantize.py", *arguments, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert file.stat().st_ino == before
     assert standin.repos["me/talker"].keys() == {".gitattributes", "talker-q8_0.gguf", "talker-q8_0.Modelfile"}
     assert standin.repos["me/talker"]["talker-q8_0.gguf"] == file.read_bytes()
     fields = gguf_fields(file)
