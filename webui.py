@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     listener = listen(args.host, args.port)
     for note in source.notes if source else ():
         print(f"note: {note}", file=sys.stderr)
-    serve(build(source, password), listener)
+    serve(build(source, password, args.host), listener)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -110,7 +110,7 @@ def listen(host: str, port: str) -> socket.socket:
     return listener
 
 
-def build(source: engine.Source | None, password: str | None) -> Any:
+def build(source: engine.Source | None, password: str | None, host: str) -> Any:
     """The web application: each page once in each language, behind the password where there is one."""
     import fastapi
     import gradio as gr
@@ -143,7 +143,7 @@ def build(source: engine.Source | None, password: str | None) -> Any:
     if password:
         guard(app, password)
     else:  # without a password nobody may reach the page by a foreign name that leads to this machine
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
     return app
 
 

@@ -441,3 +441,12 @@ def test_a_foreign_name_for_this_machine_is_refused(server: Server) -> None:
 
     answer = httpx.get(f"{server.url}/en/", headers={"host": "evil.example"})
     assert answer.status_code == 400
+
+
+@pytest.mark.slow
+def test_the_loopback_address_that_was_asked_for_answers(tiny_model: Path) -> None:
+    import httpx
+
+    with serving("--chat", str(tiny_model), "--host", "127.0.0.2") as other:
+        assert other.url.startswith("http://127.0.0.2:")
+        assert httpx.get(f"{other.url}/en/").status_code == 200
