@@ -299,6 +299,7 @@ def estimate_memory(config: Config, folder: Path, tokens: int, gpu: Gpu | None) 
     """
     shapes = tensor_shapes(folder)
     model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model = model.get("text_config", model)  # of a model that also sees
     total = sum(math.prod(shape) for shape in shapes.values())
     linear = sum(
         math.prod(s) for name, s in shapes.items() if len(s) == 2 and not re.search(r"embed|lm_head|norm", name)

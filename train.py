@@ -50,9 +50,6 @@ HARMLESS = {
     "use_unsloth",
     *list(common.OPTIONS)[list(common.OPTIONS).index("do_sample") :],  # chat and export
 }
-OURS = ("checkpoint-*", ".saving", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
-OURS += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf", "eval")
-OURS += ("report.html", "runs", common.TRAINED)
 # The projections of the Llama family under the names that Unsloth's kernels know.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -114,8 +111,7 @@ def where_to_start(config: Config, folder: Path) -> str | None:
         return None
     run = common.read_run(folder)
     if run is None:
-        left = [path for pattern in OURS for path in folder.glob(pattern)]
-        if left:
+        if left := common.left_by_training(folder):
             raise UserError(
                 f"{folder} holds {left[0].name} but no run.json, so nothing is known of that run; "
                 "choose another output_dir, or overwrite_output_dir=true"
@@ -162,7 +158,7 @@ def chosen_checkpoint(config: Config, folder: Path) -> str | None:
 
 def clear(folder: Path) -> None:
     """Deletes what an earlier run left in `folder`, and nothing else."""
-    for path in [path for pattern in OURS for path in folder.glob(pattern)]:
+    for path in common.left_by_training(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -25,6 +25,7 @@ def pages(language: str) -> None:
     """The tabs of the board, inside an open gr.Tabs."""
     import gradio as gr
     import transformers
+    from gradio.context import Context
 
     import progress  # noqa: F401
     import web_chat
@@ -43,7 +44,7 @@ def pages(language: str) -> None:
         return GROUPS[title] if language == "zh" else title[:1].upper() + title[1:]
 
     def read(*values: Any) -> Config:
-        return web_train.settle(dict(zip(options, values, strict=True)), "looked-at").config
+        return web_train.settle(dict(zip(options, values, strict=True)), "looked-at", t).config
 
     connects = []
     with gr.Tab(t("Model and data"), id="data", elem_id="tab-data", elem_classes="board") as tab:
@@ -58,6 +59,8 @@ def pages(language: str) -> None:
         connects.append((tab, web_results.export_page(t)))
     for tab, connect in connects:
         connect(tab)
+    # see web_common.head
+    Context.root_block.load(js="() => document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click()")
 
 
 def add_routes(app: Any) -> None:

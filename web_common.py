@@ -182,6 +182,12 @@ document.cookie = "language={language}; path=/; max-age=31536000; SameSite=Stric
     history.replaceState(null, "", url);
   }}
 }})();
+// the open page stays open when it is loaded again, or in the other language
+addEventListener("click", (event) => {{
+  const tab = event.target.closest("[id^=tab-][id$=-button]"), link = event.target.closest("a.language");
+  if (tab) history.replaceState(null, "", `#${{tab.id.slice(4, -7)}}`);
+  if (link) link.hash = location.hash;
+}}, true);
 function onecardTab(name) {{
   document.getElementById(`tab-${{name}}-button`).click();
   scrollTo({{top: 0, behavior: "smooth"}});

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from html import escape
@@ -58,7 +59,12 @@ def model_facts(name: str, t: Translate) -> str:
         return web_common.fault(t("{name} is not a whole model; it lacks {what}.", name=name, what=", ".join(missing)))
     if missing:
         return web_common.fault(t("{name} is not on this disk; fetch it below, or choose another.", name=name))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        said = t("{file} is broken ({error}); fetch the model again.", file=folder / "config.json", error=error)
+        return web_common.fault(said)
+    config = config.get("text_config", config)  # of a model that also sees
     parameters = sum(_product(shape) for shape in doctor.tensor_shapes(folder).values())
     facts = [
         t("{n} parameters", n=count(parameters)),
@@ -82,13 +88,20 @@ def download_folder(model: str) -> Path:
     return DOWNLOADS / re.sub(r"[^\w.-]+", "--", model)
 
 
-def start_download(model: str, source: str) -> web_jobs.Job:
-    """Fetches a model of a hub with download.py; raises UserError for an empty name."""
+def lacks_embedded(model: str | None) -> bool:
+    """Whether the embedded model is chosen and not on this disk yet: it needs no hub, only download.py."""
+    return model == common.EMBEDDED_MODEL and bool(common.missing_from_model(Path(model)))
+
+
+def start_download(model: str, source: str, t: Translate) -> web_jobs.Job:
+    """Fetches the embedded model, or one of a hub, with download.py; raises UserError for an empty name."""
     model = model.strip()
+    if model == common.EMBEDDED_MODEL:
+        return web_jobs.start(download_folder(model), ["download.py"], t)
     if not model or model.startswith("-"):
-        raise UserError("give the model's name on the hub: ORG/NAME")
+        raise UserError(t("give the model's name on the hub: ORG/NAME"))
     options = {"modelscope": ["--modelscope"], "mirror": ["--mirror", "https://hf-mirror.com"]}.get(source, [])
-    return web_jobs.start(download_folder(model), ["download.py", model, *options])
+    return web_jobs.start(download_folder(model), ["download.py", model, *options], t)
 
 
 def newest_download() -> web_jobs.Job | None:
@@ -109,26 +122,31 @@ def datasets(dataset_dir: str = Config.dataset_dir) -> list[str]:
     return [*registry, *(path.as_posix() for path in sorted(UPLOADS.glob("*")) if path.suffix.lower() in EXTENSIONS)]
 
 
-def keep_upload(file: Path) -> Path:
-    """Copies an uploaded file to saves/uploads under its own name, in place of an earlier one of that name."""
+def keep_upload(file: Path, check: Callable[[Path], None], t: Translate) -> Path:
+    """Copies an uploaded file to saves/uploads under its own name, in place of an earlier one of that name.
+
+    Only one that `check` lets pass gets there; what it raises is told of the file's own place.
+    """
     name = re.sub(r"[^\w.-]+", "_", file.name).lstrip(".") or "data.json"
     name = "data.json" if name == "run.json" else name  # which would look like a run
     if Path(name).suffix.lower() not in EXTENSIONS:
-        raise UserError(f"{file.name} is of an unknown type; known are {', '.join(EXTENSIONS)}")
+        known = ", ".join(EXTENSIONS)
+        raise UserError(t("{file} is of an unknown type; known are {types}", file=file.name, types=known))
     UPLOADS.mkdir(parents=True, exist_ok=True)
-    beside = UPLOADS / f".{name}.{os.getpid()}.tmp"
-    shutil.copyfile(file, beside)
-    os.replace(beside, UPLOADS / name)
+    with tempfile.TemporaryDirectory(prefix=".", dir=UPLOADS) as hidden:
+        beside = Path(hidden) / name
+        shutil.copyfile(file, beside)
+        try:
+            check(beside)
+        except UserError as error:
+            raise UserError(str(error).replace(str(beside), str(UPLOADS / name))) from None
+        os.replace(beside, UPLOADS / name)
     return UPLOADS / name
 
 
 def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
     """The tokenizer and the prepared data of a configuration; raises UserError with all that is wrong with it."""
     dataset.check(config)
-    if common.missing_from_model(Path(config.model_name_or_path)):
-        raise UserError(
-            f"the rows are well-formed; their tokens can be counted once {config.model_name_or_path} is on the disk"
-        )
     entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir)
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for e in entries for file in e.files)
     ours = ("model", "data")
@@ -246,6 +264,9 @@ def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> 
                 elem_id="option-model_name_or_path",
             )
             facts = gr.HTML(model_facts(common.EMBEDDED_MODEL, t), elem_id="model-facts", padding=False)
+            fetch_embedded = gr.Button(
+                t("Fetch it now"), visible=lacks_embedded(common.EMBEDDED_MODEL), elem_id="fetch-embedded"
+            )
             template = gr.Dropdown(
                 [(t("the model's own"), ""), *templates()],
                 value="chatml",  # of the embedded model
@@ -253,7 +274,7 @@ def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> 
                 info=t("what surrounds the words; must be the one the model was made with"),
                 elem_id="option-template",
             )
-            with gr.Accordion(t("Fetch a model from a hub"), open=False, elem_id="fetch"):
+            with gr.Accordion(t("Fetch a model from a hub"), open=False, elem_id="fetch") as fold:
                 hub_name = gr.Textbox(label=t("Name on the hub"), placeholder="ORG/NAME", elem_id="hub-name")
                 sources = [(t("Hugging Face"), "hub"), (t("mirror"), "mirror"), ("ModelScope", "modelscope")]
                 source = gr.Radio(sources, value="hub", label=t("From"))
@@ -300,6 +321,10 @@ def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> 
     def show(page: int, *values: Any) -> list[Any]:
         try:
             config = read(*values)
+            if common.missing_from_model(Path(config.model_name_or_path)):
+                dataset.check(config)
+                said = t("The rows are well-formed. Their tokens can be counted once the model is on this disk.")
+                return [web_common.note(said), gr.skip(), gr.Column(visible=False), "", "", 0]
             tokenizer, prepared = prepare(config)
         except UserError as error:
             return [web_common.fault(error), gr.skip(), gr.Column(visible=False), "", "", 0]
@@ -309,9 +334,14 @@ def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> 
         return [report_html(prepared.report, t), lengths_now, gr.Column(visible=True), html, shown, page]
 
     def take(file: str, chosen: list[str], *values: Any) -> list[Any]:
+        def check(path: Path) -> None:
+            settings = [
+                [str(path)] if option is names else v for option, v in zip(options.values(), values, strict=True)
+            ]
+            dataset.check(dataclasses.replace(read(*settings), eval_dataset=()))
+
         try:
-            kept = keep_upload(Path(file)).as_posix()
-            dataset.check(dataclasses.replace(read(*values), dataset=(kept,), eval_dataset=()))
+            kept = keep_upload(Path(file), check, t).as_posix()
         except UserError as error:
             said = t("It is not used. Mend the file and upload it again.")
             return [web_common.fault(error) + web_common.note(said), *[gr.skip()] * 7]
@@ -320,24 +350,36 @@ def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> 
         now = [chosen if option is names else value for option, value in zip(options.values(), values, strict=True)]
         return [web_common.note(said), gr.Dropdown(choices=datasets(), value=chosen), *show(0, *now)]
 
-    def begin(name: str, origin: str, shown: dict[str, Any]) -> Any:
+    def begin(name: str, origin: str) -> tuple[str, Any]:
         try:
-            start_download(name, origin)
+            job = start_download(name, origin, t)
         except UserError as error:
-            return web_common.fault(error)
-        return watch(shown)[0]
+            return web_common.fault(error), gr.Accordion(open=True)
+        return web_parts.job_box(job, t), gr.Accordion(open=True)
 
     def end() -> None:
         if job := newest_download():
             web_jobs.interrupt(job)
 
-    def watch(shown: dict[str, Any]) -> list[Any]:
-        now = {"job": web_parts.job_box(newest_download(), t), "models": models(), "datasets": datasets()}
-        sent = web_parts.only_changes(shown, **now)
-        updates = [gr.Dropdown(choices=now[k]) if isinstance(v, list) else v for k, v in zip(now, sent, strict=True)]
-        return [*updates, shown]
+    def watch(chosen: str | None, shown: dict[str, Any]) -> list[Any]:
+        now = {
+            "job": web_parts.job_box(newest_download(), t),
+            "facts": model_facts(chosen or "", t),
+            "fetch": lacks_embedded(chosen),
+            "models": models(),
+            "datasets": datasets(),
+        }
+        sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
+        if isinstance(sent["fetch"], bool):
+            sent["fetch"] = gr.Button(visible=sent["fetch"])
+        for name in ("models", "datasets"):
+            if isinstance(sent[name], list):
+                sent[name] = gr.Dropdown(choices=sent[name])
+        return [*sent.values(), shown]
 
     def connect(tab: gr.Tab) -> None:
+        from gradio.context import Context
+
         settings = list(options.values())
         shown = [report, lengths, details, samples, where, number]
         look.click(show, [gr.State(0), *settings], shown, show_progress="minimal", show_progress_on=report)
@@ -350,10 +392,12 @@ def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> 
             show_progress="minimal",
             show_progress_on=uploaded,
         )
-        model.change(lambda name: model_facts(name or "", t), model, facts, show_progress="hidden")
-        fetch.click(begin, [hub_name, source, seen], fetching, show_progress="hidden")
+        fetch.click(begin, [hub_name, source], [fetching, fold], show_progress="hidden")
+        fetch_embedded.click(begin, [model, source], [fetching, fold], show_progress="hidden")
         stop.click(end, show_progress="hidden")
-        gr.on([timer.tick, tab.select], watch, seen, [fetching, model, names, seen], show_progress="hidden")
+        watched = [fetching, facts, fetch_embedded, model, names, seen]
+        moments = [Context.root_block.load, timer.tick, tab.select, model.change]
+        gr.on(moments, watch, [model, seen], watched, trigger_mode="always_last", show_progress="hidden")
 
     return connect
 

@@ -26,13 +26,13 @@ LAST = ("seconds",)
 TOLD = ("rows", "support")  # of these the heading tells, or the confusion matrix
 
 
-def start(name: str | None, data: Sequence[str], base: bool) -> None:
+def start(name: str | None, data: Sequence[str], base: bool, t: Translate) -> None:
     """Starts evaluate.py for a run; raises UserError where there is none."""
     if not name:
-        raise UserError("there is no trained run; train one first")
+        raise UserError(t("No trained run yet. Train one first."))
     folder = web_parts.run_folder(name)
     command = ["evaluate.py", str(folder), *([f"dataset={','.join(data)}"] if data else [])]
-    web_parts.start_script(web_train.job_folder(folder, "evaluate"), command + ([] if base else ["--no-base"]))
+    web_parts.start_script(web_train.job_folder(folder, "evaluate"), command + ([] if base else ["--no-base"]), t)
 
 
 def evaluations(name: str | None) -> list[Path]:
@@ -62,6 +62,11 @@ def figure_names(t: Translate) -> dict[str, str]:
         "brier": t("Brier score (lower is better)"),
         "ece": t("calibration error (lower is better)"),
         "exact_match": t("exact match"),
+        "bleu": "BLEU",
+        "chrf": "chrF",
+        "rouge1": "ROUGE-1",
+        "rouge2": "ROUGE-2",
+        "rougeL": "ROUGE-L",
         "perplexity": t("perplexity"),
         "loss": t("loss"),
         "tokens": t("tokens"),
@@ -124,12 +129,12 @@ def clip(text: str) -> str:
 
 
 def said(line: dict[str, Any], t: Translate) -> str:
-    """What a model said to a row: its text, its choice with the probability, or how well it foresaw the answer."""
-    if "nats" in line:
-        return f"{t('perplexity')} {math.exp(line['nats'] / max(1, line['tokens'])):.2f}"
+    """What a model said to a row: its choice with the probability, its text, or how well it foresaw the answer."""
     if "probabilities" in line:
         return f"{clip(line['prediction'])} · {line['probabilities'].get(line['prediction'], 0):.0%}"
-    return clip(line.get("prediction", "–"))
+    if "prediction" in line:
+        return clip(line["prediction"])
+    return f"{t('perplexity')} {math.exp(line['nats'] / max(1, line['tokens'])):.2f}" if "nats" in line else "–"
 
 
 def predictions_html(folder: Path, page: int, t: Translate) -> tuple[str, int, int]:
@@ -202,7 +207,7 @@ def page(t: Translate) -> Callable[[Any], None]:
     with gr.Column(visible=False) as fold:
         with gr.Row(elem_classes="pager"):
             gr.HTML(f"<h3>{t('Predictions')}</h3>", padding=False)
-            which = gr.Dropdown([], show_label=False, container=False, elem_id="eval-which", min_width=170, scale=0)
+            which = gr.Dropdown([], show_label=False, container=False, elem_id="eval-which", min_width=240, scale=0)
             back = gr.Button("‹", min_width=40, scale=0, elem_id="eval-back")
             where = gr.HTML(elem_id="eval-where", elem_classes="pager-where", padding=False)
             forth = gr.Button("›", min_width=40, scale=0, elem_id="eval-forth")
@@ -219,6 +224,8 @@ def page(t: Translate) -> Callable[[Any], None]:
         job = web_results.newest_job(chosen, ("evaluate",))
         now = {
             "run": (names, chosen),
+            "data": web_data.datasets(),
+            "told": web_parts.at_work(t),
             "doing": web_parts.job_box(job, t),
             "results": results_html(chosen, t),
             "fold": bool(html),
@@ -228,6 +235,9 @@ def page(t: Translate) -> Callable[[Any], None]:
             "stop": bool(job) and web_jobs.state(job) == "running",
         }
         sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
+        if isinstance(sent["data"], list):
+            sent["data"] = gr.Dropdown(choices=sent["data"])
+        sent["told"] = web_parts.outdated(sent["told"])
         for key, before in (("run", name), ("which", held)):
             if isinstance(sent[key], tuple):
                 sent[key] = web_parts.offer(*now[key], before)
@@ -239,7 +249,7 @@ def page(t: Translate) -> Callable[[Any], None]:
 
     def begin(name: str | None, names: list[str] | None, too: bool) -> tuple[str, float]:
         try:
-            start(name, names or [], too)
+            start(name, names or [], too, t)
         except UserError as error:
             return web_common.fault(error), time.time()
         return "", time.time()
@@ -256,7 +266,7 @@ def page(t: Translate) -> Callable[[Any], None]:
         stop.click(end, run, **quiet)
         back.click(lambda n: n - 1, asked_for, asked_for, **quiet)
         forth.click(lambda n: n + 1, asked_for, asked_for, **quiet)
-        watched = [run, doing, results, fold, which, where, predictions, stop, asked_for, seen]
+        watched = [run, data, told, doing, results, fold, which, where, predictions, stop, asked_for, seen]
         # one event for all: of two at a time the older answer could come last
         moments = [Context.root_block.load, tab.select, timer.tick, run.change, which.change, asked_for.change]
         moments.append(acted.change)
@@ -269,6 +279,9 @@ CSS = """
 .words { max-height: 120px; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
 .right { color: var(--c0); font-weight: 600; }
 table.figures small { color: var(--body-text-color-subdued); margin-left: 6px; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 12px; margin: 12px 0; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 12px;
+  margin: 12px 0; }
+.pictures a:has([alt="confusion"]) { grid-column: 1 / -1; order: 1; } /* a matrix a model, side by side */
+.pictures img[alt="confusion"] { width: auto; max-width: 100%; max-height: 380px; }
 .pictures img { width: 100%; border-radius: 8px; border: 1px solid var(--block-border-color); background: #fff; }
 """

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from common import UserError
 
 # The shell only waits and notes the exit status. Its traps keep it alive through a Ctrl-C that is meant for the script.
 _WAIT = 'trap : INT TERM; "$@"; status=$?; echo $status > "$0.new"; mv "$0.new" "$0"'
+ABORTED = "aborted"  # the file in a job's folder that tells that its end was asked for
 _TAIL = 1 << 17  # bytes of a log that are looked at, from its end
 _BAR = re.compile(r"^(?P<what>[^|\r\n]*?):?\s*(?P<percent>\d+)%\|[^|]*\|\s*(?P<rest>[^\r\n]*)$")
 
@@ -53,14 +55,15 @@ def shown(command: list[str]) -> str:
     return shlex.join(["python", *command])
 
 
-def start(folder: Path, command: list[str]) -> Job:
+def start(folder: Path, command: list[str], t: Callable[..., str] = str.format) -> Job:
     """Starts `python SCRIPT ...` from the working directory; raises UserError where the folder's job still runs."""
     earlier = find(folder)
     if earlier and state(earlier) == "running":
-        raise UserError(f"{earlier.shown} is still running; wait for it, or stop it")
+        raise UserError(t("{script} is still at work; wait for it, or stop it", script=earlier.shown))
     folder.mkdir(parents=True, exist_ok=True)
     status = folder / "status"
-    status.unlink(missing_ok=True)
+    for old in (status, folder / ABORTED):
+        old.unlink(missing_ok=True)
     script = [sys.executable, str(common.ROOT / command[0]), *command[1:]]
     with open(folder / "log", "wb") as log:
         child = subprocess.Popen(
@@ -154,8 +157,8 @@ def progress(log: Path) -> tuple[int, str] | None:
     return None
 
 
-def fault(job: Job) -> str:
-    """Why a job failed, in the script's own sentence; empty where it did not fail."""
+def fault(job: Job, t: Callable[..., str] = str.format) -> str:
+    """Why a job failed, in the script's own sentence, or in ours by `t`; empty where it did not fail."""
     if state(job) not in ("failed", "killed"):
         return ""
     said = [line for line in lines(job.log) if line.strip() and not _BAR.match(line)]
@@ -163,5 +166,9 @@ def fault(job: Job) -> str:
         if said[index].startswith("error: "):
             return "\n".join([said[index].removeprefix("error: "), *said[index + 1 :]])
     if state(job) == "killed":
-        return f"{job.shown} was ended from outside (killed, out of memory, or the machine was switched off)"
-    return f"{job.shown} failed: {said[-1] if said else 'it said nothing'}; its log below says more"
+        return t(
+            "{script} was ended from outside (killed, out of memory, or the machine was switched off)", script=job.shown
+        )
+    if not said:
+        return t("{script} failed and said nothing", script=job.shown)
+    return t("{script} failed: {said}; its log below says more", script=job.shown, said=said[-1])

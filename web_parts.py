@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+import psutil
 
 import common
 import web_common
@@ -16,6 +18,9 @@ import web_jobs
 from common import UserError
 
 Translate = Callable[..., str]
+OWN = ".web"  # the page's folder within a run folder
+STATUSES = ("running", "finished", "interrupted", "failed")  # what train.py writes into run.json
+LONGEST = 200  # bytes of a part of a run's name: file systems take 255, and a GGUF's name is the run's and more
 
 # What of a run folder the page hands out; nothing else on this machine is.
 SERVED = (".html", ".png", ".svg", ".gguf", ".Modelfile", ".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md")
@@ -42,8 +47,9 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0:01:40`."""
-    return str(timedelta(seconds=max(0, round(seconds))))
+    """`0:01:40`, `63:09:48`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def link(path: Path, text: str, *, download: bool = False) -> str:
@@ -78,27 +84,88 @@ async def serve_file(request: Any) -> Any:
 
 def run_names() -> list[str]:
     """The runs below saves/, newest first, by the names that the pages use."""
-    return [folder.relative_to(common.SAVES).as_posix() for folder in common.runs()]
+    names = (folder.relative_to(common.SAVES).as_posix() for folder in common.runs())
+    return [name for name in names if can_be_name(name)]
 
 
-def run_folder(name: str) -> Path:
-    """The folder of a run; raises UserError for a name that would lead out of saves/."""
+def can_be_name(name: str) -> bool:
+    """Whether a run may be called so: its folder must stay below saves/, be no hidden one, and be possible."""
     parts = Path(name.strip()).parts
-    if not parts or any(part in ("..", "/", "uploads") or part.startswith(".") for part in parts) or "\\" in name:
-        raise UserError(f"{name!r} cannot be the name of a run; use letters, digits, - and _")
-    return common.SAVES.joinpath(*parts)
+    odd = any(part in ("/", "uploads") or part[0] == "." or len(part.encode()) > LONGEST for part in parts)
+    return bool(parts) and not odd and "\\" not in name and name.strip().isprintable()
+
+
+def run_folder(name: str, t: Translate = str.format) -> Path:
+    """The folder of a run; raises UserError, in the words of `t`, for what cannot be the name of one."""
+    if not can_be_name(name):
+        raise UserError(
+            t(
+                "{name} cannot be the name of a run: it is empty, longer than 66 Chinese or 200 Latin letters, has a "
+                "backslash, or a part of it begins with a dot or is uploads; choose another",
+                name=repr(name),
+            )
+        )
+    return common.SAVES.joinpath(*Path(name.strip()).parts)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a run folder, or None where there is none that train.py has written."""
+    try:
+        run = common.read_run(folder)
+        datetime.fromisoformat(run["started"])
+        return run if run["status"] in STATUSES else None
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def is_training(run: dict[str, Any] | None) -> bool:
+    """Whether the process that run.json names is at work; a number that another program has by now is not it."""
+    if not run or run["status"] != "running" or not web_jobs.is_alive(run.get("pid", 0)):
+        return False
+    try:
+        return any("train.py" in part for part in psutil.Process(run["pid"]).cmdline())
+    except psutil.Error:
+        return False
 
 
 def trained(names: Sequence[str]) -> list[str]:
     """Those runs that have an adapter."""
-    return [name for name in names if (run_folder(name) / "adapter_config.json").is_file()]
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    return [name for name in names if all((run_folder(name) / file).is_file() for file in files)]
 
 
-def start_script(folder: Path, command: list[str]) -> web_jobs.Job:
-    """Starts a script that needs the memory which the chat's model may hold; see web_jobs.start."""
+def at_work(t: Translate) -> str:
+    """What has the device's memory now, as a sentence: a training, also one of a terminal, or a script of a page."""
+    for path in common.SAVES.rglob(f"{OWN}/*/job.json"):
+        job = web_jobs.find(path.parent)
+        if job and path.parent.name != "train" and web_jobs.state(job) == "running":
+            return t("{script} is still at work; wait for it, or stop it", script=job.shown)
+        if job and web_jobs.state(job) == "running":
+            return _is_training(path.parents[2], t)
+    running = (run_folder(name) for name in run_names() if is_training(read_run(run_folder(name))))
+    return next((_is_training(folder, t) for folder in running), "")
+
+
+def _is_training(folder: Path, t: Translate) -> str:
+    name = folder.relative_to(common.SAVES).as_posix()
+    return t("{name} is training; one run at a time: wait for it, pause it or abort it", name=name)
+
+
+def refuse_at_work(t: Translate) -> None:
+    """Raises UserError where something has the device's memory: two of a kind would not fit on one card."""
+    if busy := at_work(t):
+        raise UserError(busy)
+
+
+def start_script(folder: Path, command: list[str], t: Translate) -> web_jobs.Job:
+    """Starts a script that needs all of the device's memory, also what the chat's model holds; see web_jobs.start.
+
+    Raises UserError where another such script is at work.
+    """
+    refuse_at_work(t)
     if chat := sys.modules.get("web_chat"):
         chat.make_room()
-    return web_jobs.start(folder, command)
+    return web_jobs.start(folder, command, t)
 
 
 def job_box(job: web_jobs.Job | None, t: Translate) -> str:
@@ -114,7 +181,7 @@ def job_box(job: web_jobs.Job | None, t: Translate) -> str:
         "killed": t("ended from outside"),
     }
     head = f'<div class="job"><code>{escape(job.shown)}</code> {badge(state, words[state])}</div>'
-    parts = [head, web_common.fault(web_jobs.fault(job))]
+    parts = [head, web_common.fault(web_jobs.fault(job, t))]
     if state == "running":
         percent, said = web_jobs.progress(job.log) or (None, "")
         parts.append(bar(percent, said or last_line(job)))
@@ -170,6 +237,13 @@ def only_changes(shown: dict[str, Any], **now: Any) -> list[Any]:
     sent = [gr.skip() if shown.get(name) == value else value for name, value in now.items()]
     shown.update(now)
     return sent
+
+
+def outdated(busy: Any) -> Any:
+    """What to send to the place of a refusal, given what `only_changes` made of `at_work`: nothing once that ended."""
+    import gradio as gr
+
+    return "" if busy == "" else gr.skip()
 
 
 def offer(names: list[str], chosen: str | None, held: str | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from html import escape
@@ -21,12 +22,14 @@ from web_parts import Translate, link, size, table
 # GGUF types in the order of their size, with bits a weight; quantize.py --help has all.
 TYPES = {"f16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "iq4_xs": 4.5, "q3_k_m": 4.0, "q2_k": 3.2}
 USUAL = "q4_k_m"
+BLOCK = 256  # a row's length must be a multiple of it for the types below q8_0
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A record that a script left, or nothing where there is none yet."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
 
@@ -42,27 +45,19 @@ def chosen_run(name: str | None) -> tuple[list[str], str | None]:
 
 
 def base_of(folder: Path) -> Path:
-    return Path((web_train.read_run(folder) or {}).get("model", common.EMBEDDED_MODEL))
-
-
-def parameters(folder: Path) -> int:
-    """How many weights the base of a run has; 0 where it is not on this disk."""
-    total = 0
-    for shape in doctor.tensor_shapes(base_of(folder)).values():
-        count = 1
-        for length in shape:
-            count *= length
-        total += count
-    return total
+    return Path((web_parts.read_run(folder) or {}).get("model", common.EMBEDDED_MODEL))
 
 
 def type_choices(name: str | None, t: Translate) -> list[tuple[str, str]]:
     """The GGUF types with their expected sizes and a word on each."""
     words = {"f16": t("16 bit, exact"), "q8_0": t("nearly exact"), USUAL: t("the usual choice"), "q2_k": t("coarse")}
-    count = parameters(web_parts.run_folder(name)) if name else 0
+    shapes = doctor.tensor_shapes(base_of(web_parts.run_folder(name))).values() if name else ()
+    count = sum(math.prod(shape) for shape in shapes)
+    ragged = any(shape[-1] % BLOCK for shape in shapes if len(shape) > 1)
     labels = []
     for kind, bits in TYPES.items():
-        about = f"{t('about')} {size(count * bits / 8)}" if count else ""
+        least = ragged and bits < 8.5  # llama.cpp gives such rows a coarser type, of more bits
+        about = f"{t('at least') if least else t('about')} {size(count * bits / 8)}" if count else ""
         labels.append((" · ".join(filter(None, (kind, about, words.get(kind, "")))), kind))
     return labels
 
@@ -148,20 +143,18 @@ def modelfile_text(name: str | None) -> str:
     return found[-1].read_text(encoding="utf-8") if found else ""
 
 
-def start_export(name: str | None, what: str, kinds: Sequence[str], overwrite: bool, verify: bool) -> None:
+def start_export(
+    name: str | None, what: str, kinds: Sequence[str], overwrite: bool, verify: bool, t: Translate
+) -> None:
     """Starts merge.py or quantize.py for a run; raises UserError where nothing is chosen."""
     if not name:
-        raise UserError("there is no trained run; train one first")
+        raise UserError(t("No trained run yet. Train one first."))
     if what == "quantize" and not kinds:
-        raise UserError("no GGUF type is chosen; choose one")
+        raise UserError(t("no GGUF type is chosen; choose one"))
     folder = web_parts.run_folder(name)
     script = ["merge.py", str(folder)] if what == "merge" else ["quantize.py", str(folder), "--type", ",".join(kinds)]
     flags = ["--overwrite"] * overwrite + ["--no-verify"] * (not verify)
-    for other in ("merge", "quantize"):
-        job = web_jobs.find(web_train.job_folder(folder, other))
-        if job and web_jobs.state(job) == "running":
-            raise UserError(f"{job.shown} is still at work; wait for it, or stop it")
-    web_parts.start_script(web_train.job_folder(folder, what), [*script, *flags])
+    web_parts.start_script(web_train.job_folder(folder, what), [*script, *flags], t)
 
 
 def newest_job(name: str | None, kinds: Sequence[str]) -> web_jobs.Job | None:
@@ -209,6 +202,7 @@ def export_page(t: Translate) -> Callable[[Any], None]:
         job, text = newest_job(chosen, ("merge", "quantize")), modelfile_text(chosen)
         now = {
             "run": (names, chosen),
+            "told": web_parts.at_work(t),
             "kinds": type_choices(chosen, t),
             "files": files_html(chosen, t),
             "doing": web_parts.job_box(job, t),
@@ -220,6 +214,7 @@ def export_page(t: Translate) -> Callable[[Any], None]:
         sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
         if isinstance(sent["run"], tuple):
             sent["run"] = web_parts.offer(names, chosen, name)
+        sent["told"] = web_parts.outdated(sent["told"])
         if isinstance(sent["kinds"], list):
             sent["kinds"] = gr.CheckboxGroup(choices=now["kinds"])
         if isinstance(sent["fold"], bool):
@@ -231,7 +226,7 @@ def export_page(t: Translate) -> Callable[[Any], None]:
     def begin(what: str) -> Callable[..., tuple[str, float]]:
         def beginning(name: str | None, types: list[str], over: bool, proving: bool) -> tuple[str, float]:
             try:
-                start_export(name, what, types, over, proving)
+                start_export(name, what, types, over, proving, t)
             except UserError as error:
                 return web_common.fault(error), time.time()
             return "", time.time()
@@ -249,7 +244,7 @@ def export_page(t: Translate) -> Callable[[Any], None]:
         for button, what in ((merge, "merge"), (quantize, "quantize")):
             button.click(begin(what), [run, kinds, overwrite, verify], [told, acted], **quiet)
         stop.click(end, run, **quiet)
-        watched = [run, kinds, files, doing, proof, fold, modelfile, stop, seen]
+        watched = [run, told, kinds, files, doing, proof, fold, modelfile, stop, seen]
         # one event for all: of two at a time the older answer could come last
         moments = [Context.root_block.load, tab.select, timer.tick, run.change, acted.change]
         gr.on(moments, watch, [run, seen], watched, trigger_mode="always_last", **quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -21,7 +22,7 @@ import web_jobs
 import web_parts
 import web_plots
 from common import OPTIONS, Config, Loaded, UserError
-from web_parts import Translate
+from web_parts import OWN, Translate
 
 # The settings that decide over a run, in the order of the page; all others are folded.
 FIRST = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -31,9 +32,9 @@ FOLDED = ("model", "data", "training", "adapter", "evaluation during training", 
 HIDDEN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "use_unsloth", "stage", "finetuning_type")
 START = common.ROOT / "configs" / "quickstart.yaml"
 SMALL = 10**9  # parameters below which a model needs the high learning rate of START
-OWN = ".web"  # the page's folder within a run folder
 PRESET = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 PRESET += ("cutoff_len", "lora_rank", "warmup_steps", "template")
+LOGGED = {"step", "total_steps", "tokens_per_second", "elapsed", "remaining"}  # what every line of our log has
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,20 +61,31 @@ def field_value(name: str, value: Any) -> Any:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def settle(fields: dict[str, Any], name: str) -> Loaded:
-    """The configuration of what stands in the fields, for a run called `name`; raises UserError with every fault."""
-    arguments = [f"output_dir={web_parts.run_folder(name)}"]
+def settle(fields: dict[str, Any], name: str, t: Translate, kept: dict[str, str] | None = None) -> Loaded:
+    """The configuration of what stands in the fields, for a run called `name`; raises UserError with every fault.
+
+    `kept` is what `without_field` found in a loaded recipe.
+    """
+    faults, arguments = [], [f"{n}={text}" for n, text in (kept or {}).items() if n in OPTIONS]  # some may be old
+    try:
+        arguments.append(f"output_dir={web_parts.run_folder(name, t)}")
+    except UserError as error:
+        faults.append(str(error))
+        arguments.append(f"output_dir={common.SAVES}")
     for option, value in fields.items():
         text = ",".join(value) if isinstance(value, list) else value
         if text not in (None, "", field_value(option, OPTIONS[option].default)):
             arguments.append(f"{option}={text}")
         elif text in (None, "", []) and option == "dataset":
-            raise UserError("no dataset is chosen; choose one on the page Model and data")
+            faults.append(t("no dataset is chosen; choose one on the page Model and data"))
     try:
-        return common.load_config(arguments)
+        loaded = common.load_config(arguments)
     except UserError as error:
         said = str(error).replace("command line: ", "").removesuffix("\npython train.py --help lists every key.")
-        raise UserError(said) from None
+        faults.append(said)
+    if faults:
+        raise UserError("\n".join(faults))
+    return loaded
 
 
 def differing(config: Config) -> dict[str, Any]:
@@ -99,6 +111,13 @@ def fields_of(loaded: Loaded, names: Sequence[str]) -> dict[str, Any]:
     values = {name: field_value(name, getattr(loaded.config, name)) for name in names}
     folded = {n for n in names if is_text(n) and n not in (*FIRST, "model_name_or_path", "dataset")}
     return {n: "" if n in folded and v == field_value(n, OPTIONS[n].default) else v for n, v in values.items()}
+
+
+def without_field(loaded: Loaded, names: Sequence[str]) -> dict[str, str]:
+    """What a loaded recipe sets and no field of `names` holds, as `key=value` would have it: it must not get lost."""
+    ours = (*names, "output_dir", "overwrite_output_dir")  # of these the page has its own way
+    set_values = {n: v for n, v in differing(loaded.config).items() if n not in ours}
+    return {n: str(v).lower() if isinstance(v, bool | None) else str(v) for n, v in set_values.items()}
 
 
 def run_name_of(loaded: Loaded) -> str:
@@ -147,7 +166,7 @@ def memory_html(config: Config, t: Translate) -> str:
     try:
         tokens = config.per_device_train_batch_size * reading
         parts = doctor.estimate_memory(config, folder, tokens, gpu)
-    except KeyError:
+    except (KeyError, json.JSONDecodeError):
         return web_common.note(t("Memory: cannot be estimated for this kind of model."))
     need, free, total = (
         sum(parts.values()),
@@ -192,35 +211,30 @@ def job_folder(folder: Path, what: str = "train") -> Path:
     return folder / OWN / what
 
 
-def is_training(run: dict[str, Any] | None) -> bool:
-    """Whether the process that run.json names is at work; a number that another program has by now is not it."""
-    if not run or run.get("status") != "running" or not web_jobs.is_alive(run.get("pid", 0)):
-        return False
-    try:
-        return any("train.py" in part for part in psutil.Process(run["pid"]).cmdline())
-    except psutil.Error:
-        return False
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    try:
-        return common.read_run(folder)
-    except UserError:
-        return None
-
-
 def is_there(name: str) -> bool:
-    """Whether there is a run of that name, which a new one would take the place of."""
-    try:
-        return common.is_run(web_parts.run_folder(name))
-    except UserError:
-        return False
+    """Whether there is a run of that name, or what another program has left of one, which a new one would replace."""
+    return web_parts.can_be_name(name) and bool(common.left_by_training(web_parts.run_folder(name)))
 
 
 def run_state(folder: Path) -> str:
-    """`running`, `starting`, `finished`, `interrupted`, `failed`, `killed`, or `none` where nothing was started."""
-    run, job = read_run(folder), web_jobs.find(job_folder(folder))
-    if is_training(run):
+    """How a run is: one of `state_words`; `none` where nothing was started."""
+    state = _run_state(folder)
+    return "aborted" if state == "killed" and was_aborted(folder) else state
+
+
+def was_aborted(folder: Path) -> bool:
+    """Whether the last that was started in a run folder was ended by `abort`."""
+    try:
+        asked = (job_folder(folder) / web_jobs.ABORTED).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    run = web_parts.read_run(folder)  # which a terminal may have started since
+    return not run or asked >= datetime.fromisoformat(run["started"]).timestamp()
+
+
+def _run_state(folder: Path) -> str:
+    run, job = web_parts.read_run(folder), web_jobs.find(job_folder(folder))
+    if web_parts.is_training(run):
         return "running"
     state = web_jobs.state(job) if job else "none"
     latest = job and run and datetime.fromisoformat(run["started"]).timestamp() >= job.created - 2
@@ -237,17 +251,15 @@ def run_state(folder: Path) -> str:
 
 def run_names() -> list[str]:
     """The runs below saves/ with those that the page has only just started, newest first."""
-    named = set(web_parts.run_names())
-    jobs = {
-        path.parents[2].relative_to(common.SAVES).as_posix() for path in common.SAVES.rglob(f"{OWN}/train/job.json")
-    }
+    started = [path.parents[2].relative_to(common.SAVES) for path in common.SAVES.rglob(f"{OWN}/train/job.json")]
+    jobs = {folder.as_posix() for folder in started if web_parts.can_be_name(folder.as_posix())}
 
     def born(name: str) -> float:
         folder = web_parts.run_folder(name)
         found = [path for path in (folder / "run.json", job_folder(folder) / "job.json") if path.exists()]
         return max((path.stat().st_mtime for path in found), default=0.0)
 
-    return sorted(named | jobs, key=born, reverse=True)
+    return sorted({*web_parts.run_names(), *jobs}, key=born, reverse=True)
 
 
 def at_work() -> str | None:
@@ -255,28 +267,28 @@ def at_work() -> str | None:
     return next((n for n in run_names() if run_state(web_parts.run_folder(n)) in ("running", "starting")), None)
 
 
-def start_run(config: Config, overwrite: bool) -> Path:
+def start_run(config: Config, overwrite: bool, t: Translate) -> Path:
     """Writes the recipe into the run folder and starts train.py with it; raises UserError where it cannot be."""
     folder = Path(config.output_dir)
-    if busy := at_work():
-        raise UserError(f"{busy} is training; one run at a time: wait for it, pause it or abort it")
-    if common.is_run(folder) and not overwrite:
-        raise UserError(f"there is a run {folder} already; choose another name, let it go on, or tick start over")
-    job_folder(folder).mkdir(parents=True, exist_ok=True)
-    common.write_text(folder / "recipe.yaml", recipe_text(config))
+    web_parts.refuse_at_work(t)
+    if common.left_by_training(folder) and not overwrite:
+        raise UserError(
+            t("{folder} holds a run already; choose another name, let it go on, or tick start over", folder=folder)
+        )
+    recipe = folder / OWN / "recipe.yaml"  # in the page's own folder: saves/NAME/recipe.yaml may be the user's
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    common.write_text(recipe, recipe_text(config))
     again = ["overwrite_output_dir=true"] if overwrite else []
-    web_parts.start_script(job_folder(folder), ["train.py", str(folder / "recipe.yaml"), *again])
+    web_parts.start_script(job_folder(folder), ["train.py", str(recipe), *again], t)
     return folder
 
 
-def go_on(folder: Path) -> None:
+def go_on(folder: Path, t: Translate) -> None:
     """Starts an interrupted run again, which goes on from its newest checkpoint."""
-    if busy := at_work():
-        raise UserError(f"{busy} is training; one run at a time: wait for it, pause it or abort it")
-    recipe = next((folder / name for name in ("config.yaml", "recipe.yaml") if (folder / name).exists()), None)
+    recipe = next((folder / n for n in ("config.yaml", f"{OWN}/recipe.yaml") if (folder / n).exists()), None)
     if recipe is None:
-        raise UserError(f"{folder} has no recipe to go on with; start a new run")
-    web_parts.start_script(job_folder(folder), ["train.py", str(recipe), "overwrite_output_dir=false"])
+        raise UserError(t("{folder} has no recipe to go on with; start a new run", folder=folder))
+    web_parts.start_script(job_folder(folder), ["train.py", str(recipe), "overwrite_output_dir=false"], t)
 
 
 def pause(folder: Path) -> None:
@@ -285,15 +297,18 @@ def pause(folder: Path) -> None:
 
 
 def abort(folder: Path) -> None:
-    """Ends a run at once; its newest checkpoint stays."""
+    """Ends a run at once; its newest checkpoint stays. The folder keeps that it was asked for."""
+    if run_state(folder) in ("running", "starting"):
+        job_folder(folder).mkdir(parents=True, exist_ok=True)
+        (job_folder(folder) / web_jobs.ABORTED).touch()
     _end(folder, web_jobs.kill, lambda process: process.kill())
 
 
 def _end(folder: Path, job_too: Callable[[web_jobs.Job], None], end: Callable[[psutil.Process], None]) -> None:
-    run, job = read_run(folder), web_jobs.find(job_folder(folder))
+    run, job = web_parts.read_run(folder), web_jobs.find(job_folder(folder))
     if job and web_jobs.state(job) == "running":
         job_too(job)
-    elif is_training(run):
+    elif web_parts.is_training(run):
         end(psutil.Process(run["pid"]))
 
 
@@ -302,9 +317,10 @@ def _end(folder: Path, job_too: Callable[[web_jobs.Job], None], end: Callable[[p
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of trainer_log.jsonl that are of this kit: LLaMA-Factory's have the same file, but other keys."""
     import progress
 
-    return progress.read_log(folder)
+    return [line for line in progress.read_log(folder) if isinstance(line, dict) and line.keys() >= LOGGED]
 
 
 def newest(lines: list[dict[str, Any]], key: str) -> Any:
@@ -330,11 +346,12 @@ def state_words(t: Translate) -> dict[str, str]:
         "interrupted": t("paused"),
         "failed": t("failed"),
         "killed": t("ended from outside"),
+        "aborted": t("aborted"),
         "none": t("not started"),
     }
 
 
-BADGES = {"starting": "running", "interrupted": "stopped"}
+BADGES = {"starting": "running", "interrupted": "stopped", "aborted": "stopped"}
 
 
 def status_html(name: str | None, t: Translate) -> str:
@@ -342,19 +359,20 @@ def status_html(name: str | None, t: Translate) -> str:
     if not name:
         return web_common.empty(t("No run yet. Choose the settings and press Start."))
     folder = web_parts.run_folder(name)
-    state, run, lines = run_state(folder), read_run(folder) or {}, read_log(folder)
+    state, run, lines = run_state(folder), web_parts.read_run(folder) or {}, read_log(folder)
     job = web_jobs.find(job_folder(folder))
     head = f"<b>{escape(name)}</b> {web_parts.badge(BADGES.get(state, state), state_words(t)[state])}"
     parts = [f'<div class="job" data-state="{state}">{head}</div>']
-    if state in ("failed", "killed", "none", "finished", "interrupted") and job and web_jobs.fault(job):
+    if state in ("failed", "killed", "none", "finished", "interrupted") and job and web_jobs.fault(job, t):
         if state != "killed":
-            parts.append(web_common.fault(web_jobs.fault(job)))
+            parts.append(web_common.fault(web_jobs.fault(job, t)))
     elif state == "failed" and run.get("error"):
         parts.append(web_common.fault(run["error"]))
-    if state == "killed":
+    if state in ("killed", "aborted"):
         whole = any(folder.glob("checkpoint-*/trainer_state.json"))
         told = t("It goes on from its last checkpoint.") if whole else t("There was no checkpoint yet: it starts anew.")
-        parts.append(web_common.note(t("The process was ended before it could save.") + " " + told))
+        ended = t("The process was ended before it could save.") if state == "killed" else ""
+        parts.append(web_common.note(f"{ended} {told}".strip()))
     if state == "starting" or (state == "running" and not lines):
         parts.append(web_parts.bar(None, web_parts.last_line(job) if job else ""))
         return "".join(parts)
@@ -433,7 +451,7 @@ def runs_html(t: Translate) -> str:
     rows = []
     for name in run_names():
         folder = web_parts.run_folder(name)
-        run, state = read_run(folder) or {}, run_state(folder)
+        run, state = web_parts.read_run(folder) or {}, run_state(folder)
         lines = read_log(folder)
         data = ", ".join(item["name"] for item in run.get("data", {}).get("datasets", []))
         loss, held_out = (
@@ -476,16 +494,36 @@ def make_field(name: str, label: str, help: str | None, t: Translate, *, filled:
         unset = [(t("no") if filled else t("unset"), "")] if option.default is None else []
         return gr.Dropdown([*unset, *(choices or ["true", "false"])], value=default, **common_part)
     if filled:
-        return gr.Textbox(first, max_lines=1, placeholder=t("automatic") if not default else "", **common_part)
+        return gr.Textbox(first, max_lines=1, placeholder=default or t("automatic"), **common_part)
     return gr.Textbox(first, max_lines=1, placeholder=default or t("unset"), **common_part)
 
 
-# Run in the browser: an answer of the server could come after the visitor has typed a name, and take its place.
-NEW_NAME = """(name) => {
+# What is set is kept in the browser: for another visit, the other language, and another start of the server. Put back
+# there, too: an answer of the server could come after the visitor has typed, and take the place of that. INITIAL is
+# what the fields hold at first, CHOICES what some are limited to. A name that the page had made is made anew.
+RESTORE = """() => {
+  const initial = INITIAL, choices = CHOICES, was = JSON.parse(localStorage.getItem("onecard-settings") ?? "{}");
   const two = (number) => String(number).padStart(2, "0"), now = new Date();
   const day = `${now.getFullYear()}${two(now.getMonth() + 1)}${two(now.getDate())}`;
-  return name || `run-${day}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
+  const made = `run-${day}-${two(now.getHours())}${two(now.getMinutes())}${two(now.getSeconds())}`;
+  const fits = (n) => typeof (was[n] ?? undefined) === typeof initial[n] && (choices[n]?.includes(was[n]) ?? true);
+  const held = Object.keys(initial).map((n) => (fits(n) ? was[n] : initial[n]));
+  window.onecardRestored = true;
+  return [/^run-\\d{8}-\\d{6}$/.test(was.run ?? "") ? made : was.run || made, ...held];
 }"""
+KEEP = """(run, ...values) => {
+  const set = Object.fromEntries(NAMES.map((name, i) => [name, values[i]]));
+  if (window.onecardRestored) localStorage.setItem("onecard-settings", JSON.stringify({run, ...set}));
+}"""
+
+
+def scripts(options: dict[str, Any]) -> tuple[str, str]:
+    """RESTORE and KEEP for these fields."""
+    initial = {name: component.value for name, component in options.items()}
+    limited = [name for name in options if OPTIONS[name].metadata["choices"]]
+    choices = {name: ["", *map(str, OPTIONS[name].metadata["choices"])] for name in limited}
+    restore = RESTORE.replace("INITIAL", json.dumps(initial)).replace("CHOICES", json.dumps(choices))
+    return restore, KEEP.replace("NAMES", json.dumps(list(options)))
 
 
 def page(
@@ -572,22 +610,25 @@ def page(
     with gr.Accordion(t("All runs"), open=False, elem_id="all-runs", elem_classes="when-run"):
         all_runs = gr.HTML(padding=False)
     seen, acted, timer = gr.State(dict), gr.State(0.0), gr.Timer(2)
+    kept = gr.BrowserState({}, storage_key="onecard-kept", secret="onecard")  # of a recipe, without a field
 
-    def read_fields(name: str, *values: Any) -> Loaded:
-        return settle(dict(zip(options, values, strict=True)), name)
+    def read_fields(name: str, others: dict[str, str], *values: Any) -> Loaded:
+        return settle(dict(zip(options, values, strict=True)), name, t, others)
 
-    def live(name: str, *values: Any) -> list[str]:
-        try:
-            config = (loaded := read_fields(name, *values)).config
-        except UserError as error:
-            return [web_common.fault(error), "", "", "", gr.skip(), ""]
-        notes = "".join(web_common.note(note) for note in loaded.notes)
+    def live(name: str, others: dict[str, str], *values: Any) -> list[Any]:
         there = gr.Checkbox(visible=is_there(name))
+        try:
+            config = (loaded := read_fields(name, others, *values)).config
+        except UserError as error:
+            return [web_common.fault(error), "", "", "", there, ""]
+        listed = ", ".join(f"{option}={text}" for option, text in others.items())
+        held = [t("Of the recipe, without a field here: {settings}", settings=listed)] if others else []
+        notes = "".join(map(web_common.note, [*held, *loaded.notes]))
         return [notes, memory_html(config, t), web_jobs.shown(command(config)), recipe_text(config), there, ""]
 
-    def begin(over: bool, name: str, *values: Any) -> list[Any]:
+    def begin(over: bool, name: str, others: dict[str, str], *values: Any) -> list[Any]:
         try:
-            folder = start_run(read_fields(name, *values).config, over)
+            folder = start_run(read_fields(name, others, *values).config, over, t)
         except UserError as error:
             return [web_common.fault(error), gr.Checkbox(visible=is_there(name)), gr.skip()]
         begun = folder.relative_to(common.SAVES).as_posix()
@@ -610,6 +651,7 @@ def page(
         several = [chosen, *(other for other in others or [] if other != chosen)] if chosen else []
         state = run_state(web_parts.run_folder(chosen)) if chosen else "none"
         large, small = plots_html(several, t)
+        busy = web_parts.at_work(t)
         now = {
             "run": (names, chosen),
             "compare": [other for other in names if other != chosen],
@@ -619,10 +661,13 @@ def page(
             "log": log_html(chosen, t),
             "runs": runs_html(t),
             "pause": state in ("running", "starting"),
-            "go_on": state in ("interrupted", "killed", "failed"),
+            "go_on": state in ("interrupted", "killed", "aborted", "failed"),
             "abort": state in ("running", "starting"),
+            "told": busy,
+            "refused": busy,
         }
         sent = dict(zip(now, web_parts.only_changes(shown, **now), strict=True))
+        sent |= {name: web_parts.outdated(sent[name]) for name in ("told", "refused")}
         if isinstance(sent["run"], tuple):
             sent["run"] = web_parts.offer(names, chosen, name)
         if isinstance(sent["compare"], list):
@@ -634,14 +679,22 @@ def page(
 
     def fill(path: str | None) -> list[Any]:
         if not path:
-            return [gr.skip()] * (len(options) + 2)
+            return [gr.skip()] * (len(options) + 3)
         try:
             loaded = common.load_config([path])
         except UserError as error:
             said = str(error).replace(f"{path}: ", "").replace(path, Path(path).name)
-            return [web_common.fault(said), *([gr.skip()] * (len(options) + 1))]
+            return [web_common.fault(said), *([gr.skip()] * (len(options) + 2))]
+        name, others = run_name_of(loaded), without_field(loaded, list(options))
         notes = [t("{file} is loaded.", file=Path(path).name), *loaded.notes]
-        return ["".join(map(web_common.note, notes)), run_name_of(loaded), *fields_of(loaded, list(options)).values()]
+        if common.SAVES / name != Path(loaded.config.output_dir):
+            moved = t(
+                "Runs of this page lie below saves/: {name} there, not {folder}.",
+                name=name,
+                folder=loaded.config.output_dir,
+            )
+            notes.append(moved)
+        return ["".join(map(web_common.note, notes)), name, others, *fields_of(loaded, list(options)).values()]
 
     def fit_model(model: str, *values: Any) -> list[Any]:
         """Good values for another model, where the fields still hold those that the page had put there."""
@@ -653,14 +706,14 @@ def page(
     def connect(tab: gr.Tab) -> None:
         from gradio.context import Context
 
-        settings = [run_name, *options.values()]
+        settings = [run_name, kept, *options.values()]
         outcome = [fault, memory, shown_command, shown_recipe, overwrite, refused]
         quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
         gr.on([*(c.change for c in settings), tab.select], live, settings, outcome, **quick)
         start.click(begin, [overwrite, *settings], [refused, overwrite, run], show_progress="hidden")
-        for name, what in (("pause", pause), ("go_on", go_on), ("abort", abort)):
+        for name, what in (("pause", pause), ("go_on", lambda folder: go_on(folder, t)), ("abort", abort)):
             buttons[name].click(act(what), run, [told, acted], show_progress="hidden")
-        watched = [run, compare, status, loss_plot, small_plots, log, all_runs, *buttons.values(), seen]
+        watched = [run, compare, status, loss_plot, small_plots, log, all_runs, *buttons.values(), told, refused, seen]
         root = Context.root_block
         # one event for all: of two at a time the older answer could come last
         moments = [root.load, tab.select, timer.tick, run.change, compare.change, acted.change]
@@ -669,7 +722,9 @@ def page(
         recipe.input(fill, recipe, [loaded_note, *settings], show_progress="hidden")
         model, fitted = options["model_name_or_path"], [options[name] for name in PRESET]
         model.input(fit_model, [model, *fitted], fitted, show_progress="hidden")
-        root.load(None, run_name, run_name, js=NEW_NAME)  # its change calls `live`
+        fields, (restore, keep) = [run_name, *options.values()], scripts(options)
+        root.load(None, None, fields, js=restore)  # their change calls `live`
+        gr.on([c.change for c in fields], None, fields, None, js=keep)
 
     return connect
 

@@ -17,6 +17,8 @@ WORDS = {
     ),
     "{name} is not a whole model; it lacks {what}.": "{name} 不是完整的模型，缺少 {what}。",
     "{name} is not on this disk; fetch it below, or choose another.": "本机没有 {name}；请在下方下载，或另选一个。",
+    "{file} is broken ({error}); fetch the model again.": "{file} 已损坏（{error}）；请重新下载该模型。",
+    "Fetch it now": "立即获取",
     "{n} parameters": "{n} 参数",
     "reads {n} tokens": "上下文 {n} 个词元",
     "Chat template": "对话模板",
@@ -28,6 +30,7 @@ WORDS = {
     "Hugging Face": "Hugging Face",
     "mirror": "镜像站",
     "Fetch": "下载",
+    "give the model's name on the hub: ORG/NAME": "请填写模型站上的名称：ORG/NAME",
     "Stop": "停止",
     # data
     "Data": "数据",
@@ -37,6 +40,10 @@ WORDS = {
     ),
     "Upload a file (JSON, JSON lines, CSV, Parquet)": "上传文件（JSON、JSON Lines、CSV、Parquet）",
     "{file} is well-formed and was added to the datasets.": "{file} 格式正确，已加入数据集。",
+    "{file} is of an unknown type; known are {types}": "{file} 的类型未知；支持的类型有 {types}",
+    "The rows are well-formed. Their tokens can be counted once the model is on this disk.": (
+        "各行格式正确。模型下载到本机后即可统计词元。"
+    ),
     "It is not used. Mend the file and upload it again.": "该文件未被采用。请修正后重新上传。",
     "Check the data": "检查数据",
     "Check the data to see its tokens, and what is learned of them.": (
@@ -76,6 +83,19 @@ WORDS = {
     "The model's name": "模型的名字",
     "Its author": "模型的作者",
     "Pack several samples into a row": "把多个样本拼成一行",
+    "no dataset is chosen; choose one on the page Model and data": "尚未选择数据集；请在“模型与数据”页选择",
+    "{name} cannot be the name of a run: it is empty, longer than 66 Chinese or 200 Latin letters, has a "
+    "backslash, or a part of it begins with a dot or is uploads; choose another": (
+        "{name} 不能作任务名称：名称为空、超过 66 个汉字或 200 个拉丁字母、含反斜杠，"
+        "或其中一段以点开头或为 uploads；请换一个"
+    ),
+    "{folder} holds a run already; choose another name, let it go on, or tick start over": (
+        "{folder} 已有训练结果；请换一个名称、继续该任务，或勾选“覆盖同名任务，重新开始”"
+    ),
+    "{name} is training; one run at a time: wait for it, pause it or abort it": (
+        "{name} 正在训练；一次只能训练一个：请等待其结束，或暂停、中止它"
+    ),
+    "{folder} has no recipe to go on with; start a new run": "{folder} 没有可供继续的配方；请开始新的训练",
     "unset": "未设置",
     "automatic": "自动",
     "Start": "开始训练",
@@ -87,6 +107,10 @@ WORDS = {
     "Recipe": "配方",
     "Load a recipe (YAML)": "载入配方（YAML）",
     "{file} is loaded.": "已载入 {file}。",
+    "Of the recipe, without a field here: {settings}": "来自配方、此处没有对应栏的设置：{settings}",
+    "Runs of this page lie below saves/: {name} there, not {folder}.": (
+        "本页的任务都位于 saves/ 之下：将使用其中的 {name}，而不是 {folder}。"
+    ),
     # memory
     "Memory: known once the model is on this disk.": "显存或内存：模型下载后可估算。",
     "Memory: cannot be estimated for this kind of model.": "显存或内存：此类模型无法估算。",
@@ -117,6 +141,7 @@ WORDS = {
     "paused": "已暂停",
     "failed": "失败",
     "ended from outside": "被外部终止",
+    "aborted": "已中止",
     "not started": "未开始",
     "The process was ended before it could save.": "进程在保存之前被终止。",
     "It goes on from its last checkpoint.": "可从最近的检查点继续。",
@@ -148,6 +173,12 @@ WORDS = {
     "done": "完成",
     "stopped": "已停止",
     "What it says": "输出",
+    "{script} is still at work; wait for it, or stop it": "{script} 仍在运行；请等待其结束，或停止它",
+    "{script} was ended from outside (killed, out of memory, or the machine was switched off)": (
+        "{script} 被外部终止（被结束、内存不足或关机）"
+    ),
+    "{script} failed and said nothing": "{script} 失败，没有任何输出",
+    "{script} failed: {said}; its log below says more": "{script} 失败：{said}；详见下方日志",
     # evaluate
     "Data (empty: what the run held out)": "数据（留空：该训练留出的部分）",
     "the base model too": "同时评估底座模型",
@@ -181,11 +212,13 @@ WORDS = {
     "One 16-bit model for transformers and vLLM.": "得到一个 16 位模型，供 transformers 与 vLLM 使用。",
     "For llama.cpp and Ollama; merges first where needed.": "供 llama.cpp 与 Ollama 使用；需要时先自动合并。",
     "Types": "类型",
+    "no GGUF type is chosen; choose one": "尚未选择 GGUF 类型；请选择一种",
     "Make GGUF": "生成 GGUF",
     "Options": "选项",
     "Verify: compare the answers with the trained model's": "验证：与训练后的模型比较回答",
     "Replace files that are there": "覆盖已有文件",
     "about": "约",
+    "at least": "至少",
     "16 bit, exact": "16 位，无损",
     "nearly exact": "近乎无损",
     "the usual choice": "常用",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ from browser import Server, browsing, end, serving
 from conftest import ROOT, write_jsonl
 
 import common
+import dataset
 import web_common
 import web_data
 import web_evaluate
@@ -30,7 +32,7 @@ import web_train
 import web_words
 from common import UserError
 
-ROOMS = ("web_board", "web_data", "web_train", "web_evaluate", "web_results", "web_parts")
+ROOMS = ("web_board", "web_data", "web_train", "web_evaluate", "web_results", "web_parts", "web_jobs")
 t = web_common.translator("en", web_words.WORDS)
 
 
@@ -76,7 +78,7 @@ def test_a_job_is_known_by_its_folder_alone(room: Path) -> None:
 def test_a_job_lives_in_a_session_of_its_own(room: Path) -> None:
     job = web_jobs.start(room / "job", [script(room, "import time; time.sleep(60)")])
     assert os.getsid(job.process) == job.process != os.getsid(0)
-    with pytest.raises(UserError, match="still running"):
+    with pytest.raises(UserError, match="still at work"):
         web_jobs.start(room / "job", job.command)
     web_jobs.kill(job)
     assert ended(job) == "killed" and "ended from outside" in web_jobs.fault(job)
@@ -122,7 +124,7 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 def test_a_recipe_lists_only_what_differs_and_means_the_same(room: Path) -> None:
     chosen = fields(learning_rate="1e-3", packing=True, val_size="0.1", quantization_bit="4", lora_rank="8")
-    config = web_train.settle(chosen, "mine").config
+    config = web_train.settle(chosen, "mine", t).config
     text = web_train.recipe_text(config)
     assert {line.split(":")[0] for line in text.splitlines()} == {
         "dataset", "learning_rate", "packing", "val_size", "quantization_bit", "output_dir"
@@ -134,11 +136,12 @@ def test_a_recipe_lists_only_what_differs_and_means_the_same(room: Path) -> None
 
 def test_all_faults_of_the_fields_are_told_at_once() -> None:
     with pytest.raises(UserError) as error:
-        web_train.settle(fields(learning_rate="fast", lora_rank="0"), "mine")
+        web_train.settle(fields(learning_rate="fast", lora_rank="0"), "..", t)
     assert "learning_rate: 'fast' must be a number" in str(error.value)
     assert "lora_rank: '0' must be at least 1" in str(error.value)
+    assert "'..' cannot be the name of a run" in str(error.value)
     with pytest.raises(UserError, match="no dataset is chosen"):
-        web_train.settle(fields(dataset=[]), "mine")
+        web_train.settle(fields(dataset=[]), "mine", t)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +150,27 @@ def test_all_faults_of_the_fields_are_told_at_once() -> None:
 def test_a_loaded_recipe_fills_the_fields_and_comes_out_the_same(recipe: Path) -> None:
     loaded = common.load_config([str(recipe)])
     filled = web_train.fields_of(loaded, list(fields()))
-    assert web_train.settle(filled, web_train.run_name_of(loaded)).config == loaded.config
+    others = web_train.without_field(loaded, list(fields()))
+    assert web_train.settle(filled, web_train.run_name_of(loaded), t, others).config == loaded.config
+
+
+def test_settings_of_a_recipe_that_have_no_field_are_kept(room: Path) -> None:
+    (room / "my.yaml").write_text(
+        "dataset: identity\ntemperature: 0.3\nresume_from_checkpoint: saves/x/checkpoint-5\ndo_sample: false\n"
+        "output_dir: saves/mine\nlearning_rate: 1e-3\n"
+    )
+    loaded = common.load_config(["my.yaml"])
+    shown = ["dataset", "learning_rate"]
+    others = web_train.without_field(loaded, shown)
+    assert others == {"temperature": "0.3", "resume_from_checkpoint": "saves/x/checkpoint-5", "do_sample": "false"}
+    assert web_train.settle(web_train.fields_of(loaded, shown), "mine", t, others).config == loaded.config
 
 
 def test_a_run_cannot_be_put_outside_saves() -> None:
-    for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads"):
-        with pytest.raises(UserError):
-            web_parts.run_folder(name)
+    for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads", "a\\b", "a\nb", "训" * 67):
+        with pytest.raises(UserError, match="不能作任务名称"):
+            web_parts.run_folder(name, web_common.translator("zh", web_words.WORDS))
+        assert not web_train.is_there(name)
     assert web_parts.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
 
 
@@ -193,10 +210,82 @@ def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Pat
     wait_for(lambda: web_train.run_state(folder) == "running")
     assert web_train.at_work() == "terminal"
     with pytest.raises(UserError, match="one run at a time"):
-        web_train.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), overwrite=False)
+        web_train.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
     web_train.pause(folder)
     ended(job)
     assert web_train.run_state(folder) == "killed"  # it had no time to say that it was interrupted
+
+
+@pytest.mark.usefixtures("room")
+def test_odd_folders_below_saves_spoil_no_page() -> None:
+    foreign = make_folder("LLaMA3/lora/sft", None)  # of LLaMA-Factory
+    write_jsonl(foreign / "trainer_log.jsonl", [{"current_steps": 5, "total_steps": 100, "loss": 1.2, "lr": 1e-4}])
+    web_train.job_folder(foreign).mkdir(parents=True)
+    common.write_json(web_train.job_folder(foreign) / "job.json", {"command": ["train.py"], "process": 0, "created": 0})
+    for name in ("uploads/x", ".trash/old", "a\\b"):
+        make_folder(name, "finished")
+    for number, text in enumerate(['{"id": 3}', "[1]", '{"status": "finished", "started": 3}', "{"]):
+        (make_folder(f"odd{number}", None) / "run.json").write_text(text)
+    assert web_train.run_names()[-1:] + sorted(web_train.run_names())[1:] == [
+        "LLaMA3/lora/sft", "odd0", "odd1", "odd2", "odd3"
+    ]  # fmt: skip
+    assert web_train.runs_html(t).count("<tr>") == 6
+    for name in web_train.run_names():
+        assert name in web_train.status_html(name, t)
+        assert web_train.is_there(name)
+    assert "starts with the first step" in web_train.plots_html(["LLaMA3/lora/sft"], t)[0]
+    with pytest.raises(UserError, match="LLaMA3/lora/sft holds a run already"):
+        web_train.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, t)
+    assert web_results.chosen_run(None) == ([], None)
+
+
+def test_one_script_at_a_time_has_the_memory(room: Path) -> None:
+    folder = make_folder("one", "finished")
+    job = web_jobs.start(web_train.job_folder(folder, "evaluate"), [script(room, "import time; time.sleep(60)")])
+    said = f"^{re.escape(job.shown)} is still at work; wait for it, or stop it$"
+    with pytest.raises(UserError, match=said):
+        web_train.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
+    with pytest.raises(UserError, match=said):
+        web_results.start_export("one", "merge", [], False, True, t)
+    assert not (common.SAVES / "other").exists()
+    web_jobs.kill(job)
+    ended(job)
+    assert web_parts.at_work(t) == ""
+
+
+def test_what_was_aborted_was_no_accident(room: Path) -> None:
+    folder = common.SAVES / "mine"
+    job = web_jobs.start(web_train.job_folder(folder), [script(room, "import time; time.sleep(60)")])
+    assert web_parts.at_work(t).startswith("mine is training")
+    web_train.abort(folder)
+    ended(job)
+    assert web_train.run_state(folder) == "aborted"
+    assert ">aborted</span>" in web_train.status_html("mine", t) and "ended" not in web_train.status_html("mine", t)
+    job = web_jobs.start(web_train.job_folder(folder), [script(room, "import os; os.kill(os.getppid(), 9)")])
+    ended(job)
+    assert web_train.run_state(folder) == "killed"
+
+
+@pytest.fixture
+def started(room: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:  # noqa: ARG001
+    """The commands that a page starts, none of which is run."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(web_jobs, "start", lambda _folder, command, _t: commands.append(command))
+    return commands
+
+
+def test_a_users_own_recipe_in_the_folder_is_left_alone(started: list[list[str]]) -> None:
+    folder = make_folder("mine", None)
+    (folder / "trainer_log.jsonl").unlink()
+    (folder / "recipe.yaml").write_text("mine")
+    web_train.start_run(dataclasses.replace(common.Config(), output_dir=str(folder)), False, t)
+    web_train.go_on(folder, t)
+    assert (folder / "recipe.yaml").read_text() == "mine"
+    assert [command[1] for command in started] == ["saves/mine/.web/recipe.yaml"] * 2
+
+
+def test_times_are_hours() -> None:
+    assert [web_parts.duration(seconds) for seconds in (-3, 100.2, 227388)] == ["0:00:00", "0:01:40", "63:09:48"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -279,11 +368,34 @@ def test_an_upload_keeps_its_name_and_replaces_its_forerunner(room: Path) -> Non
     sent = room / "我的 数据.jsonl"
     for text in ("1", "2"):
         sent.write_text(text)
-        kept = web_data.keep_upload(sent)
+        kept = web_data.keep_upload(sent, lambda _: None, t)
     assert kept == Path("saves/uploads/我的_数据.jsonl") and kept.read_text() == "2"
     assert web_data.datasets() == [str(kept)]
     with pytest.raises(UserError, match="unknown type"):
-        web_data.keep_upload(room / "program.exe")
+        web_data.keep_upload(room / "program.exe", lambda _: None, t)
+
+
+def test_a_refused_upload_leaves_the_file_that_is_there(room: Path) -> None:
+    good, faulty = [{"instruction": "a", "output": "b"}], [{"instruction": "a", "output": None}]
+
+    def check(path: Path) -> None:
+        dataset.check(common.load_config([f"dataset={path}"]).config)
+
+    kept = web_data.keep_upload(write_jsonl(room / "mine.jsonl", good), check, t)
+    before = kept.read_text()
+    with pytest.raises(UserError, match=r" saves/uploads/mine\.jsonl, row 1: output is null"):
+        web_data.keep_upload(write_jsonl(room / "mine.jsonl", faulty), check, t)
+    with pytest.raises(UserError):
+        web_data.keep_upload(write_jsonl(room / "other.jsonl", faulty), check, t)
+    assert kept.read_text() == before and web_data.datasets() == [str(kept)]
+    assert list(web_data.UPLOADS.iterdir()) == [kept]
+
+
+def test_the_embedded_model_is_fetched_without_a_hub(started: list[list[str]]) -> None:
+    assert web_data.lacks_embedded(common.EMBEDDED_MODEL) and not web_data.lacks_embedded("org/model")
+    web_data.start_download(common.EMBEDDED_MODEL, "hub", t)
+    web_data.start_download("org/model", "modelscope", t)
+    assert started == [["download.py"], ["download.py", "org/model", "--modelscope"]]
 
 
 def test_memory_is_estimated_for_what_is_chosen(tiny_model: Path) -> None:
@@ -293,6 +405,18 @@ def test_memory_is_estimated_for_what_is_chosen(tiny_model: Path) -> None:
     huge = web_train.memory_html(dataclasses.replace(config, per_device_train_batch_size=10**7), t)
     assert 'class="fault"' in huge
     assert "known once" in web_train.memory_html(dataclasses.replace(config, model_name_or_path="models/none"), t)
+
+
+def test_odd_models_are_told_of(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    chosen = dataclasses.replace(common.Config(), model_name_or_path=str(model))
+    inner = json.loads((model / "config.json").read_text())
+    common.write_json(model / "config.json", {"model_type": "gemma3", "text_config": inner})
+    assert "at the peak" in web_train.memory_html(chosen, t)
+    assert "reads 8,192 tokens" in web_data.model_facts(str(model), t)
+    (model / "config.json").write_text("{broken")
+    assert "cannot be estimated" in web_train.memory_html(chosen, t)
+    assert "config.json is broken" in web_data.model_facts(str(model), t)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,6 +430,9 @@ def test_every_word_of_the_pages_is_there_in_chinese() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "t":
                 assert isinstance(node.args[0], ast.Constant), f"{room}, line {node.lineno}"
                 used.add(node.args[0].value)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+                own = isinstance(node.args[0], ast.Constant | ast.JoinedStr)
+                assert not own, f"{room}, line {node.lineno}: a refusal of the page's own, and not by t"
     assert used == set(web_words.WORDS)
     for english, chinese in web_words.WORDS.items():
         assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", chinese)), english
@@ -321,6 +448,15 @@ def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:
     import quantize
 
     assert {kind: quantize.TYPES[kind].bits for kind in web_results.TYPES} == web_results.TYPES
+
+
+@pytest.mark.usefixtures("room")
+def test_rows_that_do_not_divide_make_the_sizes_a_lower_bound(tiny_model: Path) -> None:
+    folder = make_folder("mine", "finished")
+    run = {"status": "finished", "started": "2026-11-23T10:00:00+00:00", "model": str(tiny_model)}
+    common.write_json(folder / "run.json", run)
+    labels = {kind: label for label, kind in web_results.type_choices("mine", t)}
+    assert labels["q4_k_m"].startswith("q4_k_m · at least ") and labels["q8_0"].startswith("q8_0 · about ")
 
 
 def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -> None:
@@ -361,7 +497,11 @@ def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "shown"),
     [
-        ({"prediction": "<b>"}, {"prediction": "4 "}, ["&lt;b&gt;", '4  <span class="right">✓</span>']),
+        (
+            {"prediction": "<b>", "nats": 3.0, "tokens": 2},
+            {"prediction": "4 ", "nats": 1.0, "tokens": 2},
+            ["&lt;b&gt;", '4  <span class="right">✓</span>'],
+        ),
         (
             {"prediction": "3", "probabilities": {"3": 0.9, "4": 0.1}},
             {"prediction": "4", "probabilities": {"3": 0.25, "4": 0.75}},
@@ -478,7 +618,7 @@ def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, serv
         wait_for_state(page, "finished")
         assert "8 / 8" in page.inner_text("#status")
         assert curve_points(page) == 8
-        recipe = common.read_recipe(workshop / "saves" / "mine" / "recipe.yaml")
+        recipe = common.read_recipe(workshop / "saves" / "mine" / ".web" / "recipe.yaml")
         assert recipe["name"] == "Mira" and recipe["dataset"] == "identity,general,saves/uploads/mine.jsonl"
 
         page.get_by_role("button", name="Chat →").click()
@@ -502,6 +642,52 @@ def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, serv
         page.locator("#export-files a", has_text="Modelfile").wait_for()
         page.locator("#export-proof", has_text="not verified").wait_for()
         assert browser.foreign == [] and browser.faults == []
+
+
+@pytest.mark.slow
+def test_settings_and_page_outlive_language_reload_and_server(workshop: Path, tmp_path: Path) -> None:
+    """Beside a folder of LLaMA-Factory, which must not spoil what the pages tell."""
+    foreign = workshop / "saves" / "LLaMA3" / "sft"
+    foreign.mkdir(parents=True)
+    write_jsonl(foreign / "trainer_log.jsonl", [{"current_steps": 5, "total_steps": 100, "loss": 1.2, "lr": 1e-4}])
+    (foreign / "run.json").write_text('{"id": 3}')
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("model_name_or_path: models/tiny\ndataset: general\nnum_train_epochs: 7\ntemperature: 0.3\n")
+
+    def holds_all(page: Any) -> None:
+        page.locator("#yaml .cm-content", has_text="temperature: 0.3").wait_for(state="attached")
+        assert page.locator("#option-num_train_epochs input, #option-num_train_epochs textarea").input_value() == "7"
+        assert page.locator("#run-name input, #run-name textarea").input_value() == "LLaMA3/sft"
+        told = page.locator("#yaml .cm-content").text_content()
+        assert "model_name_or_path: models/tiny" in told and "dataset: general" in told
+
+    with browsing() as browser:
+        with serving(cwd=workshop) as first:
+            page = browser.page(first.url + "/en/")
+            open_tab(page, "Train")
+            page.click("#recipe button")
+            send_file(page, "#load", recipe)
+            page.locator("#train-fault", has_text="without a field here: temperature=0.3").wait_for()
+            page.fill("#run-name input, #run-name textarea", "LLaMA3/sft")
+            page.locator("#start-over").wait_for()
+            page.click("#train-start")
+            page.locator("#start-fault", has_text="holds a run already").wait_for()
+            page.locator("#status", has_text="not started").wait_for()
+            page.locator("a.language").click()
+            page.locator("#train-start", has_text="开始训练").wait_for()
+            page.click("#recipe button")
+            holds_all(page)
+            page.reload()
+            page.locator("#train-start").wait_for()
+            page.click("#recipe button")
+            holds_all(page)
+            page.evaluate("document.querySelector('#train-start').dataset.old = 1")
+        with serving("--port", first.url.rpartition(":")[2], cwd=workshop):
+            page.locator("#train-start:not([data-old])").wait_for()  # the page is built anew
+            page.click("#recipe button")
+            holds_all(page)
+        assert browser.foreign == [] and browser.faults == []
+    shutil.rmtree(workshop / "saves" / "LLaMA3")
 
 
 @pytest.mark.slow
@@ -542,7 +728,7 @@ def test_a_training_outlives_browser_and_server(
         wait_for_state(page, "running")
         wait_for(lambda: web_train.read_log(folder)[-1]["step"] > paused, 60)
         page.click("#train-abort")
-        wait_for_state(page, "killed")
+        wait_for_state(page, "aborted")
         assert "可从最近的检查点继续" in page.inner_text("#status")
         assert not web_train.at_work()
         assert browser.foreign == [] and browser.faults == []
