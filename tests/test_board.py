@@ -628,6 +628,11 @@ def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, serv
         page.locator("#chat-remark", has_text="tokens/s").wait_for(timeout=LONG)
         assert page.locator("#chat-trained [data-testid=bot]").last.inner_text().strip()
 
+        open_tab(page, "Evaluate")
+        page.locator("#eval-data input").click()
+        page.get_by_role("option", name="saves/uploads/mine.jsonl").wait_for()  # which came after the page was built
+        page.keyboard.press("Escape")
+
         open_tab(page, "Export")
         page.locator("#gguf-types label", has_text="q4_k_m").locator("input").uncheck()
         page.locator("#gguf-types label", has_text="q8_0").locator("input").check()
