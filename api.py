@@ -55,10 +55,7 @@ def main(argv: list[str]) -> None:
         tell(f"note: {note}")
     with listening(options) as listener:
         tell(f"loading {source.name} ...")
-        # Unsloth's path answers one request at a time; the batch is made by transformers
-        config = dataclasses.replace(source.config, use_unsloth=False)
-        model = engine.load(dataclasses.replace(source, config=config))
-        serve(Service(model, options), listener)
+        serve(Service(engine.load(source), options), listener)
 
 
 @dataclass(frozen=True)

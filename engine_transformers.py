@@ -1,6 +1,6 @@
 """The engine's half for transformers: a model's own loop, with the conversation's keys and values kept between turns.
 
-On a CPU the adapter is merged into the weights; on a GPU Unsloth's inference path answers, where it can be imported.
+The adapter is merged into the weights where it can be, so that an answer costs no more than the base's.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
-import queue
 import random
 import sys
 import threading
@@ -18,28 +16,10 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import common
 from common import Config, UserError
-from engine import Engine, Matcher, Message, Reply, Settings, Source, TokenLogprob, adapter_settings, read_json
+from engine import Engine, Matcher, Message, Reply, Settings, Source, TokenLogprob, read_json
 
 PREFILL = 512  # tokens of a prompt computed at once: a cancelled reply ends within one such piece
-CHANGES_SCORES = (  # settings of a model's generation_config that change scores before we draw: only Settings do that
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size",
-    "bad_words_ids",
-    "sequence_bias",
-    "guidance_scale",
-    "min_length",
-    "min_new_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-    "remove_invalid_values",
-)
 
 
 class TransformersEngine(Engine):
@@ -255,59 +235,11 @@ class Adapters:
             yield
 
 
-class GenerateEngine(TransformersEngine):
-    """A model with a fast `generate` of its own, which is Unsloth's on a GPU; it keeps no cache between turns."""
-
-    def _tokens(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
-        import torch
-
-        drawn: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()  # None: generate has ended
-        draw, closed = self.draw(settings, len(ids)), threading.Event()
-
-        def choose(sequence: Any, scores: Any) -> Any:
-            """A logits processor that draws the token itself; `generate` then has only one to choose."""
-            token = draw(sequence[0].tolist(), scores[0].float(), reply)
-            drawn.put(token)
-            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token], device=scores.device), 0)
-
-        def stop(sequence: Any, *_: Any, **__: Any) -> Any:
-            return torch.full((len(sequence),), closed.is_set() or reply.cancelled, device=sequence.device)
-
-        def work() -> None:
-            inputs = torch.tensor([ids], device=self.model.device)
-            try:
-                self.model.generate(
-                    input_ids=inputs,
-                    attention_mask=torch.ones_like(inputs),
-                    max_new_tokens=min(settings.max_new_tokens, self.context - len(ids)),
-                    do_sample=False,
-                    logits_processor=[choose],
-                    stopping_criteria=[stop],
-                    **dict.fromkeys(CHANGES_SCORES),
-                )
-                drawn.put(None)
-            except BaseException as error:  # noqa: BLE001 - it belongs to the thread that reads the reply
-                drawn.put(error)
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            while (token := drawn.get()) is not None:
-                if isinstance(token, BaseException):
-                    raise token
-                yield token
-        finally:
-            closed.set()
-            thread.join()
-
-
 def load(source: Source, with_base: bool) -> Engine:
     """The model on the card, where there is one, else on the CPU."""
     import torch
 
     config, gpu = source.config, torch.cuda.is_available()
-    if gpu and config.use_unsloth and not with_base and (engine := _load_unsloth(source)):
-        return engine
     plain = not gpu and "quantization_config" not in read_json(Path(source.model) / "config.json")
     plain = plain and "transformers" not in sys.modules  # else there is nothing to gain
     with _without("torchao", "sklearn", "bitsandbytes") if plain else contextlib.nullcontext():
@@ -410,33 +342,3 @@ def _merge(model: Any, folder: Path) -> bool:
             a, b = (tensors[parts[kind]].to(weight.device, torch.float32) for kind in ("lora_A", "lora_B"))
             weight.copy_(weight.float().addmm_(b, a, alpha=scale))  # added in float32, rounded once
     return True
-
-
-def _load_unsloth(source: Source) -> Engine | None:
-    """Unsloth's inference path, after its documentation (not tried: no GPU was at hand); None where it cannot be used.
-
-    It finds an adapter's base by itself, so a base that was moved is left to transformers.
-    """
-    if source.adapter and Path(adapter_settings(source.adapter)["base_model_name_or_path"]) != Path(source.model):
-        return None
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(common.CACHE / "unsloth_compiled"))
-    try:
-        from unsloth import FastLanguageModel
-    except ImportError:
-        return None
-    from transformers import AutoConfig, AutoTokenizer
-
-    options = {"trust_remote_code": source.config.trust_remote_code, "local_files_only": True}
-    settings = AutoConfig.from_pretrained(source.model, **options).get_text_config()
-    model, _ = FastLanguageModel.from_pretrained(
-        model_name=str(source.adapter or source.model),
-        max_seq_length=settings.max_position_embeddings,
-        dtype=None,
-        load_in_4bit=source.config.quantization_bit == 4,
-        load_in_8bit=source.config.quantization_bit == 8,
-        use_exact_model_name=True,
-        **options,
-    )
-    FastLanguageModel.for_inference(model)
-    return GenerateEngine(source, model, AutoTokenizer.from_pretrained(source.tokenizer, **options))

@@ -184,7 +184,7 @@ def find_config(
 
 def find_contenders(args: argparse.Namespace, source: engine.Source, run: Path | None) -> list[Contender]:
     """The base, where it is known and wanted, and the target."""
-    settings = dataclasses.replace(source.config, use_unsloth=False, infer_dtype=dtype_of(source.config))
+    settings = dataclasses.replace(source.config, infer_dtype=dtype_of(source.config))
     source = dataclasses.replace(source, config=settings)
     path = Path(source.name)
     label = path.stem if source.model.endswith(".gguf") else path.name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import math
 import os
@@ -17,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import stopping
-from common import Config, UserError, write_text
+from common import Config, UserError, use_chinese_font, write_text
 
 LOG = "trainer_log.jsonl"
 PICTURE = "training_loss.png"
@@ -129,6 +127,7 @@ def draw_loss(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    use_chinese_font()  # a run may have a Chinese name
     training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
@@ -146,31 +145,12 @@ def draw_loss(lines: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if training or evaluation:
         axes.legend()
-    title = path.resolve().parent.name
-    font = title_font(title)
-    axes.set_title(title if font else title.encode("ascii", "ignore").decode().strip(), font=font)
+    axes.set_title(path.resolve().parent.name)
     figure.tight_layout()
     beside = path.with_name(f".{path.name}.{os.getpid()}.png")
     figure.savefig(beside)
     pyplot.close(figure)
     os.replace(beside, path)
-
-
-@functools.cache
-def title_font(title: str) -> Path | None:
-    """A font's file with every character of `title`: matplotlib's own, else one of the system's; None: no font has."""
-    from matplotlib import font_manager
-
-    def has_all(file: str) -> bool:
-        with contextlib.suppress(RuntimeError, OSError):  # a font of pixels, or a broken one
-            font = font_manager.get_font(file)
-            return all(font.get_char_index(ord(character)) for character in title)
-        return False
-
-    if has_all(own := font_manager.findfont("DejaVu Sans")):
-        return Path(own)
-    files = sorted(font_manager.findSystemFonts(), key=lambda file: ("Sans" not in file, "Regular" not in file, file))
-    return next((Path(file) for file in files if has_all(file)), None)
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -180,9 +180,7 @@ def _engine(source: Source, with_base: bool) -> Engine:
     key = _key(source, with_base)
     if _loaded is None or _loaded[0] != key:
         _forget()
-        # Unsloth patches transformers' classes for the whole process, and this one may load another model later
-        config = dataclasses.replace(source.config, use_unsloth=False)
-        _loaded = key, engine.load(dataclasses.replace(source, config=config), with_base=with_base)
+        _loaded = key, engine.load(source, with_base=with_base)
     return _loaded[1]
 
 

@@ -8,7 +8,6 @@ import queue
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -340,59 +339,6 @@ def test_adapter_answers_as_peft_has_it(tiny_model: Path, tmp_path: Path, lora: 
     assert torch.allclose(logits(both, ids), expected, atol=1e-4)
     assert torch.allclose(logits(both.base, ids), before, atol=1e-4)
     assert torch.allclose(logits(both, ids), expected, atol=1e-4)
-
-
-def test_generate_engine_draws_the_same(parrot: Path, engine_of_parrot) -> None:
-    by_loop, by_generate = engine_of_parrot, load(str(parrot), EXACT)
-    by_generate.__class__ = engine_transformers.GenerateEngine  # what a GPU has, with transformers' own generate
-    for settings in (GREEDY, Settings(temperature=1.5, seed=3, max_new_tokens=30)):
-        replies = [model.stream([user("hi")], settings) for model in (by_loop, by_generate)]
-        assert "".join(replies[0]) == "".join(replies[1])
-        assert replies[0].finish_reason == replies[1].finish_reason
-    reply = by_generate.stream([user("count")], GREEDY)
-    assert next(iter(reply)) == "o"
-    reply.cancel()
-    list(reply)
-    assert reply.finish_reason == "cancelled"
-
-
-def test_generate_engine_draws_as_asked_and_never_waits_for_nothing(
-    engine_of_tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import threading
-    from types import SimpleNamespace
-
-    source = SimpleNamespace(name="tiny", config=engine_of_tiny.config, template=None)
-    model = engine_transformers.GenerateEngine(source, engine_of_tiny.model, engine_of_tiny.tokenizer)
-    own, asked = model.model.generate, []
-    for name, value in {"repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "suppress_tokens": [1, 2]}.items():
-        monkeypatch.setattr(model.model.generation_config, name, value)
-    how = Settings(temperature=0, max_new_tokens=30)
-    assert "".join(model.stream([user("x")], how)) == "".join(engine_of_tiny.stream([user("x")], how))
-    reply = model.stream([user("x")], Settings(temperature=0, max_new_tokens=500))
-
-    def generate(**options) -> None:
-        (stop,) = options["stopping_criteria"]
-        asked.append(options["max_new_tokens"])
-
-        def stop_late(sequence, *scores):
-            if len(sequence[0]) == reply.prompt_tokens + 3:  # the reader waits for the fourth token already
-                waiting.wait(10)
-                reply.cancel()
-            return stop(sequence, *scores)
-
-        own(**{**options, "stopping_criteria": [stop_late]})
-
-    monkeypatch.setattr(model.model, "generate", generate)
-    waiting, text = threading.Event(), []
-    reader = threading.Thread(target=lambda: text.extend(reply), daemon=True)
-    reader.start()
-    while reply.completion_tokens < 3 and reader.is_alive():
-        time.sleep(0.01)
-    time.sleep(0.1)
-    waiting.set()
-    reader.join(20)
-    assert not reader.is_alive() and reply.finish_reason == "cancelled" and asked == [500]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,18 +155,6 @@ def test_what_cannot_be_served_is_refused_at_once(arguments: list[str], reason: 
     assert "Traceback" not in result.stderr
 
 
-def test_the_page_loads_models_without_unsloth(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import engine
-    import web_chat
-
-    loaded = []
-    monkeypatch.setattr(engine, "load", lambda source, **_: loaded.append(source))
-    source = engine.find(str(tiny_model))
-    web_chat._engine(source, with_base=False)
-    assert web_chat.is_loaded(source, with_base=False) and not loaded[0].config.use_unsloth
-    web_chat._forget()
-
-
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("webui.py", "--port", str(taken.getsockname()[1]))
