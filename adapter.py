@@ -117,9 +117,9 @@ def find_base(name: str) -> tuple[Path, str, dict[str, Any]]:
         raise UserError(
             f"{name} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of"
         )
-    folder = find_model(name)
+    folder = common.find_model(name)
     whole = QUANTIZED_NAME.sub("", name)
-    if whole != name and (original := find_model(whole)):
+    if whole != name and (original := common.find_model(whole)):
         folder, name = original, whole
     if folder is None:
         fetch = f"fetch it: python download.py {whole}" if HUB_NAME.fullmatch(whole) else "is it moved?"
@@ -133,22 +133,6 @@ def find_base(name: str) -> tuple[Path, str, dict[str, Any]]:
             + (f" ({whole})" if whole != name else "")
         )
     return folder, name, config
-
-
-def find_model(name: str) -> Path | None:
-    """The folder of a model: as named, below the kit or models/, or in the hub's cache; None where it is not."""
-    for folder in (Path(name).expanduser(), common.ROOT / name, Path("models") / Path(name).name):
-        if (folder / "config.json").exists():
-            return folder
-    if not HUB_NAME.fullmatch(name):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

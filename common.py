@@ -13,6 +13,8 @@ import json
 import logging
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,6 +46,7 @@ class UserError(Exception):
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130."""
     _calm_threads()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else TRL tells the hub of every training
     for name in ("torchao", "torch.utils._pytree"):  # they warn of kernels for cards that nothing here uses
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -70,6 +73,26 @@ def _calm_threads() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
         os.environ["GOMP_SPINCOUNT"] = "2000"
+
+
+def python() -> str:
+    """The word for this interpreter in a command to type: `python` only where the shell takes it for this one."""
+    venv = ROOT / ".venv"
+    if not venv.exists() or not os.path.samefile(sys.prefix, venv):
+        return "python"
+    active = os.environ.get("VIRTUAL_ENV")
+    if active and Path(active).exists() and os.path.samefile(active, venv):
+        return "python"
+    return str((Path() if _at_home() else ROOT) / ".venv" / "bin" / "python")
+
+
+def command(script: str, *words: object) -> str:
+    """A command that runs a script of this kit, as a line for the shell in the working directory."""
+    return shlex.join([python(), script if _at_home() else str(ROOT / script), *map(str, words)])
+
+
+def _at_home() -> bool:
+    return Path.cwd() == ROOT
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -817,13 +840,30 @@ def appearing(folder: Path) -> Iterator[Path]:
 def read_run(folder: Path) -> dict[str, Any] | None:
     """run.json of a run folder, or None where there is none."""
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(run, dict) or not isinstance(run.get("status"), str):
+            raise ValueError("it does not say how the run stands")
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(
             f"{folder / 'run.json'} is broken ({error}); delete it, or train with overwrite_output_dir=true"
         ) from None
+    return run
+
+
+def is_alive(process: int, created: float | None = None) -> bool:
+    """Whether a process of that number (and start, in seconds) runs; one that has ended but was not yet waited for
+    does not. The start tells it from another that has the number by now, as happens in containers."""
+    import psutil
+
+    try:
+        found = psutil.Process(process)
+        if found.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return created is None or abs(found.create_time() - created) < 2
+    except psutil.NoSuchProcess:
+        return False
 
 
 def runs(saves: Path = SAVES) -> list[Path]:
@@ -845,17 +885,6 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of that number runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def left_by_training(folder: Path) -> list[Path]:
     """What a training has left in `folder`: all that a new one there would delete."""
     names = ("checkpoint-*", ".saving", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
@@ -867,6 +896,22 @@ def left_by_training(folder: Path) -> list[Path]:
 def run_config(folder: Path) -> Config:
     """The configuration of a run folder."""
     return load_config([str(folder / "config.yaml")]).config
+
+
+def find_model(name: str) -> Path | None:
+    """The folder of a model: as named, below the kit or models/, or in the hub's cache; None where it is nowhere."""
+    for folder in (Path(name).expanduser(), ROOT / name, Path("models") / Path(name).name):
+        if (folder / "config.json").is_file():
+            return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("models/"):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def missing_from_model(folder: Path) -> list[str]:
@@ -932,9 +977,15 @@ def find_gpu() -> Gpu | None:
     name, driver, compute, total, free = (part.strip() for part in row.splitlines()[0].split(","))
     cuda = banner.partition("CUDA Version:")[2].split()[0] if "CUDA Version:" in banner else "0.0"
     mib = 1 << 20
-    return Gpu(name, driver, _version(cuda), _version(compute), int(float(total)) * mib, int(float(free)) * mib)
+    try:
+        memory = (int(float(total)) * mib, int(float(free)) * mib)
+    except ValueError:  # "[N/A]" of a chip that shares the main memory
+        import psutil
+
+        memory = (psutil.virtual_memory().total, psutil.virtual_memory().available)
+    return Gpu(name, driver, _version(cuda), _version(compute), *memory)
 
 
 def _version(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".")
-    return int(major), int(minor or 0)
+    found = re.match(r"(\d+)(?:\.(\d+))?", text)  # not of "[N/A]"
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)

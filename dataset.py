@@ -781,8 +781,9 @@ def load_tokenizer(config: Config) -> Any:
     """The base model's tokenizer; raises UserError where there is none."""
     from transformers import AutoTokenizer
 
+    place = common.find_model(config.model_name_or_path) or config.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(config.model_name_or_path, trust_remote_code=config.trust_remote_code)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tokenizer of {config.model_name_or_path} is not on the disk ({str(error).splitlines()[0]}); "

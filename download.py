@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         else:
             download(args, folder)
     print(f"In a recipe:  model_name_or_path: {folder}")
-    print(f"Next:         python train.py model_name_or_path={folder}")
+    print(f"Next:         {common.command('train.py', f'model_name_or_path={folder}')}")
 
 
 def is_there(folder: Path, model: str, revision: str | None) -> bool:

@@ -385,7 +385,8 @@ def _find(target: str | None, settings: Sequence[str]) -> Source:
         elif config.adapter_name_or_path:
             path = Path(config.adapter_name_or_path)
         elif given & {"dataset", "output_dir"}:
-            raise UserError(f"{loaded.recipe} has not been trained yet; train it: python train.py {loaded.recipe}")
+            train = common.command("train.py", loaded.recipe)
+            raise UserError(f"{loaded.recipe} has not been trained yet; train it: {train}")
         else:
             path = Path(config.model_name_or_path)
     elif path is None and given & {"model_name_or_path", "adapter_name_or_path"}:
@@ -459,24 +460,16 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def find_model(name: str, whose: str = "") -> Path:
     """The folder of a model that is on the disk: as named, below the kit or models/, or in the hub's cache."""
-    for folder in (Path(name).expanduser(), common.ROOT / name, Path("models") / Path(name).name):
-        if (folder / "config.json").is_file():
-            if missing := common.missing_from_model(folder):
-                raise UserError(f"{whose}{folder}, is not whole: it lacks {', '.join(missing)}; fetch or make it again")
-            return folder
+    if folder := common.find_model(name):
+        if missing := common.missing_from_model(folder):
+            raise UserError(f"{whose}{folder}, is not whole: it lacks {', '.join(missing)}; fetch or make it again")
+        return folder
     ggufs = sorted(Path(name).glob("*.gguf"))
     if ggufs:
-        raise UserError(f"{name} holds {', '.join(path.name for path in ggufs)}; name one: python chat.py {ggufs[0]}")
+        chat = common.command("chat.py", ggufs[0])
+        raise UserError(f"{name} holds {', '.join(path.name for path in ggufs)}; name one: {chat}")
     if Path(name).is_dir():
         raise UserError(f"{whose}{name} is neither a run, an adapter nor a model (it has no config.json); name another")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except LocalEntryNotFoundError:
-            pass
     fetch = f"python download.py {name}" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else "python download.py ORG/NAME"
     place = "say where it is now: model_name_or_path=FOLDER" if whose else f"fetch it ({fetch}), or name its folder"
     raise UserError(f"{whose}{name}, is not on this disk; {place}" if whose else f"there is no model {name}; {place}")

@@ -948,7 +948,7 @@ def list_runs() -> str:
         losses = ["-" if run.get(key) is None else f"{run[key]:.4f}" for key in ("last_loss", "eval_loss")]
         steps = [str(run.get(key) or "-") for key in ("steps", "total_steps")]
         status = str(run.get("status", "-"))
-        if status == "running" and not common.is_alive(run["pid"]):
+        if status == "running" and not common.is_alive(run["pid"], run.get("created")):
             status = "interrupted"  # by what left it no time to write so
         rows.append([str(folder), status, *steps, minutes, *losses, data, figure])
     if len(rows) == 1:

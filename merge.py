@@ -80,8 +80,8 @@ def main(argv: list[str]) -> None:
     print(f"merged     {job.output} ({plan.size / 1e9:.2f} GB)")
     if flags.push:
         push(flags.push, job)
-    output = shlex.quote(str(job.output))
-    print(f"talk to it: python chat.py {output}\nmake a GGUF: python quantize.py {output}")
+    print(f"talk to it: {common.command('chat.py', job.output)}")
+    print(f"make a GGUF: {common.command('quantize.py', job.output)}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -174,10 +174,8 @@ def check_adapter(folder: Path) -> None:
         return
     checkpoints = sorted(folder.glob("checkpoint-*/adapter_config.json"), key=lambda p: int(p.parent.name[11:]))
     if checkpoints:
-        raise UserError(
-            f"{folder} has not finished training; merge a checkpoint: "
-            f"python merge.py {shlex.quote(str(checkpoints[-1].parent))}"
-        )
+        merge = common.command("merge.py", checkpoints[-1].parent)
+        raise UserError(f"{folder} has not finished training; merge a checkpoint: {merge}")
     raise UserError(f"{folder} has no adapter_config.json; give a run's folder, or an adapter's that peft saved")
 
 

@@ -115,8 +115,8 @@ def main(argv: list[str]) -> None:
     if flags.push:
         push(flags.push, job)
     first = job.types[0]
-    name, file, modelfile = (shlex.quote(str(part)) for part in (job.name, job.file(first), job.modelfile(first)))
-    print(f"talk to it: python chat.py {file}\nin Ollama:  ollama create {name} -f {modelfile}")
+    print(f"talk to it: {common.command('chat.py', job.file(first))}")
+    print(f"in Ollama:  {shlex.join(['ollama', 'create', job.name, '-f', str(job.modelfile(first))])}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 import common
-from common import UserError
+from common import UserError, is_alive
 
 # The shell only waits and notes the exit status. Its traps keep it alive through a Ctrl-C that is meant for the script.
 _WAIT = 'trap : INT TERM; "$@"; status=$?; echo $status > "$0.new"; mv "$0.new" "$0"'
@@ -96,17 +96,6 @@ def state(job: Job) -> str:
     except (FileNotFoundError, ValueError):
         return "running" if is_alive(job.process, job.created) else "killed"
     return {0: "done", 130: "stopped", -signal.SIGINT: "stopped"}.get(status, "failed")
-
-
-def is_alive(process: int, created: float | None = None) -> bool:
-    """Whether a process of that number (and start) runs; one that has ended but was not yet waited for does not."""
-    try:
-        found = psutil.Process(process)
-        if found.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return created is None or abs(found.create_time() - created) < 2
-    except psutil.NoSuchProcess:
-        return False
 
 
 def interrupt(job: Job) -> None:

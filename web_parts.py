@@ -120,7 +120,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def is_training(run: dict[str, Any] | None) -> bool:
     """Whether the process that run.json names is at work; a number that another program has by now is not it."""
-    if not run or run["status"] != "running" or not web_jobs.is_alive(run.get("pid", 0)):
+    if not run or run["status"] != "running" or not web_jobs.is_alive(run.get("pid", 0), run.get("created")):
         return False
     try:
         return any("train.py" in part for part in psutil.Process(run["pid"]).cmdline())

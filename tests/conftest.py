@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+os.environ["VIRTUAL_ENV"] = sys.prefix  # as where .venv is activated: the commands that scripts name begin with python
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has a core, too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -215,6 +217,35 @@ def test_files_appear_whole(tmp_path):
     common.write_text(path, "second")
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_json_that_says_nothing_is_one_sentence(tmp_path):
+    for text in ("{}", "[]", "{"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(UserError, match=r"run\.json is broken"):
+            common.read_run(tmp_path)
+
+
+def test_commands_work_as_they_are_printed(tmp_path, monkeypatch):
+    """From any folder, with .venv activated or not, whatever the names."""
+    said = []
+    for active, folder in ((sys.prefix, ROOT), (None, ROOT), (None, tmp_path), ("/elsewhere", ROOT)):
+        monkeypatch.setenv("VIRTUAL_ENV", active) if active else monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+        monkeypatch.chdir(folder)
+        said.append(common.command("chat.py", "saves/my run"))
+    assert said == [
+        "python chat.py 'saves/my run'",
+        ".venv/bin/python chat.py 'saves/my run'",
+        f"{ROOT}/.venv/bin/python {ROOT}/chat.py 'saves/my run'",
+        ".venv/bin/python chat.py 'saves/my run'",
+    ]
+
+
+def test_the_hub_is_not_told_of_a_training():
+    code = "import common; common.run_script(lambda _: None); from huggingface_hub import constants as c; "
+    code += "print(c.HF_HUB_DISABLE_TELEMETRY)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_newest_run_is_the_one_last_written(tmp_path):

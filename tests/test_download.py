@@ -332,7 +332,7 @@ def test_download_as_a_user_does(hub, repository, tmp_path):
     assert_whole(tmp_path / "models" / "Tiny-Chat", repository)
     assert {name for name, _ in hub.requests} == WANTED  # no pickle, no second copy was even asked for
     assert f"org/Tiny-Chat at {COMMIT}: 8 files, 25.2 MB, from {hub.url}" in result.stdout
-    assert result.stdout.splitlines()[-1].endswith("python train.py model_name_or_path=models/Tiny-Chat")
+    assert result.stdout.splitlines()[-1].endswith(f"python {ROOT / 'train.py'} model_name_or_path=models/Tiny-Chat")
     record = json.loads((tmp_path / "models/Tiny-Chat/download.json").read_text())
     assert record == {"model": "org/Tiny-Chat", "source": hub.url, "revision": COMMIT, "asked": None}
 

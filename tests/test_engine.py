@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TALK, make_run, run, save_adapter
+from conftest import ROOT, TALK, make_run, run, save_adapter
 
 import engine_transformers
 from common import UserError
@@ -545,7 +545,7 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
     assert "neither a run, an adapter nor a model" in fault("empty")
     recipe = tmp_path / "new.yaml"
     recipe.write_text("dataset: identity\n")
-    assert "has not been trained yet; train it: python train.py new.yaml" in fault("new.yaml")
+    assert f"has not been trained yet; train it: python {ROOT / 'train.py'} new.yaml" in fault("new.yaml")
 
     half = shutil.copytree(parrot, tmp_path / "half")
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-9])

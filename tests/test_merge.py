@@ -291,8 +291,8 @@ def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[st
     assert result.returncode == 0, result.stderr
     out = folder / "merged"
     assert result.stdout.splitlines()[-2:] == [
-        "talk to it: python chat.py saves/first/merged",
-        "make a GGUF: python quantize.py saves/first/merged",
+        f"talk to it: python {ROOT / 'chat.py'} saves/first/merged",
+        f"make a GGUF: python {ROOT / 'quantize.py'} saves/first/merged",
     ]
     assert {path.name for path in out.iterdir()} == {
         *("LICENSE", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merge.json"),
@@ -538,7 +538,7 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
     for arguments, said in (
         (["m.yaml"], "did you mean 'export_dir'?"),
         (["nowhere"], "there is no recipe nowhere"),
-        (["saves/cut"], "python merge.py saves/cut/checkpoint-20"),
+        (["saves/cut"], f"python {ROOT / 'merge.py'} saves/cut/checkpoint-20"),
         ([], "train one first"),
         ([f"adapter_name_or_path={lora},{lora}"], "several adapters"),
         ([str(lora), "model_name_or_path=org/missing"], "python download.py org/missing"),
