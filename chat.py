@@ -121,7 +121,7 @@ class Chat:
                 try:
                     if text.partition(" ")[0] == "/exit":
                         return
-                    self.obey(text) if text.startswith("/") else self.say(text)
+                    self.obey(text) if is_command(text) else self.say(text)
                 except UserError as error:
                     tell(f"error: {error}")
 
@@ -203,6 +203,8 @@ class Chat:
 
     def do_save(self, name: str) -> None:
         path = Path(name or time.strftime("chat-%Y%m%d-%H%M%S.json")).expanduser()
+        if not path.suffix:  # by which a file of data is told from a name of dataset_info.json
+            path = path.with_name(f"{path.name}.json")
         if path.exists():
             raise UserError(f"{path} is there already; give another name")
         if not self.voices[-1].messages:
@@ -226,6 +228,11 @@ class Chat:
         meant = (value,) if name == "stop" and value else () if name == "stop" else parse_value(value)
         self.settings = dataclasses.replace(self.settings, **{name: meant})
         tell(f"{name} = {value}")
+
+
+def is_command(text: str) -> bool:
+    """Whether a message is a command, or was meant as one; `/root/a.txt says ...` begins with a path."""
+    return text.startswith("/") and "/" not in text.split()[0][1:]
 
 
 def parse_value(text: str) -> object:

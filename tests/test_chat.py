@@ -116,6 +116,9 @@ def test_a_conversation_in_a_terminal(parrot: Path, tmp_path: Path) -> None:
     assert "it.json is there already" in chat.ask("/save it.json")
     saved = json.loads((tmp_path / "it.json").read_text(encoding="utf-8"))
     assert [m["role"] for m in saved[0]["messages"]] == ["system", "user", "assistant"]
+    assert "saved d.json; as training data: dataset=d.json" in chat.ask("/save d")
+    assert "[" in chat.ask("/root/a.txt is a file")
+    assert "user\n/root/a.txt is a file\n" in chat.ask("/history")
     assert chat.ask("/system -") == ""
     assert "did you mean '/help'?" in chat.ask("/hlep")
     assert "/retry" in chat.ask("/help")
