@@ -12,14 +12,21 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import batches
 import common
 from common import Config, Gpu, Loaded, UserError
+
+if TYPE_CHECKING:
+    from dataset import Prepared
+    from stopping import Plan
 
 GB = 1e9
 # The oldest Linux driver for each CUDA version that torch is built with (NVIDIA's CUDA release notes). Within a major
@@ -33,6 +40,7 @@ class Examination:
 
     def __init__(self) -> None:
         self.faults = 0
+        self.told: set[str] = set()
 
     def good(self, what: str, finding: str) -> None:
         print(f"  ok     {what:<10}{finding}")
@@ -41,30 +49,55 @@ class Examination:
         print(f"  note   {what:<10}{finding}")
 
     def fault(self, what: str, finding: str) -> None:
-        self.faults += 1
-        print(f"  FAULT  {what:<10}{finding}")
+        """A sentence that was told already is not told, or counted, again."""
+        if finding not in self.told:
+            self.told.add(finding)
+            self.faults += 1
+            print(f"  FAULT  {what:<10}{finding}")
 
 
-def examine(loaded: Loaded) -> int:
-    """Looks at everything a run needs and prints what was found; returns the exit status, 0 or 2."""
+def examine(loaded: Loaded, checks: dict[str, Callable[[], Any]]) -> int:
+    """Looks at everything a run needs and prints what was found; returns the exit status, 0 or 2.
+
+    `checks` are train.py's own, by what they look at: each raises UserError.
+    """
     config, seen = loaded.config, Examination()
     print(f"will {loaded.recipe or 'the default recipe'} run here?")
     check_python(seen)
     gpu = check_gpu(seen, config)
     check_packages(seen, gpu)
-    on_disk = check_model(seen, config)
+    fits = run_checks(seen, checks)
+    model = check_model(seen, config)
+    on_disk = model is not None and model.folder is not None
     if on_disk:
         config, note = batches.fitted(config)
         if note:
             seen.note("batches", note)
-    samples = check_data(seen, config, on_disk)
-    if on_disk:
-        check_memory(seen, config, gpu, samples)
-        check_disk(seen, config)
+    samples = check_data(seen, config, tokenizes=on_disk and fits["template"])
+    if model is None:
+        seen.note("memory", "how much of it and of the disk it takes is told once the model is there")
+    else:
+        check_memory(seen, config, gpu, samples, model)
+        check_disk(seen, config, model)
     if seen.faults == 0:
         check_imports(seen)
     print("yes" if seen.faults == 0 else f"no: {seen.faults} fault{'s' if seen.faults > 1 else ''}, see above")
     return 2 if seen.faults else 0
+
+
+def run_checks(seen: Examination, checks: dict[str, Callable[[], Any]]) -> dict[str, bool]:
+    """Makes train.py's checks; whether each was passed."""
+    passed = {}
+    for what, check in checks.items():
+        before = seen.faults
+        try:
+            found = check()
+            if said := getattr(found, "says", ""):
+                seen.note(what, said)
+        except UserError as error:
+            seen.fault(what, str(error))
+        passed[what] = seen.faults == before
+    return passed
 
 
 def check_python(seen: Examination) -> None:
@@ -168,29 +201,84 @@ def check_imports(seen: Examination) -> None:
         seen.good("unsloth", "imports")
 
 
-def check_model(seen: Examination, config: Config) -> bool:
-    """Whether the model is on the disk; else whether its source can be reached."""
-    path = Path(config.model_name_or_path)
+def check_model(seen: Examination, config: Config) -> Model | None:
+    """What is known of the model: all, where it is on the disk; else what config.json says, where that can be had."""
+    path = Path(config.model_name_or_path).expanduser()
     missing = common.missing_from_model(path)
     if not missing:
-        seen.good("model", f"{path} is whole, {model_bytes(path) / GB:.2f} GB")
-        return True
-    if config.model_name_or_path == common.EMBEDDED_MODEL:
+        model = read_model(path)
+        seen.good("model", f"{path} is whole, {model.size / GB:.2f} GB")
+        return told_faults(seen, config, model)
+    if config.model_name_or_path == common.EMBEDDED_MODEL and not path.exists():
         seen.note("model", f"{path} will be made from its package by the first run")
-        return False
+        return told_faults(seen, config, model_like(EMBEDDED_SHAPE))
     if path.exists():
         seen.fault("model", f"{path} lacks {', '.join(missing)}")
-        return False
-    name = config.model_name_or_path
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parts[0] == "models" or path.parent.exists():
-        seen.fault(
-            "model", f"there is no folder {name}; fetch it (python download.py ORG/{path.name}), or name another"
-        )
-        return False
+        return None
+    name = hub_name(config.model_name_or_path)
+    fetch = common.command("download.py", name or f"ORG/{path.name}")
+    if name is None:
+        seen.fault("model", f"there is no folder {config.model_name_or_path}; fetch it ({fetch}), or name another")
+        return None
     hub = hub_address()
-    reached = "answers" if reachable(hub) else "cannot be reached (set HF_ENDPOINT to a mirror)"
-    seen.fault("model", f"{name} is not on the disk; {hub} {reached}: python download.py {name}")
-    return False
+    if not reachable(hub):
+        seen.fault(
+            "model", f"{name} is not on the disk; {hub} cannot be reached (set HF_ENDPOINT to a mirror): {fetch}"
+        )
+        return None
+    seen.fault("model", f"{name} is not on the disk; {hub} answers: {fetch}")
+    settings = hub_config(name)
+    return told_faults(seen, config, model_like(settings)) if settings else None
+
+
+def told_faults(seen: Examination, config: Config, model: Model | None) -> Model | None:
+    """The same model, after its faults were told."""
+    for fault in model_faults(config, model) if model else ():
+        seen.fault("model", fault)
+    return model
+
+
+def model_faults(config: Config, model: Model) -> list[str]:
+    """What of the settings the model cannot follow."""
+    faults = []
+    context = model.settings.get("max_position_embeddings")
+    if context and config.cutoff_len > context:
+        name = config.model_name_or_path
+        faults.append(f"cutoff_len is {config.cutoff_len}, but {name} reads at most {context} tokens; lower it")
+    if model.folder is None:  # the names of its modules are a guess
+        return faults
+    matrices = {name for name, shape in model.shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    modules = {name.split(".")[-2] for name in matrices} | {"lm_head"}  # a tied one has no weights of its own
+    unknown = [target for target in config.lora_target if target.split(".")[-1] not in modules]
+    if config.lora_target != ("all",) and unknown and config.adapter_name_or_path is None:
+        linear = sorted({name.split(".")[-2] for name in matrices if not re.search(NOT_ADAPTED, name)})
+        faults.append(f"lora_target: {','.join(unknown)} names no module of this model; it has {', '.join(linear)}")
+    return faults
+
+
+def hub_name(name: str) -> str | None:
+    """A model's ORG/NAME on the hub, where `name` is one or the folder of a model that a shipped recipe fetches."""
+    if (
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+        and not name.startswith("models/")
+        and not Path(name).parent.exists()
+    ):
+        return name
+    fetched = {
+        found.partition("/")[2]: found
+        for recipe in sorted((common.ROOT / "configs").glob("*.yaml"))
+        for found in re.findall(r"download\.py (\S+/\S+)", recipe.read_text(encoding="utf-8"))
+    }
+    return fetched.get(Path(name).name) if Path(name).parent == Path("models") else None
+
+
+def hub_config(name: str) -> dict[str, Any] | None:
+    """config.json of a model on the hub; None where it cannot be had."""
+    try:
+        with urllib.request.urlopen(f"{hub_address()}/{name}/resolve/main/config.json", timeout=5) as answer:
+            return json.load(answer)
+    except (OSError, ValueError):  # offline, gated, or no hub
+        return None
 
 
 def hub_address() -> str:
@@ -210,22 +298,23 @@ def reachable(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Samples:
-    """What of the data decides over time and memory: samples, optimizer steps, tokens, the longest sample."""
+    """What of the data decides over time and memory: samples, rows of a batch, optimizer steps, tokens, the longest."""
 
     count: int
+    rows: int
     steps: int
     tokens: int
     longest: int
 
 
-def check_data(seen: Examination, config: Config, on_disk: bool) -> Samples | None:
+def check_data(seen: Examination, config: Config, tokenizes: bool) -> Samples | None:
     """Reads the data and, where the tokenizer is there, tokenizes it; the report names every faulty row."""
     import dataset
+    import stopping
 
     try:
-        if not on_disk:
-            train, _ = dataset.read_conversations(config)
-            seen.good("data", f"{len(train):,} conversations; their tokens are counted once the model is there")
+        if not tokenizes:
+            count_steps(seen, config, len(dataset.read_conversations(config)[0]))
             return None
         from template import load_template
 
@@ -234,32 +323,113 @@ def check_data(seen: Examination, config: Config, on_disk: bool) -> Samples | No
     except UserError as error:
         seen.fault("data", str(error))
         return None
-    import stopping
-
-    rows = len(data.train)
-    if config.packing:
-        rows = len(batches.pack(data.train_lengths, config.cutoff_len))
-    steps, tokens = batches.total_steps(config, rows), int(data.train_lengths.sum())
-    samples = Samples(len(data.train), steps, tokens, int(data.train_lengths.max()))
+    samples = measure(config, data)
     seen.good("data", f"{samples.count:,} samples, {samples.tokens:,} tokens, the longest {samples.longest:,}")
-    seen.good(
-        "steps",
-        f"{samples.steps:,} optimizer steps of {config.per_device_train_batch_size} x "
-        f"{config.gradient_accumulation_steps}",
-    )
+    seen.good("steps", steps_text(config, samples.steps))
     try:
-        plan = stopping.make_plan(config, steps, batches.epoch_steps(config, rows), tokens, data.eval_lengths)
+        plan = make_plan(config, data, samples)
     except UserError as error:
         seen.fault("held out", str(error))
         return samples
     seen.good("held out", stopping.describe(config, plan, data.eval_lengths))
-    for warning in stopping.warnings(config, samples.count, steps, plan):
+    for warning in stopping.warnings(config, samples.count, samples.steps, plan):
         seen.note("steps", warning)
     return samples
 
 
+def count_steps(seen: Examination, config: Config, conversations: int) -> None:
+    """What is known of a run before its data can be tokenized."""
+    seen.good("data", f"{conversations:,} conversations; their tokens are counted once the model is there")
+    most = "at most " if config.packing and config.max_steps <= 0 else ""
+    seen.good("steps", most + steps_text(config, batches.total_steps(config, conversations)))
+
+
+def steps_text(config: Config, steps: int) -> str:
+    batch = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps}"
+    return f"{steps:,} optimizer steps of {batch}"
+
+
+def measure(config: Config, data: Prepared) -> Samples:
+    """What of tokenized data decides over time and memory."""
+    rows = len(data.train)
+    if config.packing:
+        rows = len(batches.pack(data.train_lengths, config.cutoff_len))
+    lengths = data.train_lengths
+    return Samples(len(data.train), rows, batches.total_steps(config, rows), int(lengths.sum()), int(lengths.max()))
+
+
+def make_plan(config: Config, data: Prepared, samples: Samples) -> Plan:
+    """When the run evaluates; raises UserError where that cannot be."""
+    import stopping
+
+    epoch_steps = batches.epoch_steps(config, samples.rows)
+    return stopping.make_plan(config, samples.steps, epoch_steps, samples.tokens, data.eval_lengths)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory and disk
+
+
+NOT_ADAPTED = r"embed|lm_head|norm"  # the matrices that "all" leaves out
+# config.json of the embedded model, so far as its size depends on it
+EMBEDDED_SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What time and memory depend on: config.json, the shapes of the tensors, bytes on the disk; None: not there."""
+
+    settings: dict[str, Any]
+    shapes: dict[str, list[int]]
+    size: int
+    folder: Path | None
+
+
+def read_model(folder: Path) -> Model:
+    """A model on the disk, from config.json and the headers of its weights."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = settings.get("text_config", settings)  # of a model that also sees
+    return Model(settings, tensor_shapes(folder), model_bytes(folder), folder)
+
+
+def model_like(settings: dict[str, Any]) -> Model | None:
+    """A model of which only config.json is known, in 16 bit, if that describes one of Llama's kind (attention and a
+    gated MLP); else None."""
+    settings = settings.get("text_config", settings)
+    experts = [name for name in settings if "experts" in name]
+    try:
+        hidden, inner, vocabulary = (settings[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
+        layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
+    except KeyError:
+        return None
+    if experts or "quantization_config" in settings:
+        return None
+    head = settings.get("head_dim") or hidden // heads
+    keys = head * settings.get("num_key_value_heads", heads)
+    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
+    if not settings.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = [vocabulary, hidden]
+    for layer in range(layers):
+        for name, rows, columns in (
+            ("self_attn.q_proj", head * heads, hidden),
+            ("self_attn.k_proj", keys, hidden),
+            ("self_attn.v_proj", keys, hidden),
+            ("self_attn.o_proj", hidden, head * heads),
+            ("mlp.gate_proj", inner, hidden),
+            ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = [rows, columns]
+    return Model(settings, shapes, 2 * sum(map(math.prod, shapes.values())), None)
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -283,27 +453,26 @@ def adapter_parameters(config: Config, shapes: dict[str, list[int]]) -> int:
     linear = [
         shape
         for name, shape in shapes.items()
-        if len(shape) == 2
-        and not re.search(r"embed|lm_head|norm", name)
-        and (names == ("all",) or name.split(".")[-2] in names)
+        if len(shape) == 2 and not re.search(NOT_ADAPTED, name) and (names == ("all",) or name.split(".")[-2] in names)
     ]
     return sum(config.lora_rank * (rows + columns) for rows, columns in linear)
 
 
 def estimate_memory(config: Config, folder: Path, tokens: int, gpu: Gpu | None) -> dict[str, float]:
+    """`memory_of` a model on the disk."""
+    return memory_of(config, read_model(folder), tokens, gpu)
+
+
+def memory_of(config: Config, known: Model, tokens: int, gpu: Gpu | None) -> dict[str, float]:
     """Bytes a training needs at its peak, by what they are for.
 
     `tokens` are those of the largest forward pass. The parts are counted from the model's shapes; the activations are
     those of a Llama layer (attention and a gated MLP), all layers' where nothing is recomputed, else one layer's and
     every layer's input.
     """
-    shapes = tensor_shapes(folder)
-    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = model.get("text_config", model)  # of a model that also sees
+    shapes, model = known.shapes, known.settings
     total = sum(math.prod(shape) for shape in shapes.values())
-    linear = sum(
-        math.prod(s) for name, s in shapes.items() if len(s) == 2 and not re.search(r"embed|lm_head|norm", name)
-    )
+    linear = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and not re.search(NOT_ADAPTED, name))
     width = 2 if gpu or config.bf16 else 4
     by_bits = {4: 0.53, 8: 1.03}  # with the quantization constants
     weights = linear * by_bits.get(config.quantization_bit or 0, width) + (total - linear) * width
@@ -341,14 +510,19 @@ def logits_memory(tokens: int, vocabulary: int, left: float | None) -> float:
     return whole if whole <= room else whole / (4 * math.ceil(whole / room / 4))
 
 
-def check_memory(seen: Examination, config: Config, gpu: Gpu | None, samples: Samples | None) -> None:
+def check_memory(seen: Examination, config: Config, gpu: Gpu | None, samples: Samples | None, model: Model) -> None:
     longest = samples.longest if samples and not config.packing else config.cutoff_len
     tokens = config.per_device_train_batch_size * longest
-    parts = estimate_memory(config, Path(config.model_name_or_path), tokens, gpu)
+    try:
+        parts = memory_of(config, model, tokens, gpu)
+    except KeyError:  # its config.json has other words than Llama's
+        seen.note("memory", "cannot be estimated for this kind of model")
+        return
     need = sum(parts.values())
     have = gpu.free_memory if gpu else free_memory()
     detail = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size >= 0.05 * GB)
-    finding = f"about {need / GB:.1f} GB at the peak ({detail}), {have / GB:.1f} GB are free"
+    most = "at most " if samples is None and not config.packing else ""
+    finding = f"{most}about {need / GB:.1f} GB at the peak ({detail}), {have / GB:.1f} GB are free"
     if need <= have:
         seen.good("memory", finding)
         return
@@ -375,22 +549,23 @@ def free_memory() -> int:
         return psutil.virtual_memory().available
 
 
-def check_disk(seen: Examination, config: Config) -> None:
-    model = Path(config.model_name_or_path)
-    adapter = adapter_parameters(config, tensor_shapes(model)) * 12  # weights and two moments
+def check_disk(seen: Examination, config: Config, model: Model) -> None:
+    adapter = adapter_parameters(config, model.shapes) * 12  # weights and two moments
     checkpoints = adapter * ((config.save_total_limit or 10) + 2)
-    exports = 2 * model_bytes(model)
+    exports = 2 * model.size
+    fetched = 0 if model.folder else model.size
     folder = Path(config.output_dir)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
+    fetch = f"the model takes about {fetched / GB:.1f} GB, " if fetched else ""
     finding = (
-        f"{free / GB:.1f} GB free; checkpoints take about {checkpoints / GB:.2f} GB, "
+        f"{free / GB:.1f} GB free; {fetch}checkpoints take about {checkpoints / GB:.2f} GB, "
         f"the merged model and a 16-bit GGUF {exports / GB:.1f} GB more"
     )
-    if free < checkpoints:
+    if free < fetched + checkpoints:
         seen.fault("disk", f"{finding}: make room, or set output_dir to another disk")
-    elif free < checkpoints + exports:
+    elif free < fetched + checkpoints + exports:
         seen.note("disk", f"{finding}: enough to train, not to export")
     else:
         seen.good("disk", finding)

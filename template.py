@@ -80,13 +80,8 @@ def load_template(name: str | None, tokenizer: Any) -> ChatTemplate:
     if name is None:
         text = _own_text(tokenizer)
         return _probe(OWN, text, tokenizer)
-    path = TEMPLATES / f"{name}.jinja"
-    if name not in template_names():
-        raise UserError(
-            f"there is no template {name!r}{nearest(name, template_names())}.\n"
-            f"Use one of {', '.join(template_names())}, or leave template out for the tokenizer's own."
-        )
-    text = path.read_text(encoding="utf-8")
+    check_name(name)
+    text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     lacking = _lacking(text, tokenizer)
     if lacking:
         raise UserError(
@@ -94,6 +89,15 @@ def load_template(name: str | None, tokenizer: Any) -> ChatTemplate:
             + _advice(tokenizer, named=True)
         )
     return _probe(name, text, tokenizer)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where no file of templates/ has that name."""
+    if name not in template_names():
+        raise UserError(
+            f"there is no template {name!r}{nearest(name, template_names())}.\n"
+            f"Use one of {', '.join(template_names())}, or leave template out for the tokenizer's own."
+        )
 
 
 def _own_text(tokenizer: Any) -> str:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -31,6 +31,7 @@ import dataset
 import doctor
 import stopping
 from common import Config, Loaded, UserError
+from template import check_name
 
 if TYPE_CHECKING:
     from dataset import Prepared
@@ -59,33 +60,34 @@ def main(arguments: list[str]) -> None:
         print(common.help_text(__doc__))
         return
     dry_run = "--dry-run" in arguments
-    loaded = common.load_config([a for a in arguments if a != "--dry-run"])
+    loaded = locate_model(common.load_config([a for a in arguments if a != "--dry-run"]))
     config, folder = loaded.config, Path(loaded.config.output_dir)
-    for note in loaded.notes:
+    for note in [*loaded.notes, *adapter_notes(loaded)]:
         print(f"note: {note}")
     refuse_prediction(loaded)
     if dry_run:
-        sys.exit(doctor.examine(loaded))
-    checkpoint = where_to_start(config, folder)
-    if checkpoint == "finished":
-        print(f"{folder} is finished; to train it again: overwrite_output_dir=true, or another output_dir")
+        sys.exit(doctor.examine(loaded, checks(loaded, folder)))
+    start = check(loaded, folder)
+    if start.says:
+        print(start.says)
+    if start.finished:
         print_next(folder)
         return
-    fetch_embedded_model(config)
-    check_model(config)
     config = fit_batches(config)
-    check_environment(config)
-    dataset.check(config)
     import_unsloth()  # takes ten seconds: faults that can be told before are
     tokenizer, template, data = prepare_data(config)
-    begin(loaded, folder, data, resumed=checkpoint)
+    samples = doctor.measure(config, data)
+    doctor.make_plan(config, data, samples)
+    check_checkpoint(start, folder, samples.steps)
+    precision = choose_precision(config)
+    with starting_folder(config) as adapter_or_base, quietly():
+        model = load_model(config, precision, adapter_or_base)
+    trainer, early = make_trainer(config, precision, model, tokenizer, data)
+    make_room(start, folder)  # only now, when all that could be wrong with this run was tried
+    begin(to_be_recorded(loaded), folder, data, resumed=start.checkpoint)
     try:
-        precision = choose_precision(config)
-        with starting_folder(config) as start, quietly():
-            model = load_model(config, precision, start)
-        trainer, early = make_trainer(config, precision, model, tokenizer, data)
         announce(config, trainer, data, tokenizer, early.plan)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=start.checkpoint)
     except BaseException as error:
         finish(folder, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error))
         raise
@@ -100,60 +102,134 @@ def refuse_prediction(loaded: Loaded) -> None:
     """Raises UserError for a recipe that only predicts (LLaMA-Factory's do_predict): it names no data to train on."""
     wanted = loaded.config.do_predict and loaded.config.eval_dataset and "dataset" not in loaded.given
     if wanted and loaded.recipe and not common.read_recipe(loaded.recipe).get("do_train"):
-        raise UserError(
-            f"this recipe predicts: python evaluate.py {loaded.recipe}; to train, name a dataset or set do_train: true"
-        )
+        evaluate = common.command("evaluate.py", loaded.recipe)
+        raise UserError(f"this recipe predicts: {evaluate}; to train, name a dataset or set do_train: true")
 
 
-def where_to_start(config: Config, folder: Path) -> str | None:
-    """The checkpoint to go on from, "finished", or None for a fresh start."""
-    if config.overwrite_output_dir:
-        return None
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins, and what is said of it."""
+
+    says: str = ""  # of a folder that holds no run
+    checkpoint: str | None = None  # to go on from
+    finished: bool = False  # nothing is left to do
+    clears: bool = False  # what the folder holds of an earlier run is deleted
+
+
+def where_to_start(loaded: Loaded, folder: Path) -> Start:
+    """Looks at what an earlier run has left in `folder`, and changes nothing.
+
+    A recipe that says overwrite_output_dir (nearly every file of LLaMA-Factory does) means the runs before this one:
+    started again after an interruption it goes on. Only the command line starts an interrupted run over.
+    """
+    config, typed = loaded.config, "overwrite_output_dir" in loaded.typed
+    named = named_checkpoint(config)
+    within = named is not None and Path(named).resolve().is_relative_to(folder.resolve())
+    refuse_running(folder)
+    left = common.left_by_training(folder)
+    goes_on = within or (not typed and named is None and can_go_on(config, folder))
+    if config.overwrite_output_dir and not goes_on:
+        over = f"{folder} is started over: what it holds of an earlier run is deleted"
+        return Start(over if left else "", named, clears=True)
     run = common.read_run(folder)
+    if run is None and left and not within:
+        raise UserError(
+            f"{folder} holds {left[0].name} but no run.json, so nothing is known of that run; "
+            "choose another output_dir, or overwrite_output_dir=true"
+        )
     if run is None:
-        if left := common.left_by_training(folder):
-            raise UserError(
-                f"{folder} holds {left[0].name} but no run.json, so nothing is known of that run; "
-                "choose another output_dir, or overwrite_output_dir=true"
-            )
-        return None
-    if run["status"] == "running" and common.is_alive(run["pid"]):
+        return Start(f"going on from {named}" if named else "", named)
+    if changed := changed_settings(config, folder):
+        over = "" if within else ", or overwrite_output_dir=true"
+        raise UserError(
+            f"{folder} was begun with other settings ({'; '.join(changed)}); "
+            f"give them as they were, or choose another output_dir{over}"
+        )
+    if run["status"] == "finished":
+        again = "to train it again: overwrite_output_dir=true, or another output_dir"
+        return Start(f"{folder} is finished; {again}", finished=True)
+    checkpoint = named or newest_checkpoint(config, folder)
+    kept = " (overwrite_output_dir starts an interrupted run over only on the command line)"
+    kept = " (overwrite_output_dir would delete it)" if within else kept
+    note = kept if config.overwrite_output_dir else ""
+    return Start(f"going on from {checkpoint}{note}" if checkpoint else f"{folder} begins again", checkpoint)
+
+
+def refuse_running(folder: Path) -> None:
+    """Raises UserError where another process trains in `folder`."""
+    try:
+        run = common.read_run(folder) or {}
+    except UserError:  # a broken run.json, which is looked at where it matters
+        return
+    if run.get("status") == "running" and common.is_alive(run.get("pid", 0), run.get("created")):
         raise UserError(f"{folder} is being trained by process {run['pid']}; wait for it, or choose another output_dir")
-    begun = common.run_config(folder)
-    changed = [
+
+
+def changed_settings(config: Config, folder: Path) -> list[str]:
+    """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
+    begun = locate_model(common.load_config([str(folder / "config.yaml")])).config
+    return [
         f"{name}={_shown(getattr(begun, name))} then, {_shown(getattr(config, name))} now"
         for name in common.OPTIONS
         if name not in HARMLESS and getattr(begun, name) != getattr(config, name)
     ]
-    if changed:
-        raise UserError(
-            f"{folder} was begun with other settings ({'; '.join(changed)}); "
-            "give them as they were, choose another output_dir, or overwrite_output_dir=true"
+
+
+def can_go_on(config: Config, folder: Path) -> bool:
+    """Whether `folder` holds an interrupted run of the same settings, and a checkpoint of it."""
+    try:
+        run = common.read_run(folder)
+        return (
+            run is not None
+            and run["status"] != "finished"
+            and newest_checkpoint(config, folder) is not None
+            and not changed_settings(config, folder)
         )
-    shutil.rmtree(folder / ".saving", ignore_errors=True)
-    if run["status"] == "finished":
-        return "finished"
-    return chosen_checkpoint(config, folder)
+    except UserError:  # broken files: nothing to go on from
+        return False
 
 
 def _shown(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def chosen_checkpoint(config: Config, folder: Path) -> str | None:
-    """The checkpoint named by the configuration, or the run's newest; every one there is whole."""
+def named_checkpoint(config: Config) -> str | None:
+    """The checkpoint that the configuration names; raises UserError where it is none."""
     wanted = config.resume_from_checkpoint
-    if wanted == "false":
+    if wanted in (None, "true", "false"):
         return None
-    if wanted not in (None, "true"):
-        if not (Path(wanted) / "trainer_state.json").exists():
-            raise UserError(f"{wanted} is not a checkpoint; name a checkpoint-N folder of the run")
-        return wanted
+    if not (Path(wanted) / "trainer_state.json").exists():
+        raise UserError(f"resume_from_checkpoint: {wanted} is not a checkpoint; name a checkpoint-N folder of a run")
+    return wanted
+
+
+def newest_checkpoint(config: Config, folder: Path) -> str | None:
+    """The run's newest checkpoint, unless none is wanted; every one there is whole."""
+    if config.resume_from_checkpoint == "false":
+        return None
     found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
     newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if newest is not None:
-        print(f"going on from {newest}")
     return str(newest) if newest is not None else None
+
+
+def check_checkpoint(start: Start, folder: Path, steps: int) -> None:
+    """Raises UserError where another run's checkpoint leaves nothing of `steps` to train."""
+    if start.checkpoint is None or Path(start.checkpoint).resolve().is_relative_to(folder.resolve()):
+        return
+    state = json.loads((Path(start.checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["global_step"] >= steps:
+        raise UserError(
+            f"resume_from_checkpoint: {start.checkpoint} stands at step {state['global_step']} of {steps}, so nothing "
+            "is left to train; raise num_train_epochs, or start from its weights with adapter_name_or_path"
+        )
+
+
+def make_room(start: Start, folder: Path) -> None:
+    """Deletes what the run takes the place of."""
+    refuse_running(folder)  # loading took a while
+    if start.clears:
+        clear(folder)
+    shutil.rmtree(folder / ".saving", ignore_errors=True)  # a checkpoint that a kill has cut short
 
 
 def clear(folder: Path) -> None:
@@ -165,27 +241,95 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def fetch_embedded_model(config: Config) -> None:
-    """Makes the embedded model the first time it is asked for."""
-    if config.model_name_or_path == common.EMBEDDED_MODEL and not Path(common.EMBEDDED_MODEL).exists():
-        status = subprocess.run([sys.executable, str(common.ROOT / "download.py")]).returncode
-        if status:
-            sys.exit(status)
+def to_be_recorded(loaded: Loaded) -> Loaded:
+    """What config.yaml holds: that file is to train the same again, and to delete nothing."""
+    once = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "overwrite_cache": False}
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, **once))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is looked at before anything heavy
+
+
+def check(loaded: Loaded, folder: Path) -> Start:
+    """Where the run begins; raises UserError with all that can be told to be wrong before anything heavy."""
+    config, name = loaded.config, loaded.config.model_name_or_path
+    looks = checks(loaded, folder) | {"data": lambda: dataset.check(config)}
+    is_made_first = name == common.EMBEDDED_MODEL and not Path(name).exists()
+    if not is_made_first:
+        looks["model"] = lambda: check_model(config)
+    found, faults = {}, []
+    for what, look in looks.items():
+        try:
+            found[what] = look()
+        except UserError as error:
+            faults.append(str(error))
+        if what == "run" and not faults and found[what].finished:
+            return found[what]
+    if faults:
+        raise UserError(faults[0] if len(faults) == 1 else f"{len(faults)} faults:\n" + "\n".join(faults))
+    if is_made_first:
+        make_embedded_model()
+        check_model(config)
+    return found["run"]
+
+
+def checks(loaded: Loaded, folder: Path) -> dict[str, Callable[[], Any]]:
+    """By what they look at, checks of a run that each raise UserError; `--dry-run` makes them, too."""
+    config = loaded.config
+    return {
+        "run": lambda: where_to_start(loaded, folder),
+        "template": lambda: config.template is None or check_name(config.template),
+        "settings": lambda: check_environment(config),
+    }
+
+
+def locate_model(loaded: Loaded) -> Loaded:
+    """With the folder of the model in place of another name of it: that is what is read, and recorded."""
+    folder = common.find_model(loaded.config.model_name_or_path)
+    if folder is None:
+        return loaded
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model_name_or_path=str(folder)))
+
+
+def adapter_notes(loaded: Loaded) -> list[str]:
+    """A note where settings of the adapter are given that the adapter to go on with does not follow."""
+    config = loaded.config
+    try:
+        own = json.loads((Path(config.adapter_name_or_path or "") / "adapter_config.json").read_text(encoding="utf-8"))
+        has = {
+            "lora_rank": (own["r"], config.lora_rank),
+            "lora_alpha": (own["lora_alpha"], config.alpha),
+            "lora_target": (set(own["target_modules"]), set(config.lora_target)),
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # no adapter, or not a whole one, which check_environment tells
+        return []
+    if has["lora_target"][1] == {"all"}:
+        has.pop("lora_target")
+    other = [name for name, (its, ours) in has.items() if its != ours and name in loaded.given]
+    if not other:
+        return []
+    return [f"{', '.join(other)}: {config.adapter_name_or_path} is trained further as it is, of rank {own['r']}"]
+
+
+def make_embedded_model() -> None:
+    """Makes the embedded model, which is asked for the first time."""
+    status = subprocess.run([sys.executable, str(common.ROOT / "download.py")]).returncode
+    if status:
+        sys.exit(status)
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError where the base model is not on the disk, not whole, or reads less than cutoff_len."""
-    path = Path(config.model_name_or_path)
+    """Raises UserError where the base model is not on the disk, not whole, or not fit for the settings."""
+    path = Path(config.model_name_or_path).expanduser()
     missing = common.missing_from_model(path)
     if missing and not path.exists():
-        raise UserError(
-            f"there is no model at {path}; fetch it (python download.py ORG/NAME) or set model_name_or_path"
-        )
+        fetch = common.command("download.py", doctor.hub_name(config.model_name_or_path) or "ORG/NAME")
+        raise UserError(f"there is no model at {path}; fetch it ({fetch}) or set model_name_or_path")
     if missing:
         raise UserError(f"{path} is not a whole model, it lacks {', '.join(missing)}; fetch it again")
-    context = json.loads((path / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
-    if context and config.cutoff_len > context:
-        raise UserError(f"cutoff_len is {config.cutoff_len}, but {path} reads at most {context} tokens; lower it")
+    if faults := doctor.model_faults(config, doctor.read_model(path)):
+        raise UserError("\n".join(faults))
 
 
 def fit_batches(config: Config) -> Config:
@@ -226,9 +370,9 @@ def prepare_data(config: Config) -> tuple[Any, ChatTemplate, Prepared]:
 
 
 def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> None:
-    """Writes config.yaml and run.json, before the first step; clears the folder first where told to."""
-    if loaded.config.overwrite_output_dir:
-        clear(folder)
+    """Writes config.yaml and run.json, before the first step."""
+    import psutil
+
     folder.mkdir(parents=True, exist_ok=True)
     common.write_text(folder / "config.yaml", common.dump_config(loaded.config))
     write_trained(folder, data, resumed)
@@ -237,6 +381,7 @@ def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> 
     run = {
         "status": "running",
         "pid": os.getpid(),
+        "created": psutil.Process().create_time(),  # of the process: another may have its number one day
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "resumed_from": resumed,
         "recipe": str(loaded.recipe) if loaded.recipe else None,
@@ -259,8 +404,9 @@ def write_trained(folder: Path, data: Prepared, resumed: str | None) -> None:
     import numpy as np
 
     file, contents = folder / common.TRAINED, data.contents
-    if resumed and file.is_file():
-        contents = np.union1d(np.load(file), contents)
+    for earlier in {file, Path(resumed).parent / common.TRAINED} if resumed else ():  # another run's checkpoint, too
+        if earlier.is_file():
+            contents = np.union1d(np.load(earlier), contents)
     beside = folder / f".{common.TRAINED}"
     with open(beside, "wb") as opened:
         np.save(opened, contents)
@@ -593,7 +739,7 @@ def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: 
     }
     if state.global_step < state.max_steps and not stopped_early:
         finish(folder, "interrupted", **facts)
-        print(f"\nstopped at step {state.global_step} of {state.max_steps}; to go on: {again()}")
+        print(f"\nstopped at step {state.global_step} of {state.max_steps}; to go on: {again(folder)}")
         sys.exit(130)
     save_adapter(trainer, template, folder)
     finish(folder, "finished", **facts)
@@ -611,7 +757,7 @@ def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: 
         f"report     {written}"
     )
     if evaluations:
-        print(f"measure it: python evaluate.py {folder}")
+        print(f"measure it: {common.command('evaluate.py', folder)}")
     print_next(folder)
 
 
@@ -638,13 +784,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def again() -> str:
-    """The command that started this process."""
-    return " ".join(["python", *sys.argv])
+def again(folder: Path) -> str:
+    """The command that goes on with a run: its own configuration deletes nothing, whatever the recipe says."""
+    return common.command("train.py", folder / "config.yaml")
 
 
 def print_next(folder: Path) -> None:
-    print(f"talk to it: python chat.py {folder}")
+    print(f"talk to it: {common.command('chat.py', folder)}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
-from conftest import run, write_jsonl
+from conftest import ROOT, run, write_jsonl
 
 import common
 import doctor
@@ -16,13 +20,18 @@ import train
 from common import load_config
 
 GB = 1e9
+LLAMA3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def llama3_8b(tmp_path_factory) -> Path:
     """The shapes of Llama-3-8B without its weights: config.json and the header of a safetensors file."""
     folder = tmp_path_factory.mktemp("llama3-8b")
-    hidden, inner, vocabulary, layers = 4096, 14336, 128256, 32
+    hidden, inner = LLAMA3_8B["hidden_size"], LLAMA3_8B["intermediate_size"]
+    vocabulary, layers = LLAMA3_8B["vocab_size"], LLAMA3_8B["num_hidden_layers"]
     shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "lm_head.weight": [vocabulary, hidden]}
     for layer in range(layers):
         for name, rows, columns in (
@@ -39,8 +48,7 @@ def llama3_8b(tmp_path_factory) -> Path:
     header = {name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    config = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": vocabulary}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(LLAMA3_8B))
     return folder
 
 
@@ -79,7 +87,7 @@ def test_what_does_not_fit_comes_with_advice(llama3_8b, capsys):
     config = load_config([f"model_name_or_path={llama3_8b}", "cutoff_len=4096", "per_device_train_batch_size=4"]).config
     card = common.Gpu("RTX 4090", "580.65", (13, 0), (8, 9), int(25.7 * GB), int(20 * GB))
     seen = doctor.Examination()
-    doctor.check_memory(seen, config, card, None)
+    doctor.check_memory(seen, config, card, None, doctor.read_model(llama3_8b))
     said = capsys.readouterr().out
     assert seen.faults == 1
     assert "20.0 GB are free" in said
@@ -201,6 +209,66 @@ def test_a_model_that_is_nowhere(tmp_path):
     result = run("train.py", *settings, "model_name_or_path=org/name", cwd=tmp_path, env=environment)
     assert result.returncode == 2
     assert "http://127.0.0.1:9 cannot be reached" in result.stdout
-    assert "python download.py org/name" in result.stdout
+    assert f"python {ROOT / 'download.py'} org/name" in result.stdout
     result = run("train.py", *settings, "model_name_or_path=models/name", cwd=tmp_path, env=environment)
     assert "there is no folder models/name" in result.stdout
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub on loopback that has one model's config.json, and the environment of a script that asks it."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/shenzhi-wang/Llama3-8B-Chinese-Chat/resolve/main/config.json"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(LLAMA3_8B).encode() if found else b"")
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    yield address
+    server.shutdown()
+
+
+def test_steps_memory_and_disk_are_told_before_the_model_is_fetched(hub, tmp_path):
+    """The README's command, on a machine that has not yet fetched the model."""
+    recipe = str(ROOT / "configs" / "llama3-8b-chinese-chat.yaml")
+    result = run("train.py", recipe, "--dry-run", f"dataset_dir={ROOT / 'data'}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"{hub} answers: python {ROOT / 'download.py'} shenzhi-wang/Llama3-8B-Chinese-Chat" in result.stdout
+    assert "at most 114 optimizer steps of 1 x 8" in result.stdout
+    assert "(weights 16.1, " in result.stdout or "(weights 32.1, " in result.stdout
+    assert "the model takes about 16.1 GB" in result.stdout
+    assert "checkpoints take about 1.01 GB" in result.stdout
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_model_that_cannot_be_estimated_yet_is_said_to_be(tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 9)
+    settings = ["model_name_or_path=org/name", f"dataset={rows}", "max_steps=7"]
+    said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
+    assert "7 optimizer steps" in said and "is told once the model is there" in said
+    assert doctor.model_like({"n_embd": 768}) is None
+    assert doctor.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
+
+
+def test_the_shapes_of_a_config_json_are_those_of_its_model(llama3_8b, embedded_model):
+    for folder, settings in ((llama3_8b, LLAMA3_8B), (embedded_model, doctor.EMBEDDED_SHAPE)):
+        matrices = {name: shape for name, shape in doctor.tensor_shapes(folder).items() if len(shape) == 2}
+        assert doctor.model_like(settings).shapes == matrices
+        own = json.loads((folder / "config.json").read_text())
+        assert {name: own[name] for name in settings} == settings
+
+
+def test_a_chip_that_shares_the_main_memory(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(FAKE_SMI.format(driver="580.95").replace("24564, 24100", "[N/A], [N/A]"))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert common.find_gpu().total_memory == psutil.virtual_memory().total

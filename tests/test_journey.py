@@ -25,8 +25,8 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not HANDED_ON.
 ELSEWHERE = {
     "python download.py shenzhi-wang/Llama3-8B-Chinese-Chat --mirror https://hf-mirror.com": "test_download.py",
     "python train.py configs/llama3-8b-chinese-chat.yaml --dry-run": "test_doctor.py",
-    "python train.py configs/llama3-8b-chinese-chat.yaml": "test_train.py, test_common.py",
-    "python chat.py configs/llama3-8b-chinese-chat.yaml": "test_chat.py",
+    "python train.py configs/llama3-8b-chinese-chat.yaml": "test_train.py, on the tiny model",
+    "python chat.py configs/llama3-8b-chinese-chat.yaml": "test_train.py, after that",
     "vllm serve saves/quickstart/merged --served-model-name quickstart": "test_api.py, the files that vLLM reads",
     "llama-server -m saves/quickstart/gguf/quickstart-q8_0.gguf --jinja": "test_quantize.py, by llama.cpp's library",
     "make test-quick": "this run",

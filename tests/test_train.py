@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, run, write_jsonl
 
 import common
 import dataset
 import formats
+import train as script
+from common import UserError, load_config
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -113,7 +117,7 @@ def test_what_the_script_says(finished):
     said = (finished.parent / "stdout").read_text()
     assert "are learned" in said
     assert "12 of 2 x 1 samples" in said
-    assert said.rstrip().endswith(f"python chat.py {finished}")
+    assert said.rstrip().endswith(f"python {ROOT / 'chat.py'} {finished}")
 
 
 @pytest.mark.slow
@@ -182,28 +186,106 @@ def uninterrupted(finished, tiny_model) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_with_the_same_losses(finished, uninterrupted, tiny_model, tmp_path, number):
+    """Though its recipe says overwrite_output_dir, as LLaMA-Factory's do; by the command that is printed, as it is."""
     rows = finished.parent / "rows.jsonl"
-    folder = tmp_path / "run"
+    folder = tmp_path / "my run"
     settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *LONGER]
-    command = [sys.executable, str(ROOT / "train.py"), *settings]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{s.replace('=', ': ', 1)}\n" for s in [*settings, "overwrite_output_dir=true"]))
+    command = [sys.executable, str(ROOT / "train.py"), str(recipe)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=rows.parent)
     interrupt(process, folder, 6, number)
     out, _ = process.communicate(timeout=120)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert "to go on: python" in out
+        again = out.rpartition("to go on: python ")[2]
+        command = f"'{sys.executable}' {again}"
         state = read_run(folder)
         assert state["status"] == "interrupted"
         assert (folder / f"checkpoint-{state['steps']}").is_dir()
     else:
+        command = shlex.join(command)
         assert read_run(folder)["status"] == "running"  # nobody was left to write it
     assert not (folder / "adapter_model.safetensors").exists()
-    result = run("train.py", *settings, cwd=rows.parent)
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=rows.parent)
     assert result.returncode == 0, result.stderr
     assert "going on from" in result.stdout
     assert read_run(folder)["status"] == "finished"
     assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-4)
     assert read_run(folder)["train_loss"] == pytest.approx(read_run(uninterrupted)["train_loss"], rel=1e-4)
+
+
+def an_interrupted_run(folder: Path, *settings: str, **run) -> Path:
+    """What a run leaves that was interrupted after step 4."""
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    common.write_text(
+        folder / "config.yaml", common.dump_config(load_config([*settings, f"output_dir={folder}"]).config)
+    )
+    common.write_json(folder / "run.json", {"status": "interrupted", **run})
+    return folder
+
+
+def start(folder: Path, recipe: str, *typed: str) -> script.Start:
+    (folder.parent / "recipe.yaml").write_text(f"output_dir: {folder}\n{recipe}\n")
+    return script.where_to_start(load_config([str(folder.parent / "recipe.yaml"), *typed]), folder)
+
+
+def test_only_what_is_told_to_be_is_started_over(tmp_path):
+    over, folder = "overwrite_output_dir: true", an_interrupted_run(tmp_path / "run")
+    newest = str(folder / "checkpoint-4")
+    assert (start(folder, "").checkpoint, start(folder, "").clears) == (newest, False)
+    on = start(folder, over)
+    assert (on.checkpoint, on.clears) == (newest, False)
+    assert "overwrite_output_dir" in on.says
+    for recipe, typed in (
+        (over, ["overwrite_output_dir=true"]),
+        (over, ["seed=1"]),
+        (over, ["resume_from_checkpoint=false"]),
+    ):
+        begun = start(folder, recipe, *typed)
+        assert (begun.checkpoint, begun.clears) == (None, True)
+    with pytest.raises(UserError, match="seed=42 then, 1 now"):
+        start(folder, "seed: 1")
+    common.write_json(folder / "run.json", {"status": "finished"})
+    assert start(folder, "").finished
+    assert start(folder, over).clears
+    common.write_text(folder / "run.json", "[]")
+    assert start(folder, over).clears
+    with pytest.raises(UserError, match=r"run\.json is broken"):
+        start(folder, "")
+    assert start(tmp_path / "other", over).checkpoint is None
+
+
+def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
+    folder = an_interrupted_run(tmp_path / "run")
+    (folder / "checkpoint-8").mkdir()
+    (folder / "checkpoint-8" / "trainer_state.json").write_text('{"global_step": 8}')
+    named = f"resume_from_checkpoint: {folder / 'checkpoint-4'}"
+    kept = (str(folder / "checkpoint-4"), False)
+    for typed in ([], ["overwrite_output_dir=true"]):
+        found = start(folder, named, *typed)
+        assert (found.checkpoint, found.clears) == kept
+    (folder / "run.json").unlink()  # as LLaMA-Factory leaves its folders
+    found = start(folder, f"{named}\noverwrite_output_dir: true")
+    assert (found.checkpoint, found.clears) == kept
+    elsewhere = start(tmp_path / "new", named)
+    assert elsewhere.checkpoint == kept[0]
+    script.check_checkpoint(elsewhere, tmp_path / "new", 5)
+    with pytest.raises(UserError, match="stands at step 4 of 4"):
+        script.check_checkpoint(elsewhere, tmp_path / "new", 4)
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        start(tmp_path / "new", f"resume_from_checkpoint: {tmp_path}")
+
+
+@pytest.mark.slow
+def test_a_new_run_goes_on_from_the_checkpoint_of_another(finished, tiny_model, tmp_path):
+    rows, more = finished.parent / "rows.jsonl", f"resume_from_checkpoint={finished / 'checkpoint-10'}"
+    result = train(tiny_model, rows, tmp_path / "run", "save_steps=5", more)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "run") == pytest.approx({n: losses(finished)[n] for n in (11, 12)}, rel=1e-4)
+    config = common.run_config(tmp_path / "run")
+    assert (config.resume_from_checkpoint, config.overwrite_output_dir) == (None, False)
 
 
 @pytest.mark.slow
@@ -264,12 +346,16 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
 
 
 @pytest.mark.slow
-def test_unknown_modules_are_named(tiny_model, data, tmp_path):
-    result = train(tiny_model, data, tmp_path / "run", "lora_target=c_attn")
-    assert result.returncode == 2
-    assert "q_proj" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert read_run(tmp_path / "run")["status"] == "failed"
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
+    """A step on the tiny model, with the data of data/; and the recipe is what one talks to."""
+    more = [f"model_name_or_path={tiny_model}", f"dataset_dir={ROOT / 'data'}", "max_steps=1", "cutoff_len=256"]
+    result = run("train.py", str(recipe), *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert read_run(tmp_path / "saves" / recipe.stem)["steps"] == 1
+    if recipe.stem == "llama3-8b-chinese-chat":
+        said = run("chat.py", str(recipe), "-p", "hi", "max_new_tokens=2", cwd=tmp_path, input="")
+        assert said.returncode == 0, said.stderr
 
 
 @pytest.mark.slow
@@ -300,6 +386,8 @@ def test_bad_input_is_told_in_a_second(tiny_model, data, tmp_path):
     assert "there is no model" in in_a_second(tmp_path / "nothing", data, folder)
     assert "reads at most 8192" in in_a_second(tiny_model, data, folder, "cutoff_len=10000")
     assert "dataset" in in_a_second(tiny_model, tmp_path / "none.jsonl", folder)
+    assert "it has down_proj, gate_proj" in in_a_second(tiny_model, data, folder, "lora_target=q_proj,c_attn")
+    assert "did you mean 'llama3'?" in in_a_second(tiny_model, data, folder, "template=llama33")
 
 
 def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
@@ -308,15 +396,15 @@ def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
     recipe.write_text(settings)
     for more in ([], ["--dry-run"]):
         result = run("train.py", str(recipe), *more, cwd=tmp_path)
-        assert result.returncode == 2 and f"this recipe predicts: python evaluate.py {recipe}" in result.stderr
+        assert (
+            result.returncode == 2 and f"this recipe predicts: python {ROOT / 'evaluate.py'} {recipe}" in result.stderr
+        )
     assert not folder.exists()
     recipe.write_text(settings + "do_train: true\n")
     assert "this recipe predicts" not in run("train.py", str(recipe), "--dry-run", cwd=tmp_path).stderr
 
 
 def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
-    import train as script
-
     def trained(contents: list[int], resumed: str | None) -> list[int]:
         data = dataset.Prepared(None, None, None, None, np.array(contents), report={})
         script.write_trained(tmp_path, data, resumed)
@@ -325,16 +413,83 @@ def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
     assert trained([3, 5], None) == [3, 5]
     assert trained([4, 5], "checkpoint-4") == [3, 4, 5]
     assert trained([4, 5], None) == [4, 5]
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "trained.npy", [7])
+    assert trained([4, 5], str(tmp_path / "other" / "checkpoint-4")) == [4, 5, 7]
 
 
-def test_bad_input_deletes_nothing_of_an_earlier_run(tiny_model, tmp_path):
-    folder = tmp_path / "run"
-    (folder / "checkpoint-9").mkdir(parents=True)
-    (folder / "run.json").write_text('{"status": "finished"}')
+def test_all_that_is_wrong_is_told_at_once(tiny_model, data, tmp_path):
+    folder = an_interrupted_run(tmp_path / "run")
+    more = ["cutoff_len=10000", "lora_target=c_attn", "template=llama33", f"adapter_name_or_path={tmp_path}"]
+    told = ["begun with other settings", "reads at most 8192", "no template 'llama33'", "has no adapter_config.json"]
+    result = train(tiny_model, data, folder, *more)
+    assert (result.returncode, result.stderr.split("\n")[0]) == (2, "error: 4 faults:")
+    looked = train(tiny_model, data, folder, "--dry-run", *more)
+    assert (looked.returncode, looked.stdout.rstrip().split("\n")[-1]) == (2, "no: 4 faults, see above")
+    for sentence in told:
+        assert sentence in result.stderr and sentence in looked.stdout
+
+
+def test_bad_input_deletes_nothing_of_an_earlier_run(tiny_model, data, tmp_path):
+    folder = an_interrupted_run(tmp_path / "run", status="finished")
+    before = (folder / "run.json").read_text()
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"instruction": "a", "output": 5}])
-    assert train(tiny_model, bad, folder, "overwrite_output_dir=true").returncode == 2
-    assert (folder / "checkpoint-9").is_dir()
-    assert (folder / "run.json").read_text() == '{"status": "finished"}'
+    for rows, more in (
+        (bad, "seed=42"), (data, "lora_target=c_attn"), (data, "template=llama33"), (data, "optim=adamw_torchh"),
+    ):  # fmt: skip
+        assert train(tiny_model, rows, folder, "overwrite_output_dir=true", more).returncode == 2
+        assert (folder / "checkpoint-4").is_dir()
+        assert (folder / "run.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_held_out_part_that_is_not_there_deletes_nothing(tiny_model, data, tmp_path):
+    folder = an_interrupted_run(tmp_path / "run", status="finished")
+    result = train(tiny_model, data, folder, "overwrite_output_dir=true", "eval_strategy=steps")
+    assert result.returncode == 2
+    assert "needs held-out data" in result.stderr
+    assert read_run(folder) == {"status": "finished"} and (folder / "checkpoint-4").is_dir()
+
+
+def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, monkeypatch):
+    folder = an_interrupted_run(tmp_path / "run", status="finished")
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    for name in ("import_unsloth", "check_checkpoint", "choose_precision"):
+        monkeypatch.setattr(script, name, lambda *_: None)
+    monkeypatch.setattr(script, "prepare_data", lambda _: (None, None, None))
+    monkeypatch.setattr(script.doctor, "measure", lambda *_: script.doctor.Samples(4, 4, 4, 4, 4))
+    monkeypatch.setattr(script.doctor, "make_plan", lambda *_: None)
+    monkeypatch.setattr(script, "load_model", out_of_memory)
+    settings = [f"model_name_or_path={tiny_model}", f"dataset={data}", f"output_dir={folder}"]
+    with pytest.raises(RuntimeError):
+        script.main([*settings, "overwrite_output_dir=true"])
+    assert read_run(folder) == {"status": "finished"} and (folder / "checkpoint-4").is_dir()
+
+
+def test_a_model_is_found_where_chat_finds_it(tiny_model, data, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("org/tiny", "models/tiny", "~/models/tiny"):
+        loaded = script.locate_model(load_config([f"model_name_or_path={name}", f"dataset={data}"]))
+        assert Path(loaded.config.model_name_or_path).samefile(tiny_model)
+        script.check_model(loaded.config)
+    run = an_interrupted_run(tmp_path / "run", "model_name_or_path=models/tiny")
+    found = script.locate_model(load_config([f"output_dir={run}", "model_name_or_path=org/tiny"]))
+    assert script.where_to_start(found, run).checkpoint == str(run / "checkpoint-4")
+
+
+def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tmp_path):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
+    common.write_json(tmp_path / "adapter_config.json", settings)
+    adapter = f"adapter_name_or_path={tmp_path}"
+    (note,) = script.adapter_notes(load_config([adapter, "lora_rank=16", "lora_target=q_proj", "lora_alpha=8"]))
+    assert note.startswith("lora_rank, lora_target: ") and "rank 4" in note
+    assert script.adapter_notes(load_config([adapter, "lora_rank=4", "lora_target=all"])) == []
 
 
 def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
@@ -357,9 +512,15 @@ def test_half_a_model_is_named(tiny_model, data, tmp_path):
 
 
 def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"status": "running", "pid": os.getpid()}))
-    result = train(tiny_model, data, folder)
-    assert result.returncode == 2
-    assert f"process {os.getpid()}" in result.stderr
+    created = psutil.Process().create_time()
+    folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
+    for more in ("seed=42", "overwrite_output_dir=true"):
+        result = train(tiny_model, data, folder, more)
+        assert result.returncode == 2
+        assert f"process {os.getpid()}" in result.stderr
+
+
+def test_another_process_of_the_same_number_blocks_no_run(tmp_path):
+    created = psutil.Process().create_time() - 100
+    folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
+    assert start(folder, "").checkpoint == str(folder / "checkpoint-4")
