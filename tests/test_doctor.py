@@ -16,7 +16,7 @@ from conftest import ROOT, run, write_jsonl
 
 import common
 import doctor
-import train
+import starting
 from common import load_config
 
 GB = 1e9
@@ -133,7 +133,7 @@ def refusal(capsys) -> str:
     doctor.check_gpu(seen, config)
     assert seen.faults == 1
     with pytest.raises(common.UserError) as caught:
-        train.check_environment(config)
+        starting.check_environment(config)
     assert str(caught.value) in capsys.readouterr().out
     return str(caught.value)
 
@@ -144,7 +144,7 @@ def test_a_card_that_will_do(card, capsys):
     )
     seen, config = doctor.Examination(), load_config([]).config
     doctor.check_gpu(seen, config)
-    train.check_environment(config)
+    starting.check_environment(config)
     assert seen.faults == 0
     assert "580.65.06 (CUDA 12.2), torch is built for 13.x" in capsys.readouterr().out
 
