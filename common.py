@@ -26,9 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent
+
+try:
+    import yaml
+except ModuleNotFoundError:  # `python chat.py` outside .venv
+    print(f"error: {sys.executable} lacks this kit's packages; run make setup, then .venv/bin/python", file=sys.stderr)
+    sys.exit(2)
+
 CACHE = Path(os.environ.get("ONECARD_CACHE", ROOT / ".cache"))
 SAVES = Path("saves")
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"

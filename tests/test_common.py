@@ -188,6 +188,15 @@ def test_every_shipped_recipe_is_valid():
         assert not repeated, f"{path.name} repeats defaults: {repeated}"
 
 
+@pytest.mark.parametrize(
+    "script", ["train.py", "chat.py", "api.py", "webui.py", "evaluate.py", "merge.py", "quantize.py"]
+)
+def test_a_python_without_the_packages_is_told_which_has_them(script):
+    result = subprocess.run([sys.executable, "-S", ROOT / script], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.endswith("lacks this kit's packages; run make setup, then .venv/bin/python\n")
+
+
 def test_help_lists_every_key_in_half_a_second():
     times = []
     for _ in range(3):

@@ -74,7 +74,7 @@ def test_embedded_weights_equal_the_dequantization_of_transformers(embedded_mode
     from transformers import AutoModelForCausalLM, GgufConfig
 
     expected = AutoModelForCausalLM.from_pretrained(
-        common.CACHE,
+        download.fetch_gguf().parent,
         gguf_file=download.GGUF,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float16,

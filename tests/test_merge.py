@@ -358,7 +358,7 @@ def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
         Path("mine.yaml").write_text(recipe + more)
         merge.main(["mine.yaml", setting, "--no-verify"])
         assert json.loads(Path(f"out {number}/merge.json").read_text())["adapter"] == str(Path(adapter).resolve())
-        assert f"make a GGUF: python quantize.py 'out {number}'\n" in capsys.readouterr().out
+        assert f"make a GGUF: python {ROOT / 'quantize.py'} 'out {number}'\n" in capsys.readouterr().out
 
 
 def test_the_revision_of_a_base_is_not_passed_over(lora: Path, models: dict[str, Path]) -> None:
