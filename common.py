@@ -892,7 +892,14 @@ def is_run(path: Path) -> bool:
 
 def left_by_training(folder: Path) -> list[Path]:
     """What a training has left in `folder`: all that a new one there would delete."""
-    names = ("checkpoint-*", ".saving", "adapter_*", "tokenizer*", "special_tokens_map.json", "chat_template.jinja")
+    names = (
+        "checkpoint-[0-9]*",
+        ".saving",
+        "adapter_*",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    )
     names += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf")
     names += ("eval", "report.html", "runs", TRAINED)
     return [path for name in names for path in folder.glob(name)]

@@ -243,7 +243,7 @@ def _spreads_objects(path: Path, enough: int = 1 << 24) -> bool:
 def parse_line(line: bytes, number: int) -> Any:
     """The row of a line of JSON; raises Fault with line and column."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip())  # else a fault at the end would lie on a line of its own
     except UnicodeDecodeError as error:
         raise Fault(f"line {number}, byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:

@@ -69,6 +69,8 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last loss and the whole time, whatever logging_steps is
 
     def on_log(
         self,
@@ -184,7 +186,7 @@ class Interruption(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             control.should_training_stop = True
-            control.should_save = True
+            control.should_save = control.should_log = True
             control.should_evaluate = False
 
 

@@ -29,6 +29,9 @@ HARMLESS = {
     "plot_loss",
     "save_total_limit",
     "report_to",
+    "logging_steps",
+    "logging_first_step",
+    "save_steps",
     "use_unsloth",
     *list(common.OPTIONS)[list(common.OPTIONS).index("do_sample") :],  # chat and export
 }
@@ -63,9 +66,9 @@ def where_to_start(loaded: Loaded, folder: Path) -> Start:
     within = named is not None and Path(named).resolve().is_relative_to(folder.resolve())
     refuse_running(folder)
     left = common.left_by_training(folder)
-    goes_on = within or (not typed and named is None and can_go_on(config, folder))
+    goes_on = within or (not typed and named is None and is_interrupted(config, folder))
     if config.overwrite_output_dir and not goes_on:
-        over = f"{folder} is started over: what it holds of an earlier run is deleted"
+        over = f"{folder} is started over: what it holds of an earlier run is deleted as soon as this one begins"
         return Start(over if left else "", named, clears=True)
     run = common.read_run(folder)
     if run is None and left and not within:
@@ -76,7 +79,7 @@ def where_to_start(loaded: Loaded, folder: Path) -> Start:
     if run is None:
         return Start(f"going on from {named}" if named else "", named)
     if changed := changed_settings(config, folder):
-        over = "" if within else ", or overwrite_output_dir=true"
+        over = "" if within else ", or overwrite_output_dir=true on the command line"
         raise UserError(
             f"{folder} was begun with other settings ({'; '.join(changed)}); "
             f"give them as they were, or choose another output_dir{over}"
@@ -111,18 +114,13 @@ def changed_settings(config: Config, folder: Path) -> list[str]:
     ]
 
 
-def can_go_on(config: Config, folder: Path) -> bool:
-    """Whether `folder` holds an interrupted run of the same settings, and a checkpoint of it."""
+def is_interrupted(config: Config, folder: Path) -> bool:
+    """Whether `folder` holds an interrupted run and a checkpoint of it."""
     try:
         run = common.read_run(folder)
-        return (
-            run is not None
-            and run["status"] != "finished"
-            and newest_checkpoint(config, folder) is not None
-            and not changed_settings(config, folder)
-        )
-    except UserError:  # broken files: nothing to go on from
+    except UserError:  # broken: nothing to go on from
         return False
+    return run is not None and run["status"] != "finished" and newest_checkpoint(config, folder) is not None
 
 
 def _shown(value: Any) -> Any:

@@ -20,6 +20,7 @@ from conftest import ROOT, run, write_jsonl
 import common
 import dataset
 import formats
+import starting
 import train as script
 from common import UserError, load_config
 
@@ -226,9 +227,9 @@ def an_interrupted_run(folder: Path, *settings: str, **run) -> Path:
     return folder
 
 
-def start(folder: Path, recipe: str, *typed: str) -> script.Start:
+def start(folder: Path, recipe: str, *typed: str) -> starting.Start:
     (folder.parent / "recipe.yaml").write_text(f"output_dir: {folder}\n{recipe}\n")
-    return script.where_to_start(load_config([str(folder.parent / "recipe.yaml"), *typed]), folder)
+    return starting.where_to_start(load_config([str(folder.parent / "recipe.yaml"), *typed]), folder)
 
 
 def test_only_what_is_told_to_be_is_started_over(tmp_path):
@@ -240,13 +241,14 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
     assert "overwrite_output_dir" in on.says
     for recipe, typed in (
         (over, ["overwrite_output_dir=true"]),
-        (over, ["seed=1"]),
         (over, ["resume_from_checkpoint=false"]),
     ):
         begun = start(folder, recipe, *typed)
         assert (begun.checkpoint, begun.clears) == (None, True)
-    with pytest.raises(UserError, match="seed=42 then, 1 now"):
-        start(folder, "seed: 1")
+    for recipe in ("seed: 1", f"seed: 1\n{over}"):
+        with pytest.raises(UserError, match=r"seed=42 then, 1 now.*overwrite_output_dir=true on the command line"):
+            start(folder, recipe)
+    assert start(folder, "logging_steps: 1").checkpoint == newest  # nothing that is learned depends on it
     common.write_json(folder / "run.json", {"status": "finished"})
     assert start(folder, "").finished
     assert start(folder, over).clears
@@ -271,9 +273,9 @@ def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
     assert (found.checkpoint, found.clears) == kept
     elsewhere = start(tmp_path / "new", named)
     assert elsewhere.checkpoint == kept[0]
-    script.check_checkpoint(elsewhere, tmp_path / "new", 5)
+    starting.check_checkpoint(elsewhere, tmp_path / "new", 5)
     with pytest.raises(UserError, match="stands at step 4 of 4"):
-        script.check_checkpoint(elsewhere, tmp_path / "new", 4)
+        starting.check_checkpoint(elsewhere, tmp_path / "new", 4)
     with pytest.raises(UserError, match="is not a checkpoint"):
         start(tmp_path / "new", f"resume_from_checkpoint: {tmp_path}")
 
@@ -311,13 +313,15 @@ def test_held_out_data_choose_the_best_step_and_an_adapter_is_trained_further(fi
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_2024-05-25.yaml", "train_2024-07-09.yaml"])
 def test_the_tutorials_own_files_train(tiny_model, tmp_path, name):
-    """Unchanged, with the data of data/; only the model's path differs (and one step is enough here)."""
-    more = [f"model_name_or_path={tiny_model}", f"output_dir={tmp_path / 'run'}", "max_steps=1"]
+    """Unchanged, with the data of data/; only the model's path differs (and two steps are enough here)."""
+    more = [f"model_name_or_path={tiny_model}", f"output_dir={tmp_path / 'run'}", "max_steps=2"]
     result = run("train.py", f"tests/tutorial/{name}", *more)
     assert result.returncode == 0, result.stderr
     assert "note: fp16" in result.stdout
     assert "<|start_header_id|>" in (tmp_path / "run" / "chat_template.jinja").read_text()
     state = read_run(tmp_path / "run")
+    assert list(losses(tmp_path / "run")) == [1, 2]  # the last one too, though logging_steps is 5
+    assert state["last_loss"] == losses(tmp_path / "run")[2]
     assert [entry["name"] for entry in state["data"]["datasets"]] == [
         "fintech" if "05-25" in name else "diy",
         "identity",
@@ -457,8 +461,8 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    for name in ("import_unsloth", "check_checkpoint", "choose_precision"):
-        monkeypatch.setattr(script, name, lambda *_: None)
+    for owner, name in ((script, "import_unsloth"), (starting, "check_checkpoint"), (script, "choose_precision")):
+        monkeypatch.setattr(owner, name, lambda *_: None)
     monkeypatch.setattr(script, "prepare_data", lambda _: (None, None, None))
     monkeypatch.setattr(script.doctor, "measure", lambda *_: script.doctor.Samples(4, 4, 4, 4, 4))
     monkeypatch.setattr(script.doctor, "make_plan", lambda *_: None)
@@ -475,21 +479,21 @@ def test_a_model_is_found_where_chat_finds_it(tiny_model, data, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("org/tiny", "models/tiny", "~/models/tiny"):
-        loaded = script.locate_model(load_config([f"model_name_or_path={name}", f"dataset={data}"]))
+        loaded = starting.locate_model(load_config([f"model_name_or_path={name}", f"dataset={data}"]))
         assert Path(loaded.config.model_name_or_path).samefile(tiny_model)
-        script.check_model(loaded.config)
+        starting.check_model(loaded.config)
     run = an_interrupted_run(tmp_path / "run", "model_name_or_path=models/tiny")
-    found = script.locate_model(load_config([f"output_dir={run}", "model_name_or_path=org/tiny"]))
-    assert script.where_to_start(found, run).checkpoint == str(run / "checkpoint-4")
+    found = starting.locate_model(load_config([f"output_dir={run}", "model_name_or_path=org/tiny"]))
+    assert starting.where_to_start(found, run).checkpoint == str(run / "checkpoint-4")
 
 
 def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tmp_path):
     settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
     common.write_json(tmp_path / "adapter_config.json", settings)
     adapter = f"adapter_name_or_path={tmp_path}"
-    (note,) = script.adapter_notes(load_config([adapter, "lora_rank=16", "lora_target=q_proj", "lora_alpha=8"]))
+    (note,) = starting.adapter_notes(load_config([adapter, "lora_rank=16", "lora_target=q_proj", "lora_alpha=8"]))
     assert note.startswith("lora_rank, lora_target: ") and "rank 4" in note
-    assert script.adapter_notes(load_config([adapter, "lora_rank=4", "lora_target=all"])) == []
+    assert starting.adapter_notes(load_config([adapter, "lora_rank=4", "lora_target=all"])) == []
 
 
 def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
