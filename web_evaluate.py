@@ -23,7 +23,7 @@ SHOWN = 5  # predictions on a page
 LONG = 600  # characters of a text that are shown of it
 FIRST = ("majority vote", "base")  # these stand left of the trained model
 LAST = ("seconds",)
-TOLD = ("rows", "support")  # of these the heading tells, or the confusion matrix
+TOLD = ("rows", "support", "curves")  # of these the heading tells, or a picture
 
 
 def start(name: str | None, data: Sequence[str], base: bool, t: Translate) -> None:

@@ -464,7 +464,9 @@ def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -
         "trained": {"accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "calibration": {"ece": 0.1, "curve": []}},
         "base": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "calibration": {"ece": 0.2, "curve": []}},
     }
+    models["trained"]["curves"] = {"auc": 0.625, "fpr": [0.0, 1.0]}  # the picture tells of it
     html = web_evaluate.figures_html({"models": models}, t)
+    assert "0.625" not in html
     cells = re.findall(r"<t[hd] [^>]*>(.*?)</t[hd]>", html)
     assert cells[:3] == ["figure", "base model", "trained"]
     assert cells[3:6] == ["accuracy", "0.500 <small>0.400–0.600</small>", "0.900 <small>0.800–0.950</small>"]
