@@ -37,7 +37,7 @@ download: $(READY) ## put the embedded model on the disk (python download.py ORG
 	@$(PY) download.py
 
 data: $(READY) ## check the data of RECIPE and show samples as they will be learned
-	@$(PY) dataset.py $(RECIPE) $(ARGS)
+	@$(PY) preview.py $(RECIPE) $(ARGS)
 
 train: $(READY) ## fine-tune the model of RECIPE; the default takes minutes on two CPU cores
 	@$(PY) train.py $(RECIPE) $(ARGS)

@@ -29,16 +29,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-import engine
 from common import UserError
+from inference import engine
+from inference.load import load
+from runs.target import find, read_arguments
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from api_forms import ApiError, Choice
-    from engine_batch import Event, Row
+    from inference.openai_schema import ApiError, Choice
+    from inference.scheduler import Event, Row
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WAITING = 8  # times MAX_CONCURRENT may wait
@@ -48,14 +50,14 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(common.help_text(__doc__, ("model", "chat")))
         return
-    target, settings = engine.read_arguments(argv)
+    target, settings = read_arguments(argv)
     options = Options.of(os.environ)
-    source = engine.find(target, settings)
+    source = find(target, settings)
     for note in source.notes:
         tell(f"note: {note}")
     with listening(options) as listener:
         tell(f"loading {source.name} ...")
-        serve(Service(engine.load(source), options), listener)
+        serve(Service(load(source), options), listener)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def application(service: Service) -> Starlette:
     from starlette.responses import JSONResponse, PlainTextResponse
     from starlette.routing import Route
 
-    from api_forms import ApiError, ChatRequest, CompletionRequest
+    from inference.openai_schema import ApiError, ChatRequest, CompletionRequest
 
     @contextlib.asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
@@ -265,8 +267,8 @@ class Service:
     """A model, its batch, and how requests become rows of it."""
 
     def __init__(self, model: engine.Engine, options: Options) -> None:
-        from engine_batch import Batch
-        from toolcalls import style_of
+        from inference.scheduler import Batch
+        from inference.tool_calls import style_of
 
         self.engine, self.options = model, options
         self.name = options.model_name or Path(model.name).name
@@ -287,7 +289,7 @@ class Service:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "onecard"}
 
     def check_key(self, request: Request) -> None:
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         word, _, key = request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1") if word.lower() == "bearer" else b""
@@ -300,7 +302,7 @@ class Service:
             )
 
     def check_model(self, name: str) -> None:
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         if name != self.name:
             raise ApiError(
@@ -318,7 +320,7 @@ class Service:
         """The response to a request: its replies as one JSON object, or streamed."""
         from starlette.responses import JSONResponse, StreamingResponse
 
-        from api_forms import ApiError, ChatRequest, read_request
+        from inference.openai_schema import ApiError, ChatRequest, read_request
 
         request = read_request(await self.body(http), form)
         self.check_model(request.model)
@@ -355,7 +357,7 @@ class Service:
         """The body of a request. Raises ApiError for one that is larger than any prompt."""
         from starlette.requests import ClientDisconnect
 
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         length, parts = http.headers.get("content-length", "0"), []
         size = int(length) if length.isdigit() else 0
@@ -380,7 +382,7 @@ class Service:
 
     def _read(self, read: Callable[[Any, Job], None], job: Job) -> None:
         """Makes the rows of a job, in the thread of the tokenizer."""
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         try:
             read(job.request, job)
@@ -391,8 +393,8 @@ class Service:
 
     def read_chat(self, request: Any, job: Job) -> None:
         """A conversation: `n` rows of one prompt."""
-        import api_forms as forms
-        from toolcalls import CallReader
+        from inference import openai_schema as forms
+        from inference.tool_calls import CallReader
 
         model = self.engine
         messages = forms.read_messages(request.messages, self.style is not None)
@@ -413,12 +415,12 @@ class Service:
 
     def grammar(self, tools: Any, schema: Any) -> str | None:
         """What the reply is held to; None: nothing."""
-        import toolcalls
-        from api_forms import refuse
+        from inference import tool_calls
+        from inference.openai_schema import refuse
 
         try:
             if tools.functions and (tools.required or tools.strict or schema is not None):
-                grammar = toolcalls.call_grammar(
+                grammar = tool_calls.call_grammar(
                     self.style,
                     tools.functions,
                     self.engine,
@@ -427,17 +429,17 @@ class Service:
                     otherwise=schema,
                 )
             elif schema is not None:
-                grammar = toolcalls.json_grammar(schema)
+                grammar = tool_calls.json_grammar(schema)
             else:
                 return None
-            toolcalls.check(self.engine, grammar)
+            tool_calls.check(self.engine, grammar)
         except UserError as error:
             raise refuse("tools" if tools.functions else "response_format", str(error), "invalid_schema") from None
         return grammar
 
     def read_completion(self, request: Any, job: Job) -> None:
         """Prompts without a conversation: `n` rows of each."""
-        import api_forms as forms
+        from inference import openai_schema as forms
 
         if request.best_of not in (None, request.n):
             raise forms.refuse("best_of", "no replies are made to be thrown away here; leave it out, or give it n")
@@ -458,7 +460,7 @@ class Service:
 
     def add_row(self, job: Job, ids: list[int], settings: engine.Settings, **more: Any) -> None:
         """One more reply of a job; each of several draws with a seed of its own."""
-        from engine_batch import Row
+        from inference.scheduler import Row
 
         index, loop = len(job.rows), self.loop
         if settings.seed is not None:
@@ -471,8 +473,8 @@ class Service:
 
     def submit(self, job: Job) -> None:
         """Puts the rows in line. Raises ApiError where the line is full."""
-        from api_forms import ApiError, refuse
-        from engine_batch import Ended, Full
+        from inference.openai_schema import ApiError, refuse
+        from inference.scheduler import Ended, Full
 
         places = self.batch.slots + self.batch.waiting
         if len(job.rows) > places:
@@ -485,7 +487,7 @@ class Service:
             raise ApiError(503, "the model answers no more; start the server again") from None
 
     def full(self) -> ApiError:
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         return ApiError(
             429,
@@ -501,7 +503,7 @@ class Service:
 
         Raises ApiError where a reply failed.
         """
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         going = len(job.rows)
         while going:
@@ -537,13 +539,13 @@ class Service:
         )
 
     def head(self, job: Job, kind: str) -> dict[str, Any]:
-        from api_forms import head
+        from inference.openai_schema import head
 
         named = {"service_tier": "default"} if getattr(job.request, "service_tier", None) else {}
         return {**head(job.id, kind, self.name, job.created), **named}
 
     def usage(self, job: Job) -> dict[str, Any]:
-        from api_forms import usage
+        from inference.openai_schema import usage
 
         firsts = [row.reply for row in job.rows[:: job.request.n]]
         completions = sum(row.reply.completion_tokens for row in job.rows)
@@ -562,7 +564,7 @@ class Service:
 
     def part(self, job: Job, index: int, body: dict[str, Any], logprobs: Any) -> dict[str, Any]:
         """An entry of `choices`, with its log-probabilities where they were asked for."""
-        from api_forms import chat_logprobs, completion_logprobs
+        from inference.openai_schema import chat_logprobs, completion_logprobs
 
         known = None
         if job.request.kept_logprobs is not None and job.kind == "chat.completion":
@@ -573,7 +575,7 @@ class Service:
 
     async def stream(self, path: str, job: Job, watch: asyncio.Task) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        from api_forms import ApiError
+        from inference.openai_schema import ApiError
 
         try:
             async for chunk in self.chunks(job):

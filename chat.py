@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import common
-import engine
 from common import UserError
-from engine import Engine, Message, Reply, Settings
+from inference.engine import Engine, Message, Reply, Settings
+from inference.load import load
+from runs.files import write_json
+from runs.target import find, read_arguments
 
 COMMANDS = {
     "/help": "lists the commands",
@@ -46,13 +48,13 @@ def main(argv: list[str]) -> None:
     args, settings = parse(argv)
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")
-    source = engine.find(args.target, settings)
+    source = find(args.target, settings)
     for note in source.notes:
         tell(f"note: {note}")
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     tell(f"loading {source.name} ...")
     started = time.monotonic()
-    model = engine.load(source, with_base=args.base)
+    model = load(source, with_base=args.base)
     tell(f"loaded in {time.monotonic() - started:.1f} s")
     voices = [Voice(model)] if model.base is None else [Voice(model.base, "before training"), Voice(model, "trained")]
     chat = Chat(voices, Settings.of(source.config))
@@ -69,7 +71,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--base", action="store_true")
     parser.add_argument("rest", nargs="*")
     args, unknown = parser.parse_known_args(argv)
-    args.target, settings = engine.read_arguments(args.rest)
+    args.target, settings = read_arguments(args.rest)
     return args, unknown + settings
 
 
@@ -210,7 +212,7 @@ class Chat:
         if not self.voices[-1].messages:
             raise UserError("nothing has been said yet; say something first")
         try:
-            common.write_json(path, [{"messages": self.voices[-1].messages}])
+            write_json(path, [{"messages": self.voices[-1].messages}])
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another name") from None
         tell(f"saved {path}; as training data: dataset={path}")

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import glob
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -20,8 +18,7 @@ import signal
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +34,6 @@ except ModuleNotFoundError:  # `python chat.py` outside .venv
 CACHE = Path(os.environ.get("ONECARD_CACHE", ROOT / ".cache"))
 SAVES = Path("saves")
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
-TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -755,206 +751,6 @@ def help_text(usage: str, groups: tuple[str, ...] = ()) -> str:
         choices = f" [{'|'.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
         lines.append(f"  {f.name:<{width}}{f.metadata['help']}{choices} (default: {default})")
     return "\n".join(lines)
-
-
-def use_chinese_font() -> None:
-    """Lets matplotlib draw Chinese by a font of this machine; where it has none there are boxes, without warnings."""
-    import contextlib
-    import warnings
-
-    from matplotlib import font_manager, rcParams
-
-    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-    if len(rcParams["font.family"]) > 1:
-        return
-    files = font_manager.findSystemFonts()
-    for file in sorted(files, key=lambda file: ("CJK" not in file, "Sans" not in file, "Regular" not in file, file)):
-        with contextlib.suppress(RuntimeError, OSError):  # a font of pixels, or a broken one
-            if font_manager.get_font(file).get_char_index(ord("的")):
-                font_manager.fontManager.addfont(file)
-                rcParams["font.family"] = ["DejaVu Sans", font_manager.FontProperties(fname=file).get_name()]
-                return
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files and the run folder
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it appears whole or not at all: beside, flushed, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`write_text` of indented JSON, Chinese kept readable."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-
-
-def suit_transformers_4(folder: Path) -> None:
-    """Rewrites in tokenizer_config.json what only transformers 5 can read; it reads the older words as well."""
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    write_json(path, settings)
-
-
-def has_ended(process: int) -> bool:
-    """Whether a process of this user that had this number is gone; another user's may have the number by now."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, PermissionError):
-        return True
-    return False
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left beside `folder` of their attempts to let it appear."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.???.*.tmp"):
-        if has_ended(int(path.suffixes[-2][1:])):
-            shutil.rmtree(path)
-
-
-@contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place once the block has ended without an error.
-
-    What a killed process left of an earlier attempt is removed.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    beside, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
-    beside.mkdir()
-    try:
-        yield beside
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(beside, folder)
-    finally:
-        for path in (beside, old):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a run folder, or None where there is none."""
-    try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(run, dict) or not isinstance(run.get("status"), str):
-            raise ValueError("it does not say how the run stands")
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{folder / 'run.json'} is broken ({error}); delete it, or train with overwrite_output_dir=true"
-        ) from None
-    return run
-
-
-def is_alive(process: int, created: float | None = None) -> bool:
-    """Whether a process of that number (and start, in seconds) runs; one that has ended but was not yet waited for
-    does not. The start tells it from another that has the number by now, as happens in containers."""
-    import psutil
-
-    try:
-        found = psutil.Process(process)
-        if found.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return created is None or abs(found.create_time() - created) < 2
-    except psutil.NoSuchProcess:
-        return False
-
-
-def runs(saves: Path = SAVES) -> list[Path]:
-    """All run folders below `saves`, newest first."""
-    found = [path.parent for path in saves.rglob("run.json") if not path.parent.name.startswith("checkpoint-")]
-    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
-
-
-def newest_run(saves: Path = SAVES) -> Path:
-    """The newest run folder that has an adapter; raises UserError where there is none."""
-    for folder in runs(saves):
-        if (folder / "adapter_config.json").exists():
-            return folder
-    raise UserError(f"there is no finished run in {saves}/; train one first: make train")
-
-
-def is_run(path: Path) -> bool:
-    """Whether `path` is a folder that train.py wrote."""
-    return (path / "run.json").is_file()
-
-
-def left_by_training(folder: Path) -> list[Path]:
-    """What a training has left in `folder`: all that a new one there would delete."""
-    names = (
-        "checkpoint-[0-9]*",
-        ".saving",
-        "adapter_*",
-        "tokenizer*",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    )
-    names += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf")
-    names += ("eval", "report.html", "runs", TRAINED)
-    return [path for name in names for path in folder.glob(name)]
-
-
-def run_config(folder: Path) -> Config:
-    """The configuration of a run folder."""
-    return load_config([str(folder / "config.yaml")]).config
-
-
-def find_model(name: str) -> Path | None:
-    """The folder of a model: as named, below the kit or models/, or in the hub's cache; None where it is nowhere."""
-    for folder in (Path(name).expanduser(), ROOT / name, Path("models") / Path(name).name):
-        if (folder / "config.json").is_file():
-            return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("models/"):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-
-
-def missing_from_model(folder: Path) -> list[str]:
-    """What `folder` lacks as a model that transformers can load; empty: it is whole.
-
-    Reads names, sizes and the headers of the weights (8 bytes of length, then JSON), never the weights.
-    """
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
-    if not any((folder / name).is_file() for name in tokenizers):
-        missing.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.is_file() and not (folder / weights[0]).is_file():
-        try:
-            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
-            weights = [index.name]
-    return missing + [name for name in weights if not _whole_safetensors(folder / name)]
-
-
-def _whole_safetensors(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, OverflowError, MemoryError):
-        return False
-    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from urllib.parse import quote, urlsplit
 
 import common
 from common import UserError
+from runs.files import write_json, write_text
+from runs.target import missing_from_model
 
 EMBEDDED = Path(common.EMBEDDED_MODEL).name
 RECORD = "download.json"  # stands in each finished folder: which model it is, from where, at which revision
@@ -76,7 +78,7 @@ def is_there(folder: Path, model: str, revision: str | None) -> bool:
     if record.get("model") != model or revision not in (None, record["revision"], record["asked"]):
         held = f"{record['model']} at {record['revision']}" if record else "something else"
         raise UserError(f"{folder} holds {held} already; name another folder with --local-dir, or delete it")
-    if missing := common.missing_from_model(folder):
+    if missing := missing_from_model(folder):
         raise UserError(f"{folder} has lost {', '.join(missing)}; delete it, and the same command fetches it again")
     return True
 
@@ -90,7 +92,7 @@ def read_record(folder: Path) -> dict[str, str]:
 
 def write_record(folder: Path, model: str, source: str, revision: str, asked: str | None) -> None:
     record = {"model": model, "source": source, "revision": revision, "asked": asked}
-    common.write_json(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,12 +155,12 @@ def convert_gguf(path: Path, folder: Path) -> None:
     config = llama_config(meta)
     save_weights(reader, config, folder / "model.safetensors")
     ids = {f"{name}_token_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
-    common.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private
-    common.write_json(folder / "generation_config.json", ids)
-    common.write_json(folder / "tokenizer_config.json", tokenizer_config(meta))
-    common.write_text(folder / "chat_template.jinja", meta["tokenizer.chat_template"])
-    common.write_text(folder / "README.md", MODEL_CARD)
+    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(meta))
+    write_text(folder / "chat_template.jinja", meta["tokenizer.chat_template"])
+    write_text(folder / "README.md", MODEL_CARD)
     build_tokenizer(meta).save(str(folder / "tokenizer.json"))
 
 
@@ -303,7 +305,7 @@ def download(args: argparse.Namespace, folder: Path) -> None:
         fetch_all(files, headers, partial)
     for path in {*partial.iterdir()} - {partial / file.name for file in files}:
         path.unlink()  # of an earlier revision
-    if missing := common.missing_from_model(partial):
+    if missing := missing_from_model(partial):
         raise UserError(f"{args.model} cannot be trained: its repository lacks {', '.join(missing)}")
     write_record(partial, args.model, source, revision, args.revision)
     take_place(partial, folder)
@@ -481,7 +483,7 @@ def take_place(new: Path, folder: Path) -> None:
     try:
         os.replace(new, folder)
     except OSError:
-        if common.missing_from_model(folder):
+        if missing_from_model(folder):
             raise
         # otherwise another process was faster, with the same result
 

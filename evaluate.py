@@ -34,11 +34,15 @@ from pathlib import Path
 from typing import Any
 
 import common
-import dataset
-import engine
-import metrics
-import report
 from common import Config, UserError
+from evaluation import metrics
+from inference.load import load
+from preprocessing import dataset
+from runs import report
+from runs.files import write_json, write_text
+from runs.folder import TRAINED, is_run, read_run, run_config, run_folders
+from runs.process import is_alive
+from runs.target import Source, find
 
 Conversation = dict[str, Any]
 
@@ -105,7 +109,7 @@ class Contender:
     """A model that is evaluated: `label` names it in tables and files."""
 
     label: str
-    source: engine.Source
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def find_job(args: argparse.Namespace, settings: list[str]) -> Job:
     if wrong := sorted({"val_size", "output_dir"} & set(keys.values())):
         raise UserError(f"{wrong[0]} cannot be changed after training; name the data: dataset=NAME")
     # a model does not depend on the data, and a run's val_size would contradict an eval_dataset
-    source = engine.find(args.target, [setting for setting in settings if keys[setting] not in DATA])
+    source = find(args.target, [setting for setting in settings if keys[setting] not in DATA])
     run = run_of(Path(source.name))
     config, given, output = find_config(source, run, args.target, settings)
     notes = list(source.notes)
@@ -155,11 +159,11 @@ def find_job(args: argparse.Namespace, settings: list[str]) -> Job:
 
 def run_of(path: Path) -> Path | None:
     """The run folder that a run, its checkpoint, its merged model or its GGUF belongs to."""
-    return next((folder for folder in [path, *path.parents][:3] if common.is_run(folder)), None)
+    return next((folder for folder in [path, *path.parents][:3] if is_run(folder)), None)
 
 
 def find_config(
-    source: engine.Source, run: Path | None, target: str | None, settings: list[str]
+    source: Source, run: Path | None, target: str | None, settings: list[str]
 ) -> tuple[Config, set[str], Path | None]:
     """The settings of an evaluation; those among them that were asked for; and a recipe's own folder for predictions.
 
@@ -167,7 +171,7 @@ def find_config(
     datasets of a recipe are asked for where they are others than the run's: a training's recipe is a target, too.
     """
     typed = common.load_config(settings)
-    config, given, output = common.run_config(run) if run else source.config, set(typed.given), None
+    config, given, output = run_config(run) if run else source.config, set(typed.given), None
     values = {key: getattr(typed.config, key) for key in given}
     if target and Path(target).suffix in (".yaml", ".yml", ".json"):
         recipe = common.load_config([target])
@@ -177,21 +181,19 @@ def find_config(
         }
         values = {key: getattr(recipe.config, key) for key in asked} | values
         given |= asked
-        if "output_dir" in recipe.given and not common.is_run(Path(recipe.config.output_dir)):
+        if "output_dir" in recipe.given and not is_run(Path(recipe.config.output_dir)):
             output = Path(recipe.config.output_dir)
     return dataclasses.replace(config, **values), given, output
 
 
-def find_contenders(args: argparse.Namespace, source: engine.Source, run: Path | None) -> list[Contender]:
+def find_contenders(args: argparse.Namespace, source: Source, run: Path | None) -> list[Contender]:
     """The base, where it is known and wanted, and the target."""
     settings = dataclasses.replace(source.config, infer_dtype=dtype_of(source.config))
     source = dataclasses.replace(source, config=settings)
     path = Path(source.name)
     label = path.stem if source.model.endswith(".gguf") else path.name
     label = "trained" if run == path else label if run else "model"
-    base = (
-        source if source.adapter else engine.find(str(run)) if run and label != "trained" and has_adapter(run) else None
-    )
+    base = source if source.adapter else find(str(run)) if run and label != "trained" and has_adapter(run) else None
     if args.base and base is None:
         raise UserError(f"nothing is known of what {source.name} was before its training; evaluate the run with --base")
     target = [] if args.base else [Contender(label, source)]
@@ -208,7 +210,7 @@ def has_adapter(run: Path) -> bool:
 def find_parts(config: Config, run: Path | None, given: set[str], target: Path, notes: list[str]) -> list[Part]:
     """The data: what was asked for, or what the run held out, or the test sets registered beside its datasets."""
     check_labels(config)
-    own = common.run_config(run) if run else None
+    own = run_config(run) if run else None
     names = config.eval_dataset if "eval_dataset" in given else config.dataset if "dataset" in given else ()
     if not names and own is None:
         raise UserError(f"{target} is no run, so nothing is known of its data; name some: dataset=NAME")
@@ -294,7 +296,7 @@ def trainings_of(run: Path, notes: list[str]) -> list[Training]:
     passed: set[Path] = set()
     while run.resolve() not in passed:
         passed.add(run.resolve())
-        config = common.run_config(run)
+        config = run_config(run)
         found.append(Training(config, trained_contents(run, config, notes)))
         if not config.adapter_name_or_path:
             break
@@ -311,10 +313,10 @@ def trainings_of(run: Path, notes: list[str]) -> list[Training]:
 
 def trained_contents(run: Path, config: Config, notes: list[str]) -> set[int]:
     """The fingerprints that a run wrote down; where it wrote none down, those of its data, as far as they are there."""
-    if (run / common.TRAINED).is_file():
+    if (run / TRAINED).is_file():
         import numpy as np
 
-        return set(np.load(run / common.TRAINED).tolist())
+        return set(np.load(run / TRAINED).tolist())
     try:
         trained, _ = dataset.read_conversations(config)
     except UserError as error:
@@ -341,7 +343,7 @@ def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[
 
 def changed_files(run: Path) -> list[str]:
     """Files that a run was trained on and that are no longer as they were then."""
-    data = (common.read_run(run) or {}).get("data", {}).get("datasets", [])
+    data = (read_run(run) or {}).get("data", {}).get("datasets", [])
     files = [file for entry in data for file in entry["files"] if "sha256" in file]
     return [file["path"] for file in files if not same_file(Path(file["path"]), file["sha256"])]
 
@@ -519,7 +521,7 @@ def tokenizer_of(job: Job) -> tuple[Any, Any]:
     """The tokenizer and the chat template that the run was trained with, or those of the model."""
     from transformers import AutoTokenizer
 
-    from template import load_template
+    from preprocessing.chat_template import load_template
 
     source = job.contenders[-1].source
     folder = job.run if job.run and (job.run / "tokenizer_config.json").is_file() else source.tokenizer
@@ -534,7 +536,7 @@ def tokenizer_of(job: Job) -> tuple[Any, Any]:
 
 def as_trained(rows: list[Conversation], config: Config, tokenizer: Any, template: Any, **changes: Any) -> list[Any]:
     """Samples as training makes them, or the reason why there is none."""
-    from template import encode
+    from preprocessing.chat_template import encode
 
     names = ("cutoff_len", "overlong", "mask_history", "train_on_prompt", "enable_thinking")
     return encode(rows, template, tokenizer, **{name: getattr(config, name) for name in names} | changes)
@@ -614,10 +616,10 @@ def predict(job: Job, contender: Contender) -> None:
     if not todo:
         print(f"{contender.label}: every prediction is there already")
         return
-    import scoring
+    from evaluation import scoring
 
     print(f"loading {contender.source.name} ...", flush=True)
-    scorer = scoring.of(engine.load(contender.source))
+    scorer = scoring.of(load(contender.source))
     for part, missing in todo:
         started, batches = time.monotonic(), 0
         try:
@@ -639,7 +641,7 @@ def rows_predicted(
     """The lines of predictions.jsonl, a batch at a time; `missing` are places in the part's Encoded."""
     from tqdm import tqdm
 
-    import scoring
+    from evaluation import scoring
 
     encoded = encode(job, part)
     lengths = [len(encoded.prompts[i]) + encoded.limit for i in missing]
@@ -705,7 +707,7 @@ def read_state(part: Part) -> dict[str, Any]:
 
 
 def write_state(part: Part, label: str, facts: dict[str, Any]) -> None:
-    common.write_json(part.folder / "state.json", read_state(part) | {label: facts})
+    write_json(part.folder / "state.json", read_state(part) | {label: facts})
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -719,7 +721,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
-    common.write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def missing_rows(job: Job, contender: Contender, part: Part) -> list[int]:
@@ -750,7 +752,7 @@ def shared_file(key: str) -> Path:
     return common.CACHE / "eval" / f"{key}.jsonl"
 
 
-def weights_key(source: engine.Source) -> str:
+def weights_key(source: Source) -> str:
     """What the answers of a model depend on beside the rows: its weights, and the type they are computed in."""
     path = Path(source.model)
     files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
@@ -781,7 +783,7 @@ def finish(contender: Contender, part: Part) -> None:
     if contender.label == "base":
         shared = shared_file(state["key"])
         shared.parent.mkdir(parents=True, exist_ok=True)
-        common.write_text(shared, file.read_text(encoding="utf-8"))
+        write_text(shared, file.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,7 +813,7 @@ def conclude(job: Job, part: Part) -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
     }
-    common.write_json(part.folder / "metrics.json", found | measured)
+    write_json(part.folder / "metrics.json", found | measured)
     if part.task == "classification":
         metrics.draw(measured["models"], part.folder)
     print(f"\n{part.name}: {len(encoded.rows):,} rows\n{dataset.format_table(table(part.task, measured['models']))}")
@@ -903,7 +905,7 @@ def write_as_llamafactory(job: Job) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "generated_predictions.jsonl", lines)
     predictions, truth = ([line[key] for line in lines] for key in ("predict", "label"))
-    common.write_json(folder / "predict_results.json", metrics.as_llamafactory(predictions, truth, seconds, batches))
+    write_json(folder / "predict_results.json", metrics.as_llamafactory(predictions, truth, seconds, batches))
     print(f"\nas LLaMA-Factory writes them: {folder}/predict_results.json, {folder}/generated_predictions.jsonl")
 
 
@@ -941,14 +943,14 @@ def table(task: str, models: dict[str, Any]) -> list[list[str]]:
 def list_runs() -> str:
     """All runs, newest first: how they went and what they reached."""
     rows = [["run", "status", "steps", "of", "minutes", "loss", "eval_loss", "measured on", "figure"]]
-    for folder in common.runs():
-        run = common.read_run(folder) or {}
+    for folder in run_folders():
+        run = read_run(folder) or {}
         data, figure = key_figure(folder)
         minutes = f"{run['seconds'] / 60:.1f}" if run.get("seconds") else "-"
         losses = ["-" if run.get(key) is None else f"{run[key]:.4f}" for key in ("last_loss", "eval_loss")]
         steps = [str(run.get(key) or "-") for key in ("steps", "total_steps")]
         status = str(run.get("status", "-"))
-        if status == "running" and not common.is_alive(run["pid"], run.get("created")):
+        if status == "running" and not is_alive(run["pid"], run.get("created")):
             status = "interrupted"  # by what left it no time to write so
         rows.append([str(folder), status, *steps, minutes, *losses, data, figure])
     if len(rows) == 1:
@@ -978,9 +980,9 @@ def key_figure(folder: Path) -> tuple[str, str]:
 def compare(first: Path, second: Path) -> str:
     """Settings that differ, losses, figures side by side and the difference on the same rows; draws both losses."""
     for folder in (first, second):
-        if not common.is_run(folder):
+        if not is_run(folder):
             raise UserError(f"{folder} is no run folder; python evaluate.py --runs lists them")
-    configs, runs = [common.run_config(f) for f in (first, second)], [common.read_run(f) or {} for f in (first, second)]
+    configs, runs = [run_config(f) for f in (first, second)], [read_run(f) or {} for f in (first, second)]
     rows = [["", str(first), str(second)]]
     for key in common.OPTIONS:
         a, b = (getattr(config, key) for config in configs)

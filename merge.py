@@ -25,21 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from adapter import (
-    DTYPES,
-    HUB_NAME,
-    SIZES,
-    Adapter,
-    Plan,
-    find_base,
-    language_config,
-    make_plan,
-    read_json,
-    read_tensors,
-    sha256,
-    write_shards,
-)
 from common import Config, Loaded, UserError
+from export.merge_weights import Plan, make_plan, write_shards
+from runs.adapter import HUB_NAME, Adapter, find_base, language_config, read_json
+from runs.files import appearing, remove_leftovers, write_json, write_text
+from runs.folder import is_run, newest_run, read_run, run_config, suit_transformers_4
+from runs.target import missing_from_model
+from runs.weights import DTYPES, SIZES, read_tensors, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +62,7 @@ def main(argv: list[str]) -> None:
         choose_device(job.base, common.find_gpu())  # before the work, not after it
     if flags.push:
         check_push(flags.push, job)
-    with common.appearing(job.output) as folder:
+    with appearing(job.output) as folder:
         write_shards(plan, folder, job.config.export_size * 10**9)
         write_small_files(job, plan, turns, folder)
         write_record(job, adapter, plan, turns, folder, time.monotonic() - started)
@@ -126,11 +118,11 @@ def find_job(settings: list[str]) -> Job:
     told = common.load_config([s for s in rest if Path(s) != loaded.recipe])  # the command line alone
     folder = folders[0] if folders else name_adapter(loaded, told)
     check_adapter(folder)
-    run = next((f for f in (folder, folder.parent) if common.is_run(f)), None)
+    run = next((f for f in (folder, folder.parent) if is_run(f)), None)
     config = loaded.config
     if run:  # its settings, and before them what the recipe and the command line say
         given = {name: getattr(config, name) for name in {*loaded.given, "export_dir"}}
-        config = dataclasses.replace(common.run_config(run), **given)
+        config = dataclasses.replace(run_config(run), **given)
     # what a recipe may overwrite is its training's
     config = dataclasses.replace(config, overwrite_output_dir=told.config.overwrite_output_dir)
     name = config.model_name_or_path
@@ -152,7 +144,7 @@ def name_adapter(loaded: Loaded, told: Loaded) -> Path:
     """The folder of the adapter that the recipe and the command line (`told`) name, or of the newest run."""
     config = loaded.config
     if loaded.recipe is None:
-        return Path(config.adapter_name_or_path) if config.adapter_name_or_path else common.newest_run()
+        return Path(config.adapter_name_or_path) if config.adapter_name_or_path else newest_run()
     trained = Path(config.output_dir)
     is_merge_file = config.export_dir and "export_dir" not in told.given  # else the adapter is what training began with
     named = config.adapter_name_or_path and (is_merge_file or "adapter_name_or_path" in told.given)
@@ -189,7 +181,7 @@ def check_output(job: Job, plan: Plan) -> None:
             raise UserError(f"{job.output} is there already and is no earlier merge; give another export_dir")
         if not job.config.overwrite_output_dir:
             raise UserError(f"{job.output} is there already; add --overwrite, or give export_dir=another folder")
-    common.remove_leftovers(job.output)  # they take room
+    remove_leftovers(job.output)  # they take room
     there = next(p for p in (job.output.absolute(), *job.output.absolute().parents) if p.exists())
     free, needed = shutil.disk_usage(there).free, plan.size + 10**8
     if free < needed:
@@ -206,19 +198,19 @@ def is_proven(job: Job, adapter: Adapter) -> bool:
     record = read_json(job.output / RECORD)
     same = record["adapter_sha256"] == sha256(adapter.file) and record["base"] == str(job.base.resolve())
     same = same and job.config.export_dtype in (None, record["dtype"])
-    return same and "proof" in record and not common.missing_from_model(job.output)
+    return same and "proof" in record and not missing_from_model(job.output)
 
 
 def check_push(repo: str, job: Job) -> None:
     """Raises UserError where the hub would refuse the merged model."""
-    import hub
+    from export import hub
 
     hub.check_access(repo, job.config.overwrite_output_dir)
 
 
 def push(repo: str, job: Job) -> None:
     """Uploads the merged model, in place of the weights that the repository may hold."""
-    import hub
+    from export import hub
 
     weights = ["model*.safetensors", "model.safetensors.index.json"]
     print(f"uploaded   {hub.upload(job.output, repo, ignore=[RECORD], delete=weights)}")
@@ -325,15 +317,15 @@ def trained_turns(job: Job, plan: Plan) -> Turns | None:
             f"the tokenizer of {tokenizer_folder(job)} has {known} tokens, the embedding {plan.vocabulary} rows; "
             "the adapter was saved without its new tokens' embedding: train it with modules_to_save"
         )
-    run = common.read_run(job.run) if job.run else None
+    run = read_run(job.run) if job.run else None
     jinja = (job.run or job.adapter) / "chat_template.jinja"
-    if run and run.get("stop") and jinja.exists() and job.config.template == common.run_config(job.run).template:
+    if run and run.get("stop") and jinja.exists() and job.config.template == run_config(job.run).template:
         name, text, stop = "the run's", jinja.read_text(encoding="utf-8"), run["stop"]
     elif job.config.template is None and not tokenizer.chat_template:
         print("note: neither a template is named nor does the tokenizer have one; set template=, see templates/")
         return None
     else:
-        from template import load_template
+        from preprocessing.chat_template import load_template
 
         template = load_template(job.config.template, tokenizer)
         name, text, stop = template.name, template.saved, template.stop
@@ -345,12 +337,12 @@ def write_small_files(job: Job, plan: Plan, turns: Turns | None, folder: Path) -
     for source, patterns in ((tokenizer_folder(job), TOKENIZER), (job.base, FROM_BASE)):
         for path in (path for pattern in patterns for path in source.glob(pattern)):
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-    common.suit_transformers_4(folder)
+    suit_transformers_4(folder)
     if turns:
-        common.write_text(folder / "chat_template.jinja", turns.text)
+        write_text(folder / "chat_template.jinja", turns.text)
         settings = read_json(folder / "tokenizer_config.json")
         if settings.pop("chat_template", None):  # one place for it, so that no two can differ
-            common.write_json(folder / "tokenizer_config.json", settings)
+            write_json(folder / "tokenizer_config.json", settings)
     write_generation_config(job, turns, folder)
     write_config(job, plan, folder)
 
@@ -362,7 +354,7 @@ def write_generation_config(job: Job, turns: Turns | None, folder: Path) -> None
     if turns:
         settings["eos_token_id"] = turns.stop_ids[0] if len(turns.stop_ids) == 1 else turns.stop_ids
     if settings:  # an empty one would take away the end that config.json names
-        common.write_json(folder / "generation_config.json", settings)
+        write_json(folder / "generation_config.json", settings)
 
 
 def write_config(job: Job, plan: Plan, folder: Path) -> None:
@@ -379,7 +371,7 @@ def write_config(job: Job, plan: Plan, folder: Path) -> None:
         for part in (config, text):
             for key in ({"dtype", "torch_dtype"} & part.keys()) or {"dtype"}:
                 part[key] = job.config.export_dtype
-    common.write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
 
 
 def write_record(job: Job, adapter: Adapter, plan: Plan, turns: Turns | None, folder: Path, s: float) -> None:
@@ -404,7 +396,7 @@ def write_record(job: Job, adapter: Adapter, plan: Plan, turns: Turns | None, fo
         "trust_remote_code": job.config.trust_remote_code,
         "seconds": round(s, 2),
     }
-    common.write_json(folder / RECORD, record)
+    write_json(folder / RECORD, record)
 
 
 def write_card(job: Job, folder: Path) -> None:
@@ -414,7 +406,7 @@ def write_card(job: Job, folder: Path) -> None:
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence(job.base)}
     if "/" in name:
         front["base_model"] = name
-    run = common.read_run(job.run) if job.run else None
+    run = read_run(job.run) if job.run else None
     lines = [f"{name} with an adapter ({record['kind']}) merged into its weights ({record['dtype']}), by onecard."]
     if run:
         datasets = ", ".join(Path(name).name for name in job.config.dataset)
@@ -430,7 +422,7 @@ def write_card(job: Job, folder: Path) -> None:
 
     front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
     title = job.run.name if job.run else job.adapter.name
-    common.write_text(folder / "README.md", f"---\n{front}---\n\n# {title}\n\n" + "\n\n".join(lines) + "\n")
+    write_text(folder / "README.md", f"---\n{front}---\n\n# {title}\n\n" + "\n\n".join(lines) + "\n")
 
 
 def hub_name(job: Job) -> str:
@@ -495,7 +487,7 @@ def prove(folder: Path) -> None:
         "same_first_choice": (merged.argmax(-1) == expected.argmax(-1)).float().mean().item(),
         "mean_kl": divergence(expected, merged),
     }
-    common.write_json(folder / RECORD, {**record, "proof": proof})
+    write_json(folder / RECORD, {**record, "proof": proof})
     print(
         f"proof      {proof['prompts']} prompts, {proof['positions']} positions, {proof['computed_in']}\n"
         f"           logits move by {proof['adapter_effect']:.2g} (rms) through the adapter; merged, they differ from\n"
@@ -546,8 +538,8 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     """Token ids of up to 8 conversations of the run's data, at most 128 tokens each; else of the QUESTIONS."""
     from transformers import AutoTokenizer
 
-    import dataset
-    from template import encode, load_template
+    from preprocessing import dataset
+    from preprocessing.chat_template import encode, load_template
 
     conversations = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -555,7 +547,7 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     ]
     if record["run"]:
         try:
-            config = common.run_config(Path(record["run"]))
+            config = run_config(Path(record["run"]))
             few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
             conversations = dataset.read_conversations(few)[0][:8]
         except UserError as error:

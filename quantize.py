@@ -31,8 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import common
-from adapter import find_base, language_config, read_json, sha256
 from common import Config, UserError
+from runs import files
+from runs.adapter import find_base, language_config, read_json
+from runs.files import write_json, write_text
+from runs.folder import is_run, newest_run, run_config
+from runs.process import has_ended
+from runs.weights import sha256
 
 RECORD = "gguf.json"
 
@@ -174,15 +179,15 @@ class Job:
     @cached_property
     def stop(self) -> tuple[str, ...]:
         """The control tokens that end a turn of the trained template."""
-        from template import load_template
+        from preprocessing.chat_template import load_template
 
         return load_template(None, self.tokenizer).stop
 
     @cached_property
     def samples(self) -> Any:
         """Token ids of the run's data: (held-out samples, or those trained on; those trained on)."""
-        import dataset
-        from template import load_template
+        from preprocessing import dataset
+        from preprocessing.chat_template import load_template
 
         prepared = dataset.prepare(self.config, self.tokenizer, load_template(self.config.template, self.tokenizer))
         return prepared.train if prepared.eval is None else prepared.eval, prepared.train
@@ -208,7 +213,7 @@ def find_job(wanted: str, settings: list[str]) -> Job:
         model = home = Path(config.export_dir)
         merge = tuple(rest)
     else:
-        model = folders[0] if folders else Path(config.output_dir) if loaded.recipe else common.newest_run()
+        model = folders[0] if folders else Path(config.output_dir) if loaded.recipe else newest_run()
         adapter = find_adapter(model)
         home = adapter or model
         if model == adapter:
@@ -216,7 +221,7 @@ def find_job(wanted: str, settings: list[str]) -> Job:
     run = find_run(adapter, model)
     if run:  # its settings, and before them what the recipe and the command line say
         given = {name: getattr(config, name) for name in {*loaded.given, "export_dir"}}
-        config = dataclasses.replace(common.run_config(run), **given)
+        config = dataclasses.replace(run_config(run), **given)
     # what a recipe may overwrite is its training's
     config = dataclasses.replace(config, overwrite_output_dir=told.config.overwrite_output_dir)
     base = config.model_name_or_path
@@ -237,7 +242,7 @@ def find_run(adapter: Path | None, model: Path) -> Path | None:
     places = [adapter, adapter.parent] if adapter else []
     if (model / "merge.json").exists() and (named := read_json(model / "merge.json").get("run")):
         places.append(Path(named))
-    return next((folder for folder in places if common.is_run(folder)), None)
+    return next((folder for folder in places if is_run(folder)), None)
 
 
 def check_output(job: Job) -> None:
@@ -249,10 +254,10 @@ def check_output(job: Job) -> None:
 
 def can_prove(job: Job) -> bool:
     """Whether there is llama.cpp's library, or it can be built; raises UserError where a type cannot be without it."""
-    import llamacpp
+    from inference import llamacpp_library
 
-    missing = llamacpp.missing()
-    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp.quantizer()
+    missing = llamacpp_library.missing()
+    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp_library.quantizer()
     if missing and (by_library or needs_matrix(job)):
         raise UserError(missing)
     if missing:
@@ -262,7 +267,7 @@ def can_prove(job: Job) -> bool:
 
 def check_push(repo: str, job: Job, proving: bool) -> None:
     """Raises UserError where the hub would refuse the files, or they will not be proven."""
-    import hub
+    from export import hub
 
     if not proving:
         raise UserError("--push uploads only what is proven; leave --no-verify out")
@@ -271,7 +276,7 @@ def check_push(repo: str, job: Job, proving: bool) -> None:
 
 def push(repo: str, job: Job) -> None:
     """Uploads the files just made, and nothing else of their folder."""
-    import hub
+    from export import hub
 
     files = [path.name for kind in job.types for path in (job.file(kind), job.modelfile(kind))]
     address = hub.upload(job.output, repo, ignore=[p.name for p in job.output.iterdir() if p.name not in files])
@@ -339,7 +344,7 @@ def check_disk(job: Job) -> None:
     What a type takes beyond its bits a weight (TYPES) is much in a small model only.
     """
     remove_leftovers(job.output)  # they take room
-    common.remove_leftovers(job.model)
+    files.remove_leftovers(job.model)
     merging = job.merge and not job.model.exists()
     model = find_base(job.base)[0] if merging else job.model
     count, own = weights_of(model)
@@ -372,7 +377,7 @@ def check_disk(job: Job) -> None:
 def remove_leftovers(output: Path) -> None:
     """Removes what killed processes left in a folder."""
     for path in output.glob(".work-*"):
-        if common.has_ended(int(path.name.split("-")[1])):
+        if has_ended(int(path.name.split("-")[1])):
             shutil.rmtree(path)
 
 
@@ -395,7 +400,7 @@ def first_type(job: Job, own: str) -> str:
 
 def convert(job: Job, kind: str, work: Path) -> Path:
     """A GGUF by llama.cpp's converter, in the workspace."""
-    import llamacpp
+    from export import llamacpp
 
     target = work / f"{kind}.gguf"
     end = job.tokenizer.convert_tokens_to_ids(job.stop[0])
@@ -425,7 +430,7 @@ def importance_matrix(job: Job, start: Path, work: Path) -> Path | None:
     """The importance matrix of the training data, where a type needs it."""
     if not needs_matrix(job):
         return None
-    import llamacpp
+    from export import llamacpp
 
     target = work / "imatrix.gguf"
     samples = spread(job.samples[1], MATRIX_TOKENS, MATRIX_LENGTH)
@@ -438,16 +443,19 @@ def importance_matrix(job: Job, start: Path, work: Path) -> Path | None:
 
 def make(job: Job, kind: str, start: Path, matrix: Path | None, work: Path) -> Path:
     """The file of one type, in the workspace."""
-    import llamacpp
+    from export import llamacpp
+    from inference import llamacpp_library
 
     target = work / f"{kind}.gguf"
     if target == start:
         return target
     used = str(matrix) if matrix and TYPES[kind].needs_matrix else None
     doing = f"quantizing to {kind}"
-    if tool := llamacpp.quantizer():
-        llamacpp.run([tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing)
-    elif llamacpp.missing():
+    if tool := llamacpp_library.quantizer():
+        llamacpp_library.run(
+            [tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing
+        )
+    elif llamacpp_library.missing():
         return convert(job, kind, work)
     else:
         number = TYPES[kind].number
@@ -457,18 +465,18 @@ def make(job: Job, kind: str, start: Path, matrix: Path | None, work: Path) -> P
 
 def keep(job: Job, kind: str, file: Path, result: dict[str, Any]) -> None:
     """Moves a file that is whole (and proven) to its place, with its Modelfile and its line in gguf.json."""
-    import llamacpp
-    from modelfile import modelfile
+    from export.modelfile import modelfile
+    from inference import llamacpp_library
 
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
     record = read_record(job)
-    record |= {"model": str(job.model.resolve()), "llama-cpp-python": llamacpp.VERSION}
+    record |= {"model": str(job.model.resolve()), "llama-cpp-python": llamacpp_library.VERSION}
     record.setdefault("files", {})[job.file(kind).name] = {"type": kind, **result}
     text = modelfile(job.file(kind).name, job.name, job.tokenizer, job.stop, result.get("adds_bos", False))
-    common.write_text(job.modelfile(kind), text)
+    write_text(job.modelfile(kind), text)
     os.rename(file, job.file(kind))
-    common.write_json(job.output / RECORD, record)
+    write_json(job.output / RECORD, record)
 
 
 def read_record(job: Job) -> dict[str, Any]:
@@ -494,7 +502,7 @@ TEXTS = (
 
 def verify(job: Job, kind: str, file: Path, work: Path, limit: float | None) -> dict[str, Any]:
     """Measures a file against the 16-bit model; raises UserError where it is not what it should be."""
-    import llamacpp
+    from export import llamacpp
 
     seen = check_contents(job, kind, file)
     samples = spread(job.samples[0], PROOF_TOKENS, PROOF_LENGTH)
@@ -512,7 +520,7 @@ def verify(job: Job, kind: str, file: Path, work: Path, limit: float | None) -> 
 
 def check_contents(job: Job, kind: str, file: Path) -> dict[str, Any]:
     """Token ids, end of turn, template and metadata as llama.cpp reads them; raises UserError where one is wrong."""
-    import llamacpp
+    from export import llamacpp
 
     tokenizer = job.tokenizer
     controls = "".join(tokenizer.all_special_tokens)

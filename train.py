@@ -26,16 +26,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-import dataset
-import doctor
-import starting
-import stopping
 from common import Config, Loaded, UserError
+from preprocessing import dataset
+from runs.files import write_json, write_text
+from runs.folder import TRAINED, read_run, suit_transformers_4
+from training import early_stopping, preflight, starting
 
 if TYPE_CHECKING:
-    from dataset import Prepared
-    from progress import EarlyStopping
-    from template import ChatTemplate
+    from preprocessing.chat_template import ChatTemplate
+    from preprocessing.dataset import Prepared
+    from training.callbacks import EarlyStopping
 
 # The projections of the Llama family under the names that Unsloth's kernels know.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         print(f"note: {note}")
     starting.refuse_prediction(loaded)
     if dry_run:
-        sys.exit(doctor.examine(loaded, starting.checks(loaded, folder)))
+        sys.exit(preflight.examine(loaded, starting.checks(loaded, folder)))
     start = starting.check(loaded, folder)
     if start.says:
         print(start.says)
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> None:
     config = fit_batches(config)
     import_unsloth()  # takes ten seconds: faults that can be told before are
     tokenizer, template, data = prepare_data(config)
-    samples = doctor.measure(config, data)
-    doctor.make_plan(config, data, samples)
+    samples = preflight.measure(config, data)
+    preflight.make_plan(config, data, samples)
     starting.check_checkpoint(start, folder, samples.steps)
     precision = choose_precision(config)
     with starting_folder(config) as adapter_or_base, quietly():
@@ -92,9 +92,9 @@ def to_be_recorded(loaded: Loaded) -> Loaded:
 
 def fit_batches(config: Config) -> Config:
     """The configuration with the batches that the model can take; says what was changed."""
-    import batches
+    from training import packing
 
-    config, note = batches.fitted(config)
+    config, note = packing.fitted(config)
     if note:
         print(f"note: {note}")
     return config
@@ -102,7 +102,7 @@ def fit_batches(config: Config) -> Config:
 
 def prepare_data(config: Config) -> tuple[Any, ChatTemplate, Prepared]:
     """The tokenizer, the chat template and the data, all faults of which are told before a model is loaded."""
-    from template import load_template
+    from preprocessing.chat_template import load_template
 
     tokenizer = dataset.load_tokenizer(config)
     template = load_template(config.template, tokenizer)
@@ -116,7 +116,7 @@ def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> 
     import psutil
 
     folder.mkdir(parents=True, exist_ok=True)
-    common.write_text(folder / "config.yaml", common.dump_config(loaded.config))
+    write_text(folder / "config.yaml", common.dump_config(loaded.config))
     write_trained(folder, data, resumed)
     packages = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
     gpu = common.find_gpu()
@@ -135,7 +135,7 @@ def begin(loaded: Loaded, folder: Path, data: Prepared, resumed: str | None) -> 
         "commit": commit(),
         "data": data.report,
     }
-    common.write_json(folder / "run.json", run)
+    write_json(folder / "run.json", run)
 
 
 def write_trained(folder: Path, data: Prepared, resumed: str | None) -> None:
@@ -145,11 +145,11 @@ def write_trained(folder: Path, data: Prepared, resumed: str | None) -> None:
     """
     import numpy as np
 
-    file, contents = folder / common.TRAINED, data.contents
-    for earlier in {file, Path(resumed).parent / common.TRAINED} if resumed else ():  # another run's checkpoint, too
+    file, contents = folder / TRAINED, data.contents
+    for earlier in {file, Path(resumed).parent / TRAINED} if resumed else ():  # another run's checkpoint, too
         if earlier.is_file():
             contents = np.union1d(np.load(earlier), contents)
-    beside = folder / f".{common.TRAINED}"
+    beside = folder / f".{TRAINED}"
     with open(beside, "wb") as opened:
         np.save(opened, contents)
     os.replace(beside, file)
@@ -166,9 +166,9 @@ def commit() -> str | None:
 
 def finish(folder: Path, status: str, **facts: Any) -> None:
     """Completes run.json."""
-    run = common.read_run(folder) or {}
+    run = read_run(folder) or {}
     run.update(status=status, ended=datetime.now(timezone.utc).isoformat(timespec="seconds"), **facts)
-    common.write_json(folder / "run.json", run)
+    write_json(folder / "run.json", run)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def load_model(config: Config, precision: Precision, start: str) -> Any:
     import torch
     from unsloth import FastLanguageModel
 
-    import batches
+    from training import packing
 
     on_cpu = not torch.cuda.is_available()
     checkpointing = use_checkpointing(config, on_cpu)
@@ -218,7 +218,7 @@ def load_model(config: Config, precision: Precision, start: str) -> Any:
         trust_remote_code=config.trust_remote_code,
         local_files_only=True,
         use_exact_model_name=True,
-        **({"attn_implementation": batches.register_sample_attention()} if on_cpu else {}),
+        **({"attn_implementation": packing.register_sample_attention()} if on_cpu else {}),
     )
     if config.adapter_name_or_path:
         return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))
@@ -304,17 +304,16 @@ def make_trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    import batches
-    import progress
+    from training import callbacks, packing
 
     train = data.train
     if config.packing:
-        train = batches.packed(data.train, data.train_lengths, config.cutoff_len)
-    steps, epoch_steps = batches.total_steps(config, len(train)), batches.epoch_steps(config, len(train))
-    plan = stopping.make_plan(config, steps, epoch_steps, int(data.train_lengths.sum()), data.eval_lengths)
+        train = packing.packed(data.train, data.train_lengths, config.cutoff_len)
+    steps, epoch_steps = packing.total_steps(config, len(train)), packing.epoch_steps(config, len(train))
+    plan = early_stopping.make_plan(config, steps, epoch_steps, int(data.train_lengths.sum()), data.eval_lengths)
     held_out = data.eval.select(range(plan.samples)) if plan.samples else None
 
-    early = progress.EarlyStopping(config, plan)
+    early = callbacks.EarlyStopping(config, plan)
     eval_batches = math.ceil(plan.samples / config.per_device_eval_batch_size)
     learned_a_batch = learned_tokens(held_out) / eval_batches if held_out else 1
 
@@ -330,7 +329,7 @@ def make_trainer(
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
-            weight = int((inputs["labels"] != batches.IGNORED).sum()) / learned_a_batch
+            weight = int((inputs["labels"] != packing.IGNORED).sum()) / learned_a_batch
             loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
             return (loss * weight, *rest)
 
@@ -340,8 +339,8 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=batches.collate,
-        callbacks=[progress.Progress(Path(config.output_dir), config.plot_loss), progress.Interruption(), early],
+        data_collator=packing.collate,
+        callbacks=[callbacks.Progress(Path(config.output_dir), config.plot_loss), callbacks.Interruption(), early],
     )
     trainer.remove_callback(PrinterCallback)  # the log is ours
     return trainer, early
@@ -349,9 +348,9 @@ def make_trainer(
 
 def learned_tokens(samples: Any) -> int:
     """How many tokens of tokenized samples are learned; the first of a sample has nothing to be predicted from."""
-    import batches
+    from training import packing
 
-    return sum(label != batches.IGNORED for row in samples["labels"] for label in row[1:])
+    return sum(label != packing.IGNORED for row in samples["labels"] for label in row[1:])
 
 
 def save_whole(trainer: Any, save: Any, model: Any, trial: Any) -> None:
@@ -381,7 +380,7 @@ def save_whole(trainer: Any, save: Any, model: Any, trial: Any) -> None:
     rotate_checkpoints(str(folder), trainer.args.save_total_limit, trainer.state.best_model_checkpoint, use_mtime=False)
 
 
-def training_arguments(config: Config, precision: Precision, plan: stopping.Plan) -> Any:
+def training_arguments(config: Config, precision: Precision, plan: early_stopping.Plan) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
     import torch
     from trl import SFTConfig
@@ -434,14 +433,14 @@ def training_arguments(config: Config, precision: Precision, plan: stopping.Plan
 # What is said
 
 
-def announce(config: Config, trainer: Any, data: Prepared, tokenizer: Any, plan: stopping.Plan) -> None:
+def announce(config: Config, trainer: Any, data: Prepared, tokenizer: Any, plan: early_stopping.Plan) -> None:
     """Says what will be done, and shows a sample as it will be learned."""
-    import batches
+    from training import packing
 
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    total = sum(math.prod(shape) for shape in doctor.tensor_shapes(Path(config.model_name_or_path)).values())
+    total = sum(math.prod(shape) for shape in preflight.tensor_shapes(Path(config.model_name_or_path)).values())
     args = trainer.args
-    steps = batches.total_steps(config, len(trainer.train_dataset))
+    steps = packing.total_steps(config, len(trainer.train_dataset))
     print(f"model      {config.model_name_or_path}: {total:,} parameters, {trainable:,} trained")
     print(f"data       {len(data.train):,} samples, {int(data.train_lengths.sum()):,} tokens")
     print(
@@ -449,18 +448,18 @@ def announce(config: Config, trainer: Any, data: Prepared, tokenizer: Any, plan:
         f"{'rows' if config.packing else 'samples'}, learning rate {args.learning_rate:g} "
         f"({args.lr_scheduler_type.value})"
     )
-    print(f"held out   {stopping.describe(config, plan, data.eval_lengths)}")
-    for warning in stopping.warnings(config, len(data.train), steps, plan):
+    print(f"held out   {early_stopping.describe(config, plan, data.eval_lengths)}")
+    for warning in early_stopping.warnings(config, len(data.train), steps, plan):
         print(f"warning: {warning}")
     print(dataset.show_sample(tokenizer, data.train[0]))
 
 
 def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: str | None) -> None:
     """Leaves the best adapter in the run folder, completes run.json and says what came of it."""
-    import progress
-    import report
+    from runs import report
+    from training import callbacks
 
-    state, lines = trainer.state, progress.read_log(folder)
+    state, lines = trainer.state, callbacks.read_log(folder)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
     best_is_kept = trainer.args.load_best_model_at_end and state.best_global_step
     last_eval_loss = evaluations[-1]["eval_loss"] if evaluations else None
@@ -473,7 +472,7 @@ def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: 
         "tokens": int(state.num_input_tokens_seen),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "seconds": lines[-1]["elapsed"] if lines else None,
-        "train_loss": progress.mean_loss(lines),
+        "train_loss": callbacks.mean_loss(lines),
         "last_loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         "eval_loss": state.best_metric if best_is_kept else last_eval_loss,
         "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
@@ -509,7 +508,7 @@ def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
     tokenizer = trainer.processing_class
     tokenizer.chat_template = template.saved
     tokenizer.save_pretrained(beside)
-    common.suit_transformers_4(beside)
+    suit_transformers_4(beside)
     trainer.model.save_pretrained(beside, safe_serialization=True)
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     for file in beside.iterdir():

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-import engine
-import web_common
 from common import UserError
+from runs.target import Source, find
+from web import theme
 
 SESSION = "onecard-session"  # the cookie of a visitor who has sent the password
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         return
     args = parse(argv)
     password = read_password(args)
-    source = engine.find(args.chat or None, args.settings) if args.chat is not None else None
+    source = find(args.chat or None, args.settings) if args.chat is not None else None
     listener = listen(args.host, args.port)
     for note in source.notes if source else ():
         print(f"note: {note}", file=sys.stderr)
@@ -110,24 +110,24 @@ def listen(host: str, port: str) -> socket.socket:
     return listener
 
 
-def build(source: engine.Source | None, password: str | None, host: str) -> Any:
+def build(source: Source | None, password: str | None, host: str) -> Any:
     """The web application: each page once in each language, behind the password where there is one."""
     import fastapi
     import gradio as gr
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import RedirectResponse
 
-    import web_chat
+    from web.pages import chat as chat_page
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_route("/", lambda request: RedirectResponse(f"{language_of(request)}/"))
-    css = web_common.CSS + web_chat.CSS
+    css = theme.CSS + chat_page.CSS
     if source is None:
-        import web_board
+        from web import board
 
-        css += web_board.CSS
-        web_board.add_routes(app)
-    for language in web_common.LANGUAGES:
+        css += board.CSS
+        board.add_routes(app)
+    for language in theme.LANGUAGES:
         gr.mount_gradio_app(
             app,
             chat_page(language, source) if source else board(language),
@@ -136,7 +136,7 @@ def build(source: engine.Source | None, password: str | None, host: str) -> Any:
             run_history=False,
             allowed_paths=[],
             ssr_mode=False,
-            theme=web_common.theme(),
+            theme=theme.theme(),
             css=css,
         )
     app.add_middleware(Headed)
@@ -151,48 +151,48 @@ def language_of(request: Any) -> str:
     """The language chosen before, else the first of the browser's that there is."""
     chosen = request.cookies.get("language")
     wanted = [part.split(";")[0].strip()[:2].lower() for part in request.headers.get("accept-language", "").split(",")]
-    return next((name for name in [chosen, *wanted] if name in web_common.LANGUAGES), "en")
+    return next((name for name in [chosen, *wanted] if name in theme.LANGUAGES), "en")
 
 
 def board(language: str) -> Any:
     """Every page, each in its tab."""
     import gradio as gr
 
-    import web_board
-    import web_chat
+    from web import board
+    from web.pages import chat as chat_page
 
-    t = web_common.translator(language, WORDS)
+    t = theme.translator(language, WORDS)
     with gr.Blocks(title=t("onecard"), analytics_enabled=False) as blocks:
-        web_common.header(language, t("onecard"), t("Fine-tune a language model on one card"))
+        theme.header(language, t("onecard"), t("Fine-tune a language model on one card"))
         with gr.Tabs():
-            web_board.pages(language)
-        blocks.unload(web_chat.stop)
+            board.pages(language)
+        blocks.unload(chat_page.stop)
     return blocks
 
 
-def chat_page(language: str, source: engine.Source) -> Any:
+def chat_page(language: str, source: Source) -> Any:
     """Only the chat, with one target."""
     import gradio as gr
 
-    import web_chat
+    from web.pages import chat as chat_page
 
-    t = web_common.translator(language, WORDS)
+    t = theme.translator(language, WORDS)
     with gr.Blocks(title=t("Chat with {name}", name=source.name), analytics_enabled=False) as blocks:
-        web_common.header(language, t("Chat with {name}", name=source.name))
-        web_chat.page(language, source)
-        blocks.unload(web_chat.stop)
+        theme.header(language, t("Chat with {name}", name=source.name))
+        chat_page.page(language, source)
+        blocks.unload(chat_page.stop)
     return blocks
 
 
 class Headed:
-    """Puts the script of web_common.head into the pages; Gradio itself would run it only after its own."""
+    """Puts the script of theme.head into the pages; Gradio itself would run it only after its own."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         language = scope.get("path", "").strip("/")
-        if scope["type"] != "http" or language not in web_common.LANGUAGES:
+        if scope["type"] != "http" or language not in theme.LANGUAGES:
             return await self.app(scope, receive, send)
         # the page must come as it is, and not compressed
         scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
@@ -206,7 +206,7 @@ class Headed:
                 return
             body += message.get("body", b"")
             if not message.get("more_body"):
-                whole = body.replace(b"<head>", b"<head>" + web_common.head(language).encode(), 1)
+                whole = body.replace(b"<head>", b"<head>" + theme.head(language).encode(), 1)
                 kept = [pair for pair in opening["headers"] if pair[0] != b"content-length"]
                 await send({**opening, "headers": [*kept, (b"content-length", str(len(whole)).encode())]})
                 await send({"type": "http.response.body", "body": whole})
@@ -260,7 +260,7 @@ def guard(app: Any, password: str) -> None:
 
 
 def login_page(language: str, wrong: bool = False) -> str:
-    t = web_common.translator(language, WORDS)
+    t = theme.translator(language, WORDS)
     fault = f'<p role="alert">{html.escape(t("That is not the password."))}</p>' if wrong else ""
     return f"""<!doctype html><html lang="{language}"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{t("onecard")}</title>

@@ -21,8 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-import engine
-from engine_transformers import TransformersEngine
+from inference import engine
+from inference.load import load
+from inference.transformers_engine import TransformersEngine
+from runs.target import find
 
 ROUNDS, NEW_TOKENS = 7, 48
 QUESTION = (
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
         return
     targets = [word for word in argv if "=" not in word and word != "--unsloth"]
     target, settings = targets[0] if targets else common.EMBEDDED_MODEL, [word for word in argv if "=" in word]
-    model = engine.load(target, settings)
+    model = load(target, settings)
     model.stop_ids = frozenset()  # both write NEW_TOKENS
     messages = [{"role": "user", "content": QUESTION * 6}]
     ids = model.prompt_ids(messages)
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     print(f"{'engine/generate':<18}{speed:>12.3f}{first:>16.3f}{cpu:>10.3f}   (asked: at least 0.95, at most 1.1)")
     ten_turns(model)
     if "--unsloth" in argv:
-        beside_unsloth(model, engine.find(target, settings).model, ids)
+        beside_unsloth(model, find(target, settings).model, ids)
 
 
 def row(name: str, rounds: Any) -> str:

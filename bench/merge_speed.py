@@ -94,12 +94,13 @@ def measure(command: list[str], output: Path) -> dict[str, float]:
 def make_run(folder: Path, base: Path, rank: int) -> None:
     """The small files of a finished run beside its adapter, as train.py writes them."""
     import common
+    from runs.files import write_json, write_text
 
     for path in (base / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")):
         shutil.copy(path, folder)
     config = common.Config(model_name_or_path=str(base), output_dir=str(folder), lora_rank=rank)
-    common.write_text(folder / "config.yaml", common.dump_config(config))
-    common.write_json(folder / "run.json", {"status": "finished", "stop": ["<|im_end|>"]})
+    write_text(folder / "config.yaml", common.dump_config(config))
+    write_json(folder / "run.json", {"status": "finished", "stop": ["<|im_end|>"]})
 
 
 def show(title: str, results: list[dict[str, float]], kit: dict[str, float]) -> dict[str, float]:

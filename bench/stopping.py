@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
+from runs.files import write_json  # noqa: E402
 
 TRAINED, HELD_OUT, TESTED = 80, 10, 300
 MADE = "--accounts 1400 --window 5 --min-transactions 5 --form words --balance 1 --split-time 2024-06-01"
@@ -51,11 +51,9 @@ def make_data(folder: Path) -> None:
     """80 rows to train on, 10 held out, and the test rows of other accounts and a later time."""
     run("data/make_diy.py", *MADE.split(), "--out", str(folder / "made"))
     made = json.loads((folder / "made.json").read_text(encoding="utf-8"))
-    common.write_json(folder / "train.json", made[:TRAINED])
-    common.write_json(folder / "held_out.json", made[TRAINED : TRAINED + HELD_OUT])
-    common.write_json(
-        folder / "test.json", json.loads((folder / "made_test.json").read_text(encoding="utf-8"))[:TESTED]
-    )
+    write_json(folder / "train.json", made[:TRAINED])
+    write_json(folder / "held_out.json", made[TRAINED : TRAINED + HELD_OUT])
+    write_json(folder / "test.json", json.loads((folder / "made_test.json").read_text(encoding="utf-8"))[:TESTED])
 
 
 def train(

@@ -56,10 +56,11 @@ def measure(work):
 KIT = """
 sys.path.insert(0, {root!r})
 from transformers import AutoTokenizer
-import common, dataset, datasets, pathlib, template
+import common, datasets, pathlib
+from preprocessing import chat_template, dataset
 common.CACHE = pathlib.Path({cache!r})
 tokenizer = AutoTokenizer.from_pretrained({model!r})
-chatml = template.load_template("chatml", tokenizer)
+chatml = chat_template.load_template("chatml", tokenizer)
 config = common.Config(dataset=({data!r},), dataset_dir="none", cutoff_len=2048, val_size=0)
 def work():
     prepared = dataset.prepare(config, tokenizer, chatml)

@@ -22,8 +22,8 @@ SHIPPED = ("diy", "diy_small", "diy_words")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import metrics  # noqa: E402
 from common import UserError, run_script  # noqa: E402
+from evaluation import metrics  # noqa: E402
 
 LINE = re.compile(r"\[(\d\d)-(\d\d) (\d\d):(\d\d)\] 节点 (\d+) 交易 (\d+\.\d+)")
 WORDS = (

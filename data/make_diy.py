@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import UserError, nearest, run_script, write_text  # noqa: E402
-from formats import not_utf8  # noqa: E402
+from common import UserError, nearest, run_script  # noqa: E402
+from preprocessing.formats import not_utf8  # noqa: E402
+from runs.files import write_text  # noqa: E402
 
 # The datasets of this folder, as the arguments that make them.
 SHIPPED = {

@@ -92,7 +92,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from template import encode, load_template
+    from preprocessing.chat_template import encode, load_template
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such small products are only slowed down by more
@@ -157,9 +157,10 @@ def save_adapter(base: Path, folder: Path, noise: float = 0.3, **lora) -> Path:
 def make_run(base: Path, folder: Path, **lora) -> Path:
     """A run folder as train.py leaves it: the adapter's files, config.yaml and run.json."""
     import common
+    from runs.files import write_json, write_text
 
     save_adapter(base, folder, **lora)
     config = common.load_config([f"model_name_or_path={base}", f"output_dir={folder}", "max_new_tokens=12"]).config
-    common.write_text(folder / "config.yaml", common.dump_config(config))
-    common.write_json(folder / "run.json", {"status": "finished"})
+    write_text(folder / "config.yaml", common.dump_config(config))
+    write_json(folder / "run.json", {"status": "finished"})
     return folder

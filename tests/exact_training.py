@@ -56,7 +56,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     import torch
     from transformers import AutoTokenizer
 
-    import batches
+    from training import packing
 
     settings = [f"model_name_or_path={model_folder}", "cutoff_len=64", "lora_rank=4", f"output_dir={folder}/run"]
     settings += ["learning_rate=0.1", "max_steps=1", "max_grad_norm=0", "optim=sgd", "lr_scheduler_type=constant"]
@@ -80,7 +80,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     def loss_of(made, rows: list[dict], items: int):
         count = torch.tensor(items, device=made.args.device)
         return made.compute_loss(
-            made.model, made._prepare_inputs(dict(batches.collate(rows))), num_items_in_batch=count
+            made.model, made._prepare_inputs(dict(packing.collate(rows))), num_items_in_batch=count
         )
 
     def loss_and_gradients(made, rows: list[dict], items: int):
@@ -95,7 +95,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     items = sum(label != -100 for sample in samples for label in sample["labels"][1:])
     together, gradients = loss_and_gradients(made, samples, items)
     alone = [loss_and_gradients(made, [sample], items) for sample in samples]
-    row = batches.packed(table, data.train_lengths, int(lengths.sum()))[0]
+    row = packing.packed(table, data.train_lengths, int(lengths.sum()))[0]
     packed, packed_gradients = loss_and_gradients(made, [row], items)
     sums = [sum(parts) for parts in zip(*(one[1] for one in alone), strict=True)]
 

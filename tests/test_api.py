@@ -178,7 +178,7 @@ def openai_fields(form: str) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_no_field_of_openai_is_ignored(kind: str) -> None:
-    from api_forms import REFUSED, ApiError, ChatRequest, CompletionRequest, read_request
+    from inference.openai_schema import REFUSED, ApiError, ChatRequest, CompletionRequest, read_request
 
     form = ChatRequest if kind == "chat" else CompletionRequest
     fields = openai_fields(kind)
@@ -198,7 +198,7 @@ def test_no_field_of_openai_is_ignored(kind: str) -> None:
 
 
 def test_calls_are_read_out_of_every_split() -> None:
-    from toolcalls import LIST, OBJECT, TAGS, Call, CallReader
+    from inference.tool_calls import LIST, OBJECT, TAGS, Call, CallReader
 
     call, body = Call("f", '{"x": "a</b>"}'), '{"name": "f", "arguments": {"x": "a</b>"}}'
     other = '<tool_call>{"name": "g", "arguments": {}}</tool_call> x'

@@ -7,18 +7,18 @@ import json
 import numpy as np
 import pytest
 
-import batches
 from common import load_config
+from training import packing
 
 
 def test_best_fit_takes_the_fullest_row_that_fits():
     # 6 opens a row (4 left), 5 opens one (5 left), 4 fits the first exactly, 3 the second, 2 fills that
-    assert batches.pack(np.array([4, 2, 6, 3, 5]), 10) == [[2, 0], [4, 3, 1]]
+    assert packing.pack(np.array([4, 2, 6, 3, 5]), 10) == [[2, 0], [4, 3, 1]]
 
 
 def test_packing_loses_nothing_and_keeps_to_the_capacity():
     lengths = np.random.default_rng(0).integers(1, 400, 5000)
-    rows = batches.pack(lengths, 1024)
+    rows = packing.pack(lengths, 1024)
     assert sorted(index for row in rows for index in row) == list(range(5000))
     filled = np.array([lengths[row].sum() for row in rows])
     assert filled.max() <= 1024
@@ -26,7 +26,7 @@ def test_packing_loses_nothing_and_keeps_to_the_capacity():
 
 
 def test_a_sample_beyond_the_capacity_has_a_row_of_its_own():
-    assert batches.pack(np.array([3, 12, 3]), 10) == [[1], [0, 2]]
+    assert packing.pack(np.array([3, 12, 3]), 10) == [[1], [0, 2]]
 
 
 SAMPLES = [
@@ -36,7 +36,7 @@ SAMPLES = [
 
 
 def test_a_flat_batch_to_the_last_number():
-    batch = {key: value.tolist() for key, value in batches.collate(SAMPLES).items()}
+    batch = {key: value.tolist() for key, value in packing.collate(SAMPLES).items()}
     assert batch == {
         "input_ids": [[1, 2, 3, 4, 5]],
         "labels": [[-100, -100, 3, -100, 5]],  # the first token of a sample is never a target
@@ -48,10 +48,10 @@ def test_a_flat_batch_to_the_last_number():
 def test_packed_rows_give_the_same_batch():
     import datasets
 
-    packed = batches.packed(datasets.Dataset.from_list(SAMPLES), np.array([3, 2]), 5)
+    packed = packing.packed(datasets.Dataset.from_list(SAMPLES), np.array([3, 2]), 5)
     assert len(packed) == 1
-    from_rows = batches.collate([packed[0]])
-    for key, value in batches.collate(SAMPLES).items():
+    from_rows = packing.collate([packed[0]])
+    for key, value in packing.collate(SAMPLES).items():
         assert from_rows[key].tolist() == value.tolist(), key
 
 
@@ -61,7 +61,7 @@ def flat_model(folder, **config):
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=AutoConfig.from_pretrained(folder, **config),
-        attn_implementation=batches.register_sample_attention(),
+        attn_implementation=packing.register_sample_attention(),
         dtype="float32",
     )
 
@@ -79,11 +79,11 @@ def test_no_sample_sees_another(tiny_model):
 
     model, samples = flat_model(tiny_model), random_samples([7, 30, 1, 12])
     with torch.no_grad():
-        together = model(**batches.collate(samples)).logits[0]
+        together = model(**packing.collate(samples)).logits[0]
         alone = [model(input_ids=torch.tensor([s["input_ids"]])).logits[0] for s in samples]
         assert torch.allclose(together, torch.cat(alone), atol=1e-5)
         samples[0]["input_ids"][3] ^= 1  # another word in the first sample changes nothing in the others
-        changed = model(**batches.collate(samples)).logits[0]
+        changed = model(**packing.collate(samples)).logits[0]
     assert not torch.equal(changed[:7], together[:7])
     assert torch.equal(changed[7:], together[7:])
 
@@ -102,8 +102,8 @@ def test_a_sliding_window_is_kept():
     samples = random_samples([20, 3])
     with torch.no_grad():
         alone = torch.cat([reference(input_ids=torch.tensor([s["input_ids"]])).logits[0] for s in samples])
-        reference.set_attn_implementation(batches.register_sample_attention())
-        together = reference(**batches.collate(samples)).logits[0]
+        reference.set_attn_implementation(packing.register_sample_attention())
+        together = reference(**packing.collate(samples)).logits[0]
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
     torch.manual_seed(0)
     Qwen3_5ForCausalLM(hybrid_config()).save_pretrained(tmp_path)
     given = load_config([f"model_name_or_path={tmp_path}", "packing=true", "per_device_train_batch_size=3"]).config
-    config, note = batches.fitted(given)
+    config, note = packing.fitted(given)
     assert (config.packing, config.per_device_train_batch_size, config.per_device_eval_batch_size) == (False, 1, 1)
     assert config.gradient_accumulation_steps == 24
     assert note.endswith("packing=false per_device_train_batch_size=1 gradient_accumulation_steps=24")
@@ -134,7 +134,7 @@ def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
     def losses(size):
         rows = [samples[at : at + size] for at in range(0, len(samples), size)]
         with torch.no_grad():
-            return sum(model(**batch, num_items_in_batch=1).loss for batch in map(batches.collate, rows))
+            return sum(model(**batch, num_items_in_batch=1).loss for batch in map(packing.collate, rows))
 
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([s["input_ids"]])).logits[0, :-1] for s in samples]
@@ -159,12 +159,12 @@ def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
 )
 def test_models_that_mix_samples_are_told_from_their_config(tmp_path, settings, mixes):
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert batches.mixes_samples(tmp_path) is mixes
+    assert packing.mixes_samples(tmp_path) is mixes
 
 
 def test_other_models_keep_their_batches(tiny_model):
     config = load_config([f"model_name_or_path={tiny_model}", "packing=true"]).config
-    assert batches.fitted(config) == (config, None)
+    assert packing.fitted(config) == (config, None)
 
 
 @pytest.mark.parametrize(
@@ -177,4 +177,4 @@ def test_other_models_keep_their_batches(tiny_model):
     ],
 )
 def test_total_steps(settings, rows, steps):
-    assert batches.total_steps(load_config(settings).config, rows) == steps
+    assert packing.total_steps(load_config(settings).config, rows) == steps

@@ -20,20 +20,17 @@ from browser import Server, browsing, end, serving
 from conftest import ROOT, write_jsonl
 
 import common
-import dataset
-import web_common
-import web_data
-import web_evaluate
-import web_jobs
-import web_parts
-import web_plots
-import web_results
-import web_train
-import web_words
 from common import UserError
+from preprocessing import dataset
+from runs.files import write_json
+from web import jobs, plots, theme, widgets, words
+from web.pages import data as data_page
+from web.pages import evaluate as evaluate_page
+from web.pages import export as export_page
+from web.pages import train as train_page
 
-ROOMS = ("web_board", "web_data", "web_train", "web_evaluate", "web_results", "web_parts", "web_jobs")
-t = web_common.translator("en", web_words.WORDS)
+ROOMS = ("board", "pages/data", "pages/train", "pages/evaluate", "pages/export", "widgets", "jobs")
+t = theme.translator("en", words.WORDS)
 
 
 @pytest.fixture
@@ -59,8 +56,8 @@ def script(folder: Path, text: str) -> str:
     return str(path)
 
 
-def ended(job: web_jobs.Job) -> str:
-    return wait_for(lambda: web_jobs.state(job) != "running" and web_jobs.state(job))
+def ended(job: jobs.Job) -> str:
+    return wait_for(lambda: jobs.state(job) != "running" and jobs.state(job))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,47 +65,47 @@ def ended(job: web_jobs.Job) -> str:
 
 
 def test_a_job_is_known_by_its_folder_alone(room: Path) -> None:
-    web_jobs.start(room / "job", [script(room, "print('中文', flush=True)"), "a=b c"])
-    job = web_jobs.find(room / "job")
-    assert ended(job) == "done" and web_jobs.fault(job) == ""
-    assert web_jobs.tail(job.log) == "中文"
+    jobs.start(room / "job", [script(room, "print('中文', flush=True)"), "a=b c"])
+    job = jobs.find(room / "job")
+    assert ended(job) == "done" and jobs.fault(job) == ""
+    assert jobs.tail(job.log) == "中文"
     assert job.shown.endswith("script.py 'a=b c'")
 
 
 def test_a_job_lives_in_a_session_of_its_own(room: Path) -> None:
-    job = web_jobs.start(room / "job", [script(room, "import time; time.sleep(60)")])
+    job = jobs.start(room / "job", [script(room, "import time; time.sleep(60)")])
     assert os.getsid(job.process) == job.process != os.getsid(0)
     with pytest.raises(UserError, match="still at work"):
-        web_jobs.start(room / "job", job.command)
-    web_jobs.kill(job)
-    assert ended(job) == "killed" and "ended from outside" in web_jobs.fault(job)
+        jobs.start(room / "job", job.command)
+    jobs.kill(job)
+    assert ended(job) == "killed" and "ended from outside" in jobs.fault(job)
 
 
 def test_an_interrupted_job_can_save_before_it_ends(room: Path) -> None:
     text = "import time\nprint('ready', flush=True)\n"
     text += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved'); exit(130)"
-    job = web_jobs.start(room / "job", [script(room, text)])
-    wait_for(lambda: web_jobs.tail(job.log) == "ready")
-    web_jobs.interrupt(job)
-    assert ended(job) == "stopped" and web_jobs.fault(job) == ""
-    assert web_jobs.tail(job.log) == "ready\nsaved"
+    job = jobs.start(room / "job", [script(room, text)])
+    wait_for(lambda: jobs.tail(job.log) == "ready")
+    jobs.interrupt(job)
+    assert ended(job) == "stopped" and jobs.fault(job) == ""
+    assert jobs.tail(job.log) == "ready\nsaved"
 
 
 def test_a_failed_job_tells_the_scripts_own_sentence(room: Path) -> None:
-    job = web_jobs.start(room / "job", ["train.py", "no-such.yaml", "lerning_rate=1"])
+    job = jobs.start(room / "job", ["train.py", "no-such.yaml", "lerning_rate=1"])
     assert ended(job) == "failed"
-    assert web_jobs.fault(job) == "there is no recipe no-such.yaml; recipes stand in configs/"
-    job = web_jobs.start(room / "job", ["train.py", "lerning_rate=1"])
+    assert jobs.fault(job) == "there is no recipe no-such.yaml; recipes stand in configs/"
+    job = jobs.start(room / "job", ["train.py", "lerning_rate=1"])
     assert ended(job) == "failed"
-    assert "did you mean 'learning_rate'" in web_jobs.fault(job) and "Traceback" not in web_jobs.fault(job)
+    assert "did you mean 'learning_rate'" in jobs.fault(job) and "Traceback" not in jobs.fault(job)
 
 
 def test_a_bar_is_shown_in_its_last_state(room: Path) -> None:
     (room / "log").write_bytes(b"start\n\rtrain:  10%|#    | 1/10\rtrain:  50%|#####| 5/10 [00:05, loss=1.2]")
-    assert web_jobs.progress(room / "log") == (50, "train: 5/10 [00:05, loss=1.2]")
-    assert web_jobs.lines(room / "log") == ["start", "train:  50%|#####| 5/10 [00:05, loss=1.2]"]
+    assert jobs.progress(room / "log") == (50, "train: 5/10 [00:05, loss=1.2]")
+    assert jobs.lines(room / "log") == ["start", "train:  50%|#####| 5/10 [00:05, loss=1.2]"]
     (room / "log").write_text("train: 100%|#####| 10/10\nfinished\n")
-    assert web_jobs.progress(room / "log") is None
+    assert jobs.progress(room / "log") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,31 +114,31 @@ def test_a_bar_is_shown_in_its_last_state(room: Path) -> None:
 
 def fields(**changes: Any) -> dict[str, Any]:
     """The fields as the page has them when nothing was touched, with changes."""
-    names = [n for n in common.OPTIONS if n not in web_train.HIDDEN]
-    plain = {n: "" if web_train.is_text(n) else web_train.field_value(n, common.OPTIONS[n].default) for n in names}
+    names = [n for n in common.OPTIONS if n not in train_page.HIDDEN]
+    plain = {n: "" if train_page.is_text(n) else train_page.field_value(n, common.OPTIONS[n].default) for n in names}
     return {**plain, "dataset": ["identity"], **changes}
 
 
 def test_a_recipe_lists_only_what_differs_and_means_the_same(room: Path) -> None:
     chosen = fields(learning_rate="1e-3", packing=True, val_size="0.1", quantization_bit="4", lora_rank="8")
-    config = web_train.settle(chosen, "mine", t).config
-    text = web_train.recipe_text(config)
+    config = train_page.settle(chosen, "mine", t).config
+    text = train_page.recipe_text(config)
     assert {line.split(":")[0] for line in text.splitlines()} == {
         "dataset", "learning_rate", "packing", "val_size", "quantization_bit", "output_dir"
     }  # fmt: skip
     (room / "recipe.yaml").write_text(text, encoding="utf-8")
     assert common.load_config(["recipe.yaml"]).config == config
-    assert common.load_config(web_train.command(config)[1:]).config == config
+    assert common.load_config(train_page.command(config)[1:]).config == config
 
 
 def test_all_faults_of_the_fields_are_told_at_once() -> None:
     with pytest.raises(UserError) as error:
-        web_train.settle(fields(learning_rate="fast", lora_rank="0"), "..", t)
+        train_page.settle(fields(learning_rate="fast", lora_rank="0"), "..", t)
     assert "learning_rate: 'fast' must be a number" in str(error.value)
     assert "lora_rank: '0' must be at least 1" in str(error.value)
     assert "'..' cannot be the name of a run" in str(error.value)
     with pytest.raises(UserError, match="no dataset is chosen"):
-        web_train.settle(fields(dataset=[]), "mine", t)
+        train_page.settle(fields(dataset=[]), "mine", t)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +146,9 @@ def test_all_faults_of_the_fields_are_told_at_once() -> None:
 )
 def test_a_loaded_recipe_fills_the_fields_and_comes_out_the_same(recipe: Path) -> None:
     loaded = common.load_config([str(recipe)])
-    filled = web_train.fields_of(loaded, list(fields()))
-    others = web_train.without_field(loaded, list(fields()))
-    assert web_train.settle(filled, web_train.run_name_of(loaded), t, others).config == loaded.config
+    filled = train_page.fields_of(loaded, list(fields()))
+    others = train_page.without_field(loaded, list(fields()))
+    assert train_page.settle(filled, train_page.run_name_of(loaded), t, others).config == loaded.config
 
 
 def test_settings_of_a_recipe_that_have_no_field_are_kept(room: Path) -> None:
@@ -161,17 +158,17 @@ def test_settings_of_a_recipe_that_have_no_field_are_kept(room: Path) -> None:
     )
     loaded = common.load_config(["my.yaml"])
     shown = ["dataset", "learning_rate"]
-    others = web_train.without_field(loaded, shown)
+    others = train_page.without_field(loaded, shown)
     assert others == {"temperature": "0.3", "resume_from_checkpoint": "saves/x/checkpoint-5", "do_sample": "false"}
-    assert web_train.settle(web_train.fields_of(loaded, shown), "mine", t, others).config == loaded.config
+    assert train_page.settle(train_page.fields_of(loaded, shown), "mine", t, others).config == loaded.config
 
 
 def test_a_run_cannot_be_put_outside_saves() -> None:
     for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads", "a\\b", "a\nb", "训" * 67):
         with pytest.raises(UserError, match="不能作任务名称"):
-            web_parts.run_folder(name, web_common.translator("zh", web_words.WORDS))
-        assert not web_train.is_there(name)
-    assert web_parts.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
+            widgets.run_folder(name, theme.translator("zh", words.WORDS))
+        assert not train_page.is_there(name)
+    assert widgets.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,7 +179,7 @@ def make_folder(name: str, status: str | None, pid: int = 0, lines: int = 0) -> 
     folder = common.SAVES / name
     folder.mkdir(parents=True)
     if status:
-        common.write_json(folder / "run.json", {"status": status, "pid": pid, "started": "2026-11-23T10:00:00+00:00"})
+        write_json(folder / "run.json", {"status": status, "pid": pid, "started": "2026-11-23T10:00:00+00:00"})
     fixed = {"total_steps": 20, "learning_rate": 1e-4, "tokens_per_second": 50, "remaining": 1}
     log = [{**fixed, "step": n, "loss": 3 / n, "elapsed": n} for n in range(1, lines + 1)]
     write_jsonl(folder / "trainer_log.jsonl", log)
@@ -191,86 +188,86 @@ def make_folder(name: str, status: str | None, pid: int = 0, lines: int = 0) -> 
 
 @pytest.mark.usefixtures("room")
 def test_the_state_of_a_run_is_read_from_its_folder() -> None:
-    assert web_train.run_state(make_folder("done", "finished")) == "finished"
-    assert web_train.run_state(make_folder("half", "interrupted")) == "interrupted"
+    assert train_page.run_state(make_folder("done", "finished")) == "finished"
+    assert train_page.run_state(make_folder("half", "interrupted")) == "interrupted"
     # the number belongs to another program by now: this one
-    assert web_train.run_state(make_folder("gone", "running", os.getpid())) == "killed"
-    assert web_train.run_state(make_folder("nothing", None)) == "none"
-    assert web_train.run_names() == ["gone", "half", "done"]
-    assert web_train.at_work() is None
+    assert train_page.run_state(make_folder("gone", "running", os.getpid())) == "killed"
+    assert train_page.run_state(make_folder("nothing", None)) == "none"
+    assert train_page.run_names() == ["gone", "half", "done"]
+    assert train_page.at_work() is None
 
 
 def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Path) -> None:
     (room / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    job = web_jobs.start(room / "elsewhere", [str(room / "train.py")])
+    job = jobs.start(room / "elsewhere", [str(room / "train.py")])
     # before that its child may still be a fork of the shell, or a Python that is not yet up: Ctrl-C is lost on both
-    wait_for(lambda: web_jobs.tail(job.log) == "ready")
+    wait_for(lambda: jobs.tail(job.log) == "ready")
     (child,) = psutil.Process(job.process).children()
     folder = make_folder("terminal", "running", child.pid)
-    wait_for(lambda: web_train.run_state(folder) == "running")
-    assert web_train.at_work() == "terminal"
+    wait_for(lambda: train_page.run_state(folder) == "running")
+    assert train_page.at_work() == "terminal"
     with pytest.raises(UserError, match="one run at a time"):
-        web_train.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
-    web_train.pause(folder)
+        train_page.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
+    train_page.pause(folder)
     ended(job)
-    assert web_train.run_state(folder) == "killed"  # it had no time to say that it was interrupted
+    assert train_page.run_state(folder) == "killed"  # it had no time to say that it was interrupted
 
 
 @pytest.mark.usefixtures("room")
 def test_odd_folders_below_saves_spoil_no_page() -> None:
     foreign = make_folder("LLaMA3/lora/sft", None)  # of LLaMA-Factory
     write_jsonl(foreign / "trainer_log.jsonl", [{"current_steps": 5, "total_steps": 100, "loss": 1.2, "lr": 1e-4}])
-    web_train.job_folder(foreign).mkdir(parents=True)
-    common.write_json(web_train.job_folder(foreign) / "job.json", {"command": ["train.py"], "process": 0, "created": 0})
+    train_page.job_folder(foreign).mkdir(parents=True)
+    write_json(train_page.job_folder(foreign) / "job.json", {"command": ["train.py"], "process": 0, "created": 0})
     for name in ("uploads/x", ".trash/old", "a\\b"):
         make_folder(name, "finished")
     for number, text in enumerate(['{"id": 3}', "[1]", '{"status": "finished", "started": 3}', "{"]):
         (make_folder(f"odd{number}", None) / "run.json").write_text(text)
-    assert web_train.run_names()[-1:] + sorted(web_train.run_names())[1:] == [
+    assert train_page.run_names()[-1:] + sorted(train_page.run_names())[1:] == [
         "LLaMA3/lora/sft", "odd0", "odd1", "odd2", "odd3"
     ]  # fmt: skip
-    assert web_train.runs_html(t).count("<tr>") == 6
-    for name in web_train.run_names():
-        assert name in web_train.status_html(name, t)
-        assert web_train.is_there(name)
-    assert "starts with the first step" in web_train.plots_html(["LLaMA3/lora/sft"], t)[0]
+    assert train_page.runs_html(t).count("<tr>") == 6
+    for name in train_page.run_names():
+        assert name in train_page.status_html(name, t)
+        assert train_page.is_there(name)
+    assert "starts with the first step" in train_page.plots_html(["LLaMA3/lora/sft"], t)[0]
     with pytest.raises(UserError, match="LLaMA3/lora/sft holds a run already"):
-        web_train.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, t)
-    assert web_results.chosen_run(None) == ([], None)
+        train_page.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, t)
+    assert export_page.chosen_run(None) == ([], None)
 
 
 def test_one_script_at_a_time_has_the_memory(room: Path) -> None:
     folder = make_folder("one", "finished")
-    job = web_jobs.start(web_train.job_folder(folder, "evaluate"), [script(room, "import time; time.sleep(60)")])
+    job = jobs.start(train_page.job_folder(folder, "evaluate"), [script(room, "import time; time.sleep(60)")])
     said = f"^{re.escape(job.shown)} is still at work; wait for it, or stop it$"
     with pytest.raises(UserError, match=said):
-        web_train.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
+        train_page.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
     with pytest.raises(UserError, match=said):
-        web_results.start_export("one", "merge", [], False, True, t)
+        export_page.start_export("one", "merge", [], False, True, t)
     assert not (common.SAVES / "other").exists()
-    web_jobs.kill(job)
+    jobs.kill(job)
     ended(job)
-    assert web_parts.at_work(t) == ""
+    assert widgets.at_work(t) == ""
 
 
 def test_what_was_aborted_was_no_accident(room: Path) -> None:
     folder = common.SAVES / "mine"
-    job = web_jobs.start(web_train.job_folder(folder), [script(room, "import time; time.sleep(60)")])
-    assert web_parts.at_work(t).startswith("mine is training")
-    web_train.abort(folder)
+    job = jobs.start(train_page.job_folder(folder), [script(room, "import time; time.sleep(60)")])
+    assert widgets.at_work(t).startswith("mine is training")
+    train_page.abort(folder)
     ended(job)
-    assert web_train.run_state(folder) == "aborted"
-    assert ">aborted</span>" in web_train.status_html("mine", t) and "ended" not in web_train.status_html("mine", t)
-    job = web_jobs.start(web_train.job_folder(folder), [script(room, "import os; os.kill(os.getppid(), 9)")])
+    assert train_page.run_state(folder) == "aborted"
+    assert ">aborted</span>" in train_page.status_html("mine", t) and "ended" not in train_page.status_html("mine", t)
+    job = jobs.start(train_page.job_folder(folder), [script(room, "import os; os.kill(os.getppid(), 9)")])
     ended(job)
-    assert web_train.run_state(folder) == "killed"
+    assert train_page.run_state(folder) == "killed"
 
 
 @pytest.fixture
 def started(room: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:  # noqa: ARG001
     """The commands that a page starts, none of which is run."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(web_jobs, "start", lambda _folder, command, _t: commands.append(command))
+    monkeypatch.setattr(jobs, "start", lambda _folder, command, _t: commands.append(command))
     return commands
 
 
@@ -278,50 +275,50 @@ def test_a_users_own_recipe_in_the_folder_is_left_alone(started: list[list[str]]
     folder = make_folder("mine", None)
     (folder / "trainer_log.jsonl").unlink()
     (folder / "recipe.yaml").write_text("mine")
-    web_train.start_run(dataclasses.replace(common.Config(), output_dir=str(folder)), False, t)
-    web_train.go_on(folder, t)
+    train_page.start_run(dataclasses.replace(common.Config(), output_dir=str(folder)), False, t)
+    train_page.go_on(folder, t)
     assert (folder / "recipe.yaml").read_text() == "mine"
     assert [command[1] for command in started] == ["saves/mine/.web/recipe.yaml"] * 2
 
 
 def test_times_are_hours() -> None:
-    assert [web_parts.duration(seconds) for seconds in (-3, 100.2, 227388)] == ["0:00:00", "0:01:40", "63:09:48"]
+    assert [widgets.duration(seconds) for seconds in (-3, 100.2, 227388)] == ["0:00:00", "0:01:40", "63:09:48"]
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ["run", "我的训练", "run \U0001f9ff"])
 def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
-    import progress
+    from training import callbacks
 
     (tmp_path / name).mkdir()
-    progress.draw_loss([{"step": 1, "loss": 2.0}], tmp_path / name / progress.PICTURE)
-    assert (tmp_path / name / progress.PICTURE).stat().st_size > 1000
+    callbacks.draw_loss([{"step": 1, "loss": 2.0}], tmp_path / name / callbacks.PICTURE)
+    assert (tmp_path / name / callbacks.PICTURE).stat().st_size > 1000
 
 
 @pytest.mark.usefixtures("room")
 def test_several_runs_stand_on_one_plot() -> None:
     make_folder("one", "finished", lines=12)
     make_folder("two", "interrupted", lines=7)
-    large, small = web_train.plots_html(["one", "two"], t)
+    large, small = train_page.plots_html(["one", "two"], t)
     curves = re.findall(r'<polyline class="(c\d)( faint)?" points="([^"]*)"', large)
     assert [(colour, len(points.split())) for colour, faint, points in curves if not faint] == [("c0", 12), ("c1", 7)]
     assert ">one</span>" in large and ">two</span>" in large
     assert small.count('class="plot"') == 2
-    status = web_train.status_html("one", t)
+    status = train_page.status_html("one", t)
     assert "12 / 20" in status and "0.2500" in status
 
 
 def test_plots_place_points_and_say_where_nothing_is() -> None:
-    curve = web_plots.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
-    html = web_plots.lines("Loss", "step", [curve], "nothing yet")
+    curve = plots.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
+    html = plots.lines("Loss", "step", [curve], "nothing yet")
     assert "&lt;loss&gt;" in html and "<loss>" not in html
     points = re.search(r'<polyline class="c0" points="([^"]*)"', html)[1].split()
     assert len(points) == 2 and points[1] == "100.0,100.0"  # the last at the right, at zero
-    assert "nothing yet" in web_plots.lines("Loss", "step", [], "nothing yet")
-    assert web_plots.ticks(0, 3.1, 4) == [0, 1, 2, 3]
-    assert len(web_plots.thinned([(n, n) for n in range(100_000)])) <= web_plots.MOST + 1
+    assert "nothing yet" in plots.lines("Loss", "step", [], "nothing yet")
+    assert plots.ticks(0, 3.1, 4) == [0, 1, 2, 3]
+    assert len(plots.thinned([(n, n) for n in range(100_000)])) <= plots.MOST + 1
     bars = re.findall(
-        r'height:([\d.]+)%" title="(\d+)', web_plots.histogram("h", "x", [1, 1, 1, 2, 9], "{count} {low} {high}")
+        r'height:([\d.]+)%" title="(\d+)', plots.histogram("h", "x", [1, 1, 1, 2, 9], "{count} {low} {high}")
     )
     assert sum(int(count) for _, count in bars) == 5 and max(float(height) for height, _ in bars) == 100
 
@@ -333,7 +330,7 @@ def test_only_files_of_runs_are_served(room: Path) -> None:
     (folder / ".web" / "job.json").write_text("{}")
     (room / "secret.html").write_text("no")
     (folder / "link.html").symlink_to(room / "secret.html")
-    assert web_parts.servable("saves/mine/report.html")
+    assert widgets.servable("saves/mine/report.html")
     for path in (
         "saves/../secret.html",
         "secret.html",
@@ -341,8 +338,8 @@ def test_only_files_of_runs_are_served(room: Path) -> None:
         "saves/mine/link.html",
         "saves/mine/.web/job.json",
     ):
-        assert web_parts.servable(path) is None
-    assert web_parts.servable("saves/mine") is None
+        assert widgets.servable(path) is None
+    assert widgets.servable("saves/mine") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,13 +347,13 @@ def test_only_files_of_runs_are_served(room: Path) -> None:
 
 
 def test_samples_are_escaped_and_what_is_learned_is_marked(tiny_tokenizer: Any) -> None:
-    from template import encode, load_template
+    from preprocessing.chat_template import encode, load_template
 
     talk = {
         "messages": [{"role": "user", "content": "<script>x</script>"}, {"role": "assistant", "content": "<b>好</b>"}]
     }
     (sample,) = encode([talk], load_template("chatml", tiny_tokenizer), tiny_tokenizer, cutoff_len=500)
-    html = web_data.sample_html(tiny_tokenizer, sample, 3, t)
+    html = data_page.sample_html(tiny_tokenizer, sample, 3, t)
     assert "<script>" not in html and "&lt;script&gt;x&lt;/script&gt;" in html
     learned = re.findall(r'<span class="learned[^"]*">(.*?)</span>', html)
     assert "".join(learned) == "&lt;b&gt;好&lt;/b&gt;&lt;|im_end|&gt;"
@@ -368,11 +365,11 @@ def test_an_upload_keeps_its_name_and_replaces_its_forerunner(room: Path) -> Non
     sent = room / "我的 数据.jsonl"
     for text in ("1", "2"):
         sent.write_text(text)
-        kept = web_data.keep_upload(sent, lambda _: None, t)
+        kept = data_page.keep_upload(sent, lambda _: None, t)
     assert kept == Path("saves/uploads/我的_数据.jsonl") and kept.read_text() == "2"
-    assert web_data.datasets() == [str(kept)]
+    assert data_page.datasets() == [str(kept)]
     with pytest.raises(UserError, match="unknown type"):
-        web_data.keep_upload(room / "program.exe", lambda _: None, t)
+        data_page.keep_upload(room / "program.exe", lambda _: None, t)
 
 
 def test_a_refused_upload_leaves_the_file_that_is_there(room: Path) -> None:
@@ -381,42 +378,42 @@ def test_a_refused_upload_leaves_the_file_that_is_there(room: Path) -> None:
     def check(path: Path) -> None:
         dataset.check(common.load_config([f"dataset={path}"]).config)
 
-    kept = web_data.keep_upload(write_jsonl(room / "mine.jsonl", good), check, t)
+    kept = data_page.keep_upload(write_jsonl(room / "mine.jsonl", good), check, t)
     before = kept.read_text()
     with pytest.raises(UserError, match=r" saves/uploads/mine\.jsonl, row 1: output is null"):
-        web_data.keep_upload(write_jsonl(room / "mine.jsonl", faulty), check, t)
+        data_page.keep_upload(write_jsonl(room / "mine.jsonl", faulty), check, t)
     with pytest.raises(UserError):
-        web_data.keep_upload(write_jsonl(room / "other.jsonl", faulty), check, t)
-    assert kept.read_text() == before and web_data.datasets() == [str(kept)]
-    assert list(web_data.UPLOADS.iterdir()) == [kept]
+        data_page.keep_upload(write_jsonl(room / "other.jsonl", faulty), check, t)
+    assert kept.read_text() == before and data_page.datasets() == [str(kept)]
+    assert list(data_page.UPLOADS.iterdir()) == [kept]
 
 
 def test_the_embedded_model_is_fetched_without_a_hub(started: list[list[str]]) -> None:
-    assert web_data.lacks_embedded(common.EMBEDDED_MODEL) and not web_data.lacks_embedded("org/model")
-    web_data.start_download(common.EMBEDDED_MODEL, "hub", t)
-    web_data.start_download("org/model", "modelscope", t)
+    assert data_page.lacks_embedded(common.EMBEDDED_MODEL) and not data_page.lacks_embedded("org/model")
+    data_page.start_download(common.EMBEDDED_MODEL, "hub", t)
+    data_page.start_download("org/model", "modelscope", t)
     assert started == [["download.py"], ["download.py", "org/model", "--modelscope"]]
 
 
 def test_memory_is_estimated_for_what_is_chosen(tiny_model: Path) -> None:
     config = common.load_config([f"model_name_or_path={tiny_model}", "output_dir=saves/x"]).config
-    small = web_train.memory_html(config, t)
+    small = train_page.memory_html(config, t)
     assert "at the peak" in small and "free" in small and "fault" not in small
-    huge = web_train.memory_html(dataclasses.replace(config, per_device_train_batch_size=10**7), t)
+    huge = train_page.memory_html(dataclasses.replace(config, per_device_train_batch_size=10**7), t)
     assert 'class="fault"' in huge
-    assert "known once" in web_train.memory_html(dataclasses.replace(config, model_name_or_path="models/none"), t)
+    assert "known once" in train_page.memory_html(dataclasses.replace(config, model_name_or_path="models/none"), t)
 
 
 def test_odd_models_are_told_of(tiny_model: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     chosen = dataclasses.replace(common.Config(), model_name_or_path=str(model))
     inner = json.loads((model / "config.json").read_text())
-    common.write_json(model / "config.json", {"model_type": "gemma3", "text_config": inner})
-    assert "at the peak" in web_train.memory_html(chosen, t)
-    assert "reads 8,192 tokens" in web_data.model_facts(str(model), t)
+    write_json(model / "config.json", {"model_type": "gemma3", "text_config": inner})
+    assert "at the peak" in train_page.memory_html(chosen, t)
+    assert "reads 8,192 tokens" in data_page.model_facts(str(model), t)
     (model / "config.json").write_text("{broken")
-    assert "cannot be estimated" in web_train.memory_html(chosen, t)
-    assert "config.json is broken" in web_data.model_facts(str(model), t)
+    assert "cannot be estimated" in train_page.memory_html(chosen, t)
+    assert "config.json is broken" in data_page.model_facts(str(model), t)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,36 +423,36 @@ def test_odd_models_are_told_of(tiny_model: Path, tmp_path: Path) -> None:
 def test_every_word_of_the_pages_is_there_in_chinese() -> None:
     used = set()
     for room in ROOMS:
-        for node in ast.walk(ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse((ROOT / "web" / f"{room}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "t":
                 assert isinstance(node.args[0], ast.Constant), f"{room}, line {node.lineno}"
                 used.add(node.args[0].value)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
                 own = isinstance(node.args[0], ast.Constant | ast.JoinedStr)
                 assert not own, f"{room}, line {node.lineno}: a refusal of the page's own, and not by t"
-    assert used == set(web_words.WORDS)
-    for english, chinese in web_words.WORDS.items():
+    assert used == set(words.WORDS)
+    for english, chinese in words.WORDS.items():
         assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", chinese)), english
 
 
 def test_every_option_of_the_page_is_explained_in_chinese() -> None:
-    shown = [n for group in web_train.FOLDED for n in web_data.options_of(group) if n not in web_train.HIDDEN]
-    assert [name for name in shown if name not in web_words.HELP] == []
-    assert set(web_train.FOLDED) == set(web_words.GROUPS)
+    shown = [n for group in train_page.FOLDED for n in data_page.options_of(group) if n not in train_page.HIDDEN]
+    assert [name for name in shown if name not in words.HELP] == []
+    assert set(train_page.FOLDED) == set(words.GROUPS)
 
 
 def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:
     import quantize
 
-    assert {kind: quantize.TYPES[kind].bits for kind in web_results.TYPES} == web_results.TYPES
+    assert {kind: quantize.TYPES[kind].bits for kind in export_page.TYPES} == export_page.TYPES
 
 
 @pytest.mark.usefixtures("room")
 def test_rows_that_do_not_divide_make_the_sizes_a_lower_bound(tiny_model: Path) -> None:
     folder = make_folder("mine", "finished")
     run = {"status": "finished", "started": "2026-11-23T10:00:00+00:00", "model": str(tiny_model)}
-    common.write_json(folder / "run.json", run)
-    labels = {kind: label for label, kind in web_results.type_choices("mine", t)}
+    write_json(folder / "run.json", run)
+    labels = {kind: label for label, kind in export_page.type_choices("mine", t)}
     assert labels["q4_k_m"].startswith("q4_k_m · at least ") and labels["q8_0"].startswith("q8_0 · about ")
 
 
@@ -465,7 +462,7 @@ def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -
         "base": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "calibration": {"ece": 0.2, "curve": []}},
     }
     models["trained"]["curves"] = {"auc": 0.625, "fpr": [0.0, 1.0]}  # the picture tells of it
-    html = web_evaluate.figures_html({"models": models}, t)
+    html = evaluate_page.figures_html({"models": models}, t)
     assert "0.625" not in html
     cells = re.findall(r"<t[hd] [^>]*>(.*?)</t[hd]>", html)
     assert cells[:3] == ["figure", "base model", "trained"]
@@ -483,17 +480,17 @@ def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
     (folder / "gguf" / "mine-q8_0.Modelfile").write_text("FROM mine-q8_0.gguf")
     measured = {"kl_divergence": 0.0052, "top1_agreement": 0.975, "perplexity": 13.5, "reference_perplexity": 13.4}
     measured |= {"tokens_equal": True, "tokens_per_second": 36.1, "verified": True, "type": "q8_0", "bytes": 5_000_000}
-    common.write_json(folder / "gguf" / "gguf.json", {"files": {"mine-q8_0.gguf": measured}})
+    write_json(folder / "gguf" / "gguf.json", {"files": {"mine-q8_0.gguf": measured}})
     proof = {"prompts": 8, "difference": 0.0023, "rounding": 0.0022, "same_first_choice": 1.0}
     merged = {"adapter_tensors": 420, "adapter_tensors_used_once": 420, "dtype": "float16", "proof": proof}
     (folder / "merged").mkdir()
-    common.write_json(folder / "merged" / "merge.json", merged)
-    files = web_results.files_html("mine", t)
+    write_json(folder / "merged" / "merge.json", merged)
+    files = export_page.files_html("mine", t)
     assert "2.0 MB" in files and "5.0 MB" in files and files.count(" download>") == 3
-    told = web_results.proof_html("mine", t)
+    told = export_page.proof_html("mine", t)
     assert re.findall(r"<td [^>]*>([^<]*)</td>", told)[-6:] == ["q8_0", "yes", "0.0052", "97.5%", "13.500", "36"]
     assert "420 / 420" in told and "100.0%" in told
-    assert web_results.modelfile_text("mine") == "FROM mine-q8_0.gguf"
+    assert export_page.modelfile_text("mine") == "FROM mine-q8_0.gguf"
 
 
 @pytest.mark.parametrize(
@@ -518,7 +515,7 @@ def test_predictions_of_every_task_stand_beside_those_of_the_base(
     row = {"row": 0, "prompt": "2 and 2?", "label": "4"}
     write_jsonl(tmp_path / "predictions.base.jsonl", [{**row, **before}])
     write_jsonl(tmp_path / "predictions.jsonl", [{**row, **after}])
-    html, page, pages = web_evaluate.predictions_html(tmp_path, 5, t)
+    html, page, pages = evaluate_page.predictions_html(tmp_path, 5, t)
     assert re.findall(r'<div class="words">(.*?)</div>', html) == ["2 and 2?", "4", *shown]
     assert (page, pages) == (0, 1)
 
@@ -541,7 +538,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, tin
     (folder / "models" / "tiny").symlink_to(tiny_model)
     yield folder
     for run in (folder / "saves").iterdir():
-        web_train.abort(run)
+        train_page.abort(run)
 
 
 @pytest.fixture(scope="module")
@@ -717,9 +714,9 @@ def test_a_training_outlives_browser_and_server(
         assert curve_points(page) >= 1
         kill_browser()
     end(server.process)
-    steps = len(web_train.read_log(folder))
-    wait_for(lambda: len(web_train.read_log(folder)) > steps, 60)
-    assert web_train.at_work() == "long"
+    steps = len(train_page.read_log(folder))
+    wait_for(lambda: len(train_page.read_log(folder)) > steps, 60)
+    assert train_page.at_work() == "long"
 
     with serving(cwd=workshop) as again, browsing() as browser:
         page = browser.page(again.url + "/zh/", language="zh-CN")
@@ -730,12 +727,12 @@ def test_a_training_outlives_browser_and_server(
         wait_for_state(page, "interrupted")
         [*_, checkpoint] = sorted(folder.glob("checkpoint-*/trainer_state.json"))
         assert checkpoint.stat().st_size
-        paused = web_train.read_log(folder)[-1]["step"]
+        paused = train_page.read_log(folder)[-1]["step"]
         page.click("#train-go-on")
         wait_for_state(page, "running")
-        wait_for(lambda: web_train.read_log(folder)[-1]["step"] > paused, 60)
+        wait_for(lambda: train_page.read_log(folder)[-1]["step"] > paused, 60)
         page.click("#train-abort")
         wait_for_state(page, "aborted")
         assert "可从最近的检查点继续" in page.inner_text("#status")
-        assert not web_train.at_work()
+        assert not train_page.at_work()
         assert browser.foreign == [] and browser.faults == []

@@ -82,10 +82,10 @@ def test_one_answer_from_a_pipe(parrot: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_piped_text_stands_after_the_words(parrot: Path, tmp_path: Path) -> None:
-    import engine
+    from inference.load import load
 
     too_long = run("chat.py", str(parrot), "-p", "first", input="w" * 9000, cwd=tmp_path)
-    tokens = len(engine.load(str(parrot)).prompt_ids([{"role": "user", "content": "first\n\n" + "w" * 9000}]))
+    tokens = len(load(str(parrot)).prompt_ids([{"role": "user", "content": "first\n\n" + "w" * 9000}]))
     assert too_long.returncode == 2 and f"has {tokens} tokens" in too_long.stderr and too_long.stdout == ""
 
 

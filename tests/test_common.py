@@ -13,6 +13,8 @@ from conftest import ROOT, run
 
 import common
 from common import UserError, load_config
+from runs.files import appearing, write_json, write_text
+from runs.folder import newest_run, read_run
 
 # the two files of the tutorial, as its users bring them
 FIRST = (ROOT / "tests/tutorial/train_2024-05-25.yaml").read_text(encoding="utf-8")
@@ -221,9 +223,9 @@ def test_faults_end_with_status_2_and_no_traceback(recipe):
 
 def test_files_appear_whole(tmp_path):
     path = tmp_path / "a.json"
-    common.write_json(path, {"名": 1})
+    write_json(path, {"名": 1})
     assert path.read_text(encoding="utf-8") == '{\n  "名": 1\n}\n'
-    common.write_text(path, "second")
+    write_text(path, "second")
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -232,7 +234,7 @@ def test_a_run_json_that_says_nothing_is_one_sentence(tmp_path):
     for text in ("{}", "[]", "{"):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(UserError, match=r"run\.json is broken"):
-            common.read_run(tmp_path)
+            read_run(tmp_path)
 
 
 def test_commands_work_as_they_are_printed(tmp_path, monkeypatch):
@@ -263,13 +265,13 @@ def test_newest_run_is_the_one_last_written(tmp_path):
     for i, name in enumerate(("old", "nested/new", "unfinished")):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        common.write_json(folder / "run.json", {"status": "finished"})
+        write_json(folder / "run.json", {"status": "finished"})
         if name != "unfinished":
             (folder / "adapter_config.json").write_text("{}")
         os.utime(folder / "run.json", (i + 1, i + 1))
-    assert common.newest_run(tmp_path) == tmp_path / "nested/new"
+    assert newest_run(tmp_path) == tmp_path / "nested/new"
     with pytest.raises(UserError, match="make train"):
-        common.newest_run(tmp_path / "nothing")
+        newest_run(tmp_path / "nothing")
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
@@ -280,6 +282,6 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path, monkey
     monkeypatch.setattr("os.kill", kill)
     for name in (".m[1].new.1.tmp", ".m[1].old.2.tmp", ".m[1].new.3.tmp", ".m1.new.1.tmp"):
         (tmp_path / name).mkdir()
-    with common.appearing(tmp_path / "m[1]"):
+    with appearing(tmp_path / "m[1]"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {".m[1].new.3.tmp", ".m1.new.1.tmp", "m[1]"}

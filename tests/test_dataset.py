@@ -20,9 +20,8 @@ import pytest
 from conftest import ROOT, run, write_jsonl
 
 import common
-import dataset
-import formats
 from common import Config, UserError
+from preprocessing import dataset, formats
 
 GOOD = {"instruction": "Who are you?", "input": "", "output": "A kit."}
 TALK = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A kit."}]
@@ -48,9 +47,9 @@ def register(folder: Path, **entries: dict) -> str:
 
 
 def prepare(tokenizer, *paths: Path | str, **settings) -> dataset.Prepared:
-    import template
+    from preprocessing import chat_template
 
-    return dataset.prepare(config(*paths, **settings), tokenizer, template.load_template("chatml", tokenizer))
+    return dataset.prepare(config(*paths, **settings), tokenizer, chat_template.load_template("chatml", tokenizer))
 
 
 def questions(count: int) -> list[dict]:
@@ -276,13 +275,13 @@ def test_skipped_rows_are_recorded_and_a_broken_list_is_never_skipped(tmp_path: 
 def test_faults_are_told_in_time_and_before_heavy_imports(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "output": None}])
     code = (
-        "import sys, dataset, common\n"
+        "import sys, common\nfrom preprocessing import dataset\n"
         f"try: dataset.check(common.Config(dataset=({str(path)!r},)))\n"
         "except common.UserError: print({'numpy', 'pyarrow', 'datasets', 'torch', 'transformers'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
-    done = run("dataset.py", str(path))
+    done = run("preview.py", str(path))
     assert done.returncode == 2 and "row 1: output is null" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -411,9 +410,9 @@ def test_tool_calls_of_sharegpt_and_openai_are_the_same_conversation(tmp_path: P
     assert first["messages"][1]["tool_calls"] == [{"type": "function", "function": call}]
     assert first["tools"] == [{"type": "function", "function": function}]
 
-    import template
+    from preprocessing import chat_template
 
-    qwen = template.load_template("qwen", tiny_tokenizer)
+    qwen = chat_template.load_template("qwen", tiny_tokenizer)
     made = dataset.prepare(config(tmp_path / "a.jsonl", cutoff_len=4096), tiny_tokenizer, qwen)
     shown = tiny_tokenizer.decode(made.train[0]["input_ids"])
     assert '"name": "add", "description": "adds"' in shown and "<tool_call>\n" in shown and '{"x": 1}' in shown
@@ -497,12 +496,12 @@ def test_csv_keeps_numbers_as_text(tmp_path: Path) -> None:
 
 
 def test_samples_are_what_the_template_makes_and_the_report_counts_them(tmp_path: Path, tiny_tokenizer) -> None:
-    import template
+    from preprocessing import chat_template
 
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(5), {"instruction": "q0", "output": "a0"}])
     made = prepare(tiny_tokenizer, path)
-    chatml = template.load_template("chatml", tiny_tokenizer)
-    expected = template.encode(conversations(path), chatml, tiny_tokenizer, cutoff_len=256)
+    chatml = chat_template.load_template("chatml", tiny_tokenizer)
+    expected = chat_template.encode(conversations(path), chatml, tiny_tokenizer, cutoff_len=256)
     assert [row["input_ids"] for row in made.train] == [sample["input_ids"] for sample in expected]
     assert [row["labels"] for row in made.train] == [sample["labels"] for sample in expected]
     assert str(made.train.features["input_ids"].feature.dtype) == "int32" == made.train.features["labels"].feature.dtype
@@ -694,7 +693,7 @@ def test_table_is_aligned_with_chinese_names() -> None:
 def test_command_line_prints_report_and_samples(tmp_path: Path, tiny_model: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(7), {"instruction": "q", "output": None}])
     environment = {**os.environ, "ONECARD_CACHE": str(tmp_path / "cache")}
-    done = run("dataset.py", str(path), f"model_name_or_path={tiny_model}", "on_bad_rows=skip", env=environment)
+    done = run("preview.py", str(path), f"model_name_or_path={tiny_model}", "on_bad_rows=skip", env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["dataset", "rows", "samples", "tokens"] and lines[1].split()[1:3] == ["8", "7"]
@@ -757,11 +756,11 @@ def test_dataset_of_the_hub_by_hf_endpoint(tmp_path: Path, tiny_model: Path, hub
         "ONECARD_CACHE": str(tmp_path / "cache"),
     }
     settings = [f"dataset_dir={registry}", f"model_name_or_path={tiny_model}"]
-    done = run("dataset.py", "rows", *settings, env=environment)
+    done = run("preview.py", "rows", *settings, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[:3] == ["rows", "3", "3"]
     assert f"/datasets/me/rows/resolve/{HubHandler.commit}/train.jsonl" in hub.asked
-    done = run("dataset.py", "gone", *settings, env=environment)
+    done = run("preview.py", "gone", *settings, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "dataset 'gone' (me/gone, split train) could not be fetched from http://127.0.0.1" in done.stderr
 

@@ -15,9 +15,8 @@ import pytest
 from conftest import ROOT, run, write_jsonl
 
 import common
-import doctor
-import starting
 from common import load_config
+from training import preflight, starting
 
 GB = 1e9
 LLAMA3_8B = {
@@ -53,10 +52,10 @@ def llama3_8b(tmp_path_factory) -> Path:
 
 
 def test_an_adapter_of_the_8b_shape_has_the_known_number_of_parameters(llama3_8b):
-    shapes = doctor.tensor_shapes(llama3_8b)
+    shapes = preflight.tensor_shapes(llama3_8b)
     # rank 8 on all projections of Llama-3-8B: the number that PEFT and LLaMA-Factory print
-    assert doctor.adapter_parameters(load_config(["lora_rank=8"]).config, shapes) == 20_971_520
-    assert doctor.adapter_parameters(load_config(["lora_target=q_proj,v_proj"]).config, shapes) == 3_407_872
+    assert preflight.adapter_parameters(load_config(["lora_rank=8"]).config, shapes) == 20_971_520
+    assert preflight.adapter_parameters(load_config(["lora_target=q_proj,v_proj"]).config, shapes) == 3_407_872
 
 
 def card_of(gigabytes: float) -> common.Gpu:
@@ -65,12 +64,13 @@ def card_of(gigabytes: float) -> common.Gpu:
 
 def test_the_second_tutorial_file_is_estimated_to_fit_24_gb(llama3_8b):
     config = load_config(["cutoff_len=4096", "per_device_train_batch_size=2"]).config
-    parts = doctor.estimate_memory(config, llama3_8b, 2 * 4096, card_of(24))
+    parts = preflight.estimate_memory(config, llama3_8b, 2 * 4096, card_of(24))
     assert parts["weights"] == pytest.approx(16.06 * GB, rel=0.001)
     assert 21 * GB < sum(parts.values()) < 22 * GB
     quantized = load_config(["quantization_bit=4"]).config
     needs = {
-        free: sum(doctor.estimate_memory(quantized, llama3_8b, 2 * 4096, card_of(free)).values()) for free in (11, 24)
+        free: sum(preflight.estimate_memory(quantized, llama3_8b, 2 * 4096, card_of(free)).values())
+        for free in (11, 24)
     }
     assert needs[11] < 11 * GB < needs[24] < 14 * GB  # the pieces of the logits are as large as the card allows
 
@@ -80,14 +80,14 @@ def test_the_second_tutorial_file_is_estimated_to_fit_24_gb(llama3_8b):
 )
 def test_the_logits_are_computed_in_unsloths_pieces(tokens, left, pieces):
     """The numbers are get_chunk_size's of unsloth_zoo 2026.10.9, for half of what is left."""
-    assert doctor.logits_memory(tokens, 128256, left) == 16 * tokens * 128256 / pieces
+    assert preflight.logits_memory(tokens, 128256, left) == 16 * tokens * 128256 / pieces
 
 
 def test_what_does_not_fit_comes_with_advice(llama3_8b, capsys):
     config = load_config([f"model_name_or_path={llama3_8b}", "cutoff_len=4096", "per_device_train_batch_size=4"]).config
     card = common.Gpu("RTX 4090", "580.65", (13, 0), (8, 9), int(25.7 * GB), int(20 * GB))
-    seen = doctor.Examination()
-    doctor.check_memory(seen, config, card, None, doctor.read_model(llama3_8b))
+    seen = preflight.Examination()
+    preflight.check_memory(seen, config, card, None, preflight.read_model(llama3_8b))
     said = capsys.readouterr().out
     assert seen.faults == 1
     assert "20.0 GB are free" in said
@@ -110,8 +110,8 @@ def card(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(doctor, "torch_cuda", lambda: (13, 0))
-    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
+    monkeypatch.setattr(preflight, "torch_cuda", lambda: (13, 0))
+    monkeypatch.setattr(preflight.sysconfig, "get_paths", lambda _: {"include": str(tmp_path)})
 
     def program(name: str, text: str = "") -> None:
         file = tmp_path / name
@@ -129,8 +129,8 @@ def card(tmp_path, monkeypatch):
 
 def refusal(capsys) -> str:
     """What keeps the card from training, of which `--dry-run` and training tell alike."""
-    seen, config = doctor.Examination(), load_config([]).config
-    doctor.check_gpu(seen, config)
+    seen, config = preflight.Examination(), load_config([]).config
+    preflight.check_gpu(seen, config)
     assert seen.faults == 1
     with pytest.raises(common.UserError) as caught:
         starting.check_environment(config)
@@ -142,8 +142,8 @@ def test_a_card_that_will_do(card, capsys):
     assert card("580.65.06") == common.Gpu(
         "NVIDIA GeForce RTX 4090", "580.65.06", (12, 2), (8, 9), 24564 << 20, 24100 << 20
     )
-    seen, config = doctor.Examination(), load_config([]).config
-    doctor.check_gpu(seen, config)
+    seen, config = preflight.Examination(), load_config([]).config
+    preflight.check_gpu(seen, config)
     starting.check_environment(config)
     assert seen.faults == 0
     assert "580.65.06 (CUDA 12.2), torch is built for 13.x" in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_a_driver_too_old_for_torch_is_told_with_what_fits(card, capsys):
 
 def test_a_torch_without_cuda_is_told(card, monkeypatch, capsys):
     card("580.65.06")
-    monkeypatch.setattr(doctor, "torch_cuda", lambda: None)
+    monkeypatch.setattr(preflight, "torch_cuda", lambda: None)
     assert "run make setup again" in refusal(capsys)
 
 
@@ -172,7 +172,7 @@ def test_what_triton_compiles_with_is_told(card, tmp_path, monkeypatch, capsys):
     assert f"no {tmp_path / 'Python.h'}: apt install gcc python3" in refusal(capsys)
     (tmp_path / "gcc").rename(tmp_path / "clang")
     (tmp_path / "Python.h").touch()
-    assert doctor.missing_for_triton() == []
+    assert preflight.missing_for_triton() == []
     (tmp_path / "clang").unlink()
     assert "no C compiler (gcc or clang)" in refusal(capsys)
 
@@ -253,14 +253,14 @@ def test_a_model_that_cannot_be_estimated_yet_is_said_to_be(tmp_path):
     settings = ["model_name_or_path=org/name", f"dataset={rows}", "max_steps=7"]
     said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
     assert "7 optimizer steps" in said and "is told once the model is there" in said
-    assert doctor.model_like({"n_embd": 768}) is None
-    assert doctor.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
+    assert preflight.model_like({"n_embd": 768}) is None
+    assert preflight.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
 
 
 def test_the_shapes_of_a_config_json_are_those_of_its_model(llama3_8b, embedded_model):
-    for folder, settings in ((llama3_8b, LLAMA3_8B), (embedded_model, doctor.EMBEDDED_SHAPE)):
-        matrices = {name: shape for name, shape in doctor.tensor_shapes(folder).items() if len(shape) == 2}
-        assert doctor.model_like(settings).shapes == matrices
+    for folder, settings in ((llama3_8b, LLAMA3_8B), (embedded_model, preflight.EMBEDDED_SHAPE)):
+        matrices = {name: shape for name, shape in preflight.tensor_shapes(folder).items() if len(shape) == 2}
+        assert preflight.model_like(settings).shapes == matrices
         own = json.loads((folder / "config.json").read_text())
         assert {name: own[name] for name in settings} == settings
 

@@ -22,6 +22,7 @@ from conftest import ROOT, run
 import common
 import download
 from common import UserError
+from runs.target import missing_from_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -114,14 +115,14 @@ def test_embedded_without_a_network(tmp_path):
 
 def test_missing_from_model(tmp_path):
     folder = make_repository(tmp_path / "model")
-    assert common.missing_from_model(folder) == []
+    assert missing_from_model(folder) == []
     shard = folder / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert common.missing_from_model(folder) == [shard.name]
+    assert missing_from_model(folder) == [shard.name]
     shard.unlink()
     (folder / "tokenizer.json").unlink()
-    assert common.missing_from_model(folder) == ["tokenizer.json", shard.name]
-    assert common.missing_from_model(tmp_path / "none") == ["config.json", "tokenizer.json", "model.safetensors"]
+    assert missing_from_model(folder) == ["tokenizer.json", shard.name]
+    assert missing_from_model(tmp_path / "none") == ["config.json", "tokenizer.json", "model.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

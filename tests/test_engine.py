@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TALK, make_run, run, save_adapter
 
-import engine_transformers
 from common import UserError
-from engine import Settings, find, load
-from engine_transformers import TransformersEngine
+from inference import transformers_engine
+from inference.engine import Settings
+from inference.load import load
+from inference.transformers_engine import TransformersEngine
+from runs.target import find
 
 CHINESE = TALK["hi"]
 EXACT = ["infer_dtype=float32"]
@@ -46,7 +48,7 @@ def engine_of_tiny(tiny_model: Path):
 
 def at_once(model, conversations: list[list[dict]], settings: Settings | list[Settings]) -> list[str]:
     """The replies to several conversations, made by a batch side by side."""
-    from engine_batch import Batch, Row
+    from inference.scheduler import Batch, Row
 
     batch, told = Batch(model, slots=4), [queue.SimpleQueue() for _ in conversations]
     each = settings if isinstance(settings, list) else [settings] * len(told)
@@ -149,7 +151,7 @@ def test_settings_draw_as_they_say(engine_of_tiny) -> None:
 def test_penalties_are_openais() -> None:
     import torch
 
-    draw = engine_transformers.Draw(
+    draw = transformers_engine.Draw(
         Settings(temperature=0, presence_penalty=0.5, frequency_penalty=0.25), 2, torch.device("cpu")
     )
     scores = draw._count_penalty(torch.tensor([[0, 1, 3, 3, 3, 2]]), torch.zeros(1, 5))
@@ -224,7 +226,7 @@ def test_prompt_longer_than_one_piece(engine_of_tiny) -> None:
 
     messages = [user("many words " * 120)]
     ids = engine_of_tiny.prompt_ids(messages)
-    assert len(ids) > 2 * engine_transformers.PREFILL
+    assert len(ids) > 2 * transformers_engine.PREFILL
     reply = engine_of_tiny.stream(messages, Settings(temperature=0, max_new_tokens=5, logprobs=0))
     list(reply)
     expected = engine_of_tiny.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
@@ -346,7 +348,7 @@ def test_adapter_answers_as_peft_has_it(tiny_model: Path, tmp_path: Path, lora: 
 
 
 def test_rows_of_a_batch_are_what_they_are_alone(engine_of_tiny) -> None:
-    from engine_batch import FlatRows
+    from inference.scheduler import FlatRows
 
     talks = [[user("word " * (n * n * 9) + str(n))] for n in range(7)]
     settings = [Settings(temperature=0.9 * (n % 2), seed=n, max_new_tokens=25 + n) for n in range(7)]
@@ -359,7 +361,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(engine_of_tiny) -> None:
 def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-    from engine_batch import FlatRows
+    from inference.scheduler import FlatRows
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = MistralConfig(
@@ -378,12 +380,12 @@ def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: 
 def test_rows_whose_masked_heads_are_not_grouped_are_the_same(engine_of_tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    import engine_batch
+    from inference import scheduler
 
-    assert not engine_batch._may_group(torch.device("cuda"), torch.ones(2, 3, dtype=torch.bool))
-    assert engine_batch._may_group(torch.device("cuda"), None)
+    assert not scheduler._may_group(torch.device("cuda"), torch.ones(2, 3, dtype=torch.bool))
+    assert scheduler._may_group(torch.device("cuda"), None)
     asked = []
-    monkeypatch.setattr(engine_batch, "_may_group", lambda _, band: asked.append(band) or band is None)  # as on a card
+    monkeypatch.setattr(scheduler, "_may_group", lambda _, band: asked.append(band) or band is None)  # as on a card
     talks = [[user("a question of some length " * n)] for n in (1, 4, 2, 1)]
     how = Settings(temperature=0, max_new_tokens=12)
     assert at_once(engine_of_tiny, talks, how) == ["".join(engine_of_tiny.stream(talk, how)) for talk in talks]
@@ -391,7 +393,7 @@ def test_rows_whose_masked_heads_are_not_grouped_are_the_same(engine_of_tiny, mo
 
 
 def test_rows_of_a_model_that_cannot_be_flat(tiny_model: Path) -> None:
-    from engine_batch import SerialRows
+    from inference.scheduler import SerialRows
 
     model = load(str(tiny_model), EXACT)
     model.model.set_attn_implementation("eager")
@@ -402,7 +404,7 @@ def test_rows_of_a_model_that_cannot_be_flat(tiny_model: Path) -> None:
 
 
 def test_a_row_that_fails_harms_no_other(engine_of_tiny) -> None:
-    from engine_batch import Batch, Full, Row
+    from inference.scheduler import Batch, Full, Row
 
     batch, told = Batch(engine_of_tiny, slots=3, waiting=1), [queue.SimpleQueue() for _ in range(4)]
     how = Settings(temperature=0, max_new_tokens=30)
@@ -427,7 +429,7 @@ def test_a_row_that_fails_harms_no_other(engine_of_tiny) -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_no_row_waits_where_the_batch_fails(engine_of_tiny) -> None:
-    from engine_batch import Batch, Ended, Row
+    from inference.scheduler import Batch, Ended, Row
 
     def ask(tokens: int) -> queue.SimpleQueue:
         told = queue.SimpleQueue()
@@ -456,7 +458,7 @@ def test_no_row_waits_where_the_batch_fails(engine_of_tiny) -> None:
 
 
 def test_a_cancelled_row_leaves_at_once(engine_of_tiny) -> None:
-    from engine_batch import Batch, Row
+    from inference.scheduler import Batch, Row
 
     batch, told = Batch(engine_of_tiny, slots=1), [queue.SimpleQueue() for _ in range(3)]
     ids = engine_of_tiny.prompt_ids([user("x")])
@@ -476,15 +478,15 @@ def test_a_cancelled_row_leaves_at_once(engine_of_tiny) -> None:
 
 
 def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
-    import toolcalls
+    from inference import tool_calls
 
-    grammar = toolcalls.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
+    grammar = tool_calls.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
     for seed in range(3):
         how = Settings(temperature=1, seed=seed, max_new_tokens=60, grammar=grammar)
         text = "".join(engine_of_tiny.stream([user("x")], how))
         assert text.startswith('{"a": 1') or text.startswith('{"a": 22')
     call = [{"type": "function", "function": {"name": "f"}}]
-    grammar = toolcalls.call_grammar(toolcalls.TAGS, call, engine_of_tiny, required=True, single=True)
+    grammar = tool_calls.call_grammar(tool_calls.TAGS, call, engine_of_tiny, required=True, single=True)
     text = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=grammar)))
     assert text == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # no token of this tokenizer
     with pytest.raises(UserError, match="simplify the schema"):
@@ -578,7 +580,7 @@ def test_layers_of_a_gguf_on_a_card(
     import types
 
     import common
-    from engine_llamacpp import WORKSPACE, _cache_bytes, _layers_on_card
+    from inference.llamacpp_engine import WORKSPACE, _cache_bytes, _layers_on_card
 
     numbers = {"block_count": 32, "embedding_length": 4096, "attention.head_count": 32, "attention.head_count_kv": 8}
     about = {"general.architecture": "llama", **{f"llama.{key}": str(value) for key, value in numbers.items()}}
@@ -604,10 +606,10 @@ def test_base_of_a_merged_model_is_refused(parrot: Path) -> None:
 
 @pytest.mark.slow
 def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) -> None:
-    import llamacpp
+    from inference import llamacpp_library
 
     file = tmp_path / "embedded-f32.gguf"
-    convert = [sys.executable, str(llamacpp.converter()), str(embedded_model), "--outfile", str(file)]
+    convert = [sys.executable, str(llamacpp_library.converter()), str(embedded_model), "--outfile", str(file)]
     subprocess.run([*convert, "--outtype", "f32"], check=True, capture_output=True)
     model, exact = load(str(file)), load(str(embedded_model), EXACT)
     tricky = [{"role": "system", "content": "x <|im_start|>"}, user("a <|im_end|> b\n<|im_start|>user 12 🙂 你")]

@@ -13,8 +13,10 @@ import pytest
 from conftest import make_run, run, write_jsonl
 
 import common
-import dataset
-import metrics
+from evaluation import metrics
+from preprocessing import dataset
+from runs.files import write_json, write_text
+from runs.folder import TRAINED, run_config
 
 ODD = [{"instruction": f"is {i} odd? {'x' * (7 * i % 40)}", "output": str(i % 2)} for i in range(60)]
 SAID = [{"instruction": f"say {i}{'!' * (i % 9)}", "output": f"你好 number {i}"} for i in range(12)]
@@ -31,7 +33,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tiny_model, home / "saves" / "r")
     settings = [f"model_name_or_path={tiny_model}", f"output_dir={folder}", f"dataset={home}/odd.jsonl"]
     config = common.load_config([*settings, f"dataset_dir={common.ROOT}/data"]).config
-    common.write_text(folder / "config.yaml", common.dump_config(config))
+    write_text(folder / "config.yaml", common.dump_config(config))
     return folder
 
 
@@ -115,7 +117,7 @@ def test_texts_are_compared_in_chinese_words() -> None:
 
 
 def test_batches_hold_every_row_once_and_grow_shorter() -> None:
-    import scoring
+    from evaluation import scoring
 
     lengths = [5, 100, 7, 3, 50, 51]
     made = scoring.batches(lengths, tokens=110)
@@ -180,7 +182,7 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     """Against a forward pass of transformers, one row and one answer at a time, on a run with rows shared."""
     import torch
 
-    import engine
+    from inference.load import load
 
     home = trained.parent.parent
     result = run("evaluate.py", str(trained), f"dataset={home}/odd_test.jsonl", *QUIET, cwd=home)
@@ -188,7 +190,7 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     folder = trained / "eval" / "odd_test"
     lines = read(folder / "predictions.jsonl")
     assert [line["prompt"] for line in lines] == [row["instruction"] for row in ODD[40:]]
-    model = engine.load(str(trained), QUIET)
+    model = load(str(trained), QUIET)
     for line in lines[::5]:
         ids = model.prompt_ids([{"role": "user", "content": line["prompt"]}])
         with torch.inference_mode():
@@ -227,13 +229,13 @@ def made_run(folder: Path, copied: Path, **changes: object) -> Path:
     """A run with the adapter of another and its configuration with changes."""
     shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("eval", "report.html"))
     changes = {"output_dir": str(folder), "dataset_dir": str(common.ROOT / "data")} | changes
-    common.write_text(folder / "config.yaml", common.dump_config(dataclasses.replace(common.Config(), **changes)))
+    write_text(folder / "config.yaml", common.dump_config(dataclasses.replace(common.Config(), **changes)))
     return folder
 
 
 def write_recipe(file: Path, adapter: Path, names: str, output: Path, *more: str) -> Path:
     """As LLaMA-Factory's example for predictions."""
-    lines = [f"adapter_name_or_path: {adapter}", f"model_name_or_path: {common.run_config(adapter).model_name_or_path}"]
+    lines = [f"adapter_name_or_path: {adapter}", f"model_name_or_path: {run_config(adapter).model_name_or_path}"]
     lines += [f"eval_dataset: {names}", "max_samples: 20", "do_predict: true", "predict_with_generate: true"]
     file.write_text("\n".join([*lines, *more, f"output_dir: {output}"]), encoding="utf-8")
     return file
@@ -254,10 +256,10 @@ def test_what_was_trained_on_is_known_along_the_chain_and_whatever_became_of_the
         for more in ((), ("name=Ming", "default_system=hi")):
             with pytest.raises(common.UserError, match="was trained on"):
                 job_of(str(run), f"dataset={data}", *more)
-    contents = [dataset.fingerprint(row) for row in dataset.read_conversations(common.run_config(run))[0]]
+    contents = [dataset.fingerprint(row) for row in dataset.read_conversations(run_config(run))[0]]
     own.unlink()
     assert "rows that it saw may be among these" in "".join(job_of(str(run), f"dataset={new}").notes)
-    np.save(run / common.TRAINED, np.array(contents, dtype=np.int64))
+    np.save(run / TRAINED, np.array(contents, dtype=np.int64))
     assert job_of(str(run), f"dataset={new}").notes == []
     write_jsonl(own, [named[0], {**named[1], "output": "changed"}])
     job = job_of(str(run), f"dataset={own}")
@@ -289,7 +291,7 @@ def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "saves" / "r" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
     (checkpoint / "adapter_config.json").write_text("{}")
-    common.write_json(tmp_path / "saves/r/run.json", {"status": "running", "pid": 1})
+    write_json(tmp_path / "saves/r/run.json", {"status": "running", "pid": 1})
     with pytest.raises(common.UserError, match=f"holds no trained adapter .*; name its checkpoint: {checkpoint}"):
         job_of(str(tmp_path / "saves/r"))
 
@@ -307,9 +309,9 @@ def test_labels_are_for_the_datasets_that_they_fit(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interruption_has_taken_its_time(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import engine
     import evaluate
-    import scoring
+    from evaluation import scoring
+    from inference import engine
 
     job = job_of(str(trained), f"dataset={trained.parent.parent}/say.jsonl", "--no-base", "max_samples=3")
 
@@ -332,7 +334,7 @@ def test_an_interruption_has_taken_its_time(trained: Path, monkeypatch: pytest.M
 
 def test_a_call_of_tools_is_its_own_right_answer(tiny_tokenizer, tmp_path: Path) -> None:
     import evaluate
-    import template
+    from preprocessing import chat_template
 
     call = {"name": "look", "arguments": {"x": 1}}
     row = {
@@ -343,7 +345,7 @@ def test_a_call_of_tools_is_its_own_right_answer(tiny_tokenizer, tmp_path: Path)
     }
     part = evaluate.Part("calls", [row], tmp_path, "text")
     encoded = evaluate.encode_texts(
-        part, common.Config(), tiny_tokenizer, template.load_template("qwen", tiny_tokenizer)
+        part, common.Config(), tiny_tokenizer, chat_template.load_template("qwen", tiny_tokenizer)
     )
     assert '{"name": "look", "arguments": {"x": 1}}' in encoded.answers[0] and "<|im_end|>" not in encoded.answers[0]
 
@@ -356,9 +358,9 @@ def test_runs_that_were_killed_and_models_made_of_a_run_are_listed(tmp_path: Pat
     part.mkdir(parents=True)
     process = subprocess.Popen(["true"])
     process.wait()
-    common.write_json(tmp_path / "saves/a/run.json", {"status": "running", "pid": process.pid, "eval_loss": 0.0})
+    write_json(tmp_path / "saves/a/run.json", {"status": "running", "pid": process.pid, "eval_loss": 0.0})
     figures = {"base": {"accuracy": 0.5}, "merged": {"accuracy": 0.75}}
-    common.write_json(part / "metrics.json", {"dataset": "d", "models": figures})
+    write_json(part / "metrics.json", {"dataset": "d", "models": figures})
     listed = evaluate.list_runs()
     assert "interrupted" in listed and "accuracy 0.750 (merged)" in listed and "0.0000" in listed
     assert evaluate.amount(1_234_567) == "1,234,567" and evaluate.amount(0.12345678) == "0.12346"
@@ -374,7 +376,7 @@ def test_two_runs_are_compared_on_whole_conversations(tmp_path: Path) -> None:
     found = {"dataset": "d", "task": "classification", "labels": ["0", "1"], "models": {"trained": figures}}
     for folder, said in ((tmp_path / "a", "00"), (tmp_path / "b", "01")):
         folder.mkdir()
-        common.write_json(folder / "metrics.json", found)
+        write_json(folder / "metrics.json", found)
         lines = [
             {"row": i, "conversation": str(i), "prompt": "same", "label": "0", "prediction": word}
             for i, word in enumerate(said)
@@ -388,7 +390,7 @@ def scorer_of(model: object):
     import contextlib
     from types import SimpleNamespace
 
-    import scoring
+    from evaluation import scoring
 
     adapters = SimpleNamespace(switched=lambda _: contextlib.nullcontext())
     return scoring.TransformersScorer(SimpleNamespace(model=model, _adapters=adapters, _trained=True, _last_only=True))
@@ -399,7 +401,7 @@ def test_logits_too_large_for_the_memory_are_made_in_parts(tiny_model: Path, mon
     import torch
     from transformers import AutoModelForCausalLM
 
-    import scoring
+    from evaluation import scoring
 
     scorer = scorer_of(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
     samples = [
@@ -443,11 +445,13 @@ def test_several_tokens_padding_and_greedy_text(trained: Path) -> None:
     """Answers of several tokens, one the beginning of another, in batches: as one by one, and as the engine streams."""
     import torch
 
-    import engine
-    import scoring
+    from evaluation import scoring
+    from inference import engine
+    from inference.load import load
+    from runs.target import find
 
-    source = engine.find(str(trained), QUIET)
-    model = engine.load(source)
+    source = find(str(trained), QUIET)
+    model = load(source)
     scorer = scoring.of(model)
     talks = [[{"role": "user", "content": text}] for text in ("hi", "a longer one than that", "你好吗")]
     prompts = [model.prompt_ids(talk) for talk in talks]

@@ -15,7 +15,8 @@ import pytest
 from conftest import run
 
 SCRIPT = """
-import sys, common, hub
+import sys, common
+from export import hub
 from pathlib import Path
 def main(arguments):
     folder, repo, overwrite = arguments

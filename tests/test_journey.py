@@ -157,10 +157,11 @@ def test_every_command_of_the_readme_works(journey):
 @pytest.mark.slow
 def test_the_trained_model_knows_its_name_and_forgot_nothing(journey):
     """Phrasings that are not in the training data, ten in each language, greedy; Paris before and after."""
-    import engine
+    from inference import engine
+    from inference.load import load
 
     folder, _ = journey
-    model = engine.load(str(folder / "saves" / "quickstart"), with_base=True)
+    model = load(str(folder / "saves" / "quickstart"), with_base=True)
     settings = engine.Settings(temperature=0, max_new_tokens=48)
 
     def ask(which: engine.Engine, question: str) -> str:
@@ -183,12 +184,12 @@ def test_the_trained_model_knows_its_name_and_forgot_nothing(journey):
 
 @pytest.mark.slow
 def test_the_memory_that_was_foretold(journey):
-    import doctor
-    from common import run_config
+    from runs.folder import run_config
+    from training import preflight
 
     folder, _ = journey
     config = run_config(folder / "saves" / "quickstart")
     tokens = config.per_device_train_batch_size * 56  # the longest sample of identity and general
-    parts = doctor.estimate_memory(config, folder / config.model_name_or_path, tokens, None)
+    parts = preflight.estimate_memory(config, folder / config.model_name_or_path, tokens, None)
     used = json.loads((folder / "saves/quickstart/run.json").read_text())["peak_memory"]
     assert used == pytest.approx(sum(parts.values()), rel=0.35)

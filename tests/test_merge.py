@@ -16,9 +16,12 @@ import pytest
 from conftest import ROOT, run, write_jsonl
 from test_hub import Hub, hub_environment, standin
 
-import adapter as tensors
 import common
 import merge
+from export import merge_weights
+from runs import weights
+from runs.adapter import Adapter
+from runs.files import write_json, write_text
 
 __all__ = ["standin"]  # a fixture
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -165,7 +168,7 @@ def test_equals_peft(kind: str, models: dict[str, Path], tmp_path: Path) -> None
     folder = train_adapter(base, tmp_path / "adapter", **settings)
     if kind == "conv1d_undeclared":  # peft itself corrects the setting as it saves; an older file may have it wrong
         config = json.loads((folder / "adapter_config.json").read_text())
-        common.write_json(folder / "adapter_config.json", {**config, "fan_in_fan_out": False})
+        write_json(folder / "adapter_config.json", {**config, "fan_in_fan_out": False})
     apart, peft_merged = peft_logits(base, folder, settings.get("grow_to"))
     model = load(merged(folder))
     assert distance(logits(load(base)), apart[:, :263]) > 0.05, "the adapter has to do something"
@@ -195,9 +198,9 @@ def make_run(adapter: Path, folder: Path, base: Path, **settings) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, folder)
     config = common.Config(model_name_or_path=str(base), template="chatml", output_dir=str(folder), **settings)
-    common.write_text(folder / "config.yaml", common.dump_config(config))
-    common.write_text(folder / "chat_template.jinja", "the trained template")
-    common.write_json(folder / "run.json", {"status": "finished", "stop": ["<|im_end|>"], "steps": 7})
+    write_text(folder / "config.yaml", common.dump_config(config))
+    write_text(folder / "chat_template.jinja", "the trained template")
+    write_json(folder / "run.json", {"status": "finished", "stop": ["<|im_end|>"], "steps": 7})
     return folder
 
 
@@ -228,13 +231,13 @@ def test_all_float16_values_are_read_and_written_as_numpy_does(tmp_path: Path) -
     half = np.arange(65536, dtype=np.uint16).view(np.float16)
     half = half[np.isfinite(half)]
     half.tofile(tmp_path / "half")
-    wide = tensors.read_rows(tensors.Tensor(tmp_path / "half", "F16", half.shape, 0))[:, 0]
+    wide = weights.read_rows(weights.Tensor(tmp_path / "half", "F16", half.shape, 0))[:, 0]
     assert np.array_equal(wide.view(np.uint32), half.astype(np.float32).view(np.uint32))
-    assert np.array_equal(tensors.pack(wide, "F16"), half.view(np.uint16))
+    assert np.array_equal(weights.pack(wide, "F16"), half.view(np.uint16))
     between = (wide[1:30000] + wide[:29999]) / 2  # ties
     noise = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     for numbers in (between, noise, noise * 1e-6, noise * 1e-4, -noise * 1e4):
-        assert np.array_equal(tensors.pack(numbers, "F16"), numbers.astype(np.float16).view(np.uint16))
+        assert np.array_equal(weights.pack(numbers, "F16"), numbers.astype(np.float16).view(np.uint16))
 
 
 def test_bfloat16_rounds_to_even(tmp_path: Path) -> None:
@@ -245,9 +248,9 @@ def test_bfloat16_rounds_to_even(tmp_path: Path) -> None:
     numbers = bits.view(np.float32)
     numbers = numbers[np.isfinite(numbers)]
     expected = torch.from_numpy(numbers.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(tensors.pack(numbers, "BF16"), expected)
+    assert np.array_equal(weights.pack(numbers, "BF16"), expected)
     expected.tofile(tmp_path / "brain")
-    wide = tensors.read_rows(tensors.Tensor(tmp_path / "brain", "BF16", expected.shape, 0))[:, 0]
+    wide = weights.read_rows(weights.Tensor(tmp_path / "brain", "BF16", expected.shape, 0))[:, 0]
     assert np.array_equal(wide.view(np.uint32) >> 16, expected)
 
 
@@ -263,11 +266,11 @@ def test_export_dtype_casts_everything(lora: Path) -> None:
 
 def test_shards_have_an_index_that_transformers_reads(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     whole = values(merged(lora))
-    plan = tensors.make_plan(
-        tensors.read_tensors(models["tied"]), {"tie_word_embeddings": True}, tensors.Adapter(lora), None
+    plan = merge_weights.make_plan(
+        weights.read_tensors(models["tied"]), {"tie_word_embeddings": True}, Adapter(lora), None
     )
     target = shutil.copytree(lora / "merged", tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors.write_shards(plan, target, 100_000)
+    merge_weights.write_shards(plan, target, 100_000)
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -285,7 +288,7 @@ def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[st
     base = shutil.copytree(models["tied"], tmp_path / "base")
     (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n")
     (base / "LICENSE").write_text("the licence")
-    common.write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.6, "do_sample": True})
+    write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.6, "do_sample": True})
     folder = make_run(plain, tmp_path / "saves" / "first", base, dataset=("rows",), learning_rate=1e-3)
     result = run("merge.py", "--no-verify", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -363,7 +366,7 @@ def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
 
 def test_the_revision_of_a_base_is_not_passed_over(lora: Path, models: dict[str, Path]) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
-    common.write_json(lora / "adapter_config.json", {**config, "revision": "v2"})
+    write_json(lora / "adapter_config.json", {**config, "revision": "v2"})
     with pytest.raises(common.UserError, match=r"trained on the revision v2 of .*give model_name_or_path"):
         merge.main([str(lora), "--no-verify"])
     assert merged(lora, f"model_name_or_path={models['tied']}").exists()
@@ -383,7 +386,7 @@ def test_the_tokenizer_is_named_as_transformers_4_knows_it(lora: Path, models: d
     base = shutil.copytree(models["tied"], tmp_path / "base")
     settings = json.loads((base / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "TokenizersBackend"
-    common.write_json(base / "tokenizer_config.json", {**settings, "extra_special_tokens": ["<|eot_id|>"]})
+    write_json(base / "tokenizer_config.json", {**settings, "extra_special_tokens": ["<|eot_id|>"]})
     folder = merged(lora, f"model_name_or_path={base}")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -401,7 +404,7 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
     monkeypatch.chdir(tmp_path)
     quantized = Path("models/tiny-unsloth-bnb-4bit")
     quantized.mkdir(parents=True)
-    common.write_json(quantized / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
+    write_json(quantized / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
     with pytest.raises(common.UserError, match=r"quantized \(bitsandbytes\).*16-bit model it was made of \(.*/tiny\)"):
         merge.main([str(lora), f"model_name_or_path={quantized}", "--no-verify"])
     shutil.copytree(models["tied"], "models/tiny")
@@ -435,7 +438,7 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
 )
 def test_refused_by_name(setting: dict, said: str, lora: Path) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
-    common.write_json(lora / "adapter_config.json", {**config, **setting})
+    write_json(lora / "adapter_config.json", {**config, **setting})
     with pytest.raises(common.UserError) as error:
         merge.main([str(lora), "--no-verify"])
     assert said in str(error.value)
@@ -496,7 +499,7 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: d
 def test_a_multimodal_base_is_told_from_a_wrong_one(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(models["tied"], tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    common.write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
+    write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
     rename(lora, "base_model.model.model", "base_model.model.model.language_model")
     with pytest.raises(common.UserError, match="other names on the disk than in memory: merge it with peft"):
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
@@ -656,13 +659,13 @@ def test_only_what_is_proven_is_pushed(lora: Path) -> None:
     with pytest.raises(common.UserError, match="--push uploads only what is proven; leave --no-verify out"):
         merge.main([str(lora), "--no-verify", "--push", "me/mine"])
     record = merged(lora) / "merge.json"
-    job, adapter = merge.find_job([str(lora)]), tensors.Adapter(lora)
+    job, adapter = merge.find_job([str(lora)]), Adapter(lora)
     assert not merge.is_proven(job, adapter)
     content = json.loads(record.read_text()) | {"proof": {}}
-    common.write_json(record, content)
+    write_json(record, content)
     assert merge.is_proven(job, adapter)
     for other in ({"adapter_sha256": "of an earlier one"}, {"base": "/another"}):
-        common.write_json(record, content | other)
+        write_json(record, content | other)
         assert not merge.is_proven(job, adapter)
 
 

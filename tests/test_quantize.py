@@ -17,11 +17,12 @@ import pytest
 import test_hub
 from conftest import ROOT, make_run, run, write_jsonl
 
-import llamacpp
 import quantize
 from common import Config, UserError, dump_config
-from modelfile import go_template, modelfile, template_shape
-from template import TEMPLATES, load_template
+from export import llamacpp
+from export.modelfile import go_template, modelfile, template_shape
+from inference import llamacpp_library
+from preprocessing.chat_template import TEMPLATES, load_template
 
 standin = test_hub.standin  # the fixture: a hub on this machine
 
@@ -200,8 +201,8 @@ def test_a_stale_merge_is_refused(tmp_path):
 
 
 def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, capsys):
-    monkeypatch.setattr(llamacpp, "_found", lambda: None)
-    monkeypatch.setattr(llamacpp, "_cmake", lambda: None)
+    monkeypatch.setattr(llamacpp_library, "_found", lambda: None)
+    monkeypatch.setattr(llamacpp_library, "_cmake", lambda: None)
     job = quantize.Job(None, Path(), Path(), ("q8_0", "bf16"))
     assert quantize.can_prove(job) is False
     assert "nothing will be proven: quantizing and proving a GGUF need" in capsys.readouterr().out
@@ -209,12 +210,12 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     for job in (k_quant, matrix):
         with pytest.raises(UserError, match="install them"):
             quantize.can_prove(job)
-    monkeypatch.setattr(llamacpp, "quantizer", lambda: "llama-quantize")  # the user's own
+    monkeypatch.setattr(llamacpp_library, "quantizer", lambda: "llama-quantize")  # the user's own
     assert quantize.can_prove(k_quant) is False
     with pytest.raises(UserError, match="install them"):
         quantize.can_prove(matrix)
     called = []
-    monkeypatch.setattr(llamacpp, "run", lambda command, _: called.append(command))
+    monkeypatch.setattr(llamacpp_library, "run", lambda command, _: called.append(command))
     quantize.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
     assert called == [["llama-quantize", "f16.gguf", "q4_k_m.gguf", "Q4_K_M"]]
     with pytest.raises(UserError, match="--push uploads only what is proven"):
@@ -224,26 +225,26 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
 def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere is no folder"):
-        llamacpp.quantizer()
+        llamacpp_library.quantizer()
     tool = tmp_path / "build" / "bin" / "llama-quantize"
     tool.parent.mkdir(parents=True)
     tool.write_text("")
     (tmp_path / "convert_hf_to_gguf.py").write_text("")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    assert llamacpp.quantizer() == str(tool)
-    assert llamacpp.converter() == tmp_path / "convert_hf_to_gguf.py"
+    assert llamacpp_library.quantizer() == str(tool)
+    assert llamacpp_library.converter() == tmp_path / "convert_hf_to_gguf.py"
 
 
 def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monkeypatch):
     built = []
-    monkeypatch.setattr(llamacpp, "run", lambda command, _: built.append(command))
-    monkeypatch.setattr(llamacpp.shutil, "copytree", lambda *_, **__: None)
-    monkeypatch.setattr(llamacpp.os, "replace", lambda *_: None)
+    monkeypatch.setattr(llamacpp_library, "run", lambda command, _: built.append(command))
+    monkeypatch.setattr(llamacpp_library.shutil, "copytree", lambda *_, **__: None)
+    monkeypatch.setattr(llamacpp_library.os, "replace", lambda *_: None)
     names = set()
     for card in (None, SimpleNamespace(compute=(8, 9))):
-        monkeypatch.setattr(llamacpp, "_card", lambda card=card: card)
-        names.add(llamacpp._built().name)
-        llamacpp._build(Path("lib"))
+        monkeypatch.setattr(llamacpp_library, "_card", lambda card=card: card)
+        names.add(llamacpp_library._built().name)
+        llamacpp_library._build(Path("lib"))
         assert ("-DGGML_CUDA=ON" in built[-2]) is (card is not None)
     assert len(names) == 2
 
@@ -251,7 +252,7 @@ def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monk
 def test_a_child_that_dies_is_one_sentence():
     code = "import os, sys; print('ggml.c:1: GGML_ASSERT(x) failed', flush=True); os.abort()"
     with pytest.raises(UserError) as error:
-        llamacpp.run([sys.executable, "-c", code], "trying")
+        llamacpp_library.run([sys.executable, "-c", code], "trying")
     assert str(error.value) == (
         "trying failed: ggml.c:1: GGML_ASSERT(x) failed (killed by signal 6); this is llama.cpp's own word"
     )
@@ -283,7 +284,7 @@ class Renderer(SimpleNamespace):
 
 
 def renderer(name: str) -> Renderer:
-    from template import ChatTemplate
+    from preprocessing.chat_template import ChatTemplate
 
     text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return Renderer(text=ChatTemplate(name, text, (), False).saved, bos_token="<s>")
@@ -452,7 +453,7 @@ def test_the_embedded_model_keeps_its_answers(embedded_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_types_numbers_are_llama_cpp_s():
-    text = (llamacpp.source() / "llama_cpp" / "llama_cpp.py").read_text(encoding="utf-8")
+    text = (llamacpp_library.source() / "llama_cpp" / "llama_cpp.py").read_text(encoding="utf-8")
     numbers = {name.lower(): int(n) for name, n in re.findall(r"^LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+) = (\d+)", text, re.M)}
     assert {kind: settings.number for kind, settings in quantize.TYPES.items()}.items() <= numbers.items()
 

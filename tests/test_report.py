@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-import metrics
-import report
+from evaluation import metrics
+from runs import report
+from runs.files import write_json, write_text
 
 
 def make_folder(folder: Path) -> Path:
     """A run folder as train.py and evaluate.py leave it, with a name that would be markup."""
     folder.mkdir()
-    common.write_text(folder / "config.yaml", "learning_rate: 0.0003\nauthor: <b>Orbit</b>\n")
+    write_text(folder / "config.yaml", "learning_rate: 0.0003\nauthor: <b>Orbit</b>\n")
     run = {"stopped_early": "eval_loss has not improved by more than 0.001 since step 1,080"}
     run |= {
         "status": "finished",
@@ -27,17 +27,17 @@ def make_folder(folder: Path) -> Path:
         "seconds": 75,
     }
     run["trainable_parameters"] = 4884480
-    common.write_json(folder / "run.json", run | {"command": ["python", "train.py", "r.yaml"]})
+    write_json(folder / "run.json", run | {"command": ["python", "train.py", "r.yaml"]})
     log = [{"step": i, "loss": 2 / i, "learning_rate": 1e-4, "tokens_per_second": 50.0} for i in range(1, 21)]
     log.insert(10, {"step": 10, "eval_loss": 0.5})
-    common.write_text(folder / "trainer_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    write_text(folder / "trainer_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     part = folder / "eval" / "d"
     part.mkdir(parents=True)
     p = np.random.default_rng(0).random(40)
     figures = metrics.classification([str(i % 2) for i in range(40)], np.stack([1 - p, p], 1), ("0", "1"))
     found = {"dataset": "d", "task": "classification", "rows": 40, "left_out": 0, "models": {"trained": figures}}
     found |= {"labels": ["0", "1"], "positive": "1"}
-    common.write_json(part / "metrics.json", found | {"command": ["python", "evaluate.py", "run", "dataset=d"]})
+    write_json(part / "metrics.json", found | {"command": ["python", "evaluate.py", "run", "dataset=d"]})
     return folder
 
 
@@ -71,6 +71,6 @@ def test_a_precision_recall_curve_has_corners() -> None:
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    common.write_json(tmp_path / "run.json", {"status": "running"})
+    write_json(tmp_path / "run.json", {"status": "running"})
     page = report.write(tmp_path).read_text(encoding="utf-8")
     assert "Nothing is logged yet." in page and "Not evaluated yet" in page

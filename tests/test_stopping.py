@@ -11,9 +11,9 @@ import pytest
 from conftest import TALK, run, write_jsonl
 from test_train import read_run, train
 
-import dataset
-import stopping
 from common import Config, UserError, load_config
+from preprocessing import dataset
+from training import early_stopping
 
 
 @pytest.mark.parametrize(
@@ -27,16 +27,16 @@ from common import Config, UserError, load_config
     ],
 )
 def test_planned_evaluations_cost_at_most_a_tenth(steps, epoch_steps, step_tokens, lengths):
-    every, samples = stopping.cheap_evaluations(steps, epoch_steps, step_tokens, np.array(lengths))
+    every, samples = early_stopping.cheap_evaluations(steps, epoch_steps, step_tokens, np.array(lengths))
     evaluated = sum(lengths[:samples]) * (steps // every)
-    assert evaluated * stopping.FORWARD <= 0.101 * steps * step_tokens
+    assert evaluated * early_stopping.FORWARD <= 0.101 * steps * step_tokens
     assert 1 <= samples <= len(lengths) and steps // every >= 1
     if samples < len(lengths):
-        assert samples >= stopping.FEWEST
+        assert samples >= early_stopping.FEWEST
 
 
 def test_the_tutorials_run_is_evaluated_more_than_once_an_epoch_of_a_thousand():
-    every, samples = stopping.cheap_evaluations(5000, 18, 16 * 1500.0, np.array([1500] * 31))
+    every, samples = early_stopping.cheap_evaluations(5000, 18, 16 * 1500.0, np.array([1500] * 31))
     assert (samples, every) == (31, 10)
 
 
@@ -56,7 +56,7 @@ def test_stalled(losses, patience, epoch_steps, stops_at):
     seen, stopped = [], None
     for number, loss in enumerate(losses, 1):
         seen.append((number * 10, loss))
-        if stopping.stalled(seen, patience, 0.001, epoch_steps):
+        if early_stopping.stalled(seen, patience, 0.001, epoch_steps):
             stopped = number * 10
             break
     assert stopped == stops_at
@@ -64,19 +64,19 @@ def test_stalled(losses, patience, epoch_steps, stops_at):
 
 def test_memorized_needs_three_passes_of_flat_loss_near_zero():
     flat = [(step, 0.01) for step in range(5, 205, 5)]
-    assert stopping.memorized(flat, 10)
-    assert not stopping.memorized(flat, 100)  # not three passes yet
-    assert not stopping.memorized([(step, 0.2) for step, _ in flat], 10)  # flat, but not near zero
-    assert not stopping.memorized([(step, 0.04 - step / 6000) for step, _ in flat], 60)  # still falling
-    assert not stopping.memorized(flat[:3], 1)
-    assert not stopping.memorized([], 1)
+    assert early_stopping.memorized(flat, 10)
+    assert not early_stopping.memorized(flat, 100)  # not three passes yet
+    assert not early_stopping.memorized([(step, 0.2) for step, _ in flat], 10)  # flat, but not near zero
+    assert not early_stopping.memorized([(step, 0.04 - step / 6000) for step, _ in flat], 60)  # still falling
+    assert not early_stopping.memorized(flat[:3], 1)
+    assert not early_stopping.memorized([], 1)
     rare = [(1, 2.0), *((step, 0.01) for step in range(100, 600, 100))]  # a line in more than three passes
-    assert stopping.memorized(rare, 5) and not stopping.memorized(rare[:-1], 5)
+    assert early_stopping.memorized(rare, 5) and not early_stopping.memorized(rare[:-1], 5)
 
 
 def test_the_reason_names_the_step_that_is_counted_from():
     log = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([2, 1, 0.9999, 0.9998, 0.9997], 1)]
-    reason = stopping.why_stop(log, load_config(["early_stopping_patience=3"]).config, plan_of())
+    reason = early_stopping.why_stop(log, load_config(["early_stopping_patience=3"]).config, plan_of())
     assert reason == "eval_loss has not improved by more than 0.001 since step 20"
 
 
@@ -91,9 +91,11 @@ def test_a_tenth_is_held_out_by_default_where_there_is_enough():
     assert dataset.held_out_size(replace(config, eval_dataset=("other",)), 1000) == 0
 
 
-def plan_of(*settings: str, steps: int = 100, epoch: int = 10, held_out: int | None = 40) -> stopping.Plan:
+def plan_of(*settings: str, steps: int = 100, epoch: int = 10, held_out: int | None = 40) -> early_stopping.Plan:
     config = load_config(list(settings)).config
-    return stopping.make_plan(config, steps, epoch, 16_000, None if held_out is None else np.array([100] * held_out))
+    return early_stopping.make_plan(
+        config, steps, epoch, 16_000, None if held_out is None else np.array([100] * held_out)
+    )
 
 
 def test_a_checkpoint_is_kept_of_every_step_that_is_evaluated():
@@ -113,7 +115,7 @@ def test_a_checkpoint_is_kept_of_every_step_that_is_evaluated():
 def test_the_two_classic_failures_are_told_with_a_way_out():
     def told(*settings: str, samples: int, steps: int, epoch: int, held_out: int | None = None) -> str:
         plan = plan_of(*settings, steps=steps, epoch=epoch, held_out=held_out)
-        return "\n".join(stopping.warnings(load_config(list(settings)).config, samples, steps, plan))
+        return "\n".join(early_stopping.warnings(load_config(list(settings)).config, samples, steps, plan))
 
     few = told(samples=80, steps=15, epoch=5)
     assert "only 15 optimizer steps" in few and "num_train_epochs: 12 or gradient_accumulation_steps: 2" in few
@@ -157,7 +159,7 @@ def test_training_stops_when_the_held_out_loss_rises_and_keeps_the_best(tiny_mod
     assert f"{state['steps']} of 300 steps" in result.stdout
     best = min(measured, key=lambda found: found[1])
     assert (state["best_step"], state["eval_loss"]) == best and state["best_step"] < state["steps"]
-    assert stopping.stalled(measured, 3, 0.001, 16) and not stopping.stalled(measured[:-1], 3, 0.001, 16)
+    assert early_stopping.stalled(measured, 3, 0.001, 16) and not early_stopping.stalled(measured[:-1], 3, 0.001, 16)
     kept = folder / f"checkpoint-{state['best_step']}" / "adapter_model.safetensors"
     assert kept.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
     again = train(tiny_model, guesses, folder, *more)
@@ -201,7 +203,7 @@ def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path):
     result = train(tiny_model, data, tmp_path / "run", f"eval_dataset={held_out}", *more)
     assert result.returncode == 0, result.stderr
     config = load_config([f"model_name_or_path={tiny_model}", f"dataset={held_out}", "cutoff_len=128"]).config
-    from template import load_template
+    from preprocessing.chat_template import load_template
 
     tokenizer = dataset.load_tokenizer(config)
     samples = dataset.prepare(config, tokenizer, load_template(None, tokenizer)).train

@@ -10,9 +10,9 @@ from conftest import CONTROL_TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import template as room
 from common import UserError
-from template import ChatTemplate, encode, load_template, prompt_ids, template_names
+from preprocessing import chat_template as room
+from preprocessing.chat_template import ChatTemplate, encode, load_template, prompt_ids, template_names
 
 VENDOR = json.loads((Path(__file__).parent / "template_vendor.json").read_text(encoding="utf-8"))
 TOOLS = ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]

@@ -18,11 +18,12 @@ import pytest
 from conftest import ROOT, run, write_jsonl
 
 import common
-import dataset
-import formats
-import starting
 import train as script
 from common import UserError, load_config
+from preprocessing import dataset, formats
+from runs.files import write_json, write_text
+from runs.folder import run_config
+from training import starting
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -92,7 +93,7 @@ def test_the_run_folder_is_complete(finished):
         "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
         "checkpoint-10", "checkpoint-12", "report.html", "trained.npy",
     }  # fmt: skip
-    trained, _ = dataset.read_conversations(common.run_config(finished))
+    trained, _ = dataset.read_conversations(run_config(finished))
     assert set(np.load(finished / "trained.npy").tolist()) == set(map(formats.fingerprint, trained))
     state = read_run(finished)
     assert state["status"] == "finished"
@@ -220,10 +221,8 @@ def an_interrupted_run(folder: Path, *settings: str, **run) -> Path:
     """What a run leaves that was interrupted after step 4."""
     (folder / "checkpoint-4").mkdir(parents=True)
     (folder / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
-    common.write_text(
-        folder / "config.yaml", common.dump_config(load_config([*settings, f"output_dir={folder}"]).config)
-    )
-    common.write_json(folder / "run.json", {"status": "interrupted", **run})
+    write_text(folder / "config.yaml", common.dump_config(load_config([*settings, f"output_dir={folder}"]).config))
+    write_json(folder / "run.json", {"status": "interrupted", **run})
     return folder
 
 
@@ -249,10 +248,10 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
         with pytest.raises(UserError, match=r"seed=42 then, 1 now.*overwrite_output_dir=true on the command line"):
             start(folder, recipe)
     assert start(folder, "logging_steps: 1").checkpoint == newest  # nothing that is learned depends on it
-    common.write_json(folder / "run.json", {"status": "finished"})
+    write_json(folder / "run.json", {"status": "finished"})
     assert start(folder, "").finished
     assert start(folder, over).clears
-    common.write_text(folder / "run.json", "[]")
+    write_text(folder / "run.json", "[]")
     assert start(folder, over).clears
     with pytest.raises(UserError, match=r"run\.json is broken"):
         start(folder, "")
@@ -286,7 +285,7 @@ def test_a_new_run_goes_on_from_the_checkpoint_of_another(finished, tiny_model, 
     result = train(tiny_model, rows, tmp_path / "run", "save_steps=5", more)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run") == pytest.approx({n: losses(finished)[n] for n in (11, 12)}, rel=1e-4)
-    config = common.run_config(tmp_path / "run")
+    config = run_config(tmp_path / "run")
     assert (config.resume_from_checkpoint, config.overwrite_output_dir) == (None, False)
 
 
@@ -464,8 +463,8 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
     for owner, name in ((script, "import_unsloth"), (starting, "check_checkpoint"), (script, "choose_precision")):
         monkeypatch.setattr(owner, name, lambda *_: None)
     monkeypatch.setattr(script, "prepare_data", lambda _: (None, None, None))
-    monkeypatch.setattr(script.doctor, "measure", lambda *_: script.doctor.Samples(4, 4, 4, 4, 4))
-    monkeypatch.setattr(script.doctor, "make_plan", lambda *_: None)
+    monkeypatch.setattr(script.preflight, "measure", lambda *_: script.preflight.Samples(4, 4, 4, 4, 4))
+    monkeypatch.setattr(script.preflight, "make_plan", lambda *_: None)
     monkeypatch.setattr(script, "load_model", out_of_memory)
     settings = [f"model_name_or_path={tiny_model}", f"dataset={data}", f"output_dir={folder}"]
     with pytest.raises(RuntimeError):
@@ -489,7 +488,7 @@ def test_a_model_is_found_where_chat_finds_it(tiny_model, data, tmp_path, monkey
 
 def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tmp_path):
     settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
-    common.write_json(tmp_path / "adapter_config.json", settings)
+    write_json(tmp_path / "adapter_config.json", settings)
     adapter = f"adapter_name_or_path={tmp_path}"
     (note,) = starting.adapter_notes(load_config([adapter, "lora_rank=16", "lora_target=q_proj", "lora_alpha=8"]))
     assert note.startswith("lora_rank, lora_target: ") and "rank 4" in note

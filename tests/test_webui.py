@@ -15,9 +15,9 @@ from browser import Browser, Server, browsing, serving
 from conftest import ROOT, make_run, run
 
 import common
-import formats
-import web_talk
 from common import UserError
+from preprocessing import formats
+from web import conversation as talk
 
 TITLES = {"thought": "Thinking", "call": "Tool call", "result": "Result", "empty": "(empty)"}
 WEATHER = '[{"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]'
@@ -29,13 +29,13 @@ TALK = [
 
 
 def test_a_model_that_is_not_whole_yet_is_not_offered(tmp_path, monkeypatch):
-    import web_chat
+    from web.pages import chat as chat_page
 
     monkeypatch.chdir(tmp_path)
     for name in ("whole", ".whole.new.7.tmp"):
         (Path("models") / name).mkdir(parents=True)
         (Path("models") / name / "config.json").write_text("{}")
-    assert web_chat.targets() == [("models/whole", "models/whole")]
+    assert chat_page.targets() == [("models/whole", "models/whole")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,42 +57,42 @@ def test_a_model_that_is_not_whole_yet_is_not_offered(tmp_path, monkeypatch):
     ],
 )
 def test_an_answer_is_cut_into_thoughts_calls_and_text(text: str, parts: list) -> None:
-    assert web_talk.parts(text) == parts
+    assert talk.parts(text) == parts
 
 
 def test_a_changed_part_leaves_the_others_as_they_were() -> None:
-    changed = web_talk.with_part(TALK[0]["trained"], 0, "It is about the weather.")
-    assert web_talk.parts(changed) == [("thought", "It is about the weather."), web_talk.parts(CALL)[0]]
-    assert web_talk.calls(changed) == [{"name": "weather", "arguments": {"city": "北京"}}]
-    assert web_talk.with_part("Hello.", 0, "Good day.") == "Good day."
+    changed = talk.with_part(TALK[0]["trained"], 0, "It is about the weather.")
+    assert talk.parts(changed) == [("thought", "It is about the weather."), talk.parts(CALL)[0]]
+    assert talk.calls(changed) == [{"name": "weather", "arguments": {"city": "北京"}}]
+    assert talk.with_part("Hello.", 0, "Good day.") == "Good day."
 
 
 def test_every_message_on_the_page_knows_its_turn() -> None:
-    shown = web_talk.shown(TALK, "trained", TITLES)
+    shown = talk.shown(TALK, "trained", TITLES)
     folded = [message.get("metadata", {}).get("title") for message in shown]
     assert folded == [None, "Thinking", "Tool call", "Result", None]
-    places = [web_talk.place(TALK, "trained", index) for index in range(len(shown))]
+    places = [talk.place(TALK, "trained", index) for index in range(len(shown))]
     assert places == [(0, None), (0, 0), (0, 1), (1, None), (1, 0)]
 
 
 def test_the_model_hears_tool_calls_in_the_form_that_templates_take() -> None:
-    heard = web_talk.messages(TALK, "trained", "Be brief.")
+    heard = talk.messages(TALK, "trained", "Be brief.")
     assert [message["role"] for message in heard] == ["system", "user", "assistant", "tool", "assistant"]
     assert heard[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "北京"}}
     assert heard[2]["content"].startswith("<think>")
 
 
-@pytest.mark.parametrize("form", web_talk.FORMS)
+@pytest.mark.parametrize("form", talk.FORMS)
 def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: Path) -> None:
-    tools = web_talk.read_tools(WEATHER)
+    tools = talk.read_tools(WEATHER)
     for count in (1, 2):
-        made = web_talk.row(TALK, "Be brief.", tools, form)
-        assert web_talk.add_to_data(made, "chats", form, tmp_path) == count
+        made = talk.row(TALK, "Be brief.", tools, form)
+        assert talk.add_to_data(made, "chats", form, tmp_path) == count
     [entry] = formats.find_entries(["chats"], str(tmp_path))
     rows = [row for _, row in formats.read_rows(entry.files[0])]
     layout = formats.find_layout(entry, rows[0])
     conversation = formats.to_conversation(rows[1], layout, common.load_config([]).config)
-    heard = web_talk.messages(TALK, "trained", "Be brief.")
+    heard = talk.messages(TALK, "trained", "Be brief.")
     assert [message["role"] for message in conversation["messages"]] == [message["role"] for message in heard]
     assert conversation["messages"][0]["content"] == "Be brief."
     assert conversation["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"city": "北京"}
@@ -104,7 +104,7 @@ def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: 
 def test_registering_leaves_the_other_lines_of_the_registry_alone(tmp_path: Path) -> None:
     registry = tmp_path / "dataset_info.json"
     registry.write_text('{\n  "mine": {"file_name": "mine.json"}\n}\n', encoding="utf-8")
-    web_talk.add_to_data({"messages": []}, "chats", "openai", tmp_path)
+    talk.add_to_data({"messages": []}, "chats", "openai", tmp_path)
     lines = registry.read_text(encoding="utf-8").splitlines()
     assert lines[1] == '  "mine": {"file_name": "mine.json"},'
     assert len(lines) == 4
@@ -116,21 +116,21 @@ def test_no_other_dataset_is_touched(tmp_path: Path) -> None:
     (tmp_path / "loose.json").write_text("[]", encoding="utf-8")
     for name, reason in [("mine", "another dataset mine"), ("loose", "is there already"), ("../x", "no name")]:
         with pytest.raises(UserError, match=reason):
-            web_talk.add_to_data({"messages": []}, name, "openai", tmp_path)
+            talk.add_to_data({"messages": []}, name, "openai", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset_info.json", "loose.json"]
 
 
 @pytest.mark.parametrize(("text", "reason"), [("{", "not JSON"), ('[{"x": 1}]', "no name"), ("3", "no name")])
 def test_faulty_tools_are_named(text: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        web_talk.read_tools(text)
+        talk.read_tools(text)
 
 
 def test_a_turn_without_an_answer_is_no_training_data() -> None:
     with pytest.raises(UserError, match="turn 2 has no answer"):
-        web_talk.row([*TALK[:1], {"role": "user", "text": "hi", "trained": " "}], "", None, "openai")
+        talk.row([*TALK[:1], {"role": "user", "text": "hi", "trained": " "}], "", None, "openai")
     with pytest.raises(UserError, match="nothing has been said"):
-        web_talk.row([], "", None, "openai")
+        talk.row([], "", None, "openai")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_a_port_that_is_taken_is_told() -> None:
     assert "choose another" in result.stderr
 
 
-@pytest.mark.parametrize(("file", "table"), [("web_chat.py", "web_chat.py"), ("webui.py", "webui.py")])
+@pytest.mark.parametrize(("file", "table"), [("web/pages/chat.py", "web/pages/chat.py"), ("webui.py", "webui.py")])
 def test_every_text_of_a_page_has_its_chinese(file: str, table: str) -> None:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     [words] = [
@@ -306,7 +306,7 @@ def test_a_conversation_is_led_mended_and_saved(page: Any, desk: Path) -> None:
     assert json.loads(Path(download.value.path()).read_text(encoding="utf-8")) == [row]
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert row["messages"][2]["content"].startswith("<think>\nEasy.\n</think>")
-    checked = run("dataset.py", "chats", f"model_name_or_path={ROOT / common.EMBEDDED_MODEL}", cwd=desk)
+    checked = run("preview.py", "chats", f"model_name_or_path={ROOT / common.EMBEDDED_MODEL}", cwd=desk)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
     page.locator("#chat-new").click()

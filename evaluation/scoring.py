@@ -1,0 +1,238 @@
+"""What a model holds of given answers, and what it answers, many prompts at a time: the model's side of evaluate.py.
+
+    scorer = of(load(source))
+    scorer.choices(prompts, answers)      log-probabilities of given answers to each prompt
+    scorer.losses(samples)                how surprising the learned tokens of samples are
+    scorer.replies(prompts, 64)           the likeliest reply, word by word
+
+Prompts, answers and samples are token ids, so the same room serves a model of transformers and a GGUF.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from inference.engine import Engine
+
+Ids = Sequence[int]
+CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included
+ROWS = 64  # of a batch, at most: a reply's tokens come one at a time for all of them
+LOGITS = 1 << 30  # bytes of the logits of a batch, at most, where it can be split
+
+
+def of(engine: Engine) -> TransformersScorer | LlamaCppScorer:
+    """The scorer of a loaded engine."""
+    return TransformersScorer(engine) if hasattr(engine, "tokenizer") else LlamaCppScorer(engine)
+
+
+def batches(lengths: Sequence[int], tokens: int, rows: int = ROWS) -> list[list[int]]:
+    """The numbers of all rows in batches of about equal length, the longest first: what does not fit fails at once.
+
+    A batch holds at most `tokens` tokens with its padding (or one row), and `rows` rows.
+    """
+    made: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if made and len(made[-1]) < rows and lengths[made[-1][0]] * (len(made[-1]) + 1) <= tokens:
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return made
+
+
+def first_learned(labels: Ids) -> int:
+    """Where the learned tokens of a sample begin; the first of all has nothing that it could follow from."""
+    return next((i for i, label in enumerate(labels) if i and label != -100), len(labels))
+
+
+class TransformersScorer:
+    """By a model of transformers. The output layer is computed in float32 whatever the weights are.
+
+    In bfloat16 a logit near 20 is a multiple of 1/8: probabilities would tie, and a ROC curve would have steps.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        import torch
+
+        self.engine, self.model, self.torch = engine, engine.model, torch
+        self.tokens = GPU_TOKENS if self.model.device.type == "cuda" else CPU_TOKENS
+        self.vocabulary = self.model.config.get_text_config().vocab_size
+        head = self.model.get_output_embeddings()
+        if type(head) is torch.nn.Linear and head.weight.dtype != torch.float32:
+            head.forward = lambda hidden: _float32_product(hidden, head.weight, head.bias)
+
+    def choices(self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """log p(answer | prompt) for every answer of every prompt, in nats: the sum over the answer's tokens.
+
+        One pass over the prompts; a short one more on their keys and values for each answer of several tokens.
+        """
+        torch = self.torch
+        longer = any(len(answer) > 1 for row in answers for answer in row)
+        with torch.inference_mode():
+            inputs = self._padded(prompts)
+            cache = self._cache() if longer else None
+            first = self._logits(inputs, cache, keep=1)[:, -1].log_softmax(-1)
+            sums = [[float(first[row, answer[0]]) for answer in answers[row]] for row in range(len(prompts))]
+            for number in range(max(map(len, answers))):
+                rest = [row[number] if number < len(row) else row[0] for row in answers]
+                if max(map(len, rest)) > 1:
+                    for row, more in enumerate(self._continued(inputs, cache, rest)):
+                        if number < len(answers[row]):
+                            sums[row][number] += more
+        return sums
+
+    def _continued(self, inputs: dict[str, Any], cache: Any, answers: Sequence[Ids]) -> list[float]:
+        """log p of what follows the first token of each answer; the cache is left as it was."""
+        torch = self.torch
+        width = max(map(len, answers)) - 1
+        ids = torch.tensor([[*answer[:-1], *[0] * (width - len(answer) + 1)] for answer in answers])
+        ids = ids.to(self.model.device)
+        past = inputs["input_ids"].shape[1]
+        seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        mask = torch.cat([seen, torch.ones_like(ids)], 1)
+        positions = seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device)
+        croppable = cache.is_croppable and not any(cache.is_linear)  # a convolution's state goes one way
+        used = cache if croppable else copy.deepcopy(cache)
+        following = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        known = self._logits(following, used, keep=width).log_softmax(-1)
+        if croppable:
+            cache.crop(past - past - width)  # negative: so many from the end
+        return [sum(float(known[row, i, token]) for i, token in enumerate(a[1:])) for row, a in enumerate(answers)]
+
+    def losses(self, samples: Sequence[dict[str, Ids]]) -> list[tuple[float, int]]:
+        """For each sample the sum of -log p over its learned tokens, in nats, and how many these are."""
+        torch = self.torch
+        widest = max(len(sample["labels"]) - first_learned(sample["labels"]) for sample in samples) + 1
+        if len(samples) > 1 and 4 * len(samples) * widest * self.vocabulary > LOGITS:
+            half = len(samples) // 2
+            return [*self.losses(samples[:half]), *self.losses(samples[half:])]
+        with torch.inference_mode():
+            inputs = self._padded([sample["input_ids"] for sample in samples])
+            width = inputs["input_ids"].shape[1]
+            labels = torch.full((len(samples), width), -100)
+            for row, sample in enumerate(samples):
+                labels[row, width - len(sample["labels"]) :] = torch.tensor(list(sample["labels"]))
+            labels[:, 0] = -100  # nothing stands before it
+            learned = (labels != -100).any(0).nonzero()[:, 0]
+            keep = width - int(learned[0]) + 1
+            logits = self._logits(inputs, None, keep=keep)
+            wanted = labels[:, 1 - keep :].to(logits.device)
+            loss = torch.nn.functional.cross_entropy  # row by row: it makes a copy as large as what it is given
+            nats = [
+                float(loss(said[:-1], right, reduction="none").double().sum())
+                for said, right in zip(logits, wanted, strict=True)
+            ]
+        return list(zip(nats, (wanted != -100).sum(1).tolist(), strict=True))
+
+    def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str]:
+        """The likeliest reply to each prompt, word by word: what the engine streams at temperature 0."""
+        from transformers import GenerationConfig
+
+        engine = self.engine
+        ends = sorted(engine.stop_ids)
+        settings = GenerationConfig(
+            max_new_tokens=min(max_new_tokens, engine.context - max(map(len, prompts))),
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        with self.torch.inference_mode():
+            inputs = self._padded(prompts)
+            inputs.setdefault("attention_mask", self.torch.ones_like(inputs["input_ids"]))
+            inputs.pop("position_ids", None)
+            made = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+        return [self._text(reply) for reply in made.tolist()]
+
+    def _text(self, reply: list[int]) -> str:
+        end = next((i for i, token in enumerate(reply) if token in self.engine.stop_ids), len(reply))
+        text = self.engine._detokenizer()  # as the engine streams: a character without its end is not shown
+        return "".join(text(token) for token in reply[:end])
+
+    def _padded(self, prompts: Sequence[Ids]) -> dict[str, Any]:
+        """input_ids (rows × longest) padded on the left; with a mask and positions where there is padding."""
+        torch, width = self.torch, max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        ids = ids.to(self.model.device)
+        if all(len(prompt) == width for prompt in prompts):
+            return {"input_ids": ids}
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+        positions = torch.arange(width, device=ids.device) - (width - lengths[:, None])
+        return {"input_ids": ids, "attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}
+
+    def _logits(self, inputs: dict[str, Any], cache: Any, *, keep: int) -> Any:
+        """float32 logits (rows × keep × vocabulary) of the last `keep` positions."""
+        with self.engine._adapters.switched(self.engine._trained):
+            kept = {"logits_to_keep": keep} if self.engine._last_only else {}
+            output = self.model(**inputs, past_key_values=cache, use_cache=cache is not None, **kept)
+        return output.logits[:, -keep:].float()
+
+    def _cache(self) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        return cache if any(cache.is_linear) else DynamicCache()  # keeps what a window would drop: it can be cropped
+
+
+def _float32_product(hidden: Any, weight: Any, bias: Any, rows: int = 16384) -> Any:
+    """hidden @ weight.T + bias in float32, so many rows of the weight at a time: a copy of it all may be gigabytes."""
+    import torch
+
+    hidden = hidden.float()
+    logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].float()
+        logits[..., start : start + rows] = torch.nn.functional.linear(hidden, part)
+    return logits if bias is None else logits.add_(bias.float())
+
+
+class LlamaCppScorer:
+    """By llama.cpp, one prompt after the other; what a prompt shares with the one before is not computed again."""
+
+    tokens = 1
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.model = engine, engine.model
+
+    def choices(self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """As TransformersScorer.choices."""
+        return [
+            [self._sum(list(prompt), list(answer)) for answer in row]
+            for prompt, row in zip(prompts, answers, strict=True)
+        ]
+
+    def losses(self, samples: Sequence[dict[str, Ids]]) -> list[tuple[float, int]]:
+        """As TransformersScorer.losses."""
+        found = []
+        for sample in samples:
+            ids, labels = list(sample["input_ids"]), list(sample["labels"])
+            learned = [i for i in range(1, len(ids)) if labels[i] != -100]
+            nats = -sum(float(self._after(ids[:i])[ids[i]]) for i in learned)
+            found.append((nats, len(learned)))
+        return found
+
+    def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str]:
+        """As TransformersScorer.replies."""
+        from inference.engine import Reply, Settings
+
+        settings, found = Settings(temperature=0.0, max_new_tokens=max_new_tokens), []
+        for prompt in prompts:
+            reply = Reply(prompt_tokens=len(prompt), dropped_messages=0)
+            found.append("".join(self.engine._pieces(list(prompt), settings, reply)))
+        return found
+
+    def _sum(self, prompt: list[int], answer: list[int]) -> float:
+        return sum(float(self._after(prompt + answer[:i])[token]) for i, token in enumerate(answer))
+
+    def _after(self, ids: list[int]) -> Any:
+        """log-probabilities (vocabulary,) of the token after `ids`."""
+        import numpy as np
+
+        model = self.model
+        done = model.eval_tokens
+        same = next((i for i, (a, b) in enumerate(zip(done, ids, strict=False)) if a != b), min(len(done), len(ids)))
+        model.n_tokens = min(same, len(ids) - 1)  # llama.cpp forgets what comes after it
+        model.eval(ids[model.n_tokens :])
+        logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),)).astype(np.float64)
+        logits = logits - logits.max()
+        return logits - np.log(np.exp(logits).sum())

@@ -1,0 +1,368 @@
+"""The engine's half for llama.cpp: a GGUF answers, with the chat template and the ends of a turn that are in it."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import common
+from common import UserError
+from inference.engine import Engine, Message, Reply, Settings, TokenLogprob
+from preprocessing.chat_template import ChatTemplate
+from runs.target import Source
+
+CONTEXT = 8192  # llama.cpp sets the memory of the whole context aside at the start: at most so many tokens
+WORKSPACE = 512 << 20  # bytes of the card for what llama.cpp computes with
+ERROR = 4  # ggml_log_level
+SHARED = 2  # contexts of memory that the rows of a batch share
+LARGEST = 2048  # tokens of prompts in one step of a batch
+RESERVED = re.compile("[\ufdd0-\ufdef]")  # noncharacters, as template.py refuses them
+
+
+class LlamaCppEngine(Engine):
+    """A GGUF by llama.cpp; the chat template and the ends of a turn are those in the file."""
+
+    def __init__(self, source: Source) -> None:
+        from inference import llamacpp_library
+
+        self.name, self.config, file = source.name, source.config, source.model
+        self._lib = lib = llamacpp_library.runtime()
+        with _listening(lib) as said:
+            try:
+                about = lib.Llama(file, vocab_only=True, verbose=False).metadata
+                architecture = about["general.architecture"]
+                self.context = min(int(about[f"{architecture}.context_length"]), CONTEXT)
+                layers = _layers_on_card(lib, Path(file), about, self.context)
+                self.model = lib.Llama(
+                    file, n_ctx=self.context, n_gpu_layers=layers, last_n_tokens_size=self.context, verbose=False
+                )
+            except (ValueError, KeyError) as error:
+                reason = said[0] if said else error
+                raise UserError(
+                    f"{file} cannot be loaded by llama.cpp ({reason}); make it again: python quantize.py"
+                ) from None
+        self._vocabulary = lib.llama_model_get_vocab(self.model.model)
+        tokens = range(self.model.n_vocab())
+        kinds = {i: lib.llama_vocab_get_attr(self._vocabulary, i) for i in tokens}
+        whole = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+        self.stop_ids = frozenset(i for i in tokens if self._is(i, "eog"))
+        self.added_tokens = {self._spelling(i): i for i, kind in kinds.items() if kind & whole}
+        self.control_tokens = {text: i for text, i in self.added_tokens.items() if self._is(i, "control")}
+        self.vocabulary_size = self.model.n_vocab()
+        self._template = self._compile(self.model.metadata.get("tokenizer.chat_template"), file)
+
+    def _is(self, token: int, kind: str) -> bool:
+        return getattr(self._lib, f"llama_vocab_is_{kind}")(self._vocabulary, token)
+
+    def _compile(self, text: str | None, file: str) -> Any:
+        """The chat template, with what chat templates may call (the same as in transformers)."""
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if text is None:
+            raise UserError(f"{file} has no chat template; make it from a run: python quantize.py saves/NAME")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = time.strftime
+        try:
+            return environment.from_string(ChatTemplate(file, text, (), False).saved)  # without generation tags
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template in {file} cannot be used: {error}.\n"
+                "Make the file from a run: python quantize.py saves/NAME"
+            ) from None
+
+    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """As with transformers: only the template's own control tokens are control tokens, a message's text is text.
+
+        In the messages each look-alike is a number between two Unicode noncharacters while the template renders.
+        Raises UserError where the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if RESERVED.search(json.dumps([messages, tools], ensure_ascii=False)):
+            raise _refused("they contain noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
+        names = sorted(self.control_tokens, key=len, reverse=True)
+        control = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        messages, tools = _map_texts(
+            [messages, tools], lambda text: control.sub(lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", text)
+        )
+        spelled = {f"{kind}_token": self._spelled(kind) for kind in ("bos", "eos")}
+        thinking = self.config.enable_thinking
+        try:
+            text = self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, **spelled
+            )
+        except TemplateError as error:
+            raise _refused(f"the chat template refuses it: {error}") from None
+        except TypeError as error:  # a template that adds up None and text
+            raise _refused(f"the chat template cannot render it: {error}") from None
+        ids: list[int] = []
+        for part in re.split(f"({control.pattern})", text):
+            if part in self.control_tokens:
+                ids.append(self.control_tokens[part])
+            elif part:
+                part = re.sub("\ufdd0(\\d+)\ufdd1", lambda m: names[int(m[1])], part)
+                ids += self.model.tokenize(part.encode(), add_bos=False, special=False)
+        return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        return self.model.tokenize(
+            text.encode(), add_bos=self._lib.llama_vocab_get_add_bos(self._vocabulary), special=True
+        )
+
+    def text_of(self, ids: list[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._piece(token, special=True)
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        """What a token spells; a control token spells nothing unless `special`.
+
+        The binding's own detokenize has a buffer of 32 bytes and leaves longer tokens out.
+        """
+        size = 32
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self._lib.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def _vocabulary_of_grammars(self) -> Any:
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        return lltokenizer_from_vocab(self._vocabulary, n_vocab=self.vocabulary_size, eos_token=sorted(self.stop_ids))
+
+    def draw(self, settings: Settings, prompt_tokens: int) -> Callable[[list[int], Any, Reply], int]:
+        """As the rows of a batch are drawn: by the same means as with transformers."""
+        import torch
+
+        from inference.transformers_engine import Draw
+
+        vocabulary = self.vocabulary if settings.grammar else None
+        draw = Draw(settings, prompt_tokens, torch.device("cpu"), vocabulary)
+        return lambda ids, logits, reply: draw(ids, torch.from_numpy(logits), reply)
+
+    def rows(self, slots: int) -> LlamaRows:
+        return LlamaRows(self, slots)
+
+    def _spelled(self, kind: str) -> str:
+        token = getattr(self._lib, f"llama_vocab_{kind}")(self._vocabulary)
+        return self._spelling(token) if token >= 0 else ""
+
+    def _spelling(self, token: int) -> str:
+        return self._lib.llama_vocab_get_text(self._vocabulary, token).decode()
+
+    def _detokenizer(self) -> Callable[[int], str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: decoder.decode(self._piece(token, special=False))
+
+    def _tokens(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.model.eval_tokens, ids[:-1], strict=False))
+        reply.cached_tokens = sum(1 for _ in same)
+        self.model.set_seed(random.getrandbits(32) if settings.seed is None else settings.seed & 0xFFFFFFFF)
+        tokens = self.model.generate(
+            ids,
+            temp=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repeat_penalty=settings.repetition_penalty,
+            presence_penalty=settings.presence_penalty,
+            frequency_penalty=settings.frequency_penalty,
+        )
+        for token in tokens:
+            if settings.logprobs is not None:
+                reply.logprobs.append(self._logprob(token, settings.logprobs))
+            yield token
+
+    def _logprob(self, token: int, count: int) -> TokenLogprob:
+        import numpy as np
+
+        logits = np.ctypeslib.as_array(self.model._ctx.get_logits_ith(-1), shape=(self.model.n_vocab(),))
+        known = logits - logits.max()
+        known = known - np.log(np.exp(known).sum())
+        top = np.argsort(-known)[:count]
+        return TokenLogprob(token, float(known[token]), tuple((int(i), float(known[i])) for i in top))
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row's sequence in llama.cpp's memory: its number, the ids computed, and the cells set aside for it."""
+
+    number: int
+    ids: list[int] = field(default_factory=list)
+    reserved: int = 0
+
+
+class LlamaRows:
+    """The rows of a batch in llama.cpp's slots: one context with a memory that all of them share.
+
+    Sequences share the cells of what they have in common, so keeping a finished row for the next one costs only what
+    is its own.
+    """
+
+    def __init__(self, engine: LlamaCppEngine, slots: int) -> None:
+        self.lib, self.engine, self.slots = engine._lib, engine, slots
+        self.cells = engine.context * min(slots, SHARED)
+        settings = self.lib.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max, settings.kv_unified = self.cells, 2 * slots, True
+        settings.n_batch = LARGEST + slots
+        settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
+        model = engine.model.model
+        with _listening(self.lib):
+            self.context = self.lib.llama_init_from_model(model, settings)
+        if not self.context:
+            raise UserError(
+                f"llama.cpp has no memory for {self.cells} tokens of {slots} replies at once; set MAX_CONCURRENT lower"
+            )
+        self.memory = self.lib.llama_get_memory(self.context)
+        self.batch = self.lib.llama_batch_init(LARGEST + slots, 0, 1)
+        self.shares = not (self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model))
+        self.free = list(range(2 * slots))
+        self.opened: list[Slot] = []
+        self.parked: list[Slot] = []  # of finished replies, oldest first
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a row of so many tokens fits beside those that are there."""
+        return sum(slot.reserved for slot in self.opened) + tokens <= self.cells
+
+    def open(self, ids: list[int], longest: int) -> Slot:
+        """A sequence for a row that begins with `ids`; what another one has computed of them is shared."""
+        from inference.scheduler import REUSE, in_common
+
+        slot = Slot(self.free.pop(), reserved=longest)
+        known = [(in_common(other.ids, ids[:-1]), other) for other in [*self.opened, *self.parked] if self.shares]
+        same, other = max(known, key=lambda pair: pair[0], default=(0, None))
+        if same >= REUSE:
+            self.lib.llama_memory_seq_cp(self.memory, other.number, slot.number, 0, same)
+            slot.ids = other.ids[:same]
+        self.opened.append(slot)
+        taken = sum(slot.reserved for slot in self.opened)
+        while self.parked and taken + sum(len(slot.ids) for slot in self.parked) > self.cells:
+            self._forget()
+        return slot
+
+    def close(self, slot: Slot) -> None:
+        """The row is finished; it is kept for those that begin in the same way, as long as there is a place."""
+        self.opened.remove(slot)
+        self.parked.append(slot)
+        if len(self.parked) > self.slots:
+            self._forget()
+
+    def _forget(self) -> None:
+        slot = self.parked.pop(0)
+        self.lib.llama_memory_seq_rm(self.memory, slot.number, 0, -1)
+        self.free.append(slot.number)
+
+    def forward(self, work: list[tuple[Slot, list[int], bool]]) -> list[Any]:
+        """The logits (vocabulary, float32) after the tokens of each row, None for those that do not want theirs."""
+        import numpy as np
+
+        batch, ends = self.batch, []
+        batch.n_tokens = 0
+        for slot, tokens, wanted in work:
+            for i, token in enumerate(tokens):
+                at = batch.n_tokens
+                batch.token[at], batch.pos[at] = token, len(slot.ids) + i
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, slot.number
+                batch.logits[at] = wanted and i == len(tokens) - 1
+                batch.n_tokens += 1
+            ends.append(batch.n_tokens - 1)
+        status = self.lib.llama_decode(self.context, batch)
+        if status:
+            for slot, *_ in work:
+                self.lib.llama_memory_seq_rm(self.memory, slot.number, len(slot.ids), -1)
+            raise RuntimeError(f"llama_decode failed with status {status}")
+        found: list[Any] = []
+        for (slot, tokens, wanted), end in zip(work, ends, strict=True):
+            slot.ids += tokens
+            logits = self.lib.llama_get_logits_ith(self.context, end) if wanted else None
+            shape = (self.engine.vocabulary_size,)
+            found.append(None if logits is None else np.ctypeslib.as_array(logits, shape=shape).copy())
+        return found
+
+
+@contextlib.contextmanager
+def _listening(lib: Any) -> Iterator[list[str]]:
+    """Collects the errors that llama.cpp tells while the block runs, and keeps its warnings to itself."""
+    said: list[str] = []
+
+    @lib.llama_log_callback
+    def log(level: int, text: bytes, _: Any) -> None:
+        if level == ERROR:
+            said.append(text.decode("utf-8", "replace").strip())
+
+    lib.llama_log_set(log, None)
+    try:
+        yield said
+    finally:  # the library holds only a pointer: ours must not outlive this block
+        lib.llama_log_set(lib._logger.llama_log_callback, None)
+
+
+def _layers_on_card(lib: Any, file: Path, about: dict[str, str], cells: int) -> int:
+    """How many layers of a GGUF fit on the card with their keys and values; -1: all; 0 without a card."""
+    gpu = common.find_gpu()
+    if gpu is None:
+        return 0
+    if not lib.llama_supports_gpu_offload():
+        print(
+            "note: llama.cpp was built without CUDA, so a GGUF answers on the CPU; "
+            "to use the card: CMAKE_ARGS=-DGGML_CUDA=on",
+            file=sys.stderr,
+        )
+        return 0
+    share = (gpu.free_memory - WORKSPACE) / (file.stat().st_size + _cache_bytes(about, cells))
+    return -1 if share >= 1 else max(0, int(int(about[f"{about['general.architecture']}.block_count"]) * share))
+
+
+def _cache_bytes(about: dict[str, str], cells: int) -> int:
+    """The keys and values of `cells` tokens, in 16 bit; `about` is the metadata of a GGUF."""
+
+    def known(key: str) -> Any:  # a number, a list with one for each layer, or None
+        return json.loads(about.get(f"{about['general.architecture']}.{key}", "null"))
+
+    heads, layers = known("attention.head_count"), known("block_count")
+    most = max(heads) if isinstance(heads, list) else heads
+    if not most:  # a model without attention
+        return 0
+    shared = known("attention.head_count_kv") or heads
+    shared = sum(shared) if isinstance(shared, list) else shared * layers
+    size = known("embedding_length") // most
+    sizes = (known("attention.key_length") or size) + (known("attention.value_length") or size)
+    return shared * sizes * 2 * cells
+
+
+def _refuse(reason: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(reason)
+
+
+def _refused(reason: str) -> UserError:
+    return UserError(f"these messages cannot be put to the model: {reason}.\nChange them.")
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` (as in JSON) with `change` applied to every string in it."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    return {change(key): _map_texts(item, change) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,273 @@
+"""Tool calls, and replies of a given form: the grammar that holds a reply to them, and the calls read out of its text.
+
+A chat template writes calls in one of three ways, which `style_of` finds by rendering one:
+
+    tags      <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>          Qwen, Hermes, ChatML
+    list      [TOOL_CALLS] [{"name": "f", "arguments": {...}, "id": "..."}]       Mistral
+    object    {"name": "f", "parameters": {...}}                                  Llama 3; the whole reply
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common import UserError
+from inference.engine import Engine
+
+Schema = dict[str, Any] | bool
+
+_PROBE = "onecard_probe"
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True)
+class Style:
+    """How calls are written: marks before and after, and the key of the arguments."""
+
+    name: str
+    opening: str
+    closing: str
+    arguments: str = "arguments"
+
+
+TAGS = Style("tags", "<tool_call>", "</tool_call>")
+LIST = Style("list", "[TOOL_CALLS]", "")
+OBJECT = Style("object", "", "", "parameters")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+def style_of(engine: Engine) -> Style | None:
+    """How the model's chat template writes calls; None where it has no tools."""
+    function = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "call00001", "type": "function", "function": {"name": _PROBE, "arguments": {}}}
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "b", "tool_call_id": "call00001", "name": _PROBE},
+    ]
+    try:
+        offered = engine.text_of(engine.prompt_ids(talk[:1], [{"type": "function", "function": function}]))
+        called = engine.text_of(engine.prompt_ids(talk))
+    except UserError:
+        return None
+    if _PROBE not in offered or _PROBE not in called:
+        return None
+    if TAGS.opening in called:
+        return TAGS
+    if LIST.opening in called:
+        return LIST
+    return OBJECT if '"parameters"' in called else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grammars
+
+
+def json_grammar(schema: Schema) -> str:
+    """The grammar of replies that are JSON after `schema`, spaced as models write it."""
+    return _lark(f"start: %json {_compact(schema)}")
+
+
+def call_grammar(
+    style: Style,
+    tools: Sequence[dict[str, Any]],
+    engine: Engine,
+    *,
+    required: bool,
+    single: bool,
+    otherwise: Any = None,
+) -> str:
+    """The grammar of replies that call `tools` (functions in OpenAI's form).
+
+    `required`: nothing but calls; else a reply may be text (or JSON after the schema `otherwise`) instead, and text may
+    stand before calls. `single`: one call at most. Arguments are held to the schemas.
+    """
+    call = {"anyOf": [_call_schema(tool["function"], style, f"json-schema:///tool{i}") for i, tool in enumerate(tools)]}
+    one, text = f"%json {_compact(call)}", _text(otherwise)
+    if style is TAGS:
+        opening, closing = (_mark(mark, engine) for mark in (style.opening, style.closing))
+        rules = [f'call: {opening} "\\n" body "\\n" {closing}', f"body: {one}"]
+        calls = "call" if single else 'call ("\\n" call)*'
+        before = "" if required or otherwise is not None else "PROSE? "
+    elif style is LIST:
+        rules = [f"body: {one}"]
+        more = "" if single else '(", " body)* '
+        calls = f'{_mark(style.opening, engine)} /[ ]?/ "[" body {more}"]"'
+        before = ""
+    else:
+        rules, calls, before = [f"body: {one}"], "body", ""
+    rules.insert(0, f"start: {before}calls" if required else f"start: {before}calls | text")
+    rules.insert(1, f"calls: {calls}")
+    if not required:
+        rules.append(text)
+    if before or (not required and otherwise is None):
+        rules.append(_prose(style))
+    return _lark("\n".join(rules))
+
+
+def _text(otherwise: Any) -> str:
+    return "text: PROSE?" if otherwise is None else f"text: %json {_compact(otherwise)}"
+
+
+def _prose(style: Style) -> str:
+    """Text that is no call."""
+    if style is OBJECT:
+        return r"PROSE: /[^{\s](?s:.)*/"
+    mark = style.opening.replace("[", r"\[").replace("]", r"\]")
+    return f"PROSE: /(?s:.)+/ & ~/(?s:.)*{mark}(?s:.)*/"
+
+
+def _mark(mark: str, engine: Engine) -> str:
+    """A mark in a grammar: the token, where it is one that text is never cut through, else its characters."""
+    return f"<[{engine.added_tokens[mark]}]>" if mark in engine.added_tokens else json.dumps(mark)
+
+
+def _call_schema(function: dict[str, Any], style: Style, root: str) -> dict[str, Any]:
+    """`root` names the schema of the arguments, so that its "$ref": "#/$defs/X" is looked up in it."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    properties = {"name": {"const": function["name"]}, style.arguments: {"$id": root, **parameters}}
+    if style is LIST:
+        properties["id"] = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def _compact(schema: Any) -> str:
+    spaced = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": spaced}
+    return json.dumps(schema, ensure_ascii=False)
+
+
+def _lark(text: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_lark(text)
+
+
+def check(engine: Engine, grammar: str) -> None:
+    """Raises UserError where llguidance cannot follow a grammar."""
+    from llguidance import LLMatcher
+
+    if fault := LLMatcher.validate_grammar(grammar, engine.vocabulary):
+        raise UserError(f"replies cannot be held to it: {fault.strip().splitlines()[0]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class CallReader:
+    """Tells text from calls in a reply as it comes. A call comes as a whole; what only looks like one stays text."""
+
+    def __init__(self, style: Style, names: Sequence[str]) -> None:
+        self.style, self.names = style, frozenset(names)
+        self.held, self.inside, self.begun, self.calls = "", False, False, 0
+
+    def feed(self, text: str) -> list[str | Call]:
+        """What is certain after `text`: pieces of text, and calls."""
+        self.held += text
+        reader = {"tags": self._tags, "list": self._list, "object": self._object}[self.style.name]
+        return [part for part in reader() if part]
+
+    def end(self) -> list[str | Call]:
+        """The rest: an unfinished call is text."""
+        if self.inside and self.style is TAGS:
+            rest = self._call(self.held) or self.style.opening + self.held
+        elif self.inside and self.style is LIST:
+            rest = "" if self.calls else self.style.opening + self.held
+        else:
+            rest = self.held
+        self.held = ""
+        return [rest] if rest else []
+
+    def _tags(self) -> Iterator[str | Call]:
+        opening, closing = self.style.opening, self.style.closing
+        while True:
+            mark = closing if self.inside else opening
+            before, found, after = self.held.partition(mark)
+            if not found:
+                break
+            self.held, was_inside, self.inside = after, self.inside, not self.inside
+            if was_inside:
+                yield self._call(before) or f"{opening}{before}{closing}"
+            elif self.calls:
+                yield before.strip("\n")
+            else:
+                yield before.rstrip("\n")
+        if not self.inside:
+            yield self._safe(opening)
+
+    def _safe(self, mark: str) -> str:
+        """What can be shown of the held text: no line ends and no start of a mark at its end."""
+        keep = next((n for n in range(len(mark) - 1, 0, -1) if self.held.endswith(mark[:n])), 0)
+        shown = self.held[: len(self.held) - keep]
+        shown = shown.rstrip("\n")
+        self.held = self.held[len(shown) :]
+        return shown
+
+    def _list(self) -> Iterator[str | Call]:
+        if not self.inside:
+            before, found, after = self.held.partition(self.style.opening)
+            if not found:
+                yield self._safe(self.style.opening)
+                return
+            self.held, self.inside = after, True
+            yield before
+        while self.held:
+            rest = self.held.lstrip(" \n[,]")
+            try:
+                value, end = _DECODER.raw_decode(rest)
+            except ValueError:
+                return
+            self.held = rest[end:]
+            yield self._made(value) or rest[:end]
+
+    def _object(self) -> Iterator[str | Call]:
+        """The reply is a call as a whole or text as a whole; the first character tells which it may be."""
+        if self.begun:
+            yield self._take()
+            return
+        start = self.held.lstrip().removeprefix("<|python_tag|>")
+        if start and not start.startswith("{"):
+            if "<|python_tag|>".startswith(start):
+                return
+            self.begun = True
+            yield self._take()
+            return
+        try:
+            value, end = _DECODER.raw_decode(start)
+        except ValueError:
+            return
+        call = self._made(value)
+        self.begun = call is None
+        self.held = start[end:].lstrip(" ;\n") if call else self.held
+        yield call or self._take()
+
+    def _take(self) -> str:
+        shown, self.held = self.held, ""
+        return shown
+
+    def _call(self, text: str) -> Call | None:
+        try:
+            return self._made(json.loads(text))
+        except ValueError:
+            return None
+
+    def _made(self, value: Any) -> Call | None:
+        if not isinstance(value, dict) or value.get("name") not in self.names:
+            return None
+        arguments = value.get("arguments", value.get("parameters"))
+        if not isinstance(arguments, dict):
+            return None
+        self.calls += 1
+        return Call(value["name"], json.dumps(arguments, ensure_ascii=False))

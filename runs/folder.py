@@ -1,0 +1,77 @@
+"""The run folder: where runs are, how one stands, and what a training leaves there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import SAVES, Config, UserError, load_config
+from runs.files import write_json
+
+TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
+
+
+def suit_transformers_4(folder: Path) -> None:
+    """Rewrites in tokenizer_config.json what only transformers 5 can read; it reads the older words as well."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    write_json(path, settings)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a run folder, or None where there is none."""
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(run, dict) or not isinstance(run.get("status"), str):
+            raise ValueError("it does not say how the run stands")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{folder / 'run.json'} is broken ({error}); delete it, or train with overwrite_output_dir=true"
+        ) from None
+    return run
+
+
+def run_folders(saves: Path = SAVES) -> list[Path]:
+    """All run folders below `saves`, newest first."""
+    found = [path.parent for path in saves.rglob("run.json") if not path.parent.name.startswith("checkpoint-")]
+    return sorted(found, key=lambda folder: (folder / "run.json").stat().st_mtime, reverse=True)
+
+
+def newest_run(saves: Path = SAVES) -> Path:
+    """The newest run folder that has an adapter; raises UserError where there is none."""
+    for folder in run_folders(saves):
+        if (folder / "adapter_config.json").exists():
+            return folder
+    raise UserError(f"there is no finished run in {saves}/; train one first: make train")
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a folder that train.py wrote."""
+    return (path / "run.json").is_file()
+
+
+def left_by_training(folder: Path) -> list[Path]:
+    """What a training has left in `folder`: all that a new one there would delete."""
+    names = (
+        "checkpoint-[0-9]*",
+        ".saving",
+        "adapter_*",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    )
+    names += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf")
+    names += ("eval", "report.html", "runs", TRAINED)
+    return [path for name in names for path in folder.glob(name)]
+
+
+def run_config(folder: Path) -> Config:
+    """The configuration of a run folder."""
+    return load_config([str(folder / "config.yaml")]).config
