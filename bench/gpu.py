@@ -7,7 +7,7 @@
         full      the same on samples that fill cutoff_len: the highest memory that the file can need
         train4    the same as train in 4 bit (QLoRA)
         full4     the same as full in 4 bit
-        exact     tests/exact_training.py: losses, gradients and steps beside plain PyTorch's, in bfloat16
+        exact     tests/training/exact_training.py: losses, gradients and steps beside plain PyTorch's, in bfloat16
         answer    bench/generate_speed.py: the engine, model.generate and Unsloth's generation
     --tiny        a tiny model, also without a card: proves that the steps run, and nothing else
     --work DIR    where the model (16 GB) and the runs lie between the steps; default: onecard-gpu in /tmp
@@ -205,7 +205,7 @@ def exact(at: Place) -> str:
     for name, shape in shapes.items():
         folder = at.work / f"exact-{name.replace(' ', '-')}"
         make_model(folder, shape)
-        command = [sys.executable, str(ROOT / "tests" / "exact_training.py"), str(folder)]
+        command = [sys.executable, str(ROOT / "tests" / "training" / "exact_training.py"), str(folder)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             sys.exit(result.stderr)

@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["ONECARD_LANG"] = "en"
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ["VIRTUAL_ENV"] = sys.prefix  # as where .venv is activated: the commands that scripts name begin with python
 if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has a core, too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from common import Message, UserError  # noqa: E402
 
 CONTROL_TOKENS = [
     "<|endoftext|>",
@@ -34,10 +40,35 @@ CHATML = (
 TALK = {"hi": "你好 🙂 stop here please", "count": "one two three"}
 
 
-def run(*arguments: str, cwd: Path = ROOT, **kwargs) -> subprocess.CompletedProcess[str]:
-    """Runs a script of the kit as a user does: `run("train.py", "recipe.yaml")`."""
+class Finished(subprocess.CompletedProcess[str]):
+    """A command that has ended; `error` is the Message of the UserError that ended it, or None."""
+
+    error: Message | None = None
+
+
+def run(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None, **kwargs) -> Finished:
+    """Runs a command of the kit as a user does: `run("train.py", "recipe.yaml")`."""
     command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8", **kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "error.json"
+        environment = {**(os.environ if env is None else env), "ONECARD_ERROR_FILE": str(told)}
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", **kwargs
+        )
+        finished = Finished(done.args, done.returncode, done.stdout, done.stderr)
+        if told.exists():
+            finished.error = Message.from_json(json.loads(told.read_text(encoding="utf-8")))
+    return finished
+
+
+@contextmanager
+def user_error(code: str, **fields: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expects a UserError of this code, with at least these fields (paths and tuples compare as JSON has them)."""
+    with pytest.raises(UserError) as raised:
+        yield raised
+    assert raised.value.code == code, raised.value.message
+    expected, found = Message(code, **fields).to_json()["fields"], raised.value.message.to_json()["fields"]
+    assert {name: found.get(name) for name in expected} == expected
 
 
 def make_tiny_model(folder: Path) -> Path:

@@ -35,7 +35,7 @@ def test_tokenizer_equals_llama_cpp(embedded_model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_model)
-    recorded = json.loads((ROOT / "tests" / "tokens_smollm2.json").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "tests" / "preprocessing" / "tokens_smollm2.json").read_text(encoding="utf-8"))
     assert len(recorded) > 60
     for text, ids in recorded:
         assert tokenizer(text, add_special_tokens=True)["input_ids"] == ids, text

@@ -24,10 +24,10 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not HANDED_ON.
 # Commands that need a hub, a card or this very test run; the test that does it in small.
 ELSEWHERE = {
     "python download.py shenzhi-wang/Llama3-8B-Chinese-Chat --mirror https://hf-mirror.com": "test_download.py",
-    "python train.py configs/llama3-8b-chinese-chat.yaml --dry-run": "test_doctor.py",
-    "python train.py configs/llama3-8b-chinese-chat.yaml": "test_train.py, on the tiny model",
-    "python chat.py configs/llama3-8b-chinese-chat.yaml": "test_train.py, after that",
-    "vllm serve saves/quickstart/merged --served-model-name quickstart": "test_api.py, the files that vLLM reads",
+    "python train.py configs/llama3-8b-chinese-chat.yaml --dry-run": "test_preflight.py",
+    "python train.py configs/llama3-8b-chinese-chat.yaml": "test_training.py, on the tiny model",
+    "python chat.py configs/llama3-8b-chinese-chat.yaml": "test_training.py, after that",
+    "vllm serve saves/quickstart/merged --served-model-name quickstart": "test_server.py, the files that vLLM reads",
     "llama-server -m saves/quickstart/gguf/quickstart-q8_0.gguf --jinja": "test_quantize.py, by llama.cpp's library",
     "make test-quick": "this run",
     "make test": "this run",

@@ -140,7 +140,7 @@ def folder(tmp_path: Path) -> Path:
 def push(server: Hub, folder: Path, repo: str, *, overwrite: bool = False, token: str | None = "right"):
     script = folder.parent / "push.py"
     script.write_text(SCRIPT)
-    root = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    root = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent.parent)}
     environment = {**hub_environment(server, folder.parent / "home", token), **root}
     return run(str(script), str(folder), repo, str(overwrite), env=environment)
 

@@ -1,7 +1,7 @@
 """Takes the pictures of the pages for the READMEs, in English and in Chinese; run it where the run's saves/ is.
 
-python tests/pictures.py chat saves/NAME      docs/chat-*.png: a conversation beside the model before training
-python tests/pictures.py board NAME           docs/board-*-*.png: the other pages with that run, evaluated and exported
+python tests/web/pictures.py chat saves/NAME    docs/chat-*.png: a conversation beside the model before training
+python tests/web/pictures.py board NAME         docs/board-*-*.png: the other pages, that run evaluated and exported
 """
 
 from __future__ import annotations

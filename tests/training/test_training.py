@@ -69,7 +69,7 @@ def finished(tiny_model, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_packed_batches_and_micro_batches_train_the_same(tiny_model):
     """Loss and gradients of a flat batch, a packed row and the samples alone; steps cut into micro-batches."""
-    script = [sys.executable, str(ROOT / "tests" / "exact_training.py"), str(tiny_model)]
+    script = [sys.executable, str(ROOT / "tests" / "training" / "exact_training.py"), str(tiny_model)]
     result = subprocess.run(script, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TALK, run, write_jsonl
-from test_train import read_run, train
+from test_training import read_run, train
 
 from common import Config, UserError, load_config
 from preprocessing import dataset

@@ -1,9 +1,9 @@
 """What Unsloth trains is what PyTorch would: prints what it measured as JSON.
 
-    python tests/exact_training.py MODEL      the folder of a model; a small one, as it is trained three times
+    python tests/training/exact_training.py MODEL      the folder of a model; a small one, as it is trained three times
 
 Through the code that trains: train.load_model and train.make_trainer, Unsloth's loss, TRL's compute_loss. In float32 on
-a CPU, in the card's own precision on a card. test_train.py runs it in a process of its own: Unsloth patches
+a CPU, in the card's own precision on a card. test_training.py runs it in a process of its own: Unsloth patches
 transformers.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import common
 import train
