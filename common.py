@@ -217,10 +217,15 @@ def _at_home() -> bool:
     return Path.cwd() == ROOT
 
 
+def nearest_word(word: str, known: typing.Iterable[str]) -> str | None:
+    """The known word that `word` was probably meant to be, for `{near:suggestion}` in a sentence; else None."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), None)
+
+
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known word, or an empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean '{match[0]}'?)" if match else ""
+    """` (did you mean 'x'?)` for the closest known word, or an empty string. Goes once all messages are codes."""
+    near = nearest_word(word, known)
+    return f" (did you mean '{near}'?)" if near else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
