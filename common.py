@@ -187,7 +187,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 def _calm_threads() -> None:
     """Tells OpenMP how long its threads spin while they wait for each other; it must be told before torch is imported.
 
-    Spinning is fastest on free cores, and six times slower than sleeping where other work shares them (LOG.md).
+    Spinning is fastest on free cores, and six times slower than sleeping where other work shares them (docs/log.md).
     """
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return

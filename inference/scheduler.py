@@ -441,7 +441,7 @@ def _pack_weights(model: Any) -> None:
     """On a CPU, a second copy of the linear layers' weights as oneDNN likes them, used where several rows are computed.
 
     PyTorch's own product of few rows with a float32 weight repacks the weight each time: with 8 rows it takes up to
-    four times as long (LOG.md). Left out where the copy would take more than a quarter of the free memory.
+    four times as long (docs/log.md). Left out where the copy would take more than a quarter of the free memory.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A user's whole journey: the commands of README.md, in their order, in a fresh copy of this checkout."""
+"""A user's whole journey: the commands of README.md and of docs/, in their order, in a fresh copy of this checkout."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ ELSEWHERE = {
     "llama-server -m saves/quickstart/gguf/quickstart-q8_0.gguf --jinja": "test_quantize.py, by llama.cpp's library",
     "make test-quick": "this run",
     "make test": "this run",
+    "make lint": "the continuous integration",
 }
 TYPED = {"make chat": "Who are you?\n/clear\n你是谁？\n/exit\n"}
 # What a command gets here so that it ends soon: a training two steps, an evaluation few rows, a page any free port.
@@ -47,16 +48,47 @@ SHORTENED = {
 SERVERS = {"make webui": "open http", "make webchat": "open http", "make api": " answers at "}
 
 
-def commands(readme: str) -> list[str]:
-    """The lines of a README's ```bash blocks; a backslash joins a line with the next."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+# The pages in an order in which their commands can be run: each may use what those before it left.
+PAGES = [
+    "README",
+    *(f"docs/{name}" for name in ["training", "data", "evaluation", "export", "board", "serving", "development"]),
+]
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's ```bash blocks; a backslash joins a line with the next."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s+", " ", line.partition(" #")[0]).strip() for line in lines if line.strip()]
 
 
-def test_both_readmes_give_the_same_commands():
-    assert commands("README.md") == commands("README.zh-CN.md")
-    assert {"make train", "make chat", *ELSEWHERE} <= set(commands("README.md"))
+def all_commands() -> list[str]:
+    return list(dict.fromkeys(command for page in PAGES for command in commands(f"{page}.md")))
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if "zh-CN" not in path.name)]
+
+
+def test_every_page_has_a_chinese_twin_with_the_same_commands():
+    for page in documents():
+        if page.name != "log.md":
+            name = str(page.relative_to(ROOT).with_suffix(""))
+            assert commands(f"{name}.md") == commands(f"{name}.zh-CN.md"), name
+            assert name in PAGES or not commands(f"{name}.md"), f"add {name} to PAGES, so that its commands are run"
+    assert {"make train", "make chat", *ELSEWHERE} <= set(all_commands())
+
+
+def test_every_link_of_a_page_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(p, link) for p in pages for link in re.findall(r"\]\(([^)#]+)\)", p.read_text(encoding="utf-8"))]
+    assert [(p.name, link) for p, link in links if "://" not in link and not (p.parent / link).exists()] == []
+
+
+def test_every_command_within_a_sentence_names_a_script_that_exists():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for script in re.findall(r"`(?:\.venv/bin/)?python ([\w/]+\.py)", page.read_text(encoding="utf-8")):
+            assert page.name == "log.md" or (ROOT / script).is_file(), f"{page.name}: {script}"
 
 
 def test_make_alone_lists_every_target():
@@ -99,7 +131,7 @@ def serving(command: str, ready: str, folder: Path, port: int) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory, embedded_model) -> tuple[Path, dict[str, str]]:
-    """Folder of the copy, and what each command of the README printed."""
+    """Folder of the copy, and what each command of the pages printed."""
     folder = tmp_path_factory.mktemp("journey") / "onecard"
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines():
@@ -115,7 +147,7 @@ def journey(tmp_path_factory, embedded_model) -> tuple[Path, dict[str, str]]:
     said = {}
     with contextlib.ExitStack() as servers:
         port = free_port()
-        for command in commands("README.md"):
+        for command in all_commands():
             if command in ELSEWHERE:
                 continue
             line = re.sub(r"^python ", ".venv/bin/python ", command).replace(":8000/", f":{port}/")
@@ -138,7 +170,7 @@ def journey(tmp_path_factory, embedded_model) -> tuple[Path, dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_works(journey):
+def test_every_command_of_the_pages_works(journey):
     folder, said = journey
     state = json.loads((folder / "saves/quickstart/run.json").read_text())
     assert state["status"] == "finished"
@@ -183,7 +215,7 @@ def test_the_trained_model_knows_its_name_and_forgot_nothing(journey):
 
 
 @pytest.mark.slow
-def test_the_memory_that_was_foretold(journey):
+def test_memory_estimate_matches_measured_peak(journey):
     from runs.folder import run_config
     from training import preflight
 
