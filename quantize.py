@@ -36,7 +36,7 @@ from runs import files
 from runs.adapter import find_base, language_config, read_json
 from runs.files import write_json, write_text
 from runs.folder import is_run, newest_run, run_config
-from runs.process import has_ended
+from runs.process import is_alive
 from runs.weights import sha256
 
 RECORD = "gguf.json"
@@ -377,7 +377,7 @@ def check_disk(job: Job) -> None:
 def remove_leftovers(output: Path) -> None:
     """Removes what killed processes left in a folder."""
     for path in output.glob(".work-*"):
-        if has_ended(int(path.name.split("-")[1])):
+        if not is_alive(int(path.name.split("-")[1])):
             shutil.rmtree(path)
 
 

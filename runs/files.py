@@ -1,17 +1,73 @@
-"""Files and folders that appear whole or not at all."""
+"""Reading and writing files: JSON and JSON lines, hashes, files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runs.process import has_ended
+from common import UserError
+from runs.process import is_alive
+
+_REQUIRED = object()
+
+
+def read_json(path: Path, default: Any = _REQUIRED) -> Any:
+    """The content of a JSON file; `default`, where one is given, if there is no file.
+
+    Raises UserError where the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        if default is not _REQUIRED:
+            return default
+        raise UserError("file_missing", file=path, folder=path.parent) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("json_unreadable", file=path, problem=str(error), folder=path.parent) from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines that this kit appends to; none where there is no file.
+
+    Lines that are not whole, as a killed process leaves the last one, are left out.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    return [line for line in map(_json_object, lines) if line is not None]
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """`write_text` of a JSON object a line."""
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def sha256(path: Path, start: int = 0, size: int = sys.maxsize, before: str = "") -> str:
+    """The hex SHA-256 of `before` and at most `size` bytes of a file from `start` on."""
+    found = hashlib.sha256(before.encode())
+    with open(path, "rb") as file:
+        file.seek(start)
+        while chunk := file.read(min(size, 1 << 22)):
+            found.update(chunk)
+            size -= len(chunk)
+    return found.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,7 +88,7 @@ def write_json(path: Path, content: Any) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left beside `folder` of their attempts to let it appear."""
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.???.*.tmp"):
-        if has_ended(int(path.suffixes[-2][1:])):
+        if not is_alive(int(path.suffixes[-2][1:])):
             shutil.rmtree(path)
 
 

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 
 
-def has_ended(process: int) -> bool:
-    """Whether a process of this user that had this number is gone; another user's may have the number by now."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, PermissionError):
-        return True
-    return False
-
-
 def is_alive(process: int, created: float | None = None) -> bool:
-    """Whether a process of that number (and start, in seconds) runs; one that has ended but was not yet waited for
-    does not. The start tells it from another that has the number by now, as happens in containers."""
+    """Whether a process of that number runs; a zombie (ended, but not yet waited for) does not.
+
+    `created`, its start in seconds, tells it from a later process with the same number, which is usual in containers.
+    Without it, a process of another user counts as a later one.
+    """
     import psutil
 
     try:
+        if created is None:
+            os.kill(process, 0)
         found = psutil.Process(process)
-        if found.status() == psutil.STATUS_ZOMBIE:
-            return False
-        return created is None or abs(found.create_time() - created) < 2
-    except psutil.NoSuchProcess:
+        return found.status() != psutil.STATUS_ZOMBIE and (created is None or abs(found.create_time() - created) < 2)
+    except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
         return False

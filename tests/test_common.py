@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run, user_error
 
 import common
 from common import UserError, load_config
-from runs.files import appearing, write_json, write_text
+from runs.files import appearing, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
 from runs.folder import newest_run, read_run
+from runs.process import is_alive
 
 # the two files of the tutorial, as its users bring them
 FIRST = (ROOT / "tests/tutorial/train_2024-05-25.yaml").read_text(encoding="utf-8")
@@ -260,8 +264,6 @@ def test_the_hub_is_not_told_of_a_training():
 
 
 def test_newest_run_is_the_one_last_written(tmp_path):
-    import os
-
     for i, name in enumerate(("old", "nested/new", "unfinished")):
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -274,14 +276,61 @@ def test_newest_run_is_the_one_last_written(tmp_path):
         newest_run(tmp_path / "nothing")
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-    def kill(process: int, _: int) -> None:
-        if process != 3:
-            raise {1: ProcessLookupError, 2: PermissionError}[process]  # gone; another user has its number by now
-
-    monkeypatch.setattr("os.kill", kill)
-    for name in (".m[1].new.1.tmp", ".m[1].old.2.tmp", ".m[1].new.3.tmp", ".m1.new.1.tmp"):
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    names = {f".m[1].new.{ended.pid}.tmp", f".m[1].old.{ended.pid}.tmp"}
+    kept = {f".m[1].new.{os.getppid()}.tmp", f".m1.new.{ended.pid}.tmp"}
+    for name in names | kept:
         (tmp_path / name).mkdir()
     with appearing(tmp_path / "m[1]"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {".m[1].new.3.tmp", ".m1.new.1.tmp", "m[1]"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "m[1]"}
+
+
+def test_a_number_given_to_a_later_process_is_not_the_earlier_one(monkeypatch):
+    me = psutil.Process()
+    assert is_alive(me.pid)
+    assert is_alive(me.pid, me.create_time())
+    assert not is_alive(me.pid, me.create_time() - 60)
+    zombie = subprocess.Popen([sys.executable, "-S", "-c", ""], stdin=subprocess.DEVNULL)
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not is_alive(zombie.pid)
+    zombie.wait()
+    assert not is_alive(zombie.pid)
+
+    def refuse(process: int, _: int) -> None:
+        raise PermissionError(process)
+
+    monkeypatch.setattr("os.kill", refuse)
+    assert not is_alive(me.pid), "the number belongs to another user now"
+
+
+def test_json_files_are_read_or_named(tmp_path):
+    path = tmp_path / "a.json"
+    with user_error("file_missing", file=path, folder=tmp_path):
+        read_json(path)
+    assert read_json(path, default={}) == {}
+    path.write_bytes(b"\xef\xbb\xbf[1]")
+    assert read_json(path) == [1]
+    for broken in (b"{", b"\xff", b"[" * 100_000):
+        path.write_bytes(broken)
+        with user_error("json_unreadable", file=path):
+            read_json(path, default={})
+
+
+def test_json_lines_without_what_a_kill_cut_off(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert read_jsonl(path) == []
+    write_jsonl(path, [{"a": "\u2028"}, {"b": 1}])
+    with path.open("ab") as file:
+        file.write('{"c": "名'.encode()[:-1])
+    assert read_jsonl(path) == [{"a": "\u2028"}, {"b": 1}]
+
+
+def test_sha256_of_a_part_of_a_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abcdef")
+    assert sha256(path) == hashlib.sha256(b"abcdef").hexdigest()
+    assert sha256(path, 2, 3, "x") == hashlib.sha256(b"xcde").hexdigest()
