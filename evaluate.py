@@ -519,9 +519,8 @@ def reply_limit(job: Job, encoded: Encoded) -> int:
 
 def tokenizer_of(job: Job) -> tuple[Any, Any]:
     """The tokenizer and the chat template that the run was trained with, or those of the model."""
-    from transformers import AutoTokenizer
-
     from preprocessing.chat_template import load_template
+    from preprocessing.tokenizer import load_tokenizer
 
     source = job.contenders[-1].source
     folder = job.run if job.run and (job.run / "tokenizer_config.json").is_file() else source.tokenizer
@@ -529,8 +528,7 @@ def tokenizer_of(job: Job) -> tuple[Any, Any]:
         raise UserError(
             f"{source.name} lies in no run folder, so its tokenizer is not known; evaluate it in saves/NAME/gguf"
         )
-    options = {"trust_remote_code": job.config.trust_remote_code, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    tokenizer = load_tokenizer(folder, trust_remote_code=job.config.trust_remote_code)
     return tokenizer, load_template(job.config.template, tokenizer)
 
 

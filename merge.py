@@ -253,48 +253,6 @@ def tokenizer_folder(job: Job) -> Path:
     return next((folder for folder in folders if (folder / "tokenizer_config.json").exists()), job.base)
 
 
-@dataclass(eq=False)
-class LightTokenizer:
-    """As much of a transformers tokenizer as load_template asks for, without importing it (6 CPU seconds)."""
-
-    backend: Any
-    special_tokens_map: dict[str, str]
-    chat_template: str | list[dict[str, str]] | None
-
-    @property
-    def _tokenizer(self) -> Any:  # as transformers calls it
-        return self.backend
-
-    @property
-    def unk_token(self) -> str | None:
-        return self.special_tokens_map.get("unk_token")
-
-    def get_chat_template(self) -> str:
-        """The template; ValueError where there are several and none is the default, as in transformers."""
-        if isinstance(self.chat_template, str):
-            return self.chat_template
-        for entry in self.chat_template or ():
-            if entry["name"] == "default":
-                return entry["template"]
-        raise ValueError("no default")
-
-
-def read_tokenizer(folder: Path) -> LightTokenizer:
-    """The tokenizer of a folder; raises UserError where it has no tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} has no tokenizer.json; load its tokenizer with transformers and save it again")
-    settings = read_json(folder / "tokenizer_config.json")
-    jinja = folder / "chat_template.jinja"
-    names = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
-    return LightTokenizer(
-        Tokenizer.from_file(str(folder / "tokenizer.json")),
-        {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()},
-        jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template"),
-    )
-
-
 @dataclass(frozen=True)
 class Turns:
     """The chat template as it is saved, and the control tokens that end a turn."""
@@ -310,7 +268,9 @@ def trained_turns(job: Job, plan: Plan) -> Turns | None:
 
     Raises UserError where the tokenizer has more tokens than the merged embedding has rows.
     """
-    tokenizer = read_tokenizer(tokenizer_folder(job))
+    from preprocessing.tokenizer import load_light_tokenizer
+
+    tokenizer = load_light_tokenizer(tokenizer_folder(job))
     known = tokenizer.backend.get_vocab_size()
     if plan.vocabulary and known > plan.vocabulary:
         raise UserError(
@@ -536,10 +496,9 @@ QUESTIONS = (
 
 def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     """Token ids of up to 8 conversations of the run's data, at most 128 tokens each; else of the QUESTIONS."""
-    from transformers import AutoTokenizer
-
     from preprocessing import dataset
     from preprocessing.chat_template import encode, load_template
+    from preprocessing.tokenizer import load_tokenizer
 
     conversations = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
@@ -552,7 +511,7 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
             conversations = dataset.read_conversations(few)[0][:8]
         except UserError as error:
             print(f"note: the run's data is not at hand, so a few general questions are compared instead ({error})")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=record["trust_remote_code"])
+    tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
     if not record["stop"]:
         return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]
     samples = encode(conversations, load_template(None, tokenizer), tokenizer, cutoff_len=128)

@@ -23,9 +23,10 @@ def main(argv: list[str]) -> None:
         argv = [a for a in argv if a != plain[0]] + [f"dataset={plain[0]}"]
     config = common.load_config(argv).config
     dataset.check(config)
-    tokenizer = dataset.load_tokenizer(config)
     from preprocessing.chat_template import load_template
+    from preprocessing.tokenizer import load_base_tokenizer
 
+    tokenizer = load_base_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
     print(dataset.format_report(prepared.report))
     count = len(prepared.train)

@@ -172,9 +172,9 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from preprocessing.tokenizer import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.model, trust_remote_code=self.config.trust_remote_code)
+        return load_tokenizer(self.model, trust_remote_code=self.config.trust_remote_code)
 
     @cached_property
     def stop(self) -> tuple[str, ...]:

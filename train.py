@@ -103,8 +103,9 @@ def fit_batches(config: Config) -> Config:
 def prepare_data(config: Config) -> tuple[Any, ChatTemplate, Prepared]:
     """The tokenizer, the chat template and the data, all faults of which are told before a model is loaded."""
     from preprocessing.chat_template import load_template
+    from preprocessing.tokenizer import load_base_tokenizer
 
-    tokenizer = dataset.load_tokenizer(config)
+    tokenizer = load_base_tokenizer(config)
     template = load_template(config.template, tokenizer)
     data = dataset.prepare(config, tokenizer, template)
     print(dataset.format_report(data.report))

@@ -244,13 +244,15 @@ def load(source: Source, with_base: bool) -> Engine:
     plain = not gpu and "quantization_config" not in read_json(Path(source.model) / "config.json")
     plain = plain and "transformers" not in sys.modules  # else there is nothing to gain
     with _without("torchao", "sklearn", "bitsandbytes") if plain else contextlib.nullcontext():
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
+
+        from preprocessing.tokenizer import load_tokenizer
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         options = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer, **options)
+        tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=config.trust_remote_code)
         if gpu:
             options["device_map"] = {"": 0}
         if gpu and config.quantization_bit:  # without a card it would only be slower

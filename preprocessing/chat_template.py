@@ -433,7 +433,7 @@ def _common(one: str, other: str, coder: _Coder) -> str:
 
 def _backend(tokenizer: Any) -> Any:
     """The fast tokenizer of the tokenizers library; raises UserError where there is none."""
-    backend = getattr(tokenizer, "_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
             "this model's tokenizer has no fast version (tokenizer.json).\n"

@@ -43,7 +43,6 @@ from preprocessing.formats import (
     to_conversation,
 )
 from runs.files import write_json
-from runs.target import find_model
 
 if TYPE_CHECKING:
     import datasets
@@ -747,17 +746,3 @@ def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
     count = sum(label != -100 for label in sample["labels"])
     total = len(sample["labels"])
     return "".join(shown).rstrip("\n") + f"\n({count} of {total} tokens are learned, {count / total:.0%})"
-
-
-def load_tokenizer(config: Config) -> Any:
-    """The base model's tokenizer; raises UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    place = find_model(config.model_name_or_path) or config.model_name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer of {config.model_name_or_path} is not on the disk ({str(error).splitlines()[0]}); "
-            "fetch the model: python download.py"
-        ) from None

@@ -318,8 +318,9 @@ def check_data(seen: Examination, config: Config, tokenizes: bool) -> Samples | 
             count_steps(seen, config, len(dataset.read_conversations(config)[0]))
             return None
         from preprocessing.chat_template import load_template
+        from preprocessing.tokenizer import load_base_tokenizer
 
-        tokenizer = dataset.load_tokenizer(config)
+        tokenizer = load_base_tokenizer(config)
         data = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
     except UserError as error:
         seen.fault("data", str(error))

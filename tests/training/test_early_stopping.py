@@ -204,8 +204,9 @@ def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path):
     assert result.returncode == 0, result.stderr
     config = load_config([f"model_name_or_path={tiny_model}", f"dataset={held_out}", "cutoff_len=128"]).config
     from preprocessing.chat_template import load_template
+    from preprocessing.tokenizer import load_base_tokenizer
 
-    tokenizer = dataset.load_tokenizer(config)
+    tokenizer = load_base_tokenizer(config)
     samples = dataset.prepare(config, tokenizer, load_template(None, tokenizer)).train
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     total, count = 0.0, 0

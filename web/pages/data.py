@@ -157,8 +157,9 @@ def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
 def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.Prepared]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
     from preprocessing.chat_template import load_template
+    from preprocessing.tokenizer import load_base_tokenizer
 
-    tokenizer = dataset.load_tokenizer(config)
+    tokenizer = load_base_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
     _longest[config.model_name_or_path, config.dataset] = int(prepared.train_lengths.max())
     return tokenizer, prepared

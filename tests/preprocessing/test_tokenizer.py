@@ -1,0 +1,105 @@
+"""tokenizer.py: what a tokenizer.json says is what is encoded, whatever class its label names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import run, user_error
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common import Config
+from preprocessing.tokenizer import PROBES, load_base_tokenizer, load_light_tokenizer, load_tokenizer
+from runs.folder import suit_transformers_4
+
+TEXTS = [*PROBES, "The French café, 你好 🙂 42\n\n  return x", "<|im_start|>user\n  two<|im_end|>\n"]
+
+
+def relabelled(model: Path, folder: Path, label: str) -> Path:
+    """A copy of a model's tokenizer under another class."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
+        if (model / name).exists():
+            shutil.copy(model / name, folder)
+    settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": label}))
+    return folder
+
+
+def ids(tokenizer, texts: list[str] = TEXTS) -> list[list[int]]:
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def ids_of_file(folder: Path, texts: list[str] = TEXTS) -> list[list[int]]:
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [backend.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+@pytest.mark.parametrize(
+    "label", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "T5Tokenizer"]
+)
+def test_the_file_decides_over_the_label(embedded_model: Path, tmp_path: Path, label: str):
+    folder = relabelled(embedded_model, tmp_path / "model", label)
+    tokenizer = load_tokenizer(folder)
+    assert ids(tokenizer) == ids_of_file(embedded_model)
+    assert [tokenizer.decode(some) for some in ids(tokenizer)] == TEXTS
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "saved")
+    suit_transformers_4(tmp_path / "saved")
+    assert ids(AutoTokenizer.from_pretrained(tmp_path / "saved")) == ids_of_file(embedded_model)  # without the kit
+
+
+def test_a_right_label_is_kept(embedded_model: Path, tmp_path: Path):
+    assert type(load_tokenizer(embedded_model)) is type(AutoTokenizer.from_pretrained(embedded_model))
+    qwen = AutoTokenizer.from_pretrained(relabelled(embedded_model, tmp_path / "wrong", "Qwen2Tokenizer"))
+    qwen.save_pretrained(tmp_path / "qwen")  # with the pre-tokenizer that belongs to the class
+    assert type(load_tokenizer(tmp_path / "qwen")).__name__ == "Qwen2Tokenizer"
+
+
+def test_a_tokenizer_of_sentencepiece_is_left_as_it_is(tmp_path: Path):
+    """Llama 2's kind with its tokenizer.json, and one that has tokenizer.model only."""
+    from test_chat_template import pieces_tokenizer
+
+    pieces_tokenizer("mistral").save_pretrained(tmp_path / "llama")
+    settings = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "LlamaTokenizerFast"
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert ids(load_tokenizer(tmp_path / "llama"), ["hi  hi\n你好 x"]) == ids_of_file(
+        tmp_path / "llama", ["hi  hi\n你好 x"]
+    )
+
+
+def test_a_tokenizer_that_cannot_be_loaded(embedded_model: Path, tmp_path: Path):
+    folder = relabelled(embedded_model, tmp_path / "model", "PreTrainedTokenizerFast")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    with user_error("tokenizer_file_broken", file=folder / "tokenizer.json"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with user_error("tokenizer_missing", model=folder):
+        load_tokenizer(folder)
+    with user_error("tokenizer_file_missing", folder=folder):
+        load_light_tokenizer(folder)
+    with user_error("tokenizer_missing", model="org/nowhere"):
+        load_base_tokenizer(Config(model_name_or_path="org/nowhere"))
+
+
+def test_preview_of_a_relabelled_model(embedded_model: Path, tmp_path: Path):
+    """The whole command: as many tokens as with the right label."""
+
+    def shown(folder: Path) -> str:
+        result = run("preview.py", f"model_name_or_path={folder}", "dataset=identity", "template=chatml")
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert shown(relabelled(embedded_model, tmp_path / "model", "LlamaTokenizerFast")) == shown(embedded_model)
+
+
+def test_the_light_tokenizer_knows_what_transformers_knows(embedded_model: Path):
+    light, full = load_light_tokenizer(embedded_model), load_tokenizer(embedded_model)
+    assert isinstance(full, PreTrainedTokenizerFast)
+    assert light.special_tokens_map == full.special_tokens_map
+    assert light.get_chat_template() == full.get_chat_template()
+    assert light.backend_tokenizer.get_vocab_size() == len(full)
