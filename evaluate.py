@@ -38,8 +38,8 @@ from common import Config, UserError
 from evaluation import metrics
 from inference.load import load
 from preprocessing import dataset
-from runs import report
-from runs.files import write_json, write_text
+from runs import charts, report
+from runs.files import read_jsonl, write_json, write_text
 from runs.folder import TRAINED, is_run, read_run, run_config, run_folders
 from runs.process import is_alive
 from runs.target import Source, find
@@ -813,7 +813,7 @@ def conclude(job: Job, part: Part) -> None:
     }
     write_json(part.folder / "metrics.json", found | measured)
     if part.task == "classification":
-        metrics.draw(measured["models"], part.folder)
+        charts.draw_classification(measured["models"], part.folder)
     print(f"\n{part.name}: {len(encoded.rows):,} rows\n{dataset.format_table(table(part.task, measured['models']))}")
     for name, pair in measured.get("paired", {}).items():
         print(f"{name}: {describe_pair(pair)}")
@@ -994,7 +994,7 @@ def compare(first: Path, second: Path) -> str:
         if other.is_file():
             blocks.append(compare_part(file, other, str(first), str(second)))
     picture = second / f"loss_beside_{first.resolve().name}.png"
-    metrics.draw_losses({str(folder): folder / "trainer_log.jsonl" for folder in (first, second)}, picture)
+    charts.draw_losses({str(folder): read_jsonl(folder / "trainer_log.jsonl") for folder in (first, second)}, picture)
     return "\n\n".join([*blocks, f"both losses: {picture}"])
 
 

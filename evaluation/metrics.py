@@ -1,16 +1,10 @@
-"""Figures and pictures of an evaluation: predictions → numbers with intervals, by scikit-learn, scipy and sacrebleu."""
+"""Figures of an evaluation: predictions → numbers with intervals, by scikit-learn, scipy and sacrebleu."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-from runs.charts import use_chinese_font
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,12 +131,18 @@ def calibration(y: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     import numpy as np
 
     binary = p.shape[1] == 2
-    said, came = (p[:, 1], y == 1) if binary else (p.max(1), p.argmax(1) == y)
-    bins = np.minimum((said * BINS).astype(int), BINS - 1)
-    curve = [(float(said[bins == b].mean()), float(came[bins == b].mean()), int((bins == b).sum())) for b in set(bins)]
-    curve.sort()
-    error = sum(count * abs(mean - share) for mean, share, count in curve) / len(y)
-    return {"ece": float(error), "calibration": [{"said": s, "came": c, "rows": n} for s, c, n in curve]}
+    confidence, correct = (p[:, 1], y == 1) if binary else (p.max(1), p.argmax(1) == y)
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    curve = [
+        {
+            "confidence": float(confidence[bins == b].mean()),
+            "accuracy": float(correct[bins == b].mean()),
+            "rows": int((bins == b).sum()),
+        }
+        for b in sorted(set(bins.tolist()))
+    ]
+    error = sum(point["rows"] * abs(point["confidence"] - point["accuracy"]) for point in curve) / len(y)
+    return {"ece": float(error), "calibration": curve}
 
 
 def curves(y: np.ndarray, p: np.ndarray) -> dict[str, Any]:
@@ -154,12 +154,16 @@ def curves(y: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_curve
 
     binary = p.shape[1] == 2
-    came, said = (y == 1, p[:, 1]) if binary else (np.eye(p.shape[1])[y].ravel(), p.ravel())
-    fpr, tpr, _ = roc_curve(came, said)
-    precision, recall, _ = precision_recall_curve(came, said, drop_intermediate=True)
+    correct, confidence = (y == 1, p[:, 1]) if binary else (np.eye(p.shape[1])[y].ravel(), p.ravel())
+    fpr, tpr, _ = roc_curve(correct, confidence)
+    precision, recall, _ = precision_recall_curve(correct, confidence, drop_intermediate=True)
     points = {"fpr": fpr, "tpr": tpr, "precision": precision, "recall": recall}
     found: dict[str, Any] = {name: [round(float(value), 6) for value in values] for name, values in points.items()}
-    return found | {"auc": float(auc(fpr, tpr)), "ap": float(average_precision_score(came, said)), "micro": not binary}
+    return found | {
+        "auc": float(auc(fpr, tpr)),
+        "ap": float(average_precision_score(correct, confidence)),
+        "micro": not binary,
+    }
 
 
 def majority(trained: Sequence[str], truth: Sequence[str], labels: Sequence[str]) -> np.ndarray:
@@ -295,103 +299,3 @@ def as_llamafactory(predictions: Sequence[str], truth: Sequence[str], seconds: f
         "predict_samples_per_second": round(len(truth) / seconds, 3) if seconds else 0.0,
         "predict_steps_per_second": round(batches / seconds, 3) if seconds else 0.0,
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-COLORS = ("#8a8f98", "#e07b39", "#2468b4", "#2f8f5b", "#8b4fb0", "#b4443c")
-
-
-def draw(models: dict[str, Any], folder: Path) -> None:
-    """roc.png, precision_recall.png, calibration.png and confusion.png of classifiers, as `classification` has them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    use_chinese_font()
-    curved = {label: figures for label, figures in models.items() if figures["curves"]}
-    color = dict(zip(models, itertools.cycle(COLORS), strict=False))
-    if curved:
-        with _picture(folder / "roc.png", "false-positive rate", "true-positive rate") as axes:
-            axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
-            for label, figures in curved.items():
-                points = figures["curves"]
-                name = f"{label}: {'micro ' * points['micro']}AUC {points['auc']:.3f}"
-                axes.plot(points["fpr"], points["tpr"], color=color[label], label=name)
-        with _picture(folder / "precision_recall.png", "recall", "precision") as axes:
-            for label, figures in curved.items():
-                points = figures["curves"]
-                name = f"{label}: {'micro ' * points['micro']}AP {points['ap']:.3f}"
-                # between two points lies no classifier on a straight line: precision is that of the higher recall
-                look = {"color": color[label], "drawstyle": "steps-post", "label": name}
-                axes.plot(points["recall"], points["precision"], **look)
-    with _picture(folder / "calibration.png", "probability said", "share that came true") as axes:
-        axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
-        for label, figures in models.items():
-            said, came = ([point[key] for point in figures["calibration"]] for key in ("said", "came"))
-            axes.plot(said, came, marker="o", color=color[label], label=f"{label}: ECE {figures['ece']:.3f}")
-    _draw_confusions(models, folder / "confusion.png")
-
-
-def draw_losses(logs: dict[str, Path], path: Path) -> None:
-    """The losses of several runs, by name, on one picture: training thin, evaluation with dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    use_chinese_font()
-    from matplotlib import pyplot
-
-    from runs import report
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for (name, file), color in zip(logs.items(), COLORS[1:], strict=False):
-        for key, look in (("loss", {"linewidth": 1, "alpha": 0.6}), ("eval_loss", {"marker": "o", "markersize": 4})):
-            points = [(line["step"], line[key]) for line in report.read_lines(file) if line.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=color, label=f"{name}: {key}", **look)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=9)
-    _save(figure, path)
-
-
-@contextlib.contextmanager
-def _picture(path: Path, x: str, y: str) -> Iterator[Any]:
-    """Square axes from 0 to 1, written to `path` at the end."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5, 5), dpi=120)
-    yield axes
-    axes.set(xlabel=x, ylabel=y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize=9)
-    _save(figure, path)
-
-
-def _draw_confusions(models: dict[str, Any], path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(models), figsize=(3.4 * len(models), 3.6), dpi=120, squeeze=False)
-    for axes, (label, figures) in zip(panels[0], models.items(), strict=True):
-        names, matrix = figures["labels"], figures["confusion"]
-        most = max(map(max, matrix))
-        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=most)
-        for i, row in enumerate(matrix):
-            for j, count in enumerate(row):
-                axes.text(j, i, count, ha="center", va="center", color="white" if count > most / 2 else "black")
-        axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
-        axes.set(xlabel="predicted", ylabel="truth", title=label)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Writes a picture whole."""
-    from matplotlib import pyplot
-
-    figure.tight_layout()
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(beside)
-    pyplot.close(figure)
-    os.replace(beside, path)

@@ -11,34 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import common
-from runs.files import write_text
+from runs import charts
+from runs.charts import Curve
+from runs.files import read_jsonl, write_text
 from runs.folder import read_run, run_config
+from runs.metric_names import METRICS
 
-COLORS = ("#8a8f98", "#e07b39", "#3b7dd8", "#2f9e6a", "#9a5fc0", "#c2504a")
-WIDTH, HEIGHT, LEFT, BOTTOM = 480, 260, 52, 36  # of a chart, in its own units
-
-# What stands in the tables of an evaluation: the figure, its name in English and Chinese.
-FIGURES = {
-    "accuracy": ("accuracy", "准确率"),
-    "balanced_accuracy": ("balanced accuracy", "平衡准确率"),
-    "precision": ("precision", "精确率"),
-    "recall": ("recall", "召回率"),
-    "f1": ("F1", "F1"),
-    "roc_auc": ("ROC AUC", "ROC AUC"),
-    "average_precision": ("average precision", "平均精度"),
-    "tpr_at_fpr_10": ("found at 10 % false alarms", "误报 10% 时的检出率"),
-    "tpr_at_fpr_1": ("found at 1 % false alarms", "误报 1% 时的检出率"),
-    "brier": ("Brier score", "Brier 分数"),
-    "ece": ("calibration error", "校准误差"),
-    "exact_match": ("exact match", "完全一致"),
-    "bleu": ("BLEU", "BLEU"),
-    "chrf": ("chrF", "chrF"),
-    "rouge1": ("ROUGE-1", "ROUGE-1"),
-    "rouge2": ("ROUGE-2", "ROUGE-2"),
-    "rougeL": ("ROUGE-L", "ROUGE-L"),
-    "loss": ("loss", "损失"),
-    "perplexity": ("perplexity", "困惑度"),
-}
 # What stopping.py says of the end of a training, in Chinese.
 REASONS = {
     r"eval_loss has not improved by more than (\S+) since step (\S+)": r"自第 \2 步起，留出集损失的下降未超过 \1",
@@ -67,7 +45,7 @@ def write(folder: Path) -> Path:
 
 def facts(folder: Path) -> dict[str, Any]:
     """All that the page shows of a run."""
-    run, log = read_run(folder) or {}, read_lines(folder / "trainer_log.jsonl")
+    run, log = read_run(folder) or {}, read_jsonl(folder / "trainer_log.jsonl")
     settings = run_config(folder) if (folder / "config.yaml").is_file() else common.Config()
     evaluations = read_evaluations(folder)
     return {
@@ -76,27 +54,20 @@ def facts(folder: Path) -> dict[str, Any]:
         "settings": {key: value for key in common.OPTIONS if (value := shown(settings, key)) is not None},
         "datasets": [*run.get("data", {}).get("datasets", []), *run.get("data", {}).get("eval_datasets", [])],
         "log": log,
-        "evaluated": any(line.get("eval_loss") is not None for line in log),
         "loss": loss_chart(log),
         "rate": rate_chart(log),
         "speed": log[-1].get("tokens_per_second") if log else None,
-        "evaluations": [e | {"charts": charts(e)} for e in evaluations if e["task"] != "loss"],
+        "evaluations": [
+            e | {"charts": classification_charts(e["models"]) if e["task"] == "classification" else []}
+            for e in evaluations
+            if e["task"] != "loss"
+        ],
         "forgotten": next((e for e in evaluations if e["dataset"] == "general_test"), None),
-        "figures": FIGURES,
-        "colors": COLORS,
+        "figures": METRICS,
+        "colors": charts.MODEL_COLORS,
+        "chart_style": charts.css(),
         "commands": commands(folder, run, evaluations),
     }
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON lines."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # a kill cut the last one off
-            break
-    return lines
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -160,124 +131,60 @@ def reason(said: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Charts: small SVGs whose colours follow the page
+# Charts
 
 
-Line = tuple[str, str, Sequence[tuple[float, float]]]  # name, colour, points
-
-
-def chart(
-    lines: Sequence[Line],
-    x: tuple[str, str],
-    y: tuple[str, str],
-    *,
-    unit: bool = False,
-    dots: bool = False,
-    diagonal: bool = False,
-) -> Any:
-    """An SVG of lines over two axes; `x` and `y` are their names in English and Chinese; `unit`: from 0 to 1.
-
-    `diagonal`: where guessing, or what is perfectly calibrated, would lie.
-    """
-    from markupsafe import Markup, escape
-
-    points = [point for _, _, some in lines for point in some]
-    if not points:
-        return None
-    low, high = (0.0, 1.0) if unit else (min(p[0] for p in points), max(p[0] for p in points))
-    top = 1.0 if unit else max(p[1] for p in points) * 1.05 or 1.0
-    high = high if high > low else low + 1
-    right, above = WIDTH - 18, 26
-
-    def place(point: tuple[float, float]) -> str:
-        across = LEFT + (point[0] - low) / (high - low) * (right - LEFT)
-        return f"{across:.1f},{HEIGHT - BOTTOM - point[1] / top * (HEIGHT - BOTTOM - above):.1f}"
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y[0])}">']
-    for step in range(5):
-        level, at = top * step / 4, low + (high - low) * step / 4
-        height = float(place((low, level)).split(",")[1])
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{height}" y2="{height}"/>')
-        shown_level = f"{level:,.0f}" if top >= 100 else f"{level:.3g}"
-        parts.append(f'<text x="{LEFT - 6}" y="{height + 4}" text-anchor="end">{shown_level}</text>')
-        across = place((at, 0)).split(",")[0]
-        label = f"{at:.2g}" if unit else f"{at:,.0f}"
-        parts.append(f'<text x="{across}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
-    for language, across, up in zip(("en", "zh"), x, y, strict=True):
-        parts.append(f'<text class="{language}" x="{right}" y="{HEIGHT - 4}" text-anchor="end">{escape(across)}</text>')
-        parts.append(f'<text class="{language}" x="4" y="13">{escape(up)}</text>')
-    if diagonal:
-        parts.append(f'<polyline class="diagonal" points="{place((0, 0))} {place((1, 1))}"/>')
-    for name, color, some in lines:
-        path = " ".join(map(place, some))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"><title>{escape(name)}')
-        parts.append("</title></polyline>")
-        for point in some if dots or len(some) == 1 else ():
-            across, height = place(point).split(",")
-            parts.append(f'<circle cx="{across}" cy="{height}" r="3" fill="{color}"/>')
-    return Markup("".join([*parts, "</svg>"]))
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """An exponential moving average without the start's bias; its window is about a tenth of the values."""
-    weight, average, found = 1 - 1 / max(2.0, len(values) / 10), 0.0, []
-    for i, value in enumerate(values):
-        average = weight * average + (1 - weight) * value
-        found.append(average / (1 - weight ** (i + 1)))
-    return found
-
-
-def loss_chart(log: list[dict[str, Any]]) -> Any:
+def loss_chart(log: list[dict[str, Any]]) -> str:
     """The training loss, raw and smoothed, and the evaluation loss."""
-    train = [(line["step"], line["loss"]) for line in log if line.get("loss") is not None]
-    held = [(line["step"], line["eval_loss"]) for line in log if line.get("eval_loss") is not None]
-    soft = list(zip([step for step, _ in train], smooth([loss for _, loss in train]), strict=True))
-    lines: list[Line] = [("loss", "#3b7dd855", train), ("loss, smoothed", "#3b7dd8", soft)]
-    lines += [("eval_loss", "#e07b39", held)] if held else []
-    return chart(lines, ("step", "步数"), ("loss", "损失"))
+    training, evaluation = charts.points_of(log, "loss"), charts.points_of(log, "eval_loss")
+    curves = [
+        Curve(("training", "训练"), training, 0, faint=True),
+        Curve(("training, smoothed", "训练（平滑）"), charts.smoothed_points(training), 0),
+        Curve(("held out", "留出集"), evaluation, 1, dots=True),
+    ]
+    return charts.line_chart(("loss", "损失"), ("step", "步数"), curves)
 
 
-def rate_chart(log: list[dict[str, Any]]) -> Any:
-    """The learning rate, in millionths."""
-    points = [(line["step"], 1e6 * line["learning_rate"]) for line in log if line.get("learning_rate") is not None]
-    return chart([("learning rate", "#9a5fc0", points)], ("step", "步数"), ("learning rate", "学习率"))
+def rate_chart(log: list[dict[str, Any]]) -> str:
+    curve = Curve(("learning rate", "学习率"), charts.points_of(log, "learning_rate"), 2)
+    return charts.line_chart(("learning rate", "学习率"), ("step", "步数"), [curve])
 
 
-def steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A precision-recall curve with its corners: on the way to a lower recall precision stays, then it jumps."""
-    corners = [[(after[0], before[1]), after] for before, after in itertools.pairwise(points)]
-    return [*points[:1], *itertools.chain.from_iterable(corners)]
-
-
-def charts(found: dict[str, Any]) -> list[tuple[str, str, Any]]:
-    """ROC, precision-recall and calibration of a classification: title in English and Chinese, and the SVG."""
-    if found["task"] != "classification":
-        return []
-    named = list(zip(found["models"].items(), COLORS * len(found["models"]), strict=False))
-    curved = [(label, color, f["curves"]) for (label, f), color in named if f["curves"]]
-    roc = [(label, color, list(zip(c["fpr"], c["tpr"], strict=True))) for label, color, c in curved]
-    pr = [(label, color, steps(list(zip(c["recall"], c["precision"], strict=True)))) for label, color, c in curved]
-    known = [(label, color, [(p["said"], p["came"]) for p in f["calibration"]]) for (label, f), color in named]
-    micro = any(c.get("micro") for _, _, c in curved)
-    more = (" (micro average)", "（微平均）") if micro else ("", "")
-    axes = {
-        "roc": (
-            f"ROC{more[0]}",
-            f"ROC 曲线{more[1]}",
-            roc,
-            ("false-positive rate", "误报率"),
-            ("true-positive rate", "检出率"),
+def classification_charts(models: dict[str, Any]) -> list[str]:
+    """ROC, precision-recall and calibration of the models of a metrics.json."""
+    colors = dict(zip(models, itertools.cycle(charts.MODEL_COLORS), strict=False))
+    names = {label: (label, MODELS.get(label, label)) for label in models}
+    curved = {label: figures["curves"] for label, figures in models.items() if figures["curves"]}
+    roc = [Curve(names[m], list(zip(c["fpr"], c["tpr"], strict=True)), colors[m]) for m, c in curved.items()]
+    precision_recall = [
+        Curve(names[m], list(zip(c["recall"], c["precision"], strict=True)), colors[m], steps=True)
+        for m, c in curved.items()
+    ]
+    calibration = [
+        Curve(names[m], [(p["confidence"], p["accuracy"]) for p in f["calibration"]], colors[m], dots=True)
+        for m, f in models.items()
+    ]
+    micro = (
+        ("ROC (micro average)", "ROC 曲线（微平均）"),
+        ("precision and recall (micro average)", "精确率与召回率（微平均）"),
+    )
+    titles = (
+        micro
+        if any(c["micro"] for c in curved.values())
+        else (("ROC", "ROC 曲线"), ("precision and recall", "精确率与召回率"))
+    )
+    drawn = [
+        (titles[0], ("false-positive rate", "误报率"), ("true-positive rate", "检出率"), roc),
+        (titles[1], ("recall", "召回率"), ("precision", "精确率"), precision_recall),
+        (
+            ("calibration", "校准"),
+            ("predicted probability", "预测概率"),
+            ("share that was right", "实际比例"),
+            calibration,
         ),
-        "pr": (
-            f"precision and recall{more[0]}",
-            f"精确率与召回率{more[1]}",
-            pr,
-            ("recall", "召回率"),
-            ("precision", "精确率"),
-        ),
-        "said": ("calibration", "校准", known, ("probability said", "预测概率"), ("share that came true", "实际比例")),
-    }
+    ]
     return [
-        (en, zh, chart(lines, x, y, unit=True, dots=key == "said", diagonal=key != "pr"))
-        for key, (en, zh, lines, x, y) in axes.items()
+        charts.line_chart(title, x, curves, y_name=y, unit_square=True, diagonal=curves is not precision_recall)
+        for title, x, y, curves in drawn
+        if curves
     ]

@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common import Config, UserError
-from runs.charts import use_chinese_font
-from runs.files import write_text
+from runs.charts import draw_loss
+from runs.files import read_jsonl, write_text
 from training import early_stopping
 
 LOG = "trainer_log.jsonl"
@@ -25,14 +25,7 @@ PICTURE = "training_loss.png"
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's trainer_log.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    if (folder / LOG).exists():
-        for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return lines
+    return read_jsonl(folder / LOG)
 
 
 def mean_loss(lines: list[dict[str, Any]]) -> float | None:
@@ -122,49 +115,6 @@ class Progress(TrainerCallback):
         """Draws training_loss.png from the log."""
         draw_loss(read_log(self.folder), self.folder / PICTURE)
         self.drawn = time.monotonic()
-
-
-def draw_loss(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draws the training loss, raw and smoothed, and the evaluation loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    use_chinese_font()  # a run may have a Chinese name
-    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    if training:
-        steps, losses = zip(*training, strict=True)
-        axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="loss")
-        axes.plot(steps, smooth(list(losses)), color="#1f4e8c", linewidth=2, label="loss, smoothed")
-    if evaluation:
-        axes.plot(
-            *zip(*evaluation, strict=True), color="#c8501e", linewidth=2, marker="o", markersize=4, label="eval_loss"
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if training or evaluation:
-        axes.legend()
-    axes.set_title(path.resolve().parent.name)
-    figure.tight_layout()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(beside)
-    pyplot.close(figure)
-    os.replace(beside, path)
-
-
-def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average, without the start's bias; the window is about a tenth of the values."""
-    weight = 1 - 1 / max(2.0, len(values) / 10)
-    smoothed, average = [], 0.0
-    for i, value in enumerate(values):
-        average = weight * average + (1 - weight) * value
-        smoothed.append(average / (1 - weight ** (i + 1)))
-    return smoothed
 
 
 class Interruption(TrainerCallback):

@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from common import OPTIONS, Config
-from web import plots, theme, widgets
+from runs import charts
+from web import theme, widgets
 from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
 from web.pages import export as export_page
 from web.pages import train as train_page
 from web.words import GROUPS, HELP, WORDS
 
-CSS = widgets.CSS + plots.CSS + data_page.CSS + train_page.CSS + evaluate_page.CSS
+CSS = widgets.CSS + charts.css() + data_page.CSS + train_page.CSS + evaluate_page.CSS
 
 
 def pages(language: str) -> None:

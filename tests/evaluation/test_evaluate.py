@@ -15,6 +15,7 @@ from conftest import make_run, run, write_jsonl
 import common
 from evaluation import metrics
 from preprocessing import dataset
+from runs import charts
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, run_config
 
@@ -92,7 +93,7 @@ def test_pictures_with_chinese_labels_warn_of_nothing(tmp_path: Path) -> None:
     p = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7]])
     for labels in (("正常", "欺诈"), ("𠀀", "b")):  # the last is in no usual font
         figures = metrics.classification([labels[0], *labels], p, labels)
-        metrics.draw({"模型": figures}, tmp_path)
+        charts.draw_classification({"模型": figures}, tmp_path)
     assert (tmp_path / "confusion.png").is_file() and rcParams["font.family"][0] in ("DejaVu Sans", "sans-serif")
 
 

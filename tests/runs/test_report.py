@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import metrics
-from runs import report
+from runs import charts, report
+from runs.charts import Curve
 from runs.files import write_json, write_text
 
 
@@ -61,13 +62,29 @@ def test_both_languages_say_all_and_the_commands_delete_nothing(tmp_path: Path) 
     assert "held out</span>" in page
     lines = [line for line in (folder / "trainer_log.jsonl").read_text().splitlines() if "eval_loss" not in line]
     (folder / "trainer_log.jsonl").write_text("\n".join(lines))
-    assert "held out</span>" not in report.write(folder).read_text(encoding="utf-8")
+    assert ">held out</span>" not in report.write(folder).read_text(encoding="utf-8")
     assert report.duration(7260) == "2 h 1 min" and report.duration(5) == "5 s" and report.reason("new") == "new"
 
 
 def test_a_precision_recall_curve_has_corners() -> None:
     """Else the one point of a majority vote would be a line above every other curve."""
-    assert report.steps([(1.0, 0.25), (0.0, 1.0)]) == [(1.0, 0.25), (0.0, 0.25), (0.0, 1.0)]
+    assert charts.with_corners([(1.0, 0.25), (0.0, 1.0)]) == [(1.0, 0.25), (0.0, 0.25), (0.0, 1.0)]
+    page = charts.line_chart("PR", "x", [Curve("m", [(1.0, 0.25), (0.0, 1.0)], 0, steps=True)], unit_square=True)
+    assert 'points="100.0,75.0 0.0,75.0 0.0,0.0"' in page and page.count("<i class=") == 2
+
+
+def test_two_languages_of_a_chart_are_escaped_and_its_tooltips_are_plain() -> None:
+    curve = Curve(("<loss>", "<损失>"), [(1, 2.0), (2, 1.0)], 0)
+    page = charts.line_chart(("loss", "损失"), ("step", "步数"), [curve])
+    assert '<span class="zh">&lt;损失&gt;</span>' in page and 'title="&lt;loss&gt;: 2 (step 1)"' in page
+    assert "<loss>" not in page
+
+
+def test_losses_of_one_and_of_two_runs_are_drawn(tmp_path: Path) -> None:
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    charts.draw_loss(log, tmp_path / "one.png")
+    charts.draw_losses({"a": log, "b": []}, tmp_path / "two.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

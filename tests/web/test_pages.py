@@ -22,8 +22,9 @@ from conftest import ROOT, write_jsonl
 import common
 from common import UserError
 from preprocessing import dataset
+from runs import charts
 from runs.files import write_json
-from web import jobs, plots, theme, widgets, words
+from web import jobs, theme, widgets, words
 from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
 from web.pages import export as export_page
@@ -291,7 +292,7 @@ def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
     from training import callbacks
 
     (tmp_path / name).mkdir()
-    callbacks.draw_loss([{"step": 1, "loss": 2.0}], tmp_path / name / callbacks.PICTURE)
+    charts.draw_loss([{"step": 1, "loss": 2.0}], tmp_path / name / callbacks.PICTURE)
     assert (tmp_path / name / callbacks.PICTURE).stat().st_size > 1000
 
 
@@ -309,16 +310,16 @@ def test_several_runs_stand_on_one_plot() -> None:
 
 
 def test_plots_place_points_and_say_where_nothing_is() -> None:
-    curve = plots.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
-    html = plots.lines("Loss", "step", [curve], "nothing yet")
+    curve = charts.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
+    html = charts.line_chart("Loss", "step", [curve], "nothing yet")
     assert "&lt;loss&gt;" in html and "<loss>" not in html
     points = re.search(r'<polyline class="c0" points="([^"]*)"', html)[1].split()
     assert len(points) == 2 and points[1] == "100.0,100.0"  # the last at the right, at zero
-    assert "nothing yet" in plots.lines("Loss", "step", [], "nothing yet")
-    assert plots.ticks(0, 3.1, 4) == [0, 1, 2, 3]
-    assert len(plots.thinned([(n, n) for n in range(100_000)])) <= plots.MOST + 1
+    assert "nothing yet" in charts.line_chart("Loss", "step", [], "nothing yet")
+    assert charts.ticks(0, 3.1, 4) == [0, 1, 2, 3]
+    assert len(charts.thinned([(n, n) for n in range(100_000)])) <= charts.MAX_POINTS + 1
     bars = re.findall(
-        r'height:([\d.]+)%" title="(\d+)', plots.histogram("h", "x", [1, 1, 1, 2, 9], "{count} {low} {high}")
+        r'height:([\d.]+)%" title="(\d+)', charts.histogram("h", "x", [1, 1, 1, 2, 9], "{count} {low} {high}")
     )
     assert sum(int(count) for _, count in bars) == 5 and max(float(height) for height, _ in bars) == 100
 

@@ -20,9 +20,10 @@ import common
 from common import Config, UserError
 from preprocessing import dataset
 from preprocessing.formats import EXTENSIONS, find_entries
+from runs import charts
 from runs.target import missing_from_model
 from training import preflight
-from web import jobs, plots, theme, widgets
+from web import jobs, theme, widgets
 from web.widgets import Translate
 
 UPLOADS = common.SAVES / "uploads"
@@ -209,7 +210,7 @@ def lengths_html(prepared: dataset.Prepared, cutoff_len: int, t: Translate) -> s
     lengths = [int(n) for n in prepared.train_lengths]
     said = t("{count} samples of {low} to {high} tokens")
     mark = (cutoff_len, f"cutoff_len {cutoff_len:,}")
-    return plots.histogram(t("How long the samples are"), t("tokens"), lengths, said, mark)
+    return charts.histogram(t("How long the samples are"), t("tokens"), lengths, said, mark)
 
 
 def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Translate) -> str:

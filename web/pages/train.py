@@ -16,11 +16,12 @@ import yaml
 
 import common
 from common import OPTIONS, Config, Loaded, UserError
+from runs import charts
 from runs.files import write_text
 from runs.folder import left_by_training
 from runs.target import missing_from_model
 from training import preflight
-from web import jobs, plots, theme, widgets
+from web import jobs, theme, widgets
 from web.pages import data as data_page
 from web.widgets import OWN, Translate
 
@@ -396,7 +397,7 @@ def figures(folder: Path, state: str, run: dict[str, Any], lines: list[dict[str,
         (t("step"), f"{step:,} / {last['total_steps']:,}"),
         (t("loss"), f"{loss:.4f}" if loss is not None else "–"),
         (t("eval loss"), f"{held_out:.4f}" if held_out is not None else "–"),
-        (t("learning rate"), plots.number(rate) if rate is not None else "–"),
+        (t("learning rate"), charts.number(rate) if rate is not None else "–"),
         (t("tokens/s"), f"{last['tokens_per_second']:,.0f}"),
         (t("memory") if state == "running" else t("peak memory"), widgets.size(memory) if memory else "–"),
         (t("time so far") if state == "running" else t("time"), widgets.duration(last["elapsed"])),
@@ -410,7 +411,7 @@ def figures(folder: Path, state: str, run: dict[str, Any], lines: list[dict[str,
 
 def plots_html(names: Sequence[str], t: Translate) -> tuple[str, str]:
     """The plot of the losses of one run or of several, and the small ones of learning rate and speed."""
-    from training.callbacks import smooth
+    from runs.charts import smooth
 
     losses, rates, speeds = [], [], []
     for index, name in enumerate(names):
@@ -421,20 +422,20 @@ def plots_html(names: Sequence[str], t: Translate) -> tuple[str, str]:
         smoothed = list(zip([x for x, _ in training], smooth([y for _, y in training]), strict=True))
         several = len(names) > 1
         label = short if several else t("training loss, smoothed")
-        losses.append(plots.Curve(label, training, index, faint=True))
-        losses.append(plots.Curve(label, smoothed, index))
+        losses.append(charts.Curve(label, training, index, faint=True))
+        losses.append(charts.Curve(label, smoothed, index))
         other = f"{short}: {t('eval loss')}" if several else t("eval loss")
-        losses.append(plots.Curve(other, held_out, index if several else 1, dots=True))
+        losses.append(charts.Curve(other, held_out, index if several else 1, dots=True))
         rate = [(line["step"], line["learning_rate"]) for line in lines if "learning_rate" in line]
-        rates.append(plots.Curve(short if several else t("learning rate"), rate, index))
+        rates.append(charts.Curve(short if several else t("learning rate"), rate, index))
         speed = [(line["step"], line["tokens_per_second"]) for line in lines]
-        speeds.append(plots.Curve(short if several else t("tokens/s"), speed, index))
+        speeds.append(charts.Curve(short if several else t("tokens/s"), speed, index))
     none = t("The curve starts with the first step.")
-    large = plots.lines(t("Loss"), t("step"), losses, none)
+    large = charts.line_chart(t("Loss"), t("step"), losses, none)
     if not any(curve.points for curve in rates):
         return large, ""
-    small = [plots.lines(t("Learning rate"), t("step"), rates, none, 110)]
-    small.append(plots.lines(t("Tokens a second"), t("step"), speeds, none, 110))
+    small = [charts.line_chart(t("Learning rate"), t("step"), rates, none, 110)]
+    small.append(charts.line_chart(t("Tokens a second"), t("step"), speeds, none, 110))
     return large, f'<div class="two">{"".join(small)}</div>'
 
 

@@ -1,0 +1,41 @@
+"""The names of the figures in metrics.json, for tables in the terminal, the report and the board."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class MetricName(NamedTuple):
+    """`short` is a column's head in the terminal; `en` and `zh` stand on pages."""
+
+    short: str
+    en: str
+    zh: str
+
+
+METRICS = {
+    "accuracy": MetricName("accuracy", "accuracy", "准确率"),
+    "balanced_accuracy": MetricName("balanced", "balanced accuracy", "平衡准确率"),
+    "precision": MetricName("precision", "precision", "精确率"),
+    "recall": MetricName("recall", "recall", "召回率"),
+    "f1": MetricName("F1", "F1", "F1"),
+    "roc_auc": MetricName("ROC AUC", "ROC AUC", "ROC AUC"),
+    "average_precision": MetricName("AP", "average precision", "平均精度"),
+    "tpr_at_fpr_10": MetricName("TPR@10%", "true-positive rate at 10 % false positives", "误报率 10% 时的检出率"),
+    "tpr_at_fpr_1": MetricName("TPR@1%", "true-positive rate at 1 % false positives", "误报率 1% 时的检出率"),
+    "brier": MetricName("Brier", "Brier score (lower is better)", "Brier 分数（越低越好）"),
+    "log_loss": MetricName("log loss", "log loss", "对数损失"),
+    "ece": MetricName("ECE", "calibration error (lower is better)", "校准误差（越低越好）"),
+    "mass": MetricName("mass", "probability of all labels together", "全部标签的概率之和"),
+    "exact_match": MetricName("exact match", "exact match", "完全一致"),
+    "bleu": MetricName("BLEU", "BLEU", "BLEU"),
+    "chrf": MetricName("chrF", "chrF", "chrF"),
+    "rouge1": MetricName("ROUGE-1", "ROUGE-1", "ROUGE-1"),
+    "rouge2": MetricName("ROUGE-2", "ROUGE-2", "ROUGE-2"),
+    "rougeL": MetricName("ROUGE-L", "ROUGE-L", "ROUGE-L"),
+    "preference_accuracy": MetricName("preference accuracy", "preference accuracy", "偏好准确率"),
+    "loss": MetricName("loss", "loss", "损失"),
+    "perplexity": MetricName("perplexity", "perplexity", "困惑度"),
+    "tokens": MetricName("tokens", "tokens", "词元数"),
+    "seconds": MetricName("seconds", "seconds", "秒"),
+}
