@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Config, UserError
+from common import Config, Message, UserError
 from evaluation import metrics
 from inference.load import load
 from preprocessing import dataset
@@ -550,9 +550,9 @@ def split_sample(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
 def refuse_faulty(part: Part, samples: list[Any]) -> list[int]:
     """The numbers of the rows that are samples; raises UserError where a row cannot be one."""
     for number, sample in enumerate(samples, 1):
-        if isinstance(sample, str) and dataset.TOO_LONG not in sample:
+        if isinstance(sample, Message) and sample.code != dataset.TOO_LONG:
             raise UserError(f"{part.name}, row {number}: {sample}; take it out")
-    kept = [i for i, sample in enumerate(samples) if not isinstance(sample, str)]
+    kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Message)]
     if not kept:
         raise UserError(f"no row of {part.name} fits into cutoff_len; raise it: cutoff_len=...")
     if len(kept) < len(samples):
@@ -572,7 +572,7 @@ def encode_choices(part: Part, config: Config, tokenizer: Any, template: Any) ->
             {**row, "messages": [*row["messages"][:-1], {**row["messages"][-1], "content": label}]} for row in part.rows
         ]
         by_label.append(as_trained(rows, config, tokenizer, template, mask_history=True, train_on_prompt=False))
-    kept = [i for i in refuse_faulty(part, by_label[0]) if all(not isinstance(s[i], str) for s in by_label)]
+    kept = [i for i in refuse_faulty(part, by_label[0]) if all(not isinstance(s[i], Message) for s in by_label)]
     prompts, choices = [], []
     for i in kept:
         split = [split_sample(samples[i]) for samples in by_label]

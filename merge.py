@@ -515,7 +515,7 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     if not record["stop"]:
         return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]
     samples = encode(conversations, load_template(None, tokenizer), tokenizer, cutoff_len=128)
-    return [sample["input_ids"] for sample in samples if not isinstance(sample, str)]
+    return [sample["input_ids"] for sample in samples if not isinstance(sample, common.Message)]
 
 
 def load(folder: Path, record: dict[str, Any], device: str, dtype: torch.dtype) -> Any:

@@ -24,13 +24,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from common import ROOT, UserError, nearest
+from common import ROOT, Message, UserError, nearest
+from preprocessing.faults import Fault
+from preprocessing.truncation import shorten
 
 TEMPLATES = ROOT / "templates"
 OWN = "the tokenizer's own"  # the name of a template that is no file of templates/
 
 Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?}], "tools"?: [...]}
-Sample = dict[str, Any]  # {"input_ids": list[int], "labels": list[int], "truncated": bool, "left_out": Counter}
+# {"input_ids": list[int], "labels": list[int], "truncated": bool, "whole_length": int, "left_out": Counter}
+Sample = dict[str, Any]
 Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 
 _LEARNED = "\ufdd0"  # stands before and after what is learned
@@ -664,12 +667,12 @@ def encode(
     mask_history: bool = False,
     train_on_prompt: bool = False,
     enable_thinking: bool = True,
-) -> list[Sample | str]:
+) -> list[Sample | Message]:
     """A sample for each conversation, or the reason why there is none.
 
     Learned (label = id, elsewhere -100) are the assistant's words and the token that ends its turn: of every turn, of
     the last one (`mask_history`), or everything (`train_on_prompt`). A conversation longer than `cutoff_len` tokens is
-    cut (`overlong="truncate"`, see `_shortened`) or becomes a reason ("drop" and "error" are the caller's difference).
+    cut (`overlong="truncate"`, see truncation.py) or becomes a reason ("drop" and "error" are the caller's difference).
     `left_out` of a sample counts its answers of which the template renders a part only, by what it leaves out.
     """
     coder = _coder(tokenizer, template.text)
@@ -679,7 +682,7 @@ def encode(
         try:
             results.append(_render(template, conversation, coder, enable_thinking))
         except _RowFault as fault:
-            results.append(str(fault))
+            results.append(Message(str(fault)))
     for guarded in (False, True):
         chosen = [i for i, r in enumerate(results) if isinstance(r, _Rendered) and r.guarded is guarded]
         if chosen:
@@ -690,7 +693,9 @@ def encode(
                     results[i] = _sample(conversations[i], template, coder, rules, results[i], encoding)
                     results[i]["left_out"] = left_out
                 except _RowFault as fault:
-                    results[i] = str(fault)
+                    results[i] = Message(str(fault))
+                except Fault as fault:
+                    results[i] = fault.message
     return results
 
 
@@ -720,10 +725,10 @@ def _sample(
     encoding: Any,
 ) -> Sample:
     """The sample of one rendered and encoded conversation, cut if it is too long."""
-    truncated, cut = False, frozenset()
-    if len(encoding) > rules.cutoff_len:
+    truncated, cut, whole_length = False, frozenset(), len(encoding)
+    if whole_length > rules.cutoff_len:
         if rules.overlong != "truncate":
-            raise _RowFault(f"it has {len(encoding)} tokens, more than cutoff_len={rules.cutoff_len}")
+            raise Fault("longer_than_cutoff_len", tokens=len(encoding), cutoff_len=rules.cutoff_len)
         truncated = True
         rendered, encoding, cut = _shortened(_plain(conversation), template, coder, rules)
     ids = coder.ids(encoding, rendered)
@@ -736,9 +741,10 @@ def _sample(
         first, end = _tokens(encoding, _end_of_turn(rendered, start, stop, coder), stop, len(rendered.text))
         labels[first:end] = [-100] * (end - first)
     if max(labels, default=-100) == -100:
-        why = f"cutoff_len={rules.cutoff_len} leaves no room for its answer" if truncated else "it has no answer"
-        raise _RowFault(f"nothing of it would be learned: {why}")
-    return {"input_ids": ids, "labels": labels, "truncated": truncated}
+        if truncated:
+            raise Fault("no_space_for_answer", cutoff_len=rules.cutoff_len, tokens=len(ids))
+        raise _RowFault("nothing of it would be learned: it has no answer")
+    return {"input_ids": ids, "labels": labels, "truncated": truncated, "whole_length": whole_length}
 
 
 def _tokens(encoding: Any, start: int, stop: int, length: int) -> Span:
@@ -769,86 +775,24 @@ def _end_of_turn(rendered: _Rendered, start: int, stop: int, coder: _Coder) -> i
     return stop if end is None else start + end
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Conversations longer than cutoff_len
-
-
 def _shortened(
     conversation: Conversation, template: ChatTemplate, coder: _Coder, rules: _Rules
 ) -> tuple[_Rendered, Any, frozenset[int]]:
-    """The conversation cut to `cutoff_len` tokens, encoded, and the numbers of the answers that were cut.
-
-    Whole turns go first, oldest first; a system message stays. If the last turn alone does not fit, its prompt is cut
-    (the longest message first, at its end), and when nothing of the prompt is left, its answer. It is rendered anew
-    each time, so that every control token and header of the template stays. Raises _RowFault where even that is too
-    long: the template's own text and the tools leave no room.
-    """
+    """The conversation cut to `cutoff_len` tokens, encoded, and the numbers of the answers that were cut."""
 
     def measure(messages: list[dict[str, Any]]) -> tuple[_Rendered, Any]:
         rendered = _render(template, {**conversation, "messages": messages}, coder, rules.enable_thinking)
         return rendered, coder.encode([rendered.text], rendered.guarded)[0]
 
-    messages = conversation["messages"]
-    head = int(messages[0]["role"] == "system")
-    turns = [head, *(i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user")]
-    low, high = min(1, len(turns) - 1), len(turns) - 1  # how many to leave out: the fewest that make it fit
-    while low < high:
-        middle = (low + high) // 2
-        if len(measure(messages[:head] + messages[turns[middle] :])[1]) <= rules.cutoff_len:
-            high = middle
-        else:
-            low = middle + 1
-    kept = messages[:head] + messages[turns[low] :]
-    answers = [i for i, m in enumerate(kept) if m["role"] == "assistant"]
-    prompt = [i for i in range(len(kept)) if i not in answers]
-    uncut = kept
-    for group in (prompt, answers):
-        kept, rendered, encoding = _cut(kept, group, measure, coder, rules.cutoff_len)
-        if len(encoding) <= rules.cutoff_len:
-            cut = frozenset(number for number, i in enumerate(answers) if kept[i] is not uncut[i])
-            open_ended = any(
-                "</think>" in uncut[i]["content"] and "</think>" not in kept[i]["content"] for i in answers
-            )
-            if open_ended and not template.tagged:
-                raise _RowFault(
-                    "its thoughts alone are too long, and the tokenizer's own chat template cannot show a part"
-                )
-            if cut and len(rendered.spans) != len(answers):
-                raise _RowFault("it is too long, and which of its answers would be cut is uncertain")
-            return rendered, encoding, cut
-    raise _RowFault(
-        f"cutoff_len={rules.cutoff_len} leaves no room for an answer: the template and the tools alone take "
-        f"{len(encoding)} tokens"
-    )
-
-
-def _cut(
-    messages: list[dict[str, Any]], group: list[int], measure: Any, coder: _Coder, limit: int
-) -> tuple[list[dict[str, Any]], _Rendered, Any]:
-    """The messages with the contents of `group` cut to a common longest length so that all fit, if that can be."""
-    words = {i: coder.words(messages[i]["content"]) for i in group}
-    room = sum(len(starts) for starts in words.values())
-    cut = messages
-    rendered, encoding = measure(cut)
-    while len(encoding) > limit and room > 0:
-        room = max(0, room - (len(encoding) - limit))
-        longest = _longest([len(starts) for starts in words.values()], room)
-        cut = list(messages)
-        for i, starts in words.items():
-            if len(starts) > longest:
-                cut[i] = {**messages[i], "content": messages[i]["content"][: starts[longest]]}
-        rendered, encoding = measure(cut)
-    return cut, rendered, encoding
-
-
-def _longest(lengths: list[int], room: int) -> int:
-    """The largest length that keeps the sum of all lengths, each cut to it, within `room`."""
-    for i, length in enumerate(sorted(lengths)):
-        share = room // (len(lengths) - i)
-        if length > share:
-            return share
-        room -= length
-    return max(lengths, default=0)
+    whole, kept, rendered, encoding = shorten(conversation["messages"], measure, coder.words, rules.cutoff_len)
+    answers = [i for i, message in enumerate(whole) if message["role"] == "assistant"]
+    cut = frozenset(number for number, i in enumerate(answers) if kept[i] is not whole[i])
+    open_ended = any("</think>" in whole[i]["content"] and "</think>" not in kept[i]["content"] for i in answers)
+    if open_ended and not template.tagged:
+        raise _RowFault("its thoughts alone are too long, and the tokenizer's own chat template cannot show a part")
+    if cut and len(rendered.spans) != len(answers):
+        raise _RowFault("it is too long, and which of its answers would be cut is uncertain")
+    return rendered, encoding, cut
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import east_asian_width
 
 import common
-from common import Config, UserError, nearest
+from common import Config, Message, UserError, nearest
 from preprocessing.formats import (
     BATCH,
     Conversation,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 LISTED = 20  # faulty rows that are listed; the others are counted
 SMALL = 16 << 20  # bytes of data that are checked before anything heavy is imported
-TOO_LONG = "more than cutoff_len"  # stands in template.encode's reason for an over-long conversation
+TOO_LONG = "longer_than_cutoff_len"  # code of the reason why an over-long conversation is no sample
 PARALLEL = 1 << 20  # bytes of data above which several threads tokenize
 SPLIT_FROM, SPLIT_AT_MOST = 200, 200  # conversations from which on a tenth is held out by default, and its limit
 
@@ -331,10 +331,10 @@ def tokenize(job: Job, rows: list[tuple[str, int, Any]], *, encoding: bool = Tru
         train_on_prompt=config.train_on_prompt,
         enable_thinking=config.enable_thinking,
     )
-    refused = [(place, sample) for place, sample in zip(places, samples, strict=False) if isinstance(sample, str)]
-    dropped = [reason for _, reason in refused if config.overlong == "drop" and TOO_LONG in reason]
+    refused = [(place, sample) for place, sample in zip(places, samples, strict=False) if isinstance(sample, Message)]
+    dropped = [reason for _, reason in refused if config.overlong == "drop" and reason.code == TOO_LONG]
     faults += [(f"{place}: {reason}", False) for place, reason in refused if reason not in dropped]
-    kept = [{"input_ids": [], "labels": []} if isinstance(sample, str) else sample for sample in samples]
+    kept = [{"input_ids": [], "labels": []} if isinstance(sample, Message) else sample for sample in samples]
     for sample in kept:
         for what, answers in sample.get("left_out", {}).items():
             layout.counted[f"answers whose {what} the chat template ({job.template.name}) leaves out"] += answers

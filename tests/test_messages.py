@@ -13,7 +13,7 @@ from conftest import ROOT
 from common import LANGUAGES, Message, UserError, sentences
 
 # What makes a message of a literal code and keyword arguments, and keywords that are not fields of the sentence.
-MAKERS: dict[str, set[str]] = {"Message": set(), "UserError": set()}
+MAKERS: dict[str, set[str]] = {"Message": set(), "UserError": set(), "Fault": {"final"}}
 
 
 def fields_of(sentence: str) -> set[str]:

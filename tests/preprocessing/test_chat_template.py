@@ -10,9 +10,10 @@ from conftest import CONTROL_TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import UserError
+from common import Message, UserError
 from preprocessing import chat_template as room
 from preprocessing.chat_template import ChatTemplate, encode, load_template, prompt_ids, template_names
+from preprocessing.truncation import shares
 
 VENDOR = json.loads((Path(__file__).parent / "template_vendor.json").read_text(encoding="utf-8"))
 TOOLS = ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
@@ -292,11 +293,11 @@ def test_qwen3_thoughts_that_do_not_fit():
     template = load_template("qwen3", tokenizer)
     conversation = talk("q", "<think>\nOne and one and one.\n</think>\n\n3")
     cutoff = len(one(conversation, template, tokenizer)["input_ids"]) - 20
-    assert learned(one(conversation, template, tokenizer, cutoff_len=cutoff), tokenizer) == ["<think>\nOne an"]
+    assert learned(one(conversation, template, tokenizer, cutoff_len=cutoff), tokenizer) == ["<think>\nOne a"]
     silent = one(conversation, template, tokenizer, cutoff_len=27, enable_thinking=False)
-    assert "learned" in silent or "room" in silent
+    assert silent.code == "no_space_for_answer"
     tokenizer.chat_template = template.saved
-    assert "thoughts" in one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff)
+    assert "thoughts" in str(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff))
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -383,8 +384,8 @@ def test_both_ways_agree_on_the_real_tokenizer(embedded_model):
 
 def test_noncharacters_are_refused(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
-    assert "U+FDD0" in one(talk("a\ufdd0b", "x"), template, tiny_tokenizer)
-    assert "noncharacters" in one(talk("<|im_end|>\ufdd1|im_end|>", "x"), template, tiny_tokenizer)
+    assert "U+FDD0" in str(one(talk("a\ufdd0b", "x"), template, tiny_tokenizer))
+    assert "noncharacters" in str(one(talk("<|im_end|>\ufdd1|im_end|>", "x"), template, tiny_tokenizer))
     with pytest.raises(UserError, match="U\\+FDD0"):
         prompt_ids([user("\ufdd0")], tiny_tokenizer)
 
@@ -430,7 +431,7 @@ def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatc
 
 def test_tools_need_a_template_that_has_them(tiny_tokenizer):
     conversation = {**talk("a", "b"), "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert "tools" in one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer)
+    assert "tools" in str(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer))
     assert not load_template("chatml", tiny_tokenizer).has_tools and load_template("qwen", tiny_tokenizer).has_tools
 
 
@@ -438,15 +439,15 @@ def test_what_no_template_can_render_is_a_reason(tiny_tokenizer):
     """Content in parts is refused (its text would slip past the guard); null beside a tool call is no content."""
     template = load_template("qwen", tiny_tokenizer)
     parts = {"messages": [user([{"type": "text", "text": "<|im_end|>"}]), assistant("a")]}
-    assert "is list, not text" in one(parts, template, tiny_tokenizer)
+    assert "is list, not text" in str(one(parts, template, tiny_tokenizer))
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     sample = one({"messages": [user("q"), assistant(None, tool_calls=[call])]}, template, tiny_tokenizer)
     assert learned(sample, tiny_tokenizer) == [
         '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     ]
     call["function"]["arguments"] = "{"
-    assert "no JSON" in one({"messages": [user("q"), assistant("", tool_calls=[call])]}, template, tiny_tokenizer)
-    assert "no answer" in one({"messages": [user("q")]}, template, tiny_tokenizer)
+    assert "no JSON" in str(one({"messages": [user("q"), assistant("", tool_calls=[call])]}, template, tiny_tokenizer))
+    assert "no answer" in str(one({"messages": [user("q")]}, template, tiny_tokenizer))
 
 
 def test_a_row_that_the_template_refuses_is_a_reason():
@@ -454,7 +455,7 @@ def test_a_row_that_the_template_refuses_is_a_reason():
     template = load_template("gemma", tokenizer)
     good, bad = talk("a", "b"), {"messages": [assistant("b")]}
     first, reason, last = encode([good, bad, good], template, tokenizer, cutoff_len=100)
-    assert "alternate" in reason and first == last
+    assert "alternate" in str(reason) and first == last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,12 +618,12 @@ def test_own_template_that_rewrites_one_row_gives_a_reason(tiny_tokenizer):
     tokenizer = with_own(tiny_tokenizer, text + PROMPT)
     template = load_template(None, tokenizer)
     assert learned(one(talk("q", "a"), template, tokenizer), tokenizer) == ["a<|im_end|>"]
-    assert "cannot be told for certain" in one(talk("q", "drop"), template, tokenizer)
+    assert "cannot be told for certain" in str(one(talk("q", "drop"), template, tokenizer))
     text = ROLES.replace("<|im_start|>", "<|im_start|>{{ 'A' if m.content == 'pick' else 'B' }}")  # of the same length
     tokenizer = with_own(tiny_tokenizer, text + PROMPT.replace("<|im_start|>", "<|im_start|>B"))
     template = load_template(None, tokenizer)
     assert learned(one(talk("q", "a"), template, tokenizer), tokenizer) == ["a<|im_end|>"]
-    assert "cannot be told for certain" in one(talk("q", "pick"), template, tokenizer)
+    assert "cannot be told for certain" in str(one(talk("q", "pick"), template, tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,11 +649,11 @@ def test_whole_turns_go_first_and_the_system_message_stays(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("name", template_names())
-def test_truncated_samples_keep_their_form(name: str):
-    """At every cutoff: control tokens and header as in the whole sample, the prompt cut first, then the answer."""
+@pytest.mark.parametrize(("question", "answer"), [("qrstuvwxyz你好" * 2, "ABCDEFGHIJ好"), ("qrst你好", "ABCDE好" * 8)])
+def test_truncated_samples_keep_their_form(name: str, question: str, answer: str):
+    """At every cutoff: control tokens and header as in the whole sample, both sides as long as `shares` says."""
     tokenizer = for_template(name)
     template = load_template(name, tokenizer)
-    question, answer = "qrstuvwxyz你好" * 2, "ABCDEFGHIJ好"
     whole = one(talk(question, answer), template, tokenizer)
     least = len(one(talk("", ""), template, tokenizer)["input_ids"])
     control = [i for i in whole["input_ids"] if i >= 256]
@@ -661,31 +662,62 @@ def test_truncated_samples_keep_their_form(name: str):
         sample = one(talk(question, answer), template, tokenizer, cutoff_len=cutoff)
         assert len(sample["input_ids"]) <= cutoff
         assert sample["truncated"] is (cutoff < len(whole["input_ids"]))
+        assert sample["whole_length"] == len(whole["input_ids"])
         assert [i for i in sample["input_ids"] if i >= 256] == control  # every control token, the end of turn included
         (run,) = learned(sample, tokenizer)
         text = tokenizer.decode(sample["input_ids"])
-        if cutoff >= least + len(b(answer)):  # the answer fits
+        asked, answered = shares(len(b(question)), len(b(answer)), cutoff - least)
+        if answered == len(b(answer)):
             assert run == full_answer
         else:
-            assert full_answer.startswith(run) and template.stop[0] not in run and "q" not in text.split("user")[-1][:3]
+            assert full_answer.startswith(run) and template.stop[0] not in run
+            assert abs(len(b(run[full_answer.index(answer) :])) - max(1, answered)) < 4
+        assert question[: max(1, asked // 3)] in text  # never an empty question
+        if asked == len(b(question)):
+            assert question in text
         assert "\ufffd" not in text  # no character is cut in two
         assert len(sample["input_ids"]) > cutoff - 4  # and no more is cut than has to be
 
 
-def test_no_room_for_an_answer_is_a_reason(tiny_tokenizer):
+@pytest.mark.parametrize(
+    ("prompt", "answer", "space", "expected"),
+    [
+        (3, 1000, 100, (3, 97)),  # the shorter side stays whole
+        (1000, 3, 100, (97, 3)),
+        (300, 700, 100, (30, 70)),  # both are longer than half of the space: in proportion
+        (150, 100_000, 200, (1, 199)),
+        (5, 5, 100, (5, 5)),
+        (3, 1000, 0, (0, 0)),
+    ],
+)
+def test_shares_are_those_of_llamafactory(prompt: int, answer: int, space: int, expected: tuple[int, int]):
+    assert shares(prompt, answer, space) == expected
+
+
+def test_a_long_answer_leaves_the_question_whole(tiny_tokenizer):
+    template = load_template("chatml", tiny_tokenizer)
+    sample = one(talk("Capital of France?", "Paris " * 400, system="S" * 30), template, tiny_tokenizer, cutoff_len=256)
+    text = tiny_tokenizer.decode(sample["input_ids"])
+    assert "S" * 30 in text and "Capital of France?<|im_end|>" in text and len(sample["input_ids"]) == 256
+    assert sample["whole_length"] > 2400
+    short = one(talk("\n\n" + "Q" * 300, "A" * 900, system="S" * 900), template, tiny_tokenizer, cutoff_len=64)
+    assert "user\n\n\nQ" in tiny_tokenizer.decode(short["input_ids"])  # its first word, however long the others are
+
+
+def test_no_space_for_an_answer_is_a_reason(tiny_tokenizer):
     template = load_template("llama3", tiny_tokenizer)
-    least = len(one(talk("", "x"), template, tiny_tokenizer)["input_ids"])
+    least = len(one(talk("q", "x"), template, tiny_tokenizer)["input_ids"])
     assert learned(one(talk("q", "xyz"), template, tiny_tokenizer, cutoff_len=least), tiny_tokenizer) == ["x"]
-    assert "learned" in one(talk("q", "xyz"), template, tiny_tokenizer, cutoff_len=least - 1)
-    assert "leaves no room" in one(talk("q", "xyz"), template, tiny_tokenizer, cutoff_len=least - 2)
+    for cutoff in (least - 1, least - 2, 16):
+        reason = one(talk("q", "xyz"), template, tiny_tokenizer, cutoff_len=cutoff)
+        assert (reason.code, reason.fields) == ("no_space_for_answer", {"cutoff_len": cutoff, "tokens": least - 1})
 
 
 def test_drop_and_error_give_the_length(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
     for overlong in ("drop", "error"):
-        assert one(talk("Hi", "Yo"), template, tiny_tokenizer, cutoff_len=24, overlong=overlong) == (
-            "it has 25 tokens, more than cutoff_len=24"
-        )
+        reason = one(talk("Hi", "Yo"), template, tiny_tokenizer, cutoff_len=24, overlong=overlong)
+        assert reason == Message("longer_than_cutoff_len", tokens=25, cutoff_len=24)
         assert one(talk("Hi", "Yo"), template, tiny_tokenizer, cutoff_len=25, overlong=overlong)["truncated"] is False
 
 
