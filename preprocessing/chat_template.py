@@ -31,7 +31,7 @@ from preprocessing.truncation import shorten
 TEMPLATES = ROOT / "templates"
 OWN = "the tokenizer's own"  # the name of a template that is no file of templates/
 
-Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?}], "tools"?: [...]}
+Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?, "learned"?}], "tools"?: [...]}
 # {"input_ids": list[int], "labels": list[int], "truncated": bool, "whole_length": int, "left_out": Counter}
 Sample = dict[str, Any]
 Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
@@ -671,9 +671,10 @@ def encode(
     """A sample for each conversation, or the reason why there is none.
 
     Learned (label = id, elsewhere -100) are the assistant's words and the token that ends its turn: of every turn, of
-    the last one (`mask_history`), or everything (`train_on_prompt`). A conversation longer than `cutoff_len` tokens is
-    cut (`overlong="truncate"`, see truncation.py) or becomes a reason ("drop" and "error" are the caller's difference).
-    `left_out` of a sample counts its answers of which the template renders a part only, by what it leaves out.
+    the last one (`mask_history`), or everything (`train_on_prompt`); never an answer with "learned": False.
+    A conversation longer than `cutoff_len` tokens is cut (`overlong="truncate"`, see truncation.py) or becomes a reason
+    ("drop" and "error" are the caller's difference). `left_out` of a sample counts its answers of which the template
+    renders a part only, by what it leaves out.
     """
     coder = _coder(tokenizer, template.text)
     rules = _Rules(cutoff_len, overlong, mask_history, train_on_prompt, enable_thinking)
@@ -725,17 +726,22 @@ def _sample(
     encoding: Any,
 ) -> Sample:
     """The sample of one rendered and encoded conversation, cut if it is too long."""
-    truncated, cut, whole_length = False, frozenset(), len(encoding)
+    truncated, cut, whole_length, messages = False, frozenset(), len(encoding), conversation["messages"]
     if whole_length > rules.cutoff_len:
         if rules.overlong != "truncate":
             raise Fault("longer_than_cutoff_len", tokens=len(encoding), cutoff_len=rules.cutoff_len)
         truncated = True
-        rendered, encoding, cut = _shortened(_plain(conversation), template, coder, rules)
+        messages, rendered, encoding, cut = _shortened(_plain(conversation), template, coder, rules)
     ids = coder.ids(encoding, rendered)
     labels = list(ids) if rules.train_on_prompt else [-100] * len(ids)
+    masked = _masked_spans(messages, rendered)
     for start, stop in rendered.spans[-1:] if rules.mask_history else rendered.spans:
         first, end = _tokens(encoding, start, stop, len(rendered.text))
-        labels[first:end] = ids[first:end]
+        labels[first:end] = [-100] * (end - first) if (start, stop) in masked else ids[first:end]
+    if rules.train_on_prompt:
+        for start, stop in masked:
+            first, end = _tokens(encoding, start, stop, len(rendered.text))
+            labels[first:end] = [-100] * (end - first)
     for number in cut:  # a cut answer must not teach to stop there
         start, stop = rendered.spans[number]
         first, end = _tokens(encoding, _end_of_turn(rendered, start, stop, coder), stop, len(rendered.text))
@@ -745,6 +751,16 @@ def _sample(
             raise Fault("no_space_for_answer", cutoff_len=rules.cutoff_len, tokens=len(ids))
         raise _RowFault("nothing of it would be learned: it has no answer")
     return {"input_ids": ids, "labels": labels, "truncated": truncated, "whole_length": whole_length}
+
+
+def _masked_spans(messages: list[dict[str, Any]], rendered: _Rendered) -> list[Span]:
+    """The spans of the answers that the data marks with "learned": False (a weight of 0)."""
+    learned = [message.get("learned", True) for message in messages if message["role"] == "assistant"]
+    if all(learned):
+        return []
+    if len(learned) != len(rendered.spans):
+        raise Fault("answers_not_told_apart")
+    return [span for span, is_learned in zip(rendered.spans, learned, strict=True) if not is_learned]
 
 
 def _tokens(encoding: Any, start: int, stop: int, length: int) -> Span:
@@ -777,8 +793,8 @@ def _end_of_turn(rendered: _Rendered, start: int, stop: int, coder: _Coder) -> i
 
 def _shortened(
     conversation: Conversation, template: ChatTemplate, coder: _Coder, rules: _Rules
-) -> tuple[_Rendered, Any, frozenset[int]]:
-    """The conversation cut to `cutoff_len` tokens, encoded, and the numbers of the answers that were cut."""
+) -> tuple[list[dict[str, Any]], _Rendered, Any, frozenset[int]]:
+    """The messages that are kept, rendered and encoded in `cutoff_len` tokens, and the numbers of the cut answers."""
 
     def measure(messages: list[dict[str, Any]]) -> tuple[_Rendered, Any]:
         rendered = _render(template, {**conversation, "messages": messages}, coder, rules.enable_thinking)
@@ -791,8 +807,8 @@ def _shortened(
     if open_ended and not template.tagged:
         raise _RowFault("its thoughts alone are too long, and the tokenizer's own chat template cannot show a part")
     if cut and len(rendered.spans) != len(answers):
-        raise _RowFault("it is too long, and which of its answers would be cut is uncertain")
-    return rendered, encoding, cut
+        raise Fault("answers_not_told_apart")
+    return whole, rendered, encoding, cut
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -627,6 +627,28 @@ def test_own_template_that_rewrites_one_row_gives_a_reason(tiny_tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Answers that are not learned
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_answer_of_weight_0_is_read_but_not_learned(tiny_tokenizer, own: bool):
+    template = load_template(None if own else "chatml", tiny_tokenizer)
+    conversation = talk("q1", "a1", "q2", "a2", "q3", "a3")
+    whole = one(conversation, template, tiny_tokenizer)
+    conversation["messages"][3]["learned"] = False
+    sample = one(conversation, template, tiny_tokenizer)
+    assert sample["input_ids"] == whole["input_ids"]
+    assert learned(sample, tiny_tokenizer) == ["a1<|im_end|>", "a3<|im_end|>"]
+    everything = one(conversation, template, tiny_tokenizer, train_on_prompt=True)
+    unlearned = [i for i, label in enumerate(everything["labels"]) if label == -100]
+    assert tiny_tokenizer.decode([whole["input_ids"][i] for i in unlearned]) == "a2<|im_end|>"
+    cut = one(conversation, template, tiny_tokenizer, cutoff_len=len(whole["input_ids"]) - 1)  # without the first turn
+    assert learned(cut, tiny_tokenizer) == ["a3<|im_end|>"]
+    last = {"messages": [*conversation["messages"][:5], {**conversation["messages"][5], "learned": False}]}
+    assert "nothing" in str(one(last, template, tiny_tokenizer, mask_history=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Truncation
 
 
