@@ -386,9 +386,9 @@ class Service:
 
         try:
             read(job.request, job)
-        except engine.TooLong as error:
-            raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
         except UserError as error:
+            if error.code == "message_too_long":
+                raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
             raise ApiError(400, str(error), code="invalid_value") from None
 
     def read_chat(self, request: Any, job: Job) -> None:
@@ -411,7 +411,7 @@ class Service:
         for index in range(request.n):
             reader = CallReader(self.style, tools.names) if tools.functions else None
             job.choices.append(forms.Choice(index, reader, single=tools.single))
-            self.add_row(job, ids, settings, dropped=dropped, shown=shown)
+            self.add_row(job, ids, settings, dropped=dropped, visible=shown)
 
     def grammar(self, tools: Any, schema: Any) -> str | None:
         """What the reply is held to; None: nothing."""
@@ -474,16 +474,16 @@ class Service:
     def submit(self, job: Job) -> None:
         """Puts the rows in line. Raises ApiError where the line is full."""
         from inference.openai_schema import ApiError, refuse
-        from inference.scheduler import Ended, Full
+        from inference.scheduler import BatchClosed, QueueFull
 
         places = self.batch.slots + self.batch.waiting
         if len(job.rows) > places:
             raise refuse("n", f"{len(job.rows)} replies are asked for, and this server has places for {places}")
         try:
             self.batch.submit(job.rows)
-        except Full:
+        except QueueFull:
             raise self.full() from None
-        except Ended:
+        except BatchClosed:
             raise ApiError(503, "the model answers no more; start the server again") from None
 
     def full(self) -> ApiError:
@@ -493,7 +493,7 @@ class Service:
             429,
             f"{len(self.batch.queue)} replies are waiting already; try again",
             code="rate_limit_exceeded",
-            headers={"Retry-After": str(self.batch.patience)},
+            headers={"Retry-After": str(self.batch.retry_after_seconds)},
         )
 
     # -- replies

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import common
 from common import UserError
-from inference.engine import Engine, Message, Reply, Settings
+from inference.engine import ChatMessage, Engine, Reply, Settings
 from inference.load import load
 from runs.files import write_json
 from runs.target import find, read_arguments
@@ -99,7 +99,7 @@ class Voice:
 
     engine: Engine
     label: str = ""
-    messages: list[Message] = dataclasses.field(default_factory=list)
+    messages: list[ChatMessage] = dataclasses.field(default_factory=list)
 
 
 class Chat:
@@ -245,7 +245,7 @@ def parse_value(text: str) -> object:
         raise UserError(f"{text!r} is not a number; write it like 0.2") from None
 
 
-def last_question(messages: list[Message]) -> int:
+def last_question(messages: list[ChatMessage]) -> int:
     """Where the last user's message stands."""
     places = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not places:

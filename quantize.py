@@ -259,7 +259,7 @@ def can_prove(job: Job) -> bool:
     missing = llamacpp_library.missing()
     by_library = not set(job.types) <= set(CONVERTED) and not llamacpp_library.quantizer()
     if missing and (by_library or needs_matrix(job)):
-        raise UserError(missing)
+        raise UserError.from_message(missing)
     if missing:
         print(f"note: nothing will be proven: {missing}")
     return not missing
@@ -451,10 +451,10 @@ def make(job: Job, kind: str, start: Path, matrix: Path | None, work: Path) -> P
         return target
     used = str(matrix) if matrix and TYPES[kind].needs_matrix else None
     doing = f"quantizing to {kind}"
+    from inference.child_process import run_child
+
     if tool := llamacpp_library.quantizer():
-        llamacpp_library.run(
-            [tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing
-        )
+        run_child([tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing)
     elif llamacpp_library.missing():
         return convert(job, kind, work)
     else:

@@ -127,7 +127,7 @@ def by_generate(model: TransformersEngine, ids: list[int]) -> tuple[float, float
     return speed, clock.times[0] - started, time.process_time() - cpu
 
 
-def by_engine(model: TransformersEngine, messages: list[engine.Message]) -> tuple[float, float, float]:
+def by_engine(model: TransformersEngine, messages: list[engine.ChatMessage]) -> tuple[float, float, float]:
     """The same figures of the engine, with no cache from before; its counting of the prompt is in the first token."""
     model._cache = None
     started, cpu = time.perf_counter(), time.process_time()
@@ -139,7 +139,7 @@ def by_engine(model: TransformersEngine, messages: list[engine.Message]) -> tupl
 
 def ten_turns(model: TransformersEngine) -> None:
     """Ten turns of one conversation; the first token of each with the cache, and without."""
-    messages: list[engine.Message] = []
+    messages: list[engine.ChatMessage] = []
     model._cache = None
     print(f"\n{'turn':<6}{'prompt tokens':>14}{'kept':>8}{'first token s':>16}{'without cache s':>18}")
     settings = engine.Settings(temperature=0, max_new_tokens=16)

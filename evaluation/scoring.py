@@ -146,7 +146,7 @@ class TransformersScorer:
 
     def _text(self, reply: list[int]) -> str:
         end = next((i for i, token in enumerate(reply) if token in self.engine.stop_ids), len(reply))
-        text = self.engine._detokenizer()  # as the engine streams: a character without its end is not shown
+        text = self.engine.detokenizer()  # as the engine streams: a character without its end is not shown
         return "".join(text(token) for token in reply[:end])
 
     def _padded(self, prompts: Sequence[Ids]) -> dict[str, Any]:
@@ -162,8 +162,8 @@ class TransformersScorer:
 
     def _logits(self, inputs: dict[str, Any], cache: Any, *, keep: int) -> Any:
         """float32 logits (rows × keep × vocabulary) of the last `keep` positions."""
-        with self.engine._adapters.switched(self.engine._trained):
-            kept = {"logits_to_keep": keep} if self.engine._last_only else {}
+        with self.engine.adapter_state():
+            kept = {"logits_to_keep": keep} if self.engine.last_logits_only else {}
             output = self.model(**inputs, past_key_values=cache, use_cache=cache is not None, **kept)
         return output.logits[:, -keep:].float()
 
@@ -218,7 +218,7 @@ class LlamaCppScorer:
         settings, found = Settings(temperature=0.0, max_new_tokens=max_new_tokens), []
         for prompt in prompts:
             reply = Reply(prompt_tokens=len(prompt), dropped_messages=0)
-            found.append("".join(self.engine._pieces(list(prompt), settings, reply)))
+            found.append("".join(self.engine.stream_text(list(prompt), settings, reply)))
         return found
 
     def _sum(self, prompt: list[int], answer: list[int]) -> float:

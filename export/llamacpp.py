@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import ROOT, run_script
-from inference.llamacpp_library import RESULT, converter, library, quantizer, run, runtime
+from inference.child_process import RESULT, run_child
+from inference.llamacpp_library import converter, library, quantizer, runtime
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ def call(function: Callable[..., Any], doing: str, **arguments: Any) -> Any:
         environment["LLAMA_CPP_LIB_PATH"] = str(library().resolve())
     command = [sys.executable, "-P", "-m", "export.llamacpp", function.__name__]
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return json.loads(run(command, doing, environment, json.dumps(arguments, default=str)))
+    return json.loads(run_child(command, doing, environment, json.dumps(arguments, default=str)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

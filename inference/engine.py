@@ -1,12 +1,10 @@
-"""A model that answers: a run, an adapter, a merged or plain model folder, or a GGUF; it streams, counts and stops.
+"""The interface of a loaded model: what is asked of it (Settings), what comes back (Reply), and the engine between.
 
-    engine = load("saves/NAME")
-    reply = engine.stream([{"role": "user", "content": "你好"}], Settings(temperature=0))
-    for piece in reply:
-        print(piece, end="", flush=True)
-    reply.finish_reason, reply.completion_tokens, reply.tokens_per_second, reply.first_token_seconds
-
-`find` answers in a moment what is wrong with a target; `load` takes the seconds that a model takes.
+engine = load("saves/NAME")                     # inference/load.py
+reply = engine.stream([{"role": "user", "content": "你好"}], Settings(temperature=0))
+for piece in reply:
+    print(piece, end="", flush=True)
+reply.finish_reason, reply.completion_tokens, reply.tokens_per_second, reply.first_token_seconds
 """
 
 from __future__ import annotations
@@ -20,22 +18,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import Config, UserError
+from common import Config, Message, UserError
 
-Message = dict[str, Any]  # {"role": "system|user|assistant|tool", "content": str, ...}
+ChatMessage = dict[str, Any]  # {"role": "system|user|assistant|tool", "content": str, ...}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked for, and the reply
 
 
-class TooLong(UserError):
-    """A message that does not fit into the context."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """How a reply is drawn. Raises UserError for a value out of its range."""
+    """How a reply is sampled. Raises UserError, with the field's name as `name`, for a value out of its range."""
 
     temperature: float = 0.7  # 0: always the likeliest token
     top_p: float = 0.9
@@ -49,31 +43,20 @@ class Settings:
     max_new_tokens: int = 1024
     logprobs: int | None = None  # alternatives whose log-probabilities are kept with each token; None: none kept
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, and what is added to the logit of each
-    grammar: str | None = None  # as llguidance writes it (toolcalls.py): only replies that fit it are drawn
+    grammar: str | None = None  # an llguidance grammar (tool_calls.py): only replies that match it are sampled
 
     def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0, 100),
-            "top_p": (0, 1),
-            "top_k": (0, 1 << 31),
-            "min_p": (0, 1),
-            "repetition_penalty": (0.01, 100),
-            "presence_penalty": (-2, 2),
-            "frequency_penalty": (-2, 2),
-            "seed": (0, (1 << 64) - 1),
-            "max_new_tokens": (1, 1 << 31),
-            "logprobs": (0, 20),
-        }
-        for name, (low, high) in ranges.items():
-            value, whole = getattr(self, name), isinstance(getattr(Settings, name), int) or name in ("seed", "logprobs")
-            if value is None and name in ("seed", "logprobs"):
+        for name, (kind, low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None and getattr(Settings, name) is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise UserError(f"{name}: {value!r} is not a {'whole ' if whole else ''}number; give one")
+            if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+                code = Message("setting_whole_number") if kind is int else Message("setting_number")
+                raise UserError("setting_not_a_number", name=name, value=repr(value), kind=code)
             if not low <= value <= high:
-                raise UserError(f"{name}: {value} is out of range; it must be from {low} to {high}")
+                raise UserError("setting_out_of_range", name=name, value=value, low=low, high=high)
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError("stop: an empty text would end every reply; give the texts that end it")
+            raise UserError("setting_stop_empty", name="stop")
 
     @classmethod
     def of(cls, config: Config) -> Settings:
@@ -88,6 +71,21 @@ class Settings:
         )
 
 
+# Type, and least and greatest value, of the settings that are numbers.
+_RANGES = {
+    "temperature": (float, 0, 100),
+    "top_p": (float, 0, 1),
+    "top_k": (int, 0, 1 << 31),
+    "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 100),
+    "presence_penalty": (float, -2, 2),
+    "frequency_penalty": (float, -2, 2),
+    "seed": (int, 0, (1 << 64) - 1),
+    "max_new_tokens": (int, 1, 1 << 31),
+    "logprobs": (int, 0, 20),
+}
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     """A token of the reply, its log-probability by the model itself, and the likeliest tokens there with theirs."""
@@ -99,13 +97,16 @@ class TokenLogprob:
 
 @dataclass
 class Reply:
-    """A reply as it comes: iterate over its pieces of text, then read how it ended. `cancel` ends it from anywhere."""
+    """A reply while it is generated: iterate over its pieces of text, then read how it ended.
+
+    `cancel` may be called from any thread.
+    """
 
     prompt_tokens: int
-    dropped_messages: int  # of the conversation's oldest, which no longer fit into the context
-    cached_tokens: int = 0  # of the prompt's, not computed again
+    dropped_messages: int  # how many of the oldest messages were left out, because they no longer fit the context
+    cached_tokens: int = 0  # tokens of the prompt that were already in the cache
     completion_tokens: int = 0  # the end of the turn included
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"; None: it still goes on
+    finish_reason: str | None = None  # "stop", "length" or "cancelled"; None: not ended yet
     first_token_seconds: float = 0.0
     seconds: float = 0.0
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -154,51 +155,20 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-class Matcher:
-    """Holds a reply to a grammar, by llguidance. Raises UserError for a grammar that it cannot follow."""
-
-    def __init__(self, vocabulary: Any, grammar: str) -> None:
-        from llguidance import LLMatcher
-
-        self.matcher, self.vocabulary = LLMatcher(vocabulary, grammar, log_level=0), vocabulary
-        self._check()
-
-    def allowed(self, size: int) -> Any:
-        """Which of the `size` tokens may come next: an array of booleans."""
-        import numpy as np
-        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-
-        bits = allocate_token_bitmask(1, self.vocabulary.vocab_size)
-        fill_next_token_bitmask(self.matcher, bits, 0)
-        self._check()
-        known = np.unpackbits(bits.view(np.uint8), bitorder="little")[:size].astype(bool)
-        return np.pad(known, (0, size - len(known)))
-
-    def take(self, token: int) -> None:
-        """Notes the token that was drawn."""
-        self.matcher.consume_token(token)
-        self._check()
-
-    def _check(self) -> None:
-        if self.matcher.is_error():
-            reason = self.matcher.get_error().strip().split("\n")[0]
-            raise UserError(f"the reply cannot be held to this form ({reason}); simplify the schema")
-
-
-class Writer:
-    """Makes the text of a reply out of its tokens, cut between characters, and notes in the reply how it ended."""
+class TextStreamer:
+    """Turns the tokens of a reply into text, cut between characters, and records in the reply how it ended."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, reply: Reply, shown: Mapping[int, str] | None = None
+        self, engine: Engine, settings: Settings, reply: Reply, visible: Mapping[int, str] | None = None
     ) -> None:
-        """`shown`: control tokens that are part of the text all the same."""
-        self.reply, self.shown, self.stop_ids = reply, shown or {}, engine.stop_ids
-        self.stops, self.text = _StopTexts(settings.stop), engine._detokenizer()
-        self.limit = min(settings.max_new_tokens, engine.context - reply.prompt_tokens)
+        """`visible`: control tokens whose text is part of the reply's text all the same."""
+        self.reply, self.visible, self.stop_ids = reply, visible or {}, engine.stop_ids
+        self.stops, self.detokenize = _StopTexts(settings.stop), engine.detokenizer()
+        self.max_tokens = min(settings.max_new_tokens, engine.context - reply.prompt_tokens)
         self.started = time.perf_counter()
         self.shown_tokens = 0  # tokens of whose text something has been shown
-        self._starts: collections.deque[int] = collections.deque()  # where the texts of the others begin
-        self._made = self._shown = 0  # characters
+        self._token_starts: collections.deque[int] = collections.deque()  # where the texts of the other tokens begin
+        self._characters = self._shown_characters = 0
 
     def feed(self, token: int) -> str:
         """The text that can be shown after `token`; `finish_reason` is set where it was the last one."""
@@ -207,11 +177,11 @@ class Writer:
         reply.seconds = time.perf_counter() - self.started
         reply.first_token_seconds = reply.first_token_seconds or reply.seconds
         ended = token in self.stop_ids
-        text = "" if ended else self.shown.get(token) or self.text(token)
-        piece = self._note(text, self.stops.feed(text))
+        text = "" if ended else self.visible.get(token) or self.detokenize(token)
+        piece = self._count_shown(text, self.stops.feed(text))
         if ended or self.stops.found:
             reply.finish_reason = "stop"
-        elif reply.completion_tokens == self.limit:
+        elif reply.completion_tokens == self.max_tokens:
             reply.finish_reason = "length"
         return piece
 
@@ -224,38 +194,38 @@ class Writer:
             self.shown_tokens = self.reply.completion_tokens
         return self.stops.flush()
 
-    def _note(self, text: str, shown: str) -> str:
-        self._starts.append(self._made)
-        self._made += len(text)
-        self._shown += len(shown)
-        while self._starts and self._starts[0] < self._shown:
-            self._starts.popleft()
+    def _count_shown(self, text: str, shown: str) -> str:
+        self._token_starts.append(self._characters)
+        self._characters += len(text)
+        self._shown_characters += len(shown)
+        while self._token_starts and self._token_starts[0] < self._shown_characters:
+            self._token_starts.popleft()
             self.shown_tokens += 1
         return shown
 
 
 class Engine:
-    """A loaded model. One conversation at a time profits from its cache; several at once are right, but slower."""
+    """A loaded model. `stream` caches one conversation; for several at once see scheduler.py."""
 
-    name: str  # for people
+    name: str  # shown to the user
     context: int  # tokens of prompt and reply together
-    stop_ids: frozenset[int]  # the ends of a turn
-    control_tokens: Mapping[str, int]  # what a reply's text leaves out
-    added_tokens: Mapping[str, int]  # these, and others that text is never cut through: <tool_call> in some tokenizers
+    stop_ids: frozenset[int]  # tokens that end a turn
+    control_tokens: Mapping[str, int]  # left out of a reply's text
+    added_tokens: Mapping[str, int]  # these, and other added tokens such as <tool_call>
     vocabulary_size: int  # of the logits
     base: Engine | None = None  # the same model before training, where it was asked for
     config: Config
 
-    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """The token ids after which the model answers `messages`, by the template that it was trained with."""
         raise NotImplementedError
 
-    def _tokens(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
-        """The tokens of an endless reply; notes `cached_tokens` and `logprobs` in `reply`."""
+    def generate(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
+        """Samples tokens without end; records `cached_tokens` and `logprobs` in `reply`."""
         raise NotImplementedError
 
-    def _detokenizer(self) -> Callable[[int], str]:
-        """Gives for each token the whole characters it completes."""
+    def detokenizer(self) -> Callable[[int], str]:
+        """A function that gives, for each token, the whole characters that it completes."""
         raise NotImplementedError
 
     def text_ids(self, text: str) -> list[int]:
@@ -266,75 +236,75 @@ class Engine:
         """The text of ids, control tokens spelled out."""
         raise NotImplementedError
 
-    def draw(self, settings: Settings, prompt_tokens: int) -> Any:
-        """What draws the tokens of one reply: called with all ids, the logits and the reply, it gives the next id."""
+    def sampler(self, settings: Settings, prompt_tokens: int) -> Any:
+        """A function of (all ids, logits, reply) that gives the next id of one reply."""
         raise NotImplementedError
 
-    def rows(self, slots: int) -> Any:
-        """The half of `engine_batch.Batch` that computes: at most `slots` replies side by side."""
+    def batch_kernel(self, slots: int) -> Any:
+        """What computes at most `slots` replies side by side; see scheduler.py."""
         raise NotImplementedError
 
-    def _vocabulary_of_grammars(self) -> Any:
-        """llguidance's view of the vocabulary; takes a second, so `vocabulary` keeps it."""
+    def _grammar_vocabulary(self) -> Any:
+        """An llguidance.LLTokenizer; takes a second to make, so `grammar_vocabulary` caches it."""
         raise NotImplementedError
 
     @functools.cached_property
-    def vocabulary(self) -> Any:
+    def grammar_vocabulary(self) -> Any:
         """An llguidance.LLTokenizer: what grammars are matched against, and the bytes of single tokens."""
-        return self._vocabulary_of_grammars()
+        return self._grammar_vocabulary()
 
     def token_bytes(self, token: int) -> bytes:
         """What a token spells; one alone may be a part of a character."""
-        return self.vocabulary.decode_bytes([token])
+        return self.grammar_vocabulary.decode_bytes([token])
 
     def prepare(
-        self, messages: list[Message], settings: Settings, tools: list[dict[str, Any]] | None = None
+        self, messages: list[ChatMessage], settings: Settings, tools: list[dict[str, Any]] | None = None
     ) -> tuple[list[int], int]:
-        """The prompt's ids, and how many of the oldest messages had to go. Raises TooLong for one that does not fit."""
+        """The prompt's ids, and how many of the oldest messages were left out.
+
+        Raises UserError("message_too_long") where the last turn alone does not fit the context.
+        """
         if self.config.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.default_system}, *messages]
-        return self._fit(messages, tools, settings.max_new_tokens)
+        return self._fit_context(messages, tools, settings.max_new_tokens)
 
     def stream(
-        self, messages: list[Message], settings: Settings | None = None, tools: list[dict[str, Any]] | None = None
+        self, messages: list[ChatMessage], settings: Settings | None = None, tools: list[dict[str, Any]] | None = None
     ) -> Reply:
-        """The reply to `messages`. Raises UserError for a message that does not fit into the context."""
+        """The reply to `messages`. Raises UserError where the last turn does not fit the context."""
         settings = settings or Settings.of(self.config)
         ids, dropped = self.prepare(messages, settings, tools)
         reply = Reply(prompt_tokens=len(ids), dropped_messages=dropped)
-        reply._pieces = self._pieces(ids, settings, reply)
+        reply._pieces = self.stream_text(ids, settings, reply)
         return reply
 
-    def _fit(self, messages: list[Message], tools: Any, wanted: int) -> tuple[list[int], int]:
-        """Prompt ids that leave room for a reply (a quarter of the context, or less where less is wanted).
+    def _fit_context(self, messages: list[ChatMessage], tools: Any, wanted: int) -> tuple[list[int], int]:
+        """Prompt ids that leave space for a reply: `wanted` tokens, but at most a quarter of the context.
 
-        Whole turns go, oldest first; a system message stays. The last turn may use that room up, all but one token.
+        Whole turns are left out, oldest first; a system message stays. The last turn may use all but one token.
         """
-        head = 1 if messages[0]["role"] == "system" else 0
-        starts = [i for i in range(head, len(messages)) if messages[i]["role"] == "user"][1:]
-        room = self.context - min(wanted, self.context // 4)
+        first = 1 if messages[0]["role"] == "system" else 0
+        turn_starts = [i for i in range(first, len(messages)) if messages[i]["role"] == "user"][1:]
+        longest = self.context - min(wanted, self.context // 4)
 
-        def ids(turns: int) -> list[int]:
-            kept = messages if turns == 0 else messages[:head] + messages[starts[turns - 1] :]
+        def ids(dropped_turns: int) -> list[int]:
+            kept = messages if dropped_turns == 0 else messages[:first] + messages[turn_starts[dropped_turns - 1] :]
             return self.prompt_ids(kept, tools)
 
-        turns = bisect.bisect_left(range(len(starts)), True, key=lambda turns: len(ids(turns)) <= room)
-        found = ids(turns)
+        dropped = bisect.bisect_left(range(len(turn_starts)), True, key=lambda turns: len(ids(turns)) <= longest)
+        found = ids(dropped)
         if len(found) >= self.context:
-            raise TooLong(
-                f"the last message has {len(found)} tokens with what belongs to it, and the model reads "
-                f"{self.context}; shorten it"
-            )
-        return found, starts[turns - 1] - head if turns else 0
+            raise UserError("message_too_long", tokens=len(found), context=self.context)
+        return found, turn_starts[dropped - 1] - first if dropped else 0
 
-    def _pieces(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[str]:
-        """The text of the reply, piece by piece; `reply` is completed as it goes."""
-        writer = Writer(self, settings, reply)
-        with contextlib.closing(self._tokens(ids, settings, reply)) as tokens:
+    def stream_text(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[str]:
+        """The text of the reply to a prompt's ids, piece by piece; `reply` is completed meanwhile."""
+        streamer = TextStreamer(self, settings, reply)
+        with contextlib.closing(self.generate(ids, settings, reply)) as tokens:
             for token in tokens:
-                if piece := writer.feed(token):
+                if piece := streamer.feed(token):
                     yield piece
                 if reply.finish_reason or reply.cancelled:
                     break
-        if rest := writer.end():
+        if rest := streamer.end():
             yield rest

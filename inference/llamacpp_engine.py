@@ -1,11 +1,10 @@
-"""The engine's half for llama.cpp: a GGUF answers, with the chat template and the ends of a turn that are in it."""
+"""The engine for llama.cpp: a GGUF answers, with the chat template and the ends of a turn that are in the file."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import random
@@ -18,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import UserError
-from inference.engine import Engine, Message, Reply, Settings, TokenLogprob
+from common import Message, UserError
+from inference.engine import ChatMessage, Engine, Reply, Settings, TokenLogprob
+from inference.kv_cache import MIN_SHARED, common_prefix
+from inference.sampling import Sampler
 from preprocessing.chat_template import ChatTemplate
 from runs.target import Source
 
-CONTEXT = 8192  # llama.cpp sets the memory of the whole context aside at the start: at most so many tokens
-WORKSPACE = 512 << 20  # bytes of the card for what llama.cpp computes with
-ERROR = 4  # ggml_log_level
-SHARED = 2  # contexts of memory that the rows of a batch share
-LARGEST = 2048  # tokens of prompts in one step of a batch
-RESERVED = re.compile("[\ufdd0-\ufdef]")  # noncharacters, as template.py refuses them
+MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the whole context at the start
+COMPUTE_BYTES = 512 << 20  # of the card, for what llama.cpp computes with
+LOG_ERROR = 4  # ggml_log_level
+SHARED_CONTEXTS = 2  # contexts of memory that the rows of a batch share
+MAX_STEP = 2048  # tokens of prompts in one step of a batch
+RESERVED = re.compile("[\ufdd0-\ufdef]")  # noncharacters, as preprocessing/chat_template.py refuses them
 
 
 class LlamaCppEngine(Engine):
@@ -39,20 +40,18 @@ class LlamaCppEngine(Engine):
 
         self.name, self.config, file = source.name, source.config, source.model
         self._lib = lib = llamacpp_library.runtime()
-        with _listening(lib) as said:
+        with _collect_errors(lib) as errors:
             try:
                 about = lib.Llama(file, vocab_only=True, verbose=False).metadata
                 architecture = about["general.architecture"]
-                self.context = min(int(about[f"{architecture}.context_length"]), CONTEXT)
+                self.context = min(int(about[f"{architecture}.context_length"]), MAX_CONTEXT)
                 layers = _layers_on_card(lib, Path(file), about, self.context)
                 self.model = lib.Llama(
                     file, n_ctx=self.context, n_gpu_layers=layers, last_n_tokens_size=self.context, verbose=False
                 )
             except (ValueError, KeyError) as error:
-                reason = said[0] if said else error
-                raise UserError(
-                    f"{file} cannot be loaded by llama.cpp ({reason}); make it again: python quantize.py"
-                ) from None
+                reason = errors[0] if errors else error
+                raise UserError("gguf_not_loadable", file=file, reason=reason) from None
         self._vocabulary = lib.llama_model_get_vocab(self.model.model)
         tokens = range(self.model.n_vocab())
         kinds = {i: lib.llama_vocab_get_attr(self._vocabulary, i) for i in tokens}
@@ -73,7 +72,7 @@ class LlamaCppEngine(Engine):
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if text is None:
-            raise UserError(f"{file} has no chat template; make it from a run: python quantize.py saves/NAME")
+            raise UserError("gguf_without_template", file=file)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
         environment.globals["raise_exception"] = _refuse
@@ -81,12 +80,9 @@ class LlamaCppEngine(Engine):
         try:
             return environment.from_string(ChatTemplate(file, text, (), False).saved)  # without generation tags
         except TemplateError as error:
-            raise UserError(
-                f"the chat template in {file} cannot be used: {error}.\n"
-                "Make the file from a run: python quantize.py saves/NAME"
-            ) from None
+            raise UserError("gguf_template_unusable", file=file, reason=error) from None
 
-    def prompt_ids(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """As with transformers: only the template's own control tokens are control tokens, a message's text is text.
 
         In the messages each look-alike is a number between two Unicode noncharacters while the template renders.
@@ -95,7 +91,7 @@ class LlamaCppEngine(Engine):
         from jinja2 import TemplateError
 
         if RESERVED.search(json.dumps([messages, tools], ensure_ascii=False)):
-            raise _refused("they contain noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
+            raise UserError("gguf_prompt_noncharacters")
         names = sorted(self.control_tokens, key=len, reverse=True)
         control = re.compile("|".join(map(re.escape, names)) or "(?!)")
         messages, tools = _map_texts(
@@ -108,9 +104,9 @@ class LlamaCppEngine(Engine):
                 messages=messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, **spelled
             )
         except TemplateError as error:
-            raise _refused(f"the chat template refuses it: {error}") from None
+            raise UserError("gguf_prompt_refused", reason=error) from None
         except TypeError as error:  # a template that adds up None and text
-            raise _refused(f"the chat template cannot render it: {error}") from None
+            raise UserError("gguf_prompt_not_rendered", reason=error) from None
         ids: list[int] = []
         for part in re.split(f"({control.pattern})", text):
             if part in self.control_tokens:
@@ -144,23 +140,21 @@ class LlamaCppEngine(Engine):
                 return buffer.raw[:count]
             size = -count
 
-    def _vocabulary_of_grammars(self) -> Any:
+    def _grammar_vocabulary(self) -> Any:
         from llguidance.llamacpp import lltokenizer_from_vocab
 
         return lltokenizer_from_vocab(self._vocabulary, n_vocab=self.vocabulary_size, eos_token=sorted(self.stop_ids))
 
-    def draw(self, settings: Settings, prompt_tokens: int) -> Callable[[list[int], Any, Reply], int]:
-        """As the rows of a batch are drawn: by the same means as with transformers."""
+    def sampler(self, settings: Settings, prompt_tokens: int) -> Callable[[list[int], Any, Reply], int]:
+        """For the rows of a batch: the same as with transformers."""
         import torch
 
-        from inference.transformers_engine import Draw
+        vocabulary = self.grammar_vocabulary if settings.grammar else None
+        sample = Sampler(settings, prompt_tokens, torch.device("cpu"), vocabulary)
+        return lambda ids, logits, reply: sample(ids, torch.from_numpy(logits), reply)
 
-        vocabulary = self.vocabulary if settings.grammar else None
-        draw = Draw(settings, prompt_tokens, torch.device("cpu"), vocabulary)
-        return lambda ids, logits, reply: draw(ids, torch.from_numpy(logits), reply)
-
-    def rows(self, slots: int) -> LlamaRows:
-        return LlamaRows(self, slots)
+    def batch_kernel(self, slots: int) -> LlamaKernel:
+        return LlamaKernel(self, slots)
 
     def _spelled(self, kind: str) -> str:
         token = getattr(self._lib, f"llama_vocab_{kind}")(self._vocabulary)
@@ -169,13 +163,12 @@ class LlamaCppEngine(Engine):
     def _spelling(self, token: int) -> str:
         return self._lib.llama_vocab_get_text(self._vocabulary, token).decode()
 
-    def _detokenizer(self) -> Callable[[int], str]:
+    def detokenizer(self) -> Callable[[int], str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: decoder.decode(self._piece(token, special=False))
 
-    def _tokens(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.model.eval_tokens, ids[:-1], strict=False))
-        reply.cached_tokens = sum(1 for _ in same)
+    def generate(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
+        reply.cached_tokens = common_prefix(list(self.model.eval_tokens), ids[:-1])
         self.model.set_seed(random.getrandbits(32) if settings.seed is None else settings.seed & 0xFFFFFFFF)
         tokens = self.model.generate(
             ids,
@@ -203,16 +196,16 @@ class LlamaCppEngine(Engine):
 
 
 @dataclass(eq=False)
-class Slot:
-    """A row's sequence in llama.cpp's memory: its number, the ids computed, and the cells set aside for it."""
+class Sequence:
+    """A row's sequence in llama.cpp's memory: its number, the ids computed, and the cells reserved for it."""
 
     number: int
     ids: list[int] = field(default_factory=list)
     reserved: int = 0
 
 
-class LlamaRows:
-    """The rows of a batch in llama.cpp's slots: one context with a memory that all of them share.
+class LlamaKernel:
+    """Computes the rows of a batch in one llama.cpp context, with a memory that all of them share.
 
     Sequences share the cells of what they have in common, so keeping a finished row for the next one costs only what
     is its own.
@@ -220,79 +213,75 @@ class LlamaRows:
 
     def __init__(self, engine: LlamaCppEngine, slots: int) -> None:
         self.lib, self.engine, self.slots = engine._lib, engine, slots
-        self.cells = engine.context * min(slots, SHARED)
+        self.cells = engine.context * min(slots, SHARED_CONTEXTS)
         settings = self.lib.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = self.cells, 2 * slots, True
-        settings.n_batch = LARGEST + slots
+        settings.n_batch = MAX_STEP + slots
         settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
         model = engine.model.model
-        with _listening(self.lib):
+        with _collect_errors(self.lib):
             self.context = self.lib.llama_init_from_model(model, settings)
         if not self.context:
-            raise UserError(
-                f"llama.cpp has no memory for {self.cells} tokens of {slots} replies at once; set MAX_CONCURRENT lower"
-            )
+            raise UserError("llamacpp_no_memory", tokens=self.cells, slots=slots)
         self.memory = self.lib.llama_get_memory(self.context)
-        self.batch = self.lib.llama_batch_init(LARGEST + slots, 0, 1)
+        self.batch = self.lib.llama_batch_init(MAX_STEP + slots, 0, 1)
         self.shares = not (self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model))
         self.free = list(range(2 * slots))
-        self.opened: list[Slot] = []
-        self.parked: list[Slot] = []  # of finished replies, oldest first
+        self.opened: list[Sequence] = []
+        self.finished: list[Sequence] = []  # of finished replies, oldest first
 
-    def has_room(self, tokens: int) -> bool:
+    def fits(self, tokens: int) -> bool:
         """Whether a row of so many tokens fits beside those that are there."""
-        return sum(slot.reserved for slot in self.opened) + tokens <= self.cells
+        return sum(sequence.reserved for sequence in self.opened) + tokens <= self.cells
 
-    def open(self, ids: list[int], longest: int) -> Slot:
+    def open(self, ids: list[int], max_tokens: int) -> Sequence:
         """A sequence for a row that begins with `ids`; what another one has computed of them is shared."""
-        from inference.scheduler import REUSE, in_common
-
-        slot = Slot(self.free.pop(), reserved=longest)
-        known = [(in_common(other.ids, ids[:-1]), other) for other in [*self.opened, *self.parked] if self.shares]
+        sequence = Sequence(self.free.pop(), reserved=max_tokens)
+        known = [(common_prefix(other.ids, ids[:-1]), other) for other in [*self.opened, *self.finished] if self.shares]
         same, other = max(known, key=lambda pair: pair[0], default=(0, None))
-        if same >= REUSE:
-            self.lib.llama_memory_seq_cp(self.memory, other.number, slot.number, 0, same)
-            slot.ids = other.ids[:same]
-        self.opened.append(slot)
-        taken = sum(slot.reserved for slot in self.opened)
-        while self.parked and taken + sum(len(slot.ids) for slot in self.parked) > self.cells:
-            self._forget()
-        return slot
+        if same >= MIN_SHARED:
+            self.lib.llama_memory_seq_cp(self.memory, other.number, sequence.number, 0, same)
+            sequence.ids = other.ids[:same]
+        self.opened.append(sequence)
+        taken = sum(sequence.reserved for sequence in self.opened)
+        while self.finished and taken + sum(len(sequence.ids) for sequence in self.finished) > self.cells:
+            self._drop_oldest()
+        return sequence
 
-    def close(self, slot: Slot) -> None:
+    def close(self, sequence: Sequence) -> None:
         """The row is finished; it is kept for those that begin in the same way, as long as there is a place."""
-        self.opened.remove(slot)
-        self.parked.append(slot)
-        if len(self.parked) > self.slots:
-            self._forget()
+        self.opened.remove(sequence)
+        self.finished.append(sequence)
+        if len(self.finished) > self.slots:
+            self._drop_oldest()
 
-    def _forget(self) -> None:
-        slot = self.parked.pop(0)
-        self.lib.llama_memory_seq_rm(self.memory, slot.number, 0, -1)
-        self.free.append(slot.number)
+    def _drop_oldest(self) -> None:
+        sequence = self.finished.pop(0)
+        self.lib.llama_memory_seq_rm(self.memory, sequence.number, 0, -1)
+        self.free.append(sequence.number)
 
-    def forward(self, work: list[tuple[Slot, list[int], bool]]) -> list[Any]:
-        """The logits (vocabulary, float32) after the tokens of each row, None for those that do not want theirs."""
+    def forward(self, work: list[tuple[Sequence, list[int], bool]]) -> list[Any]:
+        """As `batch_kernels.FlatKernel.forward`."""
         import numpy as np
 
         batch, ends = self.batch, []
         batch.n_tokens = 0
-        for slot, tokens, wanted in work:
+        for sequence, tokens, wanted in work:
             for i, token in enumerate(tokens):
                 at = batch.n_tokens
-                batch.token[at], batch.pos[at] = token, len(slot.ids) + i
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, slot.number
+                batch.token[at], batch.pos[at] = token, len(sequence.ids) + i
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence.number
                 batch.logits[at] = wanted and i == len(tokens) - 1
                 batch.n_tokens += 1
             ends.append(batch.n_tokens - 1)
         status = self.lib.llama_decode(self.context, batch)
         if status:
-            for slot, *_ in work:
-                self.lib.llama_memory_seq_rm(self.memory, slot.number, len(slot.ids), -1)
+            for sequence, *_ in work:
+                self.lib.llama_memory_seq_rm(self.memory, sequence.number, len(sequence.ids), -1)
             raise RuntimeError(f"llama_decode failed with status {status}")
         found: list[Any] = []
-        for (slot, tokens, wanted), end in zip(work, ends, strict=True):
-            slot.ids += tokens
+        for (sequence, tokens, wanted), end in zip(work, ends, strict=True):
+            sequence.ids += tokens
             logits = self.lib.llama_get_logits_ith(self.context, end) if wanted else None
             shape = (self.engine.vocabulary_size,)
             found.append(None if logits is None else np.ctypeslib.as_array(logits, shape=shape).copy())
@@ -300,18 +289,18 @@ class LlamaRows:
 
 
 @contextlib.contextmanager
-def _listening(lib: Any) -> Iterator[list[str]]:
-    """Collects the errors that llama.cpp tells while the block runs, and keeps its warnings to itself."""
-    said: list[str] = []
+def _collect_errors(lib: Any) -> Iterator[list[str]]:
+    """Collects the errors that llama.cpp logs while the block runs; its warnings are not shown."""
+    errors: list[str] = []
 
     @lib.llama_log_callback
     def log(level: int, text: bytes, _: Any) -> None:
-        if level == ERROR:
-            said.append(text.decode("utf-8", "replace").strip())
+        if level == LOG_ERROR:
+            errors.append(text.decode("utf-8", "replace").strip())
 
     lib.llama_log_set(log, None)
     try:
-        yield said
+        yield errors
     finally:  # the library holds only a pointer: ours must not outlive this block
         lib.llama_log_set(lib._logger.llama_log_callback, None)
 
@@ -322,13 +311,9 @@ def _layers_on_card(lib: Any, file: Path, about: dict[str, str], cells: int) -> 
     if gpu is None:
         return 0
     if not lib.llama_supports_gpu_offload():
-        print(
-            "note: llama.cpp was built without CUDA, so a GGUF answers on the CPU; "
-            "to use the card: CMAKE_ARGS=-DGGML_CUDA=on",
-            file=sys.stderr,
-        )
+        print(f"note: {Message('llamacpp_without_cuda')}", file=sys.stderr)
         return 0
-    share = (gpu.free_memory - WORKSPACE) / (file.stat().st_size + _cache_bytes(about, cells))
+    share = (gpu.free_memory - COMPUTE_BYTES) / (file.stat().st_size + _cache_bytes(about, cells))
     return -1 if share >= 1 else max(0, int(int(about[f"{about['general.architecture']}.block_count"]) * share))
 
 
@@ -353,10 +338,6 @@ def _refuse(reason: str) -> None:
     from jinja2 import TemplateError
 
     raise TemplateError(reason)
-
-
-def _refused(reason: str) -> UserError:
-    return UserError(f"these messages cannot be put to the model: {reason}.\nChange them.")
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

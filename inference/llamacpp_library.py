@@ -20,12 +20,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import CACHE, UserError, find_gpu
+from common import CACHE, Message, UserError, find_gpu
+from inference.child_process import run_child
 from runs.files import write_text
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ _CMAKE = {
 
 
 def own_folder() -> Path | None:
-    """The user's folder of llama.cpp (`LLAMA_CPP_DIR`), or None."""
+    """The user's folder of llama.cpp (`LLAMA_CPP_DIR`), or None. Raises UserError where it is no folder."""
     named = os.environ.get("LLAMA_CPP_DIR")
     if named and not Path(named).is_dir():
-        raise UserError(f"LLAMA_CPP_DIR={named} is no folder; name the folder of llama.cpp, or unset it")
+        raise UserError("llamacpp_dir_missing", folder=named)
     return Path(named) if named else None
 
 
@@ -92,17 +92,14 @@ def source() -> Path:
 
 def _fetch(folder: Path) -> Path:
     """The archive, by pip and from the package index that pip is set up with; its hash is checked by pip."""
-    print("fetching llama.cpp (77 MB, once)", file=sys.stderr)
+    print(Message("llamacpp_fetching"), file=sys.stderr)
     pinned = folder / "pinned.txt"
     write_text(pinned, f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
     done = subprocess.run([*command, "--dest", str(folder), "-r", str(pinned)], capture_output=True, text=True)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip())
-        raise UserError(
-            f"llama.cpp cannot be fetched ({reason.removeprefix('ERROR: ')}); "
-            "see that pip reaches a package index, or name a llama.cpp you have: LLAMA_CPP_DIR=folder"
-        )
+        raise UserError("llamacpp_not_fetched", reason=reason.removeprefix("ERROR: "))
     return folder / f"llama_cpp_python-{VERSION}.tar.gz"
 
 
@@ -115,14 +112,11 @@ def _locked() -> Iterator[None]:
         yield
 
 
-def missing() -> str | None:
-    """Why there is no library and none can be built here, with what to do; None where all is well."""
+def missing() -> Message | None:
+    """Why there is no library and none can be built here; None where there is one, or one can be built."""
     if _found() or (_cmake() and any(map(shutil.which, ("c++", "g++", "clang++")))):
         return None
-    return (
-        "quantizing and proving a GGUF need llama.cpp's library, and cmake and a C++ compiler to build it once; "
-        "install them (apt install cmake g++), or name a llama.cpp you have: LLAMA_CPP_DIR=folder"
-    )
+    return Message("llamacpp_no_compiler")
 
 
 def library() -> Path:
@@ -133,7 +127,7 @@ def library() -> Path:
     if found := _found():
         return found
     if lacking := missing():
-        raise UserError(lacking)
+        raise UserError.from_message(lacking)
     source()
     with _locked():
         if not _built().exists():
@@ -161,7 +155,7 @@ def _cmake() -> str | None:
 
 
 def _machine() -> str:
-    """What a build depends on: this CPU's abilities, the card and CMAKE_ARGS; a shared cache may serve several."""
+    """A hash of what a build depends on: the CPU's abilities, the card, CMAKE_ARGS. Machines may share one cache."""
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = re.search(r"^(flags|Features)\s*:.*", cpu, re.MULTILINE)
     text = platform.machine() + (flags.group() if flags else cpu) + os.environ.get("CMAKE_ARGS", "")
@@ -177,7 +171,7 @@ def _card() -> Gpu | None:
 
 
 def _same_interface(header: Path) -> bool:
-    """Whether the structs of a llama.h are those the binding was written for; a wrong guess would crash."""
+    """Whether the structs of a llama.h are those that the binding was written for; other ones would crash it."""
 
     def structs(path: Path) -> dict[str, str]:
         text = re.sub(r"//[^\n]*|\s+", " ", path.read_text(encoding="utf-8"))
@@ -194,73 +188,15 @@ def _build(target: Path) -> None:
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     tree, jobs = str(HOME / "source" / "vendor" / "llama.cpp"), str(os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(dir=HOME, prefix=".build-") as beside:
-        run([_cmake(), "-S", tree, "-B", beside, *ninja, *settings], "setting up llama.cpp's build")
-        run([_cmake(), "--build", beside, "--target", "llama", "--parallel", jobs], "building llama.cpp (once)")
+        run_child([_cmake(), "-S", tree, "-B", beside, *ninja, *settings], Message("llamacpp_configuring"))
+        run_child([_cmake(), "--build", beside, "--target", "llama", "--parallel", jobs], Message("llamacpp_building"))
         libraries = Path(beside) / "libraries"
         shutil.copytree(Path(beside) / "bin", libraries, symlinks=True)
         os.replace(libraries, target)
 
 
-RESULT = "RESULT "  # begins the line in which a child prints its result
-_PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\]|\[?\s*(\d+)%")
-_TELLING = re.compile(r"error|assert|abort|failed|not supported|unknown|invalid|unable|cannot", re.IGNORECASE)
-
-
-def run(command: list[str], doing: str, environment: dict[str, str] | None = None, told: str = "") -> str:
-    """Runs a program, `told` on its standard input, with a progress bar read off its output; returns its RESULT.
-
-    Raises UserError with the line of its output that tells most when it fails or dies by a signal.
-    """
-    from tqdm import tqdm
-
-    lines: deque[str] = deque(maxlen=2000)
-    result = ""
-    child = subprocess.Popen(
-        command,
-        env=os.environ | (environment or {}),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-    )
-    try:
-        child.stdin.write(told)
-        child.stdin.close()
-        with tqdm(desc=doing, total=100, bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}") as bar:
-            for line in child.stdout:  # a carriage return ends a line here too: the children's own bars come through
-                if line.startswith(RESULT):
-                    result = line.removeprefix(RESULT)
-                elif match := _PROGRESS.search(line):
-                    done, total, percent = match.groups()
-                    bar.update(max(0, (100 * int(done) / int(total) if done else int(percent)) - bar.n))
-                else:
-                    lines.append(line.strip())
-            if child.wait() == 0:
-                bar.update(100 - bar.n)
-    finally:
-        child.kill()
-        child.wait()
-    if child.returncode:
-        raise UserError(f"{doing} failed: {_explain(list(filter(None, lines)), child.returncode)}")
-    return result
-
-
-def _explain(lines: list[str], status: int) -> str:
-    """One sentence out of a failed program's output."""
-    if any("pre-tokenizer was not recognized" in line for line in lines):
-        return (
-            "llama.cpp does not know this model's tokenizer (its pre-tokenizer is in no list of its converter); "
-            "train a base model that llama.cpp supports, or name a newer llama.cpp: LLAMA_CPP_DIR=folder"
-        )
-    telling = [line for line in lines if _TELLING.search(line)] or lines or ["it said nothing"]
-    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    return f"{telling[-1][:400]} ({how}); this is llama.cpp's own word"
-
-
 def runtime() -> Any:
-    """The module `llama_cpp` with its library loaded into this process; what calls it had better be a child."""
+    """The module `llama_cpp` with its library loaded into this process; call it in a child process, since llama.cpp may abort the whole one."""
     os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(library().resolve()))
     if str(source()) not in sys.path:
         sys.path.insert(0, str(source()))

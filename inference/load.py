@@ -16,14 +16,11 @@ def load(target: str | Source | None = None, settings: Sequence[str] = (), *, wi
     """
     source = target if isinstance(target, Source) else find(target, settings)
     if with_base and source.adapter is None:
-        raise UserError(
-            f"{source.name} has its training in its weights, so the model before it is not there; "
-            "talk to the run with --base"
-        )
+        raise UserError("base_not_separate", name=source.name)
     if source.model.endswith(".gguf"):
         from inference.llamacpp_engine import LlamaCppEngine
 
         return LlamaCppEngine(source)
-    from inference import transformers_engine
+    from inference.transformers_load import load_transformers
 
-    return transformers_engine.load(source, with_base)
+    return load_transformers(source, with_base)

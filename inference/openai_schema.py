@@ -208,7 +208,7 @@ def settings_of(request: Any, engine: Engine) -> Settings:
     try:
         return dataclasses.replace(own, **given, logprobs=request.kept_logprobs)
     except UserError as error:
-        raise ApiError(400, str(error), str(error).partition(":")[0], "invalid_value") from None
+        raise ApiError(400, str(error), error.fields["name"], "invalid_value") from None
 
 
 def _stops(stop: Any) -> tuple[str, ...]:

@@ -158,8 +158,8 @@ def check(engine: Engine, grammar: str) -> None:
     """Raises UserError where llguidance cannot follow a grammar."""
     from llguidance import LLMatcher
 
-    if fault := LLMatcher.validate_grammar(grammar, engine.vocabulary):
-        raise UserError(f"replies cannot be held to it: {fault.strip().splitlines()[0]}")
+    if fault := LLMatcher.validate_grammar(grammar, engine.grammar_vocabulary):
+        raise UserError("grammar_not_supported", reason=fault.strip().splitlines()[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

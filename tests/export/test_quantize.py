@@ -21,7 +21,7 @@ import quantize
 from common import Config, UserError, dump_config
 from export import llamacpp
 from export.modelfile import go_template, modelfile, template_shape
-from inference import llamacpp_library
+from inference import child_process, llamacpp_library
 from preprocessing.chat_template import TEMPLATES, load_template
 
 standin = test_hub.standin  # the fixture: a hub on this machine
@@ -252,7 +252,7 @@ def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monk
 def test_a_child_that_dies_is_one_sentence():
     code = "import os, sys; print('ggml.c:1: GGML_ASSERT(x) failed', flush=True); os.abort()"
     with pytest.raises(UserError) as error:
-        llamacpp_library.run([sys.executable, "-c", code], "trying")
+        child_process.run_child([sys.executable, "-c", code], "trying")
     assert str(error.value) == (
         "trying failed: ggml.c:1: GGML_ASSERT(x) failed (killed by signal 6); this is llama.cpp's own word"
     )
