@@ -196,7 +196,7 @@ def _build(target: Path) -> None:
 
 
 def runtime() -> Any:
-    """The module `llama_cpp` with its library loaded into this process; call it in a child process, since llama.cpp may abort the whole one."""
+    """The module `llama_cpp` with its library loaded; llama.cpp may abort the whole process, so use a child process."""
     os.environ.setdefault("LLAMA_CPP_LIB_PATH", str(library().resolve()))
     if str(source()) not in sys.path:
         sys.path.insert(0, str(source()))
