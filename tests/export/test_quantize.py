@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 import test_hub
-from conftest import ROOT, make_run, run, write_jsonl
+from conftest import ROOT, make_run, run, user_error, write_jsonl
 
 import quantize
-from common import Config, UserError, dump_config
+from common import Config, Message, UserError, dump_config
 from export import llamacpp
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_library
@@ -205,7 +205,7 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     monkeypatch.setattr(llamacpp_library, "_cmake", lambda: None)
     job = quantize.Job(None, Path(), Path(), ("q8_0", "bf16"))
     assert quantize.can_prove(job) is False
-    assert "nothing will be proven: quantizing and proving a GGUF need" in capsys.readouterr().out
+    assert "nothing will be proven: quantizing and checking a GGUF need" in capsys.readouterr().out
     k_quant, matrix = (quantize.Job(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
     for job in (k_quant, matrix):
         with pytest.raises(UserError, match="install them"):
@@ -215,7 +215,7 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     with pytest.raises(UserError, match="install them"):
         quantize.can_prove(matrix)
     called = []
-    monkeypatch.setattr(llamacpp_library, "run", lambda command, _: called.append(command))
+    monkeypatch.setattr(child_process, "run_child", lambda command, _: called.append(command))
     quantize.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
     assert called == [["llama-quantize", "f16.gguf", "q4_k_m.gguf", "Q4_K_M"]]
     with pytest.raises(UserError, match="--push uploads only what is proven"):
@@ -237,7 +237,7 @@ def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
 
 def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monkeypatch):
     built = []
-    monkeypatch.setattr(llamacpp_library, "run", lambda command, _: built.append(command))
+    monkeypatch.setattr(llamacpp_library, "run_child", lambda command, _: built.append(command))
     monkeypatch.setattr(llamacpp_library.shutil, "copytree", lambda *_, **__: None)
     monkeypatch.setattr(llamacpp_library.os, "replace", lambda *_: None)
     names = set()
@@ -251,11 +251,9 @@ def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monk
 
 def test_a_child_that_dies_is_one_sentence():
     code = "import os, sys; print('ggml.c:1: GGML_ASSERT(x) failed', flush=True); os.abort()"
-    with pytest.raises(UserError) as error:
+    reason = Message("child_killed", line="ggml.c:1: GGML_ASSERT(x) failed", signal=6)
+    with user_error("child_failed", doing="trying", reason=reason):
         child_process.run_child([sys.executable, "-c", code], "trying")
-    assert str(error.value) == (
-        "trying failed: ggml.c:1: GGML_ASSERT(x) failed (killed by signal 6); this is llama.cpp's own word"
-    )
 
 
 def test_samples_are_spread_and_cut():
