@@ -261,7 +261,7 @@ def rouge(predictions: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
-def surprise(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def perplexity(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
     """Loss (nats a token) and perplexity of rows of (nats, tokens), every token counting the same."""
     import numpy as np
 

@@ -1,11 +1,11 @@
-"""What a model holds of given answers, and what it answers, many prompts at a time: the model's side of evaluate.py.
+"""How likely given answers are to a model, and what it answers, many prompts at a time.
 
-    scorer = of(load(source))
+    scorer = scorer_for(load(source))
     scorer.choices(prompts, answers)      log-probabilities of given answers to each prompt
-    scorer.losses(samples)                how surprising the learned tokens of samples are
-    scorer.replies(prompts, 64)           the likeliest reply, word by word
+    scorer.losses(samples)                -log p of the learned tokens of samples
+    scorer.replies(prompts, 64)           the greedy reply
 
-Prompts, answers and samples are token ids, so the same room serves a model of transformers and a GGUF.
+Prompts, answers and samples are token ids, so the same code serves a model of transformers and a GGUF.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from inference.engine import Engine
 
 Ids = Sequence[int]
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included
-ROWS = 64  # of a batch, at most: a reply's tokens come one at a time for all of them
-LOGITS = 1 << 30  # bytes of the logits of a batch, at most, where it can be split
+MAX_ROWS = 64  # of a batch: the tokens of a reply come one at a time for all of them
+MAX_LOGITS = 1 << 30  # bytes of the logits of a batch, where it can be split
 
 
-def of(engine: Engine) -> TransformersScorer | LlamaCppScorer:
+def scorer_for(engine: Engine) -> TransformersScorer | LlamaCppScorer:
     """The scorer of a loaded engine."""
     return TransformersScorer(engine) if hasattr(engine, "tokenizer") else LlamaCppScorer(engine)
 
 
-def batches(lengths: Sequence[int], tokens: int, rows: int = ROWS) -> list[list[int]]:
-    """The numbers of all rows in batches of about equal length, the longest first: what does not fit fails at once.
+def batches(lengths: Sequence[int], tokens: int, rows: int = MAX_ROWS) -> list[list[int]]:
+    """The numbers of all rows in batches of rows of similar length, the longest first: too long a batch fails at once.
 
     A batch holds at most `tokens` tokens with its padding (or one row), and `rows` rows.
     """
@@ -42,7 +42,7 @@ def batches(lengths: Sequence[int], tokens: int, rows: int = ROWS) -> list[list[
 
 
 def first_learned(labels: Ids) -> int:
-    """Where the learned tokens of a sample begin; the first of all has nothing that it could follow from."""
+    """Where the learned tokens of a sample begin; the very first token is never one: nothing predicts it."""
     return next((i for i, label in enumerate(labels) if i and label != -100), len(labels))
 
 
@@ -104,7 +104,7 @@ class TransformersScorer:
         """For each sample the sum of -log p over its learned tokens, in nats, and how many these are."""
         torch = self.torch
         widest = max(len(sample["labels"]) - first_learned(sample["labels"]) for sample in samples) + 1
-        if len(samples) > 1 and 4 * len(samples) * widest * self.vocabulary > LOGITS:
+        if len(samples) > 1 and 4 * len(samples) * widest * self.vocabulary > MAX_LOGITS:
             half = len(samples) // 2
             return [*self.losses(samples[:half]), *self.losses(samples[half:])]
         with torch.inference_mode():
@@ -120,13 +120,13 @@ class TransformersScorer:
             wanted = labels[:, 1 - keep :].to(logits.device)
             loss = torch.nn.functional.cross_entropy  # row by row: it makes a copy as large as what it is given
             nats = [
-                float(loss(said[:-1], right, reduction="none").double().sum())
-                for said, right in zip(logits, wanted, strict=True)
+                float(loss(row[:-1], right, reduction="none").double().sum())
+                for row, right in zip(logits, wanted, strict=True)
             ]
         return list(zip(nats, (wanted != -100).sum(1).tolist(), strict=True))
 
     def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str]:
-        """The likeliest reply to each prompt, word by word: what the engine streams at temperature 0."""
+        """The greedy reply to each prompt: what the engine streams at temperature 0."""
         from transformers import GenerationConfig
 
         engine = self.engine

@@ -1,0 +1,241 @@
+"""Which rows a model is evaluated on: data that was asked for or held out, without the rows that it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+from common import Config, Message, UserError
+from evaluation import labels
+from preprocessing import dataset
+from runs.files import read_json, sha256
+from runs.folder import TRAINED, is_run, read_run, run_config
+
+Conversation = dict[str, Any]
+
+GENERAL = "general_test"  # of data/: shows whether the model has forgotten general knowledge
+
+
+@dataclass(frozen=True)
+class EvalDataset:
+    """The rows of one dataset.
+
+    `task`: "classification" where the answers come from a closed set, `labels`; "text"; or "loss", which asks only how
+    likely the answers are.
+    """
+
+    name: str
+    rows: list[Conversation]
+    folder: Path  # of the results
+    task: str
+    labels: tuple[str, ...] = ()
+    trained_answers: tuple[str, ...] = ()  # of the part of this dataset that was trained on
+    left_out: int = 0  # rows that were trained on
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run was trained on: the fingerprints of its conversations, as its own settings made them of the rows."""
+
+    config: Config
+    contents: set[int]
+
+
+def find_datasets(
+    config: Config, run: Path | None, given: set[str], target: Path, notes: list[Message]
+) -> list[EvalDataset]:
+    """The data that was asked for, or what the run held out, or the test sets registered beside its datasets.
+
+    `given` are the names of the settings that were asked for. Adds to `notes`. Raises UserError where nothing is left.
+    """
+    labels.check_labels(config.labels)
+    own = run_config(run) if run else None
+    names = config.eval_dataset if "eval_dataset" in given else config.dataset if "dataset" in given else ()
+    if not names and own is None:
+        raise UserError("eval_data_unknown", target=target)
+    names, held_out = names or own.eval_dataset, None
+    if not names and (held_out := held_out_by(run, own)):
+        config, names = own, own.dataset
+    elif not names:
+        names, held_out = registered_test_sets(own), None
+        notes.append(Message("eval_uses_test_sets", run=run, datasets=list(names)))
+    trainings = trainings_of(run, notes) if run else []
+    home = (run or common.SAVES / target.name) / "eval"
+    made = [
+        make_dataset(config, name, folder, trainings, notes, held_out)
+        for name, folder in result_folders(home, names).items()
+    ]
+    found = [data for data in made if data]
+    if config.labels and all(data.labels != config.labels for data in found):
+        answer = labels.unknown_label(config.labels, [answer_of(row) for row in found[0].rows])
+        raise UserError("eval_label_unknown", dataset=found[0].name, answer=answer, labels=list(config.labels))
+    if any(data.name == GENERAL for data in found):
+        return found
+    return [*found, *general_knowledge(config, trainings, home)]
+
+
+def result_folders(home: Path, names: Sequence[str]) -> dict[str, Path]:
+    """The folder of each dataset: its name, or its file's; where another has that, a hash of its path beside it."""
+    found: dict[str, Path] = {}
+    for name in names:
+        folder = home / Path(name).stem
+        if name != GENERAL and folder in {home / GENERAL, *found.values()}:
+            folder = folder.with_name(f"{folder.name}-{hashlib.sha256(name.encode()).hexdigest()[:6]}")
+        found[name] = folder
+    return found
+
+
+def make_dataset(
+    config: Config,
+    name: str,
+    folder: Path,
+    trainings: list[Training],
+    notes: list[Message],
+    held_out: set[int] | None = None,
+) -> EvalDataset | None:
+    """The rows that were not trained on, and the closed set of their answers, if there is one.
+
+    `held_out` are fingerprints: only these rows are meant. None where a dataset has none of them.
+    """
+    rows = read_rows(config, name)
+    wanted = [held_out is None or dataset.fingerprint(row) in held_out for row in rows]
+    kept = [row for row, *facts in zip(rows, wanted, unseen(config, name, rows, trainings), strict=True) if all(facts)]
+    if not any(wanted):
+        return None
+    if not kept:
+        raise UserError("eval_all_rows_trained", dataset=name)
+    answers, trained = [answer_of(row) for row in kept], trained_answers(name, trainings)
+    unknown = labels.unknown_label(config.labels, answers) if config.labels else None
+    if unknown is not None:
+        notes.append(Message("eval_labels_do_not_fit", dataset=name, answer=unknown))
+    chosen = config.labels if config.labels and unknown is None else labels.closed_set(answers, trained)
+    if not chosen and (exceptions := labels.exceptional_answers([*answers, *trained])):
+        notes.append(Message("eval_exceptional_answer", dataset=name, answer=exceptions[0]))
+    task = "classification" if chosen else "text"
+    return EvalDataset(name, kept, folder, task, chosen, trained, sum(wanted) - len(kept))
+
+
+def general_knowledge(config: Config, trainings: list[Training], home: Path) -> list[EvalDataset]:
+    """The kit's small general-knowledge set: what becomes less likely there was forgotten. None if all was trained."""
+    kit = dataclasses.replace(config, dataset_dir=str(common.ROOT / "data"), default_system=None, max_samples=None)
+    rows = read_rows(kit, GENERAL)
+    kept = [row for row, new in zip(rows, unseen(kit, GENERAL, rows, trainings), strict=True) if new]
+    return [EvalDataset(GENERAL, kept, home / GENERAL, "loss")] if kept else []
+
+
+def read_rows(config: Config, name: str) -> list[Conversation]:
+    """All conversations of one dataset."""
+    alone = {"dataset": (name,), "eval_dataset": (), "val_size": 0.0, "interleave_probs": (), "mix_strategy": "concat"}
+    return dataset.read_conversations(dataclasses.replace(config, **alone))[0]
+
+
+def answer_of(row: Conversation) -> str:
+    """The text of the last answer of a conversation; a tool call has none."""
+    return row["messages"][-1]["content"].strip()
+
+
+def question_of(row: Conversation) -> str:
+    """The message that is answered last, for people."""
+    return next(m["content"] for m in reversed(row["messages"][:-1]) if m["role"] != "assistant")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the model was trained on
+
+
+def held_out_by(run: Path, config: Config) -> set[int]:
+    """The fingerprints of what a run held out; raises UserError where that is no longer known."""
+    _, held_out = dataset.read_conversations(config)
+    if held_out and (changed := changed_files(run)):
+        raise UserError("eval_held_out_unknown", file=changed[0], run=run)
+    return set(map(dataset.fingerprint, held_out))
+
+
+def registered_test_sets(config: Config) -> tuple[str, ...]:
+    """NAME_test of each dataset NAME, where dataset_info.json has it. Raises UserError where there is none."""
+    known = read_json(Path(config.dataset_dir) / "dataset_info.json", default={})
+    found = tuple(f"{name}_test" for name in config.dataset if f"{name}_test" in known)
+    if not found:
+        raise UserError("eval_nothing_held_out")
+    return found
+
+
+def trainings_of(run: Path, notes: list[Message]) -> list[Training]:
+    """The training of a run, and before it those of the runs whose adapters it continued."""
+    found: list[Training] = []
+    passed: set[Path] = set()
+    while run.resolve() not in passed:
+        passed.add(run.resolve())
+        config = run_config(run)
+        found.append(Training(config, trained_contents(run, config, notes)))
+        if not config.adapter_name_or_path:
+            break
+        earlier = run_of(Path(config.adapter_name_or_path))
+        if earlier is None or not (earlier / "config.yaml").is_file():
+            notes.append(Message("eval_earlier_training_unknown", run=run, adapter=config.adapter_name_or_path))
+            break
+        run = earlier
+    return found
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a run, its checkpoint, its merged model or its GGUF belongs to."""
+    return next((folder for folder in [path, *path.parents][:3] if is_run(folder)), None)
+
+
+def trained_contents(run: Path, config: Config, notes: list[Message]) -> set[int]:
+    """The fingerprints that a run recorded; where it recorded none, those of its data, as far as that is there."""
+    if (run / TRAINED).is_file():
+        import numpy as np
+
+        return set(np.load(run / TRAINED).tolist())
+    try:
+        trained, _ = dataset.read_conversations(config)
+    except UserError as error:
+        notes.append(Message("eval_trained_rows_unreadable", run=run, reason=error.message))
+        return set()
+    if changed := changed_files(run):
+        notes.append(Message("eval_trained_file_changed", file=changed[0], run=run))
+    return set(map(dataset.fingerprint, trained))
+
+
+def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:
+    """The answers that the newest training saw in a dataset, or in the one whose test set it is, if it can be read."""
+    if not trainings:
+        return ()
+    newest = trainings[0]
+    own = next((other for other in newest.config.dataset if other in (name, name.removesuffix("_test"))), None)
+    with suppress(UserError):  # a file that is gone
+        rows = read_rows(newest.config, own) if own else []
+        return tuple(answer_of(row) for row in rows if dataset.fingerprint(row) in newest.contents)
+    return ()
+
+
+def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[Training]) -> list[bool]:
+    """Which rows of a dataset no training saw, as that training's name, author and system message made them."""
+    fresh = [True] * len(rows)
+    for training in trainings:
+        own = {key: getattr(training.config, key) for key in ("name", "author", "default_system")}
+        as_trained = dataclasses.replace(config, **own)
+        rendered = rows if as_trained == config else read_rows(as_trained, name)
+        fresh = [
+            new and dataset.fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)
+        ]
+    return fresh
+
+
+def changed_files(run: Path) -> list[str]:
+    """Files that a run was trained on and that are no longer as they were then."""
+    recorded = (read_run(run) or {}).get("data", {}).get("datasets", [])
+    files = [file for entry in recorded for file in entry["files"] if "sha256" in file]
+    return [file["path"] for file in files if not _is_same(Path(file["path"]), file["sha256"])]
+
+
+def _is_same(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest

@@ -1,0 +1,103 @@
+"""The rows of a dataset as token ids, cut and rendered exactly as in training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from common import Config, Message, UserError
+from evaluation.data import Conversation, EvalDataset, answer_of
+from preprocessing import dataset
+
+FORMAT = 2  # of predictions.jsonl and how they are made: another number makes the old ones invalid
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The rows of a dataset that fit into cutoff_len, as token ids; `rows` are their numbers, from 0."""
+
+    rows: list[int]
+    prompts: list[list[int]]
+    choices: list[list[list[int]]]  # row × label × tokens, for a closed set
+    samples: list[dict[str, list[int]]]  # input_ids and labels of prompt and answer, for texts
+    answers: list[str]  # the reference answers
+    reply_limit: int = 0  # longest reply in tokens; 0: none is wanted
+
+    @property
+    def fingerprint(self) -> str:
+        facts = [FORMAT, self.rows, self.prompts, self.choices, self.samples, self.reply_limit]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def encode_choices(data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> Encoded:
+    """Each row's prompt, and every label as the tokens that would be learned.
+
+    The end of the turn counts only where a label is the beginning of another. A prompt that has to be cut is cut as for
+    the longest label, so that it does not depend on the right one.
+    """
+    by_label = []
+    for label in data.labels:
+        rows = [
+            {**row, "messages": [*row["messages"][:-1], {**row["messages"][-1], "content": label}]} for row in data.rows
+        ]
+        by_label.append(_as_trained(rows, config, tokenizer, template, mask_history=True, train_on_prompt=False))
+    kept = [i for i in _usable(data, by_label[0]) if not any(isinstance(samples[i], Message) for samples in by_label)]
+    prompts, choices = [], []
+    for i in kept:
+        split = [_split(samples[i]) for samples in by_label]
+        prompts.append(max(split, key=lambda pair: len(pair[1]))[0])
+        choices.append(without_end([tokens for _, tokens in split]))
+    return Encoded(kept, prompts, choices, [], [answer_of(data.rows[i]) for i in kept])
+
+
+def without_end(choices: list[list[int]]) -> list[list[int]]:
+    """The labels' tokens without the end of the turn, unless one is then the beginning of another."""
+    words = [tokens[:-1] for tokens in choices]
+    begins = any(a == b[: len(a)] for i, a in enumerate(words) for j, b in enumerate(words) if i != j)
+    return choices if begins else words
+
+
+def encode_texts(data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> Encoded:
+    """Each row's prompt, and the whole row as it would be learned."""
+    last = _as_trained(data.rows, config, tokenizer, template, mask_history=True, train_on_prompt=False)
+    kept = _usable(data, last)
+    samples = _as_trained([data.rows[i] for i in kept], config, tokenizer, template, train_on_prompt=False)
+    plain = [{key: sample[key] for key in ("input_ids", "labels")} for sample in samples]
+    split = [_split(last[i]) for i in kept]
+    answers = [
+        tokenizer.decode(learned, skip_special_tokens=True).strip()  # a tool call, as the template writes it
+        if data.rows[i]["messages"][-1].get("tool_calls")
+        else answer_of(data.rows[i])
+        for i, (_, learned) in zip(kept, split, strict=True)
+    ]
+    return Encoded(kept, [prompt for prompt, _ in split], [], plain, answers)
+
+
+def _as_trained(rows: list[Conversation], config: Config, tokenizer: Any, template: Any, **changes: Any) -> list[Any]:
+    """Samples as training makes them, or the Message why there is none."""
+    from preprocessing.chat_template import encode
+
+    names = ("cutoff_len", "overlong", "mask_history", "train_on_prompt", "enable_thinking")
+    return encode(rows, template, tokenizer, **{name: getattr(config, name) for name in names} | changes)
+
+
+def _split(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
+    """Prompt and answer of a sample in which only the last answer is learned."""
+    labels = sample["labels"]
+    first = next(i for i, label in enumerate(labels) if label != -100)
+    return sample["input_ids"][:first], [label for label in labels[first:] if label != -100]
+
+
+def _usable(data: EvalDataset, samples: list[Any]) -> list[int]:
+    """The numbers of the rows that are samples; raises UserError where a row cannot be one."""
+    for number, sample in enumerate(samples, 1):
+        if isinstance(sample, Message) and sample.code != dataset.TOO_LONG:
+            raise UserError("eval_row_unusable", dataset=data.name, row=number, reason=sample)
+    kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Message)]
+    if not kept:
+        raise UserError("eval_no_row_fits", dataset=data.name)
+    if len(kept) < len(samples):
+        print(Message("eval_rows_too_long", dataset=data.name, count=len(samples) - len(kept)))
+    return kept

@@ -1,0 +1,186 @@
+"""The predictions of each model for each dataset: predictions.jsonl grows row by row and can be continued."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+from common import Message
+from evaluation import scoring
+from evaluation.data import EvalDataset, question_of
+from evaluation.encode import Encoded
+from evaluation.job import EvalModel, Job, compute_dtype, encoded
+from inference.load import load
+from preprocessing import dataset
+from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
+from runs.target import Source
+
+
+def predict(job: Job, model: EvalModel) -> None:
+    """Makes the predictions of one model that are not there yet; a model with none left to make is not loaded."""
+    todo = [(data, missing) for data in job.datasets if (missing := missing_rows(job, model, data))]
+    if not todo:
+        print(Message("eval_all_predicted", model=model.label))
+        return
+    print(f"loading {model.source.name} ...", flush=True)
+    scorer = scoring.scorer_for(load(model.source))
+    for data, missing in todo:
+        started, batches = time.monotonic(), 0
+        try:
+            with open(predictions_file(data, model.label), "a", encoding="utf-8") as file:
+                for lines in predicted_rows(job, model, data, missing, scorer):
+                    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+                    file.flush()
+                    batches += 1
+        finally:  # the time of an interrupted evaluation counts, too
+            _add_time(data, model.label, time.monotonic() - started, batches)
+        _finish(model, data)
+    del scorer
+    gc.collect()
+
+
+def predicted_rows(
+    job: Job, model: EvalModel, data: EvalDataset, missing: list[int], scorer: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """The lines of predictions.jsonl, a batch at a time; `missing` are positions in the dataset's Encoded."""
+    from tqdm import tqdm
+
+    rows = encoded(job, data)
+    lengths = [len(rows.prompts[i]) + rows.reply_limit for i in missing]
+    if rows.samples:
+        lengths = [max(n, len(rows.samples[i]["input_ids"])) for i, n in zip(missing, lengths, strict=True)]
+    ask = choose if data.task == "classification" else score_texts
+    with tqdm(total=len(missing), desc=f"{model.label}, {data.name}", unit=" rows", file=sys.stderr) as bar:
+        for batch in scoring.batches(lengths, scorer.tokens):
+            positions = [missing[i] for i in batch]
+            yield [
+                {**_row_facts(data, rows, position), **facts}
+                for position, facts in zip(positions, ask(data, rows, positions, scorer), strict=True)
+            ]
+            bar.update(len(batch))
+
+
+def _row_facts(data: EvalDataset, rows: Encoded, position: int) -> dict[str, Any]:
+    """What identifies a row: its number, a hash of the whole conversation, its last question and reference answer."""
+    number = rows.rows[position]
+    row = data.rows[number]
+    conversation = f"{dataset.fingerprint(row) % 2**64:016x}"
+    return {
+        "row": number,
+        "conversation": conversation,
+        "prompt": question_of(row),
+        "label": rows.answers[position],
+    }
+
+
+def choose(data: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
+    """Prediction and probabilities for rows of a closed set: what the model gives to each label, made to sum to 1."""
+    import numpy as np
+
+    choices = [rows.choices[i] for i in positions]
+    logs = np.array(scorer.choices([rows.prompts[i] for i in positions], choices))
+    shares = np.exp(logs - logs.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    return [
+        {
+            "prediction": data.labels[int(row.argmax())],
+            "probabilities": dict(zip(data.labels, row.tolist(), strict=True)),
+            "mass": float(np.exp(log).sum()),  # of all labels together, among everything that the model could answer
+        }
+        for row, log in zip(shares, logs, strict=True)
+    ]
+
+
+def score_texts(data: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
+    """How likely the reference texts are (nats and tokens), and the model's own replies, where they are wanted."""
+    losses = scorer.losses([rows.samples[i] for i in positions])
+    wanted = data.task == "text"
+    replies = scorer.replies([rows.prompts[i] for i in positions], rows.reply_limit) if wanted else []
+    predictions = [{"prediction": text.strip()} for text in replies] or [{} for _ in positions]
+    return [
+        prediction | {"nats": nats, "tokens": tokens}
+        for prediction, (nats, tokens) in zip(predictions, losses, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def predictions_file(data: EvalDataset, label: str) -> Path:
+    return data.folder / ("predictions.jsonl" if label in ("trained", "model") else f"predictions.{label}.jsonl")
+
+
+def read_state(data: EvalDataset) -> dict[str, Any]:
+    """state.json: what is known of the predictions there, by model."""
+    return read_json(data.folder / "state.json", default={})
+
+
+def _write_state(data: EvalDataset, label: str, facts: dict[str, Any]) -> None:
+    write_json(data.folder / "state.json", read_state(data) | {label: facts})
+
+
+def read_predictions(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a predictions.jsonl in the order of the rows, each row once."""
+    found = {line["row"]: line for line in read_jsonl(file)}
+    return [found[row] for row in sorted(found)]
+
+
+def missing_rows(job: Job, model: EvalModel, data: EvalDataset) -> list[int]:
+    """The positions of the rows that are still to be predicted; predictions of other rows or weights are deleted."""
+    rows, file = encoded(job, data), predictions_file(data, model.label)
+    key = hashlib.sha256(f"{rows.fingerprint} {weights_key(model.source)}".encode()).hexdigest()[:32]
+    data.folder.mkdir(parents=True, exist_ok=True)
+    if read_state(data).get(model.label, {}).get("key") != key:
+        # in this order, so that a kill leaves neither figures nor predictions that belong to something else
+        (data.folder / "metrics.json").unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        facts = {"key": key, "rows": rows.fingerprint, "model": model.source.name, "seconds": 0.0, "batches": 0}
+        _write_state(data, model.label, facts | {"dtype": compute_dtype(model.source.config)})
+    lines = read_predictions(file if file.exists() else _shared_file(key))
+    write_jsonl(file, lines)
+    done = {line["row"] for line in lines}
+    missing = [position for position, row in enumerate(rows.rows) if row not in done]
+    if done and missing:
+        print(Message("eval_resumes", model=model.label, dataset=data.name, done=len(done), total=len(rows.rows)))
+    return missing
+
+
+def _shared_file(key: str) -> Path:
+    """Where the predictions of a base model are kept for every run on it."""
+    return common.CACHE / "eval" / f"{key}.jsonl"
+
+
+def weights_key(source: Source) -> str:
+    """What the answers of a model depend on beside the rows: its weights, and the type they are computed in."""
+    path = Path(source.model)
+    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    facts: list[Any] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    if source.adapter:
+        facts += [sha256(source.adapter / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return json.dumps([facts, compute_dtype(source.config), source.config.quantization_bit])
+
+
+def _add_time(data: EvalDataset, label: str, seconds: float, batches: int) -> None:
+    """Adds the time of these predictions to that of those before an interruption."""
+    state = read_state(data)[label]
+    spent = {"seconds": round(state["seconds"] + seconds, 1), "batches": state["batches"] + batches}
+    _write_state(data, label, state | spent)
+
+
+def _finish(model: EvalModel, data: EvalDataset) -> None:
+    """Puts the predictions into the order of the rows, and those of a base where other runs find them."""
+    file, state = predictions_file(data, model.label), read_state(data)[model.label]
+    lines = read_predictions(file)
+    write_jsonl(file, lines)
+    if model.label == "base":
+        shared = _shared_file(state["key"])
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(shared, lines)

@@ -1,0 +1,181 @@
+"""What the predictions amount to: metrics.json, pictures, tables, and LLaMA-Factory's files."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from common import Message
+from evaluation import metrics
+from evaluation.data import GENERAL, EvalDataset
+from evaluation.job import Job, encoded, tokenizer_of
+from evaluation.predict import predictions_file, read_predictions, read_state
+from preprocessing import dataset
+from runs import charts
+from runs.files import write_json, write_jsonl
+from runs.metric_names import METRICS
+
+Predictions = dict[str, list[dict[str, Any]]]  # the lines of predictions.jsonl, by model
+
+# The columns of the table of each task; the first stands with its interval.
+COLUMNS = {
+    "classification": (
+        ("accuracy",),
+        ("balanced_accuracy", "precision", "recall", "f1", "roc_auc", "average_precision", "tpr_at_fpr_10"),
+        ("tpr_at_fpr_1", "brier", "ece"),
+    ),
+    "text": (("exact_match",), ("bleu", "chrf", "rouge1", "rouge2", "rougeL"), ("loss", "perplexity")),
+    "loss": ((), ("loss", "perplexity"), ()),
+}
+
+
+def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
+    """Writes the pictures and metrics.json of a dataset, for all models that predicted the same rows; returns it."""
+    rows, state = encoded(job, data), read_state(data)
+    predictions = {
+        label: lines
+        for label in sorted(state, key=lambda label: (label != "base", label not in ("trained", "model"), label))
+        if state[label]["rows"] == rows.fingerprint
+        and len(lines := read_predictions(predictions_file(data, label))) == len(rows.rows)
+    }
+    measure = {"classification": measure_choices, "text": measure_texts, "loss": measure_losses}[data.task]
+    measured = measure(data, predictions)
+    for label in predictions:
+        measured["models"][label] |= {key: state[label][key] for key in ("model", "seconds", "dtype")}
+    found = {
+        "dataset": data.name,
+        "task": data.task,
+        "rows": len(rows.rows),
+        "left_out": data.left_out,
+        "labels": list(data.labels),
+        "positive": data.labels[1] if len(data.labels) == 2 else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
+        **measured,
+    }
+    if data.task == "classification":
+        charts.draw_classification(found["models"], data.folder)
+    write_json(data.folder / "metrics.json", found)  # last: where it is, everything is
+    return found
+
+
+def describe_results(found: dict[str, Any], folder: Path) -> str:
+    """The content of a metrics.json as text: the table, the differences, and whether something was forgotten."""
+    lines = [f"\n{found['dataset']}: {found['rows']:,} rows"]
+    lines.append(dataset.format_table(figures_table(found["task"], found["models"])))
+    lines += [f"{name}: {describe_difference(pair)}" for name, pair in found.get("paired", {}).items()]
+    if found["dataset"] == GENERAL and found["task"] != "classification":
+        lines += map(str, forgetting(found["models"]))
+    return "\n".join([*lines, f"all of it: {folder}"])
+
+
+def figures_table(task: str, models: dict[str, Any]) -> list[list[str]]:
+    """The figures, a row for each model."""
+    main, *others = COLUMNS[task]
+    names = [name for group in others for name in group]
+    titles = [title for name in main for title in (METRICS[name].short, "95 %")]
+    table = [["model", *titles, *(METRICS[name].short for name in names)]]
+    for label, figures in models.items():
+        cells = [cell for name in main for cell in (f"{figures[name]:.3f}", _interval(figures[f"{name}_interval"]))]
+        table.append([label, *cells, *("-" if figures[name] is None else f"{figures[name]:.3f}" for name in names)])
+    return table
+
+
+def _interval(interval: list[float]) -> str:
+    return "{:.3f}-{:.3f}".format(*interval)
+
+
+def describe_difference(pair: dict[str, Any]) -> str:
+    """A difference of accuracies (metrics.paired) as text."""
+    low, high = pair["difference_interval"]
+    return f"accuracy {pair['difference']:+.3f} ({low:+.3f} to {high:+.3f}), McNemar's p {pair['mcnemar_p']:.2g}"
+
+
+def forgetting(models: dict[str, Any]) -> list[Message]:
+    """Warns of each model whose perplexity on general knowledge is above the base's, beyond both intervals."""
+    base = models.get("base")
+    return [
+        Message("eval_forgot_general", model=label, before=base["perplexity"], now=figures["perplexity"])
+        for label, figures in models.items()
+        if base and figures["perplexity_interval"][0] > base["perplexity_interval"][1]
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures of a task
+
+
+def measure_choices(data: EvalDataset, predictions: Predictions) -> dict[str, Any]:
+    """The figures of every model, of a majority vote, and how each differs from the base."""
+    import numpy as np
+
+    truth = [line["label"] for line in next(iter(predictions.values()))]
+    shares = {"majority vote": metrics.majority(data.trained_answers, truth, data.labels)}
+    for label, lines in predictions.items():
+        shares[label] = np.array([[line["probabilities"][name] for name in data.labels] for line in lines])
+    models = {label: metrics.classification(truth, p, data.labels) for label, p in shares.items()}
+    for label, lines in predictions.items():
+        models[label]["mass"] = float(np.mean([line["mass"] for line in lines]))
+    chosen = {label: [data.labels[i] for i in p.argmax(1)] for label, p in shares.items()}
+    pairs = [(a, b) for b in predictions for a in ("majority vote", "base") if a in chosen and a != b and b != "base"]
+    paired = {f"{b} - {a}": metrics.paired(truth, chosen[a], chosen[b]) for a, b in pairs}
+    return {"models": models, "paired": paired}
+
+
+def measure_texts(_: EvalDataset, predictions: Predictions) -> dict[str, Any]:
+    """The figures of every model's own texts and of the likelihood of the reference texts, and ten samples."""
+    models = {
+        label: metrics.texts([line["prediction"] for line in lines], [line["label"] for line in lines])
+        | metrics.perplexity([(line["nats"], line["tokens"]) for line in lines])
+        for label, lines in predictions.items()
+    }
+    return {"models": models, "samples": side_by_side(predictions)}
+
+
+def measure_losses(_: EvalDataset, predictions: Predictions) -> dict[str, Any]:
+    """How likely the reference texts are to every model."""
+    pairs = {label: [(line["nats"], line["tokens"]) for line in lines] for label, lines in predictions.items()}
+    return {"models": {label: {"rows": len(pairs[label])} | metrics.perplexity(pairs[label]) for label in pairs}}
+
+
+def side_by_side(predictions: Predictions, count: int = 10) -> list[dict[str, Any]]:
+    """Rows spread evenly over the data, with what every model predicts."""
+    first = next(iter(predictions.values()))
+    positions = sorted({i * len(first) // min(count, len(first)) for i in range(min(count, len(first)))})
+    return [
+        {key: first[i][key] for key in ("row", "prompt", "label")}
+        | {"predictions": {label: lines[i]["prediction"] for label, lines in predictions.items()}}
+        for i in positions
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LLaMA-Factory's files
+
+
+def write_as_llamafactory(job: Job) -> Path | None:
+    """Writes generated_predictions.jsonl and predict_results.json of the target as LLaMA-Factory does.
+
+    Returns their folder, or None where no dataset has predictions.
+    """
+    label = job.models[-1].label
+    tokenizer, _ = tokenizer_of(job)
+    lines, seconds, batches = [], 0.0, 0
+    for data in (data for data in job.datasets if data.task != "loss"):
+        predictions = {line["row"]: line for line in read_predictions(predictions_file(data, label))}
+        rows = encoded(job, data)
+        for row, ids in zip(rows.rows, rows.prompts, strict=True):
+            texts = {"predict": predictions[row]["prediction"], "label": predictions[row]["label"]}
+            lines.append({"prompt": tokenizer.decode(ids, skip_special_tokens=False), **texts})
+        state = read_state(data)[label]
+        seconds, batches = seconds + state["seconds"], batches + state["batches"]
+    if not lines:
+        return None
+    folder = job.output or job.run or job.datasets[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "generated_predictions.jsonl", lines)
+    predicted, truth = ([line[key] for line in lines] for key in ("predict", "label"))
+    write_json(folder / "predict_results.json", metrics.as_llamafactory(predicted, truth, seconds, batches))
+    return folder
