@@ -1,9 +1,8 @@
-"""report.html of a run: what was trained on what, what came of it, and how to repeat it; one file, no network."""
+"""report.html of a run: model, data, losses, evaluations and the commands to repeat it; one file, no network."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -11,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import common
+from common import Message
 from runs import charts
 from runs.charts import Curve
-from runs.files import read_jsonl, write_text
+from runs.files import read_json, read_jsonl, write_text
 from runs.folder import read_run, run_config
 from runs.metric_names import METRICS
 
-# What stopping.py says of the end of a training, in Chinese.
-REASONS = {
-    r"eval_loss has not improved by more than (\S+) since step (\S+)": r"自第 \2 步起，留出集损失的下降未超过 \1",
-    r"eval_loss has not improved since step (\S+)": r"自第 \1 步起，留出集损失不再下降",
-    r"the training loss is flat and near zero: the data is known by heart": "训练损失已平稳且接近零：数据已被背下来",
-}
 MODELS = {"base": "训练前", "trained": "训练后", "majority vote": "多数类", "model": "模型"}
 TEMPLATE = Path(__file__).with_name("report.jinja")
 
@@ -34,8 +28,7 @@ def write(folder: Path) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     environment.filters["duration"] = duration
-    environment.filters["reason"] = reason
-    environment.filters["turned"] = lambda found: shlex.quote(f"labels={','.join(reversed(found['labels']))}")
+    environment.filters["swapped"] = lambda found: shlex.quote(f"labels={','.join(reversed(found['labels']))}")
     environment.filters["model"] = lambda label: MODELS.get(label, label)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**facts(folder))
     path = folder / "report.html"
@@ -48,9 +41,11 @@ def facts(folder: Path) -> dict[str, Any]:
     run, log = read_run(folder) or {}, read_jsonl(folder / "trainer_log.jsonl")
     settings = run_config(folder) if (folder / "config.yaml").is_file() else common.Config()
     evaluations = read_evaluations(folder)
+    general = next((e for e in evaluations if e["dataset"] == "general_test" and e["task"] == "loss"), None)
     return {
         "name": folder.resolve().name,
         "run": run,
+        "stopped_early": stop_reason(run),
         "settings": {key: value for key in common.OPTIONS if (value := shown(settings, key)) is not None},
         "datasets": [*run.get("data", {}).get("datasets", []), *run.get("data", {}).get("eval_datasets", [])],
         "log": log,
@@ -60,9 +55,9 @@ def facts(folder: Path) -> dict[str, Any]:
         "evaluations": [
             e | {"charts": classification_charts(e["models"]) if e["task"] == "classification" else []}
             for e in evaluations
-            if e["task"] != "loss"
+            if e is not general
         ],
-        "forgotten": next((e for e in evaluations if e["dataset"] == "general_test"), None),
+        "general": general,
         "figures": METRICS,
         "colors": charts.MODEL_COLORS,
         "chart_style": charts.css(),
@@ -72,7 +67,7 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """metrics.json of every evaluated dataset."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("eval/*/metrics.json"))]
+    return [read_json(path) for path in sorted(folder.glob("eval/*/metrics.json"))]
 
 
 def shown(settings: common.Config, key: str) -> Any:
@@ -80,27 +75,27 @@ def shown(settings: common.Config, key: str) -> Any:
     value = getattr(settings, key)
     if value == common.OPTIONS[key].default or key == "output_dir":
         return None
-    return (
-        ", ".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value).lower()
-        if value in (True, False)
-        else value
-    )
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def commands(folder: Path, run: dict[str, Any], evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """What to type to repeat it: command, and what it does in English and Chinese. Nothing that is there is deleted."""
+    """What to type to repeat it: command, and what it does in English and Chinese. None of them deletes anything."""
     place = shlex.quote(str(folder))
     elsewhere = f"output_dir={folder.with_name(f'{folder.resolve().name}-again')}"
     typed = [word for word in run.get("command", ()) if not re.match(r"-*(overwrite_)?output_dir=", word)]
     evaluated = dict.fromkeys(shlex.join(e["command"]) for e in evaluations) or [f"python evaluate.py {place}"]
     again = ["python", "train.py", f"{folder}/config.yaml", elsewhere, "overwrite_output_dir=false"]
     return [
-        *([(shlex.join([*typed, elsewhere]), "train it again, as it was done", "按原样再训练一次")] if typed else []),
-        (shlex.join(again), "train it again from what the run folder holds", "用运行目录中的配置再训练一次"),
+        *(
+            [(shlex.join([*typed, elsewhere]), "train it again with the same command", "用同样的命令再训练一次")]
+            if typed
+            else []
+        ),
+        (shlex.join(again), "train it again from the configuration in the run folder", "用运行目录中的配置再训练一次"),
         *((command, "evaluate it", "评测") for command in evaluated),
-        (f"python chat.py {place}", "talk to it", "对话"),
+        (f"python chat.py {place}", "chat with it", "对话"),
         (f"python merge.py {place}", "merge it into a 16-bit model", "合并为 16 位模型"),
     ]
 
@@ -124,10 +119,13 @@ def duration(seconds: float | None, units: tuple[str, str, str] = ("h", "min", "
     return " ".join(f"{n} {unit}" for n, unit in zip(counts, units if hours else units[-len(counts) :], strict=False))
 
 
-def reason(said: str) -> str:
-    """Why a training stopped, in Chinese; as it was said where that is not known."""
-    known = ((re.fullmatch(pattern, said), chinese) for pattern, chinese in REASONS.items())
-    return next((match.expand(chinese) for match, chinese in known if match), said)
+def stop_reason(run: dict[str, Any]) -> tuple[str, str] | None:
+    """Why a training stopped early, in English and Chinese; None where it did not."""
+    reason = run.get("stopped_early")
+    if isinstance(reason, dict):
+        message = Message.from_json(reason)
+        return message.text("en"), message.text("zh")
+    return (reason, reason) if reason else None  # a sentence in runs of earlier versions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,6 +161,7 @@ def classification_charts(models: dict[str, Any]) -> list[str]:
     calibration = [
         Curve(names[m], [(p["confidence"], p["accuracy"]) for p in f["calibration"]], colors[m], dots=True)
         for m, f in models.items()
+        if "confidence" in f["calibration"][0]  # earlier versions had other keys
     ]
     micro = (
         ("ROC (micro average)", "ROC 曲线（微平均）"),
