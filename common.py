@@ -163,29 +163,43 @@ def _from_json(value: Any) -> Any:
 # The frame of a command
 
 
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130."""
-    _calm_threads()
+def run_script(main: Callable[[list[str]], None], *, takes_settings: bool = True) -> None:
+    """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130.
+
+    `takes_settings`: the script's arguments may be settings, in the forms of `join_settings`.
+    """
+    # A shell starts what runs in the background (`nohup make webui &`) with SIGINT ignored; nothing could be paused.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    configure_openmp()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else TRL tells the hub of every training
-    for name in ("torchao", "torch.utils._pytree"):  # they warn of kernels for cards that nothing here uses
+    # They warn of kernels for devices or packages that nothing here uses.
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        main(sys.argv[1:])
+        main(_without_command_word(join_settings(sys.argv[1:])) if takes_settings else sys.argv[1:])
     except UserError as error:
         if file := os.environ.get("ONECARD_ERROR_FILE"):  # for a program that started this one
             Path(file).write_text(json.dumps(error.message.to_json(), ensure_ascii=False), encoding="utf-8")
-        print(f"error: {error}", file=sys.stderr)
+        print(Message("error_line", error=error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print(f"\n{Message('stopped')}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python chat.py ... | head`: the reader went away, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _calm_threads() -> None:
-    """Tells OpenMP how long its threads spin while they wait for each other; it must be told before torch is imported.
+def _without_command_word(arguments: list[str]) -> list[str]:
+    """Arguments without the command that LLaMA-Factory's users type first: `train.py train RECIPE`."""
+    words = {"train": ("train",), "chat": ("chat",), "evaluate": ("eval",), "merge": ("export",), "api": ("api",)}
+    is_word = arguments[1:] and arguments[0] in words.get(Path(sys.argv[0]).stem, ())
+    return arguments[1:] if is_word and not Path(arguments[0]).exists() else arguments
+
+
+def configure_openmp() -> None:
+    """Sets how long OpenMP's threads spin while they wait for each other; call it before torch is imported.
 
     Spinning is fastest on free cores, and six times slower than sleeping where other work shares them (docs/log.md).
     """
@@ -198,22 +212,22 @@ def _calm_threads() -> None:
 
 
 def python() -> str:
-    """The word for this interpreter in a command to type: `python` only where the shell takes it for this one."""
+    """How to call this interpreter in a command to type: `python` only where the shell takes it for this one."""
     venv = ROOT / ".venv"
     if not venv.exists() or not os.path.samefile(sys.prefix, venv):
         return "python"
     active = os.environ.get("VIRTUAL_ENV")
     if active and Path(active).exists() and os.path.samefile(active, venv):
         return "python"
-    return str((Path() if _at_home() else ROOT) / ".venv" / "bin" / "python")
+    return str((Path() if _in_kit_folder() else ROOT) / ".venv" / "bin" / "python")
 
 
-def command(script: str, *words: object) -> str:
+def command(script: str, *arguments: object) -> str:
     """A command that runs a script of this kit, as a line for the shell in the working directory."""
-    return shlex.join([python(), script if _at_home() else str(ROOT / script), *map(str, words)])
+    return shlex.join([python(), script if _in_kit_folder() else str(ROOT / script), *map(str, arguments)])
 
 
-def _at_home() -> bool:
+def _in_kit_folder() -> bool:
     return Path.cwd() == ROOT
 
 
@@ -239,10 +253,13 @@ def option(
     choices: tuple[str, ...] | tuple[int, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    path: bool = False,
 ) -> Any:
-    """A field of Config. `minimum` and `maximum` are inclusive; `choices` are all allowed values."""
+    """A field of Config. `minimum` and `maximum` are inclusive; `choices` are all allowed values; in a `path`, `~` and
+    `${VARIABLE}` are resolved."""
     return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
+        default=default,
+        metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path},
     )
 
 
@@ -256,18 +273,22 @@ class Config:
     """Every setting of every script. Keys and meanings are LLaMA-Factory's where it has them."""
 
     _model: str = group("model")
-    model_name_or_path: str = option(EMBEDDED_MODEL, "folder of the base model, or its name on the hub")
-    adapter_name_or_path: str | None = option(None, "an adapter to go on training (train) or to use (chat, merge)")
+    model_name_or_path: str = option(EMBEDDED_MODEL, "folder of the base model, or its name on the hub", path=True)
+    adapter_name_or_path: str | None = option(
+        None, "an adapter to go on training (train) or to use (chat, merge)", path=True
+    )
     template: str | None = option(None, "a file of templates/ without .jinja; unset: the tokenizer's own chat template")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     quantization_bit: int | None = option(None, "load the base in 4 bit (QLoRA) or 8 bit; needs a GPU", choices=(4, 8))
 
     _data: str = group("data")
     dataset: tuple[str, ...] = option(
-        ("identity", "general"), "names in dataset_info.json, or files; several with commas"
+        ("identity", "general"), "names in dataset_info.json, or files; several with commas", path=True
     )
-    eval_dataset: tuple[str, ...] = option((), "datasets to evaluate on, instead of val_size")
-    dataset_dir: str = option("data", "folder of dataset_info.json")
+    eval_dataset: tuple[str, ...] = option((), "datasets to evaluate on, instead of val_size", path=True)
+    dataset_dir: str = option(
+        "data", "folder of dataset_info.json: in the working directory, above the recipe, or in the kit", path=True
+    )
     val_size: float | None = option(
         None,
         "held-out part: a fraction below 1, or a count of samples; unset: a tenth, at most 200, of 200 samples or more",
@@ -290,7 +311,6 @@ class Config:
     train_on_prompt: bool = option(False, "learn the prompts too")
     mask_history: bool = option(False, "learn only the last answer of each conversation")
     packing: bool = option(False, "fill rows up to cutoff_len with whole samples that never see each other")
-    neat_packing: bool = option(False, "the same as packing")
     default_system: str | None = option(None, "system message of conversations that have none")
     enable_thinking: bool = option(True, "qwen3: think before answering")
     name: str = option("onecard", "what {{name}} in the data becomes: the model's name")
@@ -384,10 +404,10 @@ class Config:
     early_stopping_threshold: float = option(0.001, "least gain in eval_loss that counts", minimum=0)
 
     _output: str = group("output")
-    output_dir: str | None = option(None, "the run folder; unset: saves/ and the recipe's name")
+    output_dir: str | None = option(None, "the run folder; unset: saves/ and the recipe's name", path=True)
     overwrite_output_dir: bool = option(False, "start over, deleting what the folder holds of an earlier run")
     resume_from_checkpoint: str | None = option(
-        None, "a checkpoint folder to go on from; unset: the run's newest whole one; false: none"
+        None, "a checkpoint folder to go on from; unset: the run's newest whole one; false: none", path=True
     )
     logging_steps: float = option(5, "steps between lines of trainer_log.jsonl; below 1: a share", minimum=0)
     logging_first_step: bool = option(True, "log the first step too")
@@ -396,7 +416,6 @@ class Config:
     save_total_limit: int | None = option(2, "checkpoints kept; the best one always is", minimum=1)
     plot_loss: bool = option(True, "draw training_loss.png")
     report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, or several; all: those installed")
-    use_unsloth: bool = option(True, "always on: training is Unsloth's")
 
     _chat: str = group("chat")
     do_sample: bool = option(True, "draw words at random; false: always the likeliest")
@@ -413,7 +432,7 @@ class Config:
     )
 
     _export: str = group("export")
-    export_dir: str | None = option(None, "folder of the merged model; unset: merged/ in the run folder")
+    export_dir: str | None = option(None, "folder of the merged model; unset: merged/ in the run folder", path=True)
     export_size: int = option(5, "largest file of the merged model, in GB", minimum=1)
     export_dtype: str | None = option(
         None, "type of the merged weights; unset: the base model's", choices=("float16", "bfloat16", "float32")
@@ -423,8 +442,13 @@ class Config:
     labels: tuple[str, ...] = option(
         (), "the answers to choose from, the positive one of two last; unset: told from the data"
     )
-    do_predict: bool = option(False, "evaluate.py also writes the files of LLaMA-Factory's do_predict")
-    predict_with_generate: bool = option(False, "the same as do_predict")
+    do_train: bool | None = option(None, "false: the recipe is for evaluate.py, and train.py refuses it")
+    do_eval: bool = option(False, "without do_train: the recipe is for evaluate.py")
+    do_predict: bool = option(
+        False, "evaluate.py also writes LLaMA-Factory's files of predictions; without do_train: it is for evaluate.py"
+    )
+    predict_with_generate: bool = option(False, "evaluate.py also writes LLaMA-Factory's files of predictions")
+    compute_accuracy: bool = option(False, "evaluate.py measures accuracy anyway; train.py refuses it")
 
     @property
     def alpha(self) -> int:
@@ -437,190 +461,91 @@ _TYPES = typing.get_type_hints(Config)
 
 MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
 
-# Older or other spellings of an option.
-ALIASES = {
-    "evaluation_strategy": "eval_strategy",
-    "early_stopping_steps": "early_stopping_patience",
-    "disable_gradient_checkpointing": "gradient_checkpointing",  # with the opposite value
-}
-
 # Trackers that transformers knows, each by the name of its package.
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "neptune", "trackio", "comet_ml", "clearml")
 
-# Keys of LLaMA-Factory and transformers that change nothing on one card: accepted, with this note.
-_ONE_CARD = "is about several cards or machines; there is one"
-_ALWAYS = "is always so here"
-_TEXT_ONLY = "text is trained here"
-_NO_HUB = "nothing here asks a hub for files; download.py fetches a model"
-_SWANLAB = "use report_to: swanlab"
-IGNORED = {
-    "do_train": "train.py trains, evaluate.py evaluates",
-    "do_eval": "train.py evaluates where there is held-out data",
-    "ddp_timeout": _ONE_CARD,
-    "ddp_find_unused_parameters": _ONE_CARD,
-    "local_rank": _ONE_CARD,
-    "deepspeed": _ONE_CARD,
-    "fsdp": _ONE_CARD,
-    "fsdp_config": _ONE_CARD,
-    "data_shared_file_system": _ONE_CARD,
-    "include_num_input_tokens_seen": _ALWAYS + ": the log counts tokens",
-    "include_tokens_per_second": _ALWAYS + ": the log has tokens a second",
-    "include_effective_tokens_per_second": _ALWAYS + ": the log has tokens a second",
-    "flash_attn": "the fastest attention of the device is used",
-    "enable_liger_kernel": "Unsloth's kernels do this",
-    "use_unsloth_gc": "gradient_checkpointing is Unsloth's",
-    "use_reentrant_gc": "gradient_checkpointing is Unsloth's",
-    "use_fast_tokenizer": _ALWAYS,
-    "low_cpu_mem_usage": _ALWAYS,
-    "double_quantization": _ALWAYS + " with quantization_bit: 4",
-    "quantization_method": "bitsandbytes is used",
-    "quantization_type": "nf4 is used",
-    "upcast_layernorm": "Unsloth chooses the precision of the norms",
-    "dataloader_num_workers": "batches are ready before they are needed",
-    "dataloader_pin_memory": "batches are ready before they are needed",
-    "remove_unused_columns": "samples have no unused columns",
-    "preprocessing_batch_size": "the batch size of the tokenizer is chosen for you",
-    "group_by_length": "batches have no padding that it could save",
-    "ignore_pad_token_for_loss": "batches have no padding",
-    "cache_dir": "set HF_HOME for the hub's cache",
-    "run_name": "the run folder's name is the run's name",
-    "infer_backend": "the engine chooses",
-    "print_param_status": "the summary counts trainable parameters",
-    "export_device": "the merge needs no device: it streams the files",
-    "export_legacy_format": "only safetensors are written",
-    "media_dir": _TEXT_ONLY,
-    "image_max_pixels": _TEXT_ONLY,
-    "image_min_pixels": _TEXT_ONLY,
-    "video_max_pixels": _TEXT_ONLY,
-    "video_min_pixels": _TEXT_ONLY,
-    "freeze_vision_tower": _TEXT_ONLY,
-    "freeze_multi_modal_projector": _TEXT_ONLY,
-    "tf32": "the precision is chosen for the device",
-    "save_only_model": "a checkpoint can always be resumed",
-    "save_safetensors": _ALWAYS,
-    "use_cache": _ALWAYS,
-    "use_kv_cache": _ALWAYS,
-    "ray_run_name": _ONE_CARD,
-    "ray_num_workers": _ONE_CARD,
-    "ray_storage_path": _ONE_CARD,
-    "ray_storage_filesystem": _ONE_CARD,
-    "ray_init_kwargs": _ONE_CARD,
-    "resources_per_worker": _ONE_CARD,
-    "placement_strategy": _ONE_CARD,
-    "compute_accuracy": "evaluate.py measures accuracy",
-    "model_revision": "download.py --revision fetches a model's revision",
-    "hf_hub_token": _NO_HUB,
-    "ms_hub_token": _NO_HUB,
-    "om_hub_token": _NO_HUB,
-    "hub_model_id": "merge.py --push uploads a model",
-    "export_hub_model_id": "merge.py --push uploads a model",
-    "use_swanlab": _SWANLAB,
-    "swanlab_project": _SWANLAB,
-    "swanlab_workspace": _SWANLAB,
-    "swanlab_run_name": _SWANLAB,
-    "swanlab_mode": _SWANLAB,
-    "swanlab_api_key": _SWANLAB,
-    "swanlab_logdir": _SWANLAB,
-    "swanlab_lark_webhook_url": _SWANLAB,
-    "swanlab_lark_secret": _SWANLAB,
-    "logging_dir": "tensorboard's files stand in runs/ of the run folder",
-    "logging_strategy": "logging_steps says when",
-    "metric_for_best_model": "is always eval_loss here",
-    "greater_is_better": "is always eval_loss here, of which less is better",
-    "eval_on_start": "evaluations come with the steps; evaluate.py measures the model before training",
-    "eval_accumulation_steps": "an evaluation keeps no logits",
-    "data_seed": "seed is that of the data, too",
-    "torch_compile": "Unsloth compiles what is worth it",
-    "dataloader_drop_last": "no sample is left out",
-    "dataloader_persistent_workers": "batches are ready before they are needed",
-    "use_cpu": "the CPU trains where there is no card, or CUDA_VISIBLE_DEVICES=-1",
-    "no_cuda": "the CPU trains where there is no card, or CUDA_VISIBLE_DEVICES=-1",
-    "skip_special_tokens": "a reply is shown without control tokens",
-}
 
-# Keys that would change the result and that this kit does not have: refused unless false, zero, none or empty.
-REFUSED = (
-    "pissa_init",
-    "use_galore",
-    "use_apollo",
-    "use_badam",
-    "use_llama_pro",
-    "use_adam_mini",
-    "use_muon",
-    "use_mca",
-    "loraplus_lr_ratio",
-    "neftune_noise_alpha",
-    "pure_bf16",
-    "shift_attn",
-    "mixture_of_depths",
-    "rope_scaling",
-    "resize_vocab",
-    "add_tokens",
-    "add_special_tokens",
-    "additional_target",
-    "create_new_adapter",
-    "train_from_scratch",
-    "streaming",
-    "tokenized_path",
-    "export_quantization_bit",
-    "vllm_config",
-    "tool_format",
-    "split_special_tokens",
-    "new_special_tokens",
-    "disable_shuffling",
-    "label_smoothing_factor",
-    "lr_scheduler_kwargs",
-    "use_dft_loss",
-    "use_eaft_loss",
-    "use_asft_loss",
-    "pissa_convert",
-    "fp8",
-    "moe_aux_loss_coef",
-    "visual_inputs",
-    "push_to_hub",
-)
+@dataclass(frozen=True)
+class Compatibility:
+    """The keys of LLaMA-Factory and transformers that are not options here: configs/compat/llamafactory.yaml.
 
-# Keys that would change the result, with the only value that is used here, which is LLaMA-Factory's default.
-FIXED = {
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8,
-    "loraplus_lr_embedding": 1e-6,
-    "pissa_iter": 16,
-    "num_beams": 1,
-    "length_penalty": 1,
-}
-_OFF = ("", "none", "null", "false", "no", "off", "0", "0.0", "[]", "{}")
+    `means`: key → value (as text) → options; `noted` and `refused`: key → its defaults and the code of the reason.
+    """
+
+    renamed: dict[str, str]
+    means: dict[str, dict[str, dict[str, Any]]]
+    no_effect: dict[str, Any]
+    noted: dict[str, tuple[list[Any], str]]
+    refused: dict[str, tuple[list[Any], str]]
+
+    def knows(self, key: str) -> bool:
+        return any(key in keys for keys in (self.renamed, self.means, self.no_effect, self.noted, self.refused))
+
+
+@functools.cache
+def compatibility() -> Compatibility:
+    content = _load_yaml((ROOT / "configs/compat/llamafactory.yaml").read_text(encoding="utf-8"))
+    for part in ("noted", "refused"):
+        content[part] = {
+            key: (default if isinstance(default, list) else [default], code)
+            for code, keys in content[part].items()
+            for key, default in keys.items()
+        }
+    return Compatibility(**content)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to the type of an option
+
+
+def _is_unset(value: Any) -> bool:
+    return value in (None, [], {}) or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
+
+
+def _as_text(value: Any) -> str:
+    """A value as the command line would have it."""
+    return str(value).strip().lower() if isinstance(value, bool | str) else str(value)
+
+
+def _is_default(value: Any, defaults: list[Any]) -> bool:
+    """Whether a value that may be text is one of `defaults`; off (false, 0) is the same as unset."""
+    off = ("false", "no", "off", "0", "0.0", "[]", "{}")
+    for default in defaults:
+        if default in (None, False) and (_is_unset(value) or _as_text(value) in off):
+            return True
+        try:
+            if not isinstance(default, bool) and float(value) == float(default):
+                return True
+        except (TypeError, ValueError):
+            pass
+        if value == default or _as_text(value) == _as_text(default):
+            return True
+    return _is_unset(value)
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """`value` as the type of the option `name`; raises ValueError with what is allowed."""
-    kind = _TYPES[name]
-    if value in (False, "false", "off") and "no" in OPTIONS[name].metadata["choices"]:
-        return "no"  # YAML reads a bare no as false
-    optional = type(None) in typing.get_args(kind)
-    if optional:
+    """`value`, which is not unset, as the type of the option `name`; raises UserError with what is allowed."""
+    kind, meta = _TYPES[name], OPTIONS[name].metadata
+    if type(None) in typing.get_args(kind):
         kind = next(t for t in typing.get_args(kind) if t is not type(None))
-    if kind is str and isinstance(value, list) and len(value) == 1:
+    if meta["choices"] and _as_text(value) in ("false", "off") and "no" in meta["choices"]:
+        return "no"  # YAML reads a bare no as false
+    if isinstance(value, list) and len(value) == 1 and typing.get_origin(kind) is not tuple:
         value = value[0]
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "")):
-        if optional:
-            return None
-        if typing.get_origin(kind) is tuple:
-            return ("none",) if name == "report_to" else ()
-        if kind is str and isinstance(value, str) and (value.strip() or name in MAY_BE_EMPTY):
-            return value.strip()
-        raise ValueError("a value is needed")
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else str(value).split(",")
         element = typing.get_args(kind)[0]
-        return tuple(_scalar(element, item) for item in items if str(item).strip())
-    return _scalar(kind, value)
+        found = tuple(_scalar(element, item) for item in items if str(item).strip())
+        return tuple(map(expand_path, found)) if meta["path"] else found
+    found = _scalar(kind, value)
+    if kind is str and meta["choices"]:
+        found = next((choice for choice in meta["choices"] if choice.lower() == found.lower()), found)
+    return expand_path(found) if meta["path"] else found
 
 
 def _scalar(kind: type, value: Any) -> Any:
     if kind is bool:
-        words = {
+        found = {
             "true": True,
             "yes": True,
             "on": True,
@@ -630,38 +555,56 @@ def _scalar(kind: type, value: Any) -> Any:
             "off": False,
             "0": False,
         }
-        if str(value).strip().lower() not in words:
-            raise ValueError("must be true or false")
-        return words[str(value).strip().lower()]
+        if _as_text(value) not in found:
+            raise UserError("must_be_boolean")
+        return found[_as_text(value)]
     if kind in (int, float):
-        if isinstance(value, bool):
-            raise ValueError("must be a number")
         try:  # PyYAML reads 1e-4 as a string
-            number = float(str(value).strip())
+            number = math.nan if isinstance(value, bool) else float(str(value).strip())
         except ValueError:
-            raise ValueError("must be a number") from None
+            raise UserError("must_be_number") from None
         if not math.isfinite(number):
-            raise ValueError("must be a finite number")
+            raise UserError("must_be_number")
         if kind is int and number != int(number):
-            raise ValueError("must be a whole number")
+            raise UserError("must_be_whole")
         return kind(number)
     if isinstance(value, dict | list | tuple):
-        raise ValueError("must be a single value")
-    return str(value).lower() if isinstance(value, bool) else str(value).strip()
+        raise UserError("must_be_single")
+    return _as_text(value) if isinstance(value, bool) else str(value).strip()
 
 
-def _check_option(name: str, value: Any) -> str | None:
+def expand_path(path: str) -> str:
+    """A path or name with `~`, `${VARIABLE}` and Windows' backslashes resolved.
+
+    Raises UserError where a variable is not set.
+    """
+    if missing := [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]:
+        raise UserError("variable_not_set", variable=missing[0])
+    path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], path))
+    return path.replace("\\", "/") if "\\" in path and not os.path.exists(path) else path
+
+
+def _check_option(name: str, value: Any) -> Message | None:
     """What is wrong with a coerced value, or None."""
     meta = OPTIONS[name].metadata
     if value is None:
         return None
     if meta["choices"] and value not in meta["choices"]:
-        return f"must be one of {', '.join(map(str, meta['choices']))}{nearest(str(value), map(str, meta['choices']))}"
+        if name == "stage":
+            return Message("stage_unsupported")
+        if name == "finetuning_type":
+            return Message("finetuning_type_unsupported")
+        near = nearest_word(str(value), map(str, meta["choices"]))
+        return Message("must_be_one_of", choices=meta["choices"], near=near)
     if meta["minimum"] is not None and value < meta["minimum"]:
-        return f"must be at least {meta['minimum']:g}"
+        return Message("must_be_at_least", minimum=meta["minimum"])
     if meta["maximum"] is not None and value > meta["maximum"]:
-        return f"must be at most {meta['maximum']:g}"
+        return Message("must_be_at_most", maximum=meta["maximum"])
     return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipe and command line
 
 
 @dataclass(frozen=True)
@@ -671,9 +614,46 @@ class Loaded:
 
     config: Config
     recipe: Path | None
-    notes: list[str]
+    notes: list[Message]
     given: frozenset[str]
     typed: frozenset[str] = frozenset()
+
+
+def join_settings(arguments: list[str]) -> list[str]:
+    """The arguments of a command line with the usual ways to write settings brought into one form.
+
+    `--key value`, `--key=value` and `--key` (of a boolean) become `key=value`; `--config FILE` becomes `FILE`; the
+    underscores of other flags become dashes.
+    """
+    joined: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if not argument.startswith("--") or not name:
+            joined.append(argument)
+        elif key == "config" and (equals or rest):
+            joined.append(value if equals else rest.pop(0))
+        elif not (key in OPTIONS or compatibility().knows(key)):
+            joined.append(f"--{name.replace('_', '-')}{equals}{value}")
+        elif equals:
+            joined.append(f"{key}={value}")
+        elif _is_boolean(key) and not (rest and _as_text(rest[0]) in ("true", "false", "yes", "no", "1", "0")):
+            joined.append(f"{key}=true")
+        elif rest:
+            joined.append(f"{key}={rest.pop(0)}")
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _is_boolean(key: str) -> bool:
+    known = compatibility()
+    if key in OPTIONS:
+        return bool in (_TYPES[key], *typing.get_args(_TYPES[key]))
+    defaults, _ = known.noted.get(key) or known.refused.get(key) or ([known.no_effect.get(key)], "")
+    return key in known.means or isinstance(defaults[0], bool)
 
 
 def load_config(arguments: list[str]) -> Loaded:
@@ -684,19 +664,22 @@ def load_config(arguments: list[str]) -> Loaded:
     recipe: Path | None = None
     read: dict[str, Any] = {}
     typed: dict[str, Any] = {}
-    for argument in arguments:
-        text = argument[2:] if argument.startswith("--") else argument
-        key, equals, value = text.partition("=")
+    for argument in join_settings(arguments):
+        key, equals, value = argument.removeprefix("--").partition("=")
         if equals and key.replace("_", "").replace("-", "").isalnum() and not Path(argument).exists():
             typed[key.replace("-", "_")] = _parse(value)
         elif argument.startswith("-"):
-            raise UserError(f"unknown argument {argument}; settings are written key=value, --help lists them")
+            raise UserError("unknown_argument", argument=argument, near=nearest_word(argument, _flags()))
         elif recipe is not None:
-            raise UserError(f"two recipes given, {recipe} and {argument}; give one, and settings as key=value")
+            raise UserError("two_recipes", first=recipe, second=argument)
         else:
-            recipe = Path(argument)
+            recipe = Path(argument).expanduser()
             read = read_recipe(recipe)
     return _resolve(recipe, read, typed)
+
+
+def _flags() -> list[str]:
+    return ["--help", "--dry-run", *(f"--{name}" for name in OPTIONS)]
 
 
 def _parse(text: str) -> Any:
@@ -706,151 +689,252 @@ def _parse(text: str) -> Any:
         return text
 
 
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a YAML or JSON recipe; raises UserError when it cannot be read, with line and column."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = nearest(str(path), (str(p) for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json")))
-        raise UserError(f"there is no recipe {path}{near}; recipes stand in configs/") from None
+        there = (str(p) for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json"))
+        raise UserError("recipe_missing", recipe=path, near=nearest_word(str(path), there)) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}); a recipe is a YAML file in UTF-8") from None
+        raise UserError("recipe_not_text", recipe=path, problem=str(error)) from None
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        twice = _keys_twice(yaml.compose(text, Loader=loader))
-        content = yaml.load(text, Loader=loader)
+        twice = _keys_twice(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        content = _load_yaml(text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise UserError(f"{where}: {getattr(error, 'problem', error)}; write one `key: value` a line") from None
+        if fault := _mistyped_line(text):
+            raise UserError("recipe_faults", recipe=path, faults=[fault]) from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        if mark is None:
+            raise UserError("recipe_not_yaml", recipe=path, problem=problem) from None
+        fault = Message("yaml_problem", line=mark.line + 1, column=mark.column + 1, problem=problem)
+        raise UserError("recipe_faults", recipe=path, faults=[fault]) from None
     if twice:
-        raise UserError(f"{path}, {'; '.join(twice)}; keep one")
+        raise UserError("recipe_faults", recipe=path, faults=twice)
     if content is None:
         return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings; write one `key: value` a line")
+    is_mapping = isinstance(content, dict)
+    if (not is_mapping or any(not str(key).isprintable() for key in content)) and (fault := _mistyped_line(text)):
+        raise UserError("recipe_faults", recipe=path, faults=[fault])
+    if not is_mapping:
+        raise UserError("recipe_without_settings", recipe=path)
     return {str(key): value for key, value in content.items()}
 
 
-def _keys_twice(document: yaml.Node | None) -> list[str]:
+def _mistyped_line(text: str) -> Message | None:
+    """The first line of a recipe that misses what makes it `key: value` but looks like one."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\s*[\w.-]+\s*：", line):
+            return Message("line_with_wide_colon", line=number, text=line.strip())
+        if re.match("[ \t]*[\u00a0\u3000\u200b\ufeff]|[ \t]*[\\w.-]+[ \t]*:[\u00a0\u3000\u200b]", line):
+            return Message("line_with_odd_space", line=number, text=line.strip())
+        if re.match(r"[A-Za-z_]\w*:[^\s/\\]", line):
+            return Message("line_without_space", line=number, text=line.strip())
+    return None
+
+
+def _keys_twice(document: yaml.Node | None) -> list[Message]:
     """The settings that stand twice in a recipe, of which YAML would silently take the last."""
     lines: dict[str, list[int]] = {}
     for key, _ in document.value if isinstance(document, yaml.MappingNode) else ():
         lines.setdefault(str(key.value), []).append(key.start_mark.line + 1)
-    return [f"line {at[-1]}: {key} stands already in line {at[0]}" for key, at in lines.items() if len(at) > 1]
+    return [Message("key_twice", key=key, line=at[-1], first=at[0]) for key, at in lines.items() if len(at) > 1]
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """A value as it was given: under which key, and where."""
+    """A value as it was given: under which key, and where (a recipe, or None for the command line)."""
 
     key: str
     value: Any
-    where: str
+    recipe: Path | None
+
+    def fault(self, problem: Message) -> Message:
+        place = Message("command_line") if self.recipe is None else str(self.recipe)
+        return Message("setting_fault", place=place, key=self.key, value=self.value, problem=problem)
 
 
-def _by_name(given: dict[str, Any], where: str, faults: list[str]) -> dict[str, _Setting]:
+def _by_name(given: dict[str, Any], recipe: Path | None, faults: list[Message]) -> dict[str, _Setting]:
     """The settings of one origin by the names of their options; the same one under two names is a fault."""
+    known = compatibility()
     found: dict[str, _Setting] = {}
     for key, value in given.items():
-        name = ALIASES.get(key, key)
-        if key == "disable_gradient_checkpointing":
-            if _is_off(value):
-                continue  # which is LLaMA-Factory's default
-            value = "false"
-        if name in found:
-            faults.append(f"{where}: {found[name].key} and {key} are the same setting; keep one")
-        found[name] = _Setting(key, value, where)
+        meant = (
+            known.means[key].get(_as_text(value), {}) if key in known.means else {known.renamed.get(key, key): value}
+        )
+        for name, one in meant.items():
+            if name in found:
+                one = _combined(name, found[name].value, one)
+            if one is None and name in found:
+                place = Message("command_line") if recipe is None else str(recipe)
+                faults.append(Message("same_setting", place=place, first=found[name].key, second=key))
+            else:
+                found[name] = _Setting(key, one, recipe)
     return found
 
 
-def _is_off(value: Any) -> bool:
-    return str(value).strip().lower() in _OFF
-
-
-def _is_fixed(key: str, value: Any) -> bool:
-    """Whether `value` is what is used here for a key of FIXED."""
-    try:
-        return value is None or float(value) == FIXED[key]
-    except (TypeError, ValueError):
-        return False
+def _combined(name: str, first: Any, second: Any) -> Any:
+    """The value of an option that two keys set, as use_swanlab adds to report_to; None where they contradict."""
+    if name == "packing":  # of which neat_packing is a kind
+        return _as_text(first) in ("true", "1") or _as_text(second) in ("true", "1")
+    if name == "report_to":
+        reporters = [one for value in (first, second) for one in (value if isinstance(value, list) else [value])]
+        return [one for one in reporters if not _is_unset(one)]
+    return first if _as_text(first) == _as_text(second) else None
 
 
 def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -> Loaded:
-    faults: list[str] = []
-    notes: list[str] = []
+    faults: list[Message] = []
+    notes: list[Message] = []
     values: dict[str, Any] = {}
-    typed_by_name = _by_name(typed, "command line", faults)
-    for name, setting in {**_by_name(read, str(recipe), faults), **typed_by_name}.items():
-        key, value, where = setting.key, setting.value, setting.where
-        if name in OPTIONS:
-            try:
-                meant = _coerce(name, value)
-                fault = _check_option(name, meant)
-            except ValueError as error:
-                fault = str(error)
-            if fault:
-                faults.append(f"{where}: {key}: {value!r} {fault}")
-            else:
-                values[name] = meant
-        elif key in IGNORED:
-            notes.append(f"{key}: {IGNORED[key]}")
-        elif key in REFUSED:
-            if not _is_off(value):
-                faults.append(f"{where}: {key} is something this kit does not do; take it out of the recipe")
-        elif key in FIXED:
-            if not _is_fixed(key, value):
-                faults.append(f"{where}: {key} is always {FIXED[key]:g} here; take it out of the recipe")
-        else:
-            faults.append(f"{where}: unknown key {key}{nearest(key, [*OPTIONS, *ALIASES])}")
-    faults += _combine(values, notes)
+    typed_by_name = _by_name(typed, None, faults)
+    for name, setting in {**_by_name(read, recipe, faults), **typed_by_name}.items():
+        problem = _foreign_key(name, setting, notes) if name not in OPTIONS else _read_option(name, setting, values)
+        if problem:
+            faults.append(setting.fault(problem))
+    faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
     if faults:
-        head = "the configuration has a fault" if len(faults) == 1 else f"the configuration has {len(faults)} faults"
-        raise UserError(f"{head}:\n  " + "\n  ".join(faults) + "\npython train.py --help lists every key.")
+        raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
     if values.get("output_dir") is None:
         values["output_dir"] = str(SAVES / (recipe.stem if recipe else "default"))
-    return Loaded(Config(**values), recipe, notes, frozenset(values), frozenset(typed_by_name))
+    values["dataset_dir"] = find_dataset_dir(values.get("dataset_dir", Config.dataset_dir), recipe)
+    given = frozenset(values) - (set() if "dataset_dir" in {*read, *typed} else {"dataset_dir"})
+    return Loaded(Config(**values), recipe, notes, given, frozenset(typed_by_name))
 
 
-def _combine(values: dict[str, Any], notes: list[str]) -> list[str]:
-    """What is wrong with, or worth a note about, settings taken together; may adjust `values`."""
+def _read_option(name: str, setting: _Setting, values: dict[str, Any]) -> Message | None:
+    """Puts an option's value into `values`, where it is not left empty; or what is wrong with it."""
+    value = setting.value
+    if name in MAY_BE_EMPTY and isinstance(value, str):
+        values[name] = value.strip()
+        return None
+    if _is_unset(value):
+        if name == "dataset":
+            values[name] = ()
+        elif type(None) in typing.get_args(_TYPES[name]):
+            values[name] = None
+        return None
+    try:
+        values[name] = _coerce(name, value)
+        return _check_option(name, values[name])
+    except UserError as error:
+        return error.message
+
+
+def _foreign_key(key: str, setting: _Setting, notes: list[Message]) -> Message | None:
+    """What is wrong with a key that is no option; may add a note."""
+    known = compatibility()
+    if key in known.no_effect:
+        return None
+    if key in known.noted:
+        defaults, code = known.noted[key]
+        if not _is_default(setting.value, defaults):
+            notes.append(Message("setting_noted", key=key, value=setting.value, reason=Message(code)))
+        return None
+    if key in known.refused:
+        defaults, code = known.refused[key]
+        return None if _is_default(setting.value, defaults) else Message("setting_refused", reason=Message(code))
+    return Message("unknown_key", near=nearest_word(key, [*OPTIONS, *known.renamed]))
+
+
+def _check_data(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with the settings of the data taken together."""
     faults = []
-    if values.get("neat_packing"):
-        values["packing"] = True
-    if values.get("packing") and not values.get("neat_packing"):
-        notes.append("packing: samples that share a row never see each other (LLaMA-Factory's neat_packing)")
-    if values.get("use_unsloth") is False:
-        notes.append("use_unsloth: training is Unsloth's on every device; false changes nothing")
     if values.get("val_size") and values.get("eval_dataset"):
-        faults.append("val_size and eval_dataset exclude each other; keep one")
-    if (values.get("val_size") or 0) > 1 and values["val_size"] != int(values["val_size"]):
-        faults.append("val_size must be a fraction below 1 or a whole count of samples")
+        faults.append(Message("exclude_each_other", first="val_size", second="eval_dataset"))
     if values.get("mask_history") and values.get("train_on_prompt"):
-        faults.append("mask_history and train_on_prompt exclude each other; keep one")
-    probabilities = values.get("interleave_probs", ())
-    names = values.get("dataset", Config.dataset)
+        faults.append(Message("exclude_each_other", first="mask_history", second="train_on_prompt"))
+    if (values.get("val_size") or 0) > 1 and values["val_size"] != int(values["val_size"]):
+        faults.append(Message("val_size_not_whole"))
+    probabilities, names = values.get("interleave_probs", ()), values.get("dataset", Config.dataset)
+    if not names and not (values.get("do_predict") or values.get("do_eval") or values.get("do_train") is False):
+        faults.append(Message("dataset_empty"))
     if probabilities and len(probabilities) != len(names):
-        faults.append(f"interleave_probs has {len(probabilities)} values for {len(names)} datasets; give one for each")
+        faults.append(Message("interleave_probs_count", values=len(probabilities), datasets=len(names)))
     if probabilities and (min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-3):
-        faults.append("interleave_probs must be positive and sum to 1")
-    if not names:
-        faults.append("dataset names no data; give a name of dataset_info.json or a file")
-    if "all" in values.get("report_to", ()):
-        values["report_to"] = tuple(name for name in REPORTERS if importlib.util.find_spec(name)) or ("none",)
-        notes.append(f"report_to: all is here {', '.join(values['report_to'])}: what is installed")
-    for reporter in values.get("report_to", ()):
-        if reporter not in ("none", "all", *REPORTERS):
-            known = ("none", "all", *REPORTERS)
-            faults.append(f"report_to: {reporter!r} must be one of {', '.join(known)}{nearest(reporter, known)}")
+        faults.append(Message("interleave_probs_sum"))
+    return faults
+
+
+def _check_adapter(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with the settings of adapter and folders."""
+    faults = []
+    adapter = values.get("adapter_name_or_path") or ""
+    if "," in adapter and not Path(adapter).exists():
+        faults.append(Message("several_adapters", adapters=[name.strip() for name in adapter.split(",")]))
+    if set(values.get("lora_target", ("all",))) <= {"embed_tokens", "lm_head"}:
+        faults.append(Message("lora_target_embeddings_only"))
+    for name in ("output_dir", "export_dir"):
+        if re.match(r"[A-Za-z]:/", values.get(name) or ""):
+            faults.append(Message("windows_drive", key=name, folder=values[name]))
+    return faults
+
+
+def _check_steps(values: dict[str, Any]) -> list[Message]:
+    faults = []
     if values.get("max_steps") == 0:
-        faults.append("max_steps must be -1 (off) or at least 1")
+        faults.append(Message("max_steps_zero"))
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:
-        faults.append("num_train_epochs must be above 0")
+        faults.append(Message("num_train_epochs_zero"))
     for key in ("eval_steps", "logging_steps", "save_steps"):
         value = values.get(key)
         if value is not None and (value == 0 or (value > 1 and value != int(value))):
-            faults.append(f"{key} must be a whole number of steps, or a share of all steps below 1")
+            faults.append(Message("steps_not_whole", key=key))
     return faults
+
+
+def _check_reporters(values: dict[str, Any], notes: list[Message]) -> list[Message]:
+    """Replaces `all` in report_to by what is installed; or what is wrong with it."""
+    known = ("none", "all", *REPORTERS)
+    reporters = tuple(name.lower() for name in values.get("report_to", ()))
+    faults = [
+        Message("unknown_reporter", reporter=name, known=known, near=nearest_word(name, known))
+        for name in reporters
+        if name not in known
+    ]
+    if "all" in reporters:
+        reporters = tuple(name for name in REPORTERS if importlib.util.find_spec(name)) or ("none",)
+        notes.append(Message("report_to_all", reporters=reporters))
+    if reporters:
+        values["report_to"] = reporters
+    return faults
+
+
+def find_dataset_dir(folder: str, recipe: Path | None) -> str:
+    """The folder that `dataset_dir` means: in the working directory, else in a folder above the recipe, else the kit's.
+
+    `folder` itself where it is nowhere: what reads the data says so.
+    """
+    if Path(folder).is_absolute() or Path(folder).is_dir():
+        return folder
+    above = recipe.resolve().parents if recipe else ()
+    return next(
+        (str(home / folder) for home in (*above, ROOT) if (home / folder / "dataset_info.json").is_file()), folder
+    )
+
+
+def asks_for_training(config: Config) -> bool:
+    """Whether a recipe is for train.py: do_train where it is set, else unless it only evaluates or predicts."""
+    if config.do_train is not None:
+        return config.do_train
+    return not (config.do_eval or config.do_predict)
+
+
+def check_training_asked_for(loaded: Loaded) -> None:
+    """Raises UserError for a recipe that asks for no training, or for what a training does not do."""
+    config = loaded.config
+    if not asks_for_training(config):
+        key = "do_train" if config.do_train is False else "do_predict" if config.do_predict else "do_eval"
+        evaluate = command("evaluate.py", *([loaded.recipe] if loaded.recipe else []))
+        raise UserError("recipe_does_not_train", key=key, value=getattr(config, key), evaluate=evaluate)
+    if config.compute_accuracy:
+        raise UserError("accuracy_while_training")
+    if config.do_eval and config.val_size == 0 and not config.eval_dataset:
+        raise UserError("do_eval_without_data")
 
 
 def dump_config(config: Config) -> str:

@@ -47,10 +47,10 @@ def main(arguments: list[str]) -> None:
         return
     dry_run = "--dry-run" in arguments
     loaded = starting.locate_model(common.load_config([a for a in arguments if a != "--dry-run"]))
+    common.check_training_asked_for(loaded)
     config, folder = loaded.config, Path(loaded.config.output_dir)
     for note in [*loaded.notes, *starting.adapter_notes(loaded)]:
         print(f"note: {note}")
-    starting.refuse_prediction(loaded)
     if dry_run:
         sys.exit(preflight.examine(loaded, starting.checks(loaded, folder)))
     start = starting.check(loaded, folder)

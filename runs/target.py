@@ -97,7 +97,7 @@ def _find(target: str | None, settings: Sequence[str]) -> Source:
             path = output
         elif config.adapter_name_or_path:
             path = Path(config.adapter_name_or_path)
-        elif given & {"dataset", "output_dir"}:
+        elif given & {"dataset", "output_dir"} and common.asks_for_training(config):
             train = common.command("train.py", loaded.recipe)
             raise UserError(f"{loaded.recipe} has not been trained yet; train it: {train}")
         else:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import hashlib
+import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import psutil
@@ -15,7 +20,7 @@ import yaml
 from conftest import ROOT, run, user_error
 
 import common
-from common import UserError, load_config
+from common import Config, Message, UserError, check_training_asked_for, join_settings, load_config
 from runs.files import appearing, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
 from runs.folder import newest_run, read_run
 from runs.process import is_alive
@@ -50,7 +55,7 @@ def test_second_tutorial_file(recipe):
     assert loaded.config.model_name_or_path == "elsewhere"
     assert loaded.config.learning_rate == 5e-5
     assert loaded.config.lora_target == ("all",)
-    assert any(note.startswith("ddp_timeout") for note in loaded.notes)
+    assert loaded.notes == [], "only what changes something for this user is said"
 
 
 def test_numbers_that_yaml_reads_as_text(recipe):
@@ -95,24 +100,77 @@ def test_command_line_wins_wherever_it_stands(recipe):
     assert load_config([path, "--lora-rank=32"]).config.lora_rank == 32
 
 
+def faults_of(arguments: list[str]) -> dict[str | None, Message]:
+    """The faults of a configuration: what is wrong by key (None: settings taken together)."""
+    with user_error("config_faults") as raised:
+        load_config(arguments)
+    faults = raised.value.fields["faults"]
+    assert raised.value.fields["count"] == len(faults)
+    return {fault.fields.get("key"): fault.fields.get("problem", fault) for fault in faults}
+
+
 def test_all_faults_at_once(recipe):
-    text = "lerning_rate: 1\nlora_rank: x\nstage: dpo\nval_size: -1\ncutoff_len: 2.5\npissa_init: true\nseed: .nan\n"
-    text += "mask_history: true\ntrain_on_prompt: true\noptim: adamw_torchh\n"
-    with pytest.raises(UserError) as raised:
-        load_config([recipe(text)])
-    message = str(raised.value)
-    assert "9 faults" in message
-    assert "mask_history and train_on_prompt exclude each other" in message
-    assert "(did you mean 'adamw_torch'?)" in message
-    assert "lerning_rate (did you mean 'learning_rate'?)" in message
-    for key in ("lora_rank", "stage", "val_size", "cutoff_len", "pissa_init", "seed"):
-        assert f"{key}" in message
-    assert "must be one of sft" in message
+    text = "lerning_rate: 1\nlora_rank: x\nstage: dpo\nval_size: -1\ncutoff_len: 2.5\npissa_convert: true\nseed: .nan\n"
+    text += "mask_history: true\ntrain_on_prompt: true\noptim: adamw_torchh\nfinetuning_type: freeze\nplot_loss: 3\n"
+    found = faults_of([recipe(text)])
+    assert {key: problem.code for key, problem in found.items()} == {
+        "lerning_rate": "unknown_key",
+        "lora_rank": "must_be_number",
+        "stage": "stage_unsupported",
+        "finetuning_type": "finetuning_type_unsupported",
+        "val_size": "must_be_at_least",
+        "cutoff_len": "must_be_whole",
+        "pissa_convert": "setting_refused",
+        "seed": "must_be_number",
+        "optim": "must_be_one_of",
+        "plot_loss": "must_be_boolean",
+        None: "exclude_each_other",
+    }
+    assert found["lerning_rate"].fields["near"] == "learning_rate"
+    assert found["optim"].fields["near"] == "adamw_torch"
 
 
-def test_keys_that_change_nothing_are_noted_and_foreign_ones_refused_only_when_set(recipe):
-    loaded = load_config([recipe("deepspeed: ds.json\npissa_init: false\nexport_device: cpu")])
-    assert [note.split(":")[0] for note in loaded.notes] == ["deepspeed", "export_device"]
+@pytest.mark.parametrize("key", ["messages", "user_tag", "pref_lost", "zzz"])
+def test_only_near_words_are_suggested(key):
+    assert faults_of([f"{key}=1"])[key] == Message("unknown_key", near=None)
+
+
+def test_values_are_read_in_any_case():
+    config = load_config(["stage=SFT", "finetuning_type=LoRA", "report_to=TensorBoard", "packing=TRUE"]).config
+    assert (config.stage, config.finetuning_type, config.report_to, config.packing) == (
+        "sft",
+        "lora",
+        ("tensorboard",),
+        True,
+    )
+
+
+def test_an_empty_value_means_the_default(recipe):
+    text = "".join(f"{name}:\n" for name in common.OPTIONS if name not in ("dataset", "name", "author"))
+    loaded = load_config([recipe(text)])
+    unset = {name: None for name, kind in typing.get_type_hints(Config).items() if type(None) in typing.get_args(kind)}
+    assert loaded.config == dataclasses.replace(Config(), **unset | {"output_dir": "saves/recipe"})
+    assert faults_of(["dataset="]) == {None: Message("dataset_empty")}
+    assert load_config(["name=", "author=None"]).config.author == "None"
+    assert faults_of(["lora_target=embed_tokens"]) == {None: Message("lora_target_embeddings_only")}
+
+
+def test_every_key_of_llama_factory_and_transformers_is_known_and_silent_at_its_default(recipe):
+    content = yaml.safe_load((ROOT / "configs/compat/llamafactory.yaml").read_text(encoding="utf-8"))
+    defaults = dict(content["no_effect"])
+    for part in ("noted", "refused"):
+        for keys in content[part].values():
+            defaults |= {key: value[0] if isinstance(value, list) else value for key, value in keys.items()}
+    loaded = load_config([recipe(yaml.safe_dump(defaults))])
+    assert (loaded.notes, loaded.given) == ([], {"output_dir"})
+    known = {*defaults, *content["renamed"], *content["means"], *common.OPTIONS}
+    assert not common.OPTIONS.keys() & {*defaults, *content["renamed"], *content["means"]}
+    source = Path(importlib.util.find_spec("transformers").origin).parent
+    for file in ("training_args.py", "training_args_seq2seq.py"):
+        for node in ast.walk(ast.parse((source / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("TrainingArguments"):
+                fields = {f.target.id for f in node.body if isinstance(f, ast.AnnAssign)}
+                assert {name for name in fields - known if not name.startswith("_")} == set()
 
 
 @pytest.mark.parametrize("off", ["false", "0", "0.0", "none", '"null"', "[]"])
@@ -120,22 +178,96 @@ def test_foreign_keys_that_are_off_are_accepted(recipe, off):
     assert load_config([recipe(f"neftune_noise_alpha: {off}\nlabel_smoothing_factor: {off}\nfp8: {off}")]).notes == []
 
 
-def test_keys_of_llama_factory_at_their_defaults_are_accepted(recipe):
-    harmless = "use_swanlab: false\nmetric_for_best_model: eval_loss\npush_to_hub: false\nimage_max_pixels: 262144\n"
-    harmless += "ray_storage_path: ./saves\nresources_per_worker:\n  GPU: 1\nhf_hub_token: null\ndata_seed: 1\n"
-    harmless += "adam_beta1: 0.9\nadam_beta2: 0.999\nadam_epsilon: 1.0e-8\npissa_iter: 16\nnum_beams: 1\n"
-    load_config([recipe(harmless)])
-    with pytest.raises(UserError) as raised:
-        load_config([recipe("adam_beta2: 0.95\ndisable_shuffling: true\nnum_beams: 4")])
-    assert "3 faults" in str(raised.value)
-    assert "adam_beta2 is always 0.999 here" in str(raised.value)
+def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason(recipe):
+    loaded = load_config([recipe("deepspeed: ds.json\nexport_device: auto\nddp_timeout: 18000000\nmax_length: 99")])
+    assert loaded.notes == [
+        Message("setting_noted", key="deepspeed", value="ds.json", reason=Message("compat_one_card")),
+        Message("setting_noted", key="max_length", value=99, reason=Message("compat_max_length")),
+    ]
+    found = faults_of([recipe("adam_beta2: 0.95\ndisable_shuffling: true\nnum_beams: 4\nrope_scaling: {type: yarn}")])
+    assert {key: problem.fields["reason"].code for key, problem in found.items()} == {
+        "adam_beta2": "compat_adam_values",
+        "disable_shuffling": "compat_shuffled",
+        "num_beams": "compat_beams",
+        "rope_scaling": "compat_context",
+    }
+
+
+def test_swanlab_is_one_more_tracker(recipe):
+    assert load_config([recipe("use_swanlab: true\nreport_to: none")]).config.report_to == ("swanlab",)
+    assert load_config([recipe("report_to: [wandb]\nuse_swanlab: true")]).config.report_to == ("wandb", "swanlab")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["do_train=false"], "recipe_does_not_train"),
+        (["do_train=0", "overwrite_output_dir=true"], "recipe_does_not_train"),
+        (["do_predict=true", "dataset=identity"], "recipe_does_not_train"),
+        (["do_eval=true"], "recipe_does_not_train"),
+        (["compute_accuracy=true"], "accuracy_while_training"),
+        (["do_train=true", "do_eval=true", "val_size=0"], "do_eval_without_data"),
+    ],
+)
+def test_a_recipe_that_asks_for_no_training_is_refused_by_a_training(arguments, code):
+    with user_error(code):
+        check_training_asked_for(load_config(arguments))
+
+
+@pytest.mark.parametrize("arguments", [[], ["do_train=true", "do_eval=true", "do_predict=true"], ["do_eval=false"]])
+def test_a_recipe_that_asks_for_training(arguments):
+    check_training_asked_for(load_config(arguments))
+
+
+def test_paths_are_those_that_a_shell_would_make_of_them(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WORK", "/work")
+    config = load_config([recipe("output_dir: ~/out\ndataset: ${WORK}/a.json,b\nmodel_name_or_path: models\\qwen\\x")])
+    assert config.config.output_dir == "/home/me/out"
+    assert config.config.dataset == ("/work/a.json", "b")
+    assert config.config.model_name_or_path == "models/qwen/x"
+    monkeypatch.delenv("WORK")
+    assert faults_of(["export_dir=${WORK}/x"])["export_dir"] == Message("variable_not_set", variable="WORK")
+    assert faults_of([r"output_dir=D:\runs\a"])["output_dir"].code == "windows_drive"
+    assert faults_of(["adapter_name_or_path=saves/a,saves/b"])[None].code == "several_adapters"
+
+
+def test_dataset_dir_is_looked_for_above_the_recipe_and_in_the_kit(recipe, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config([]).config.dataset_dir == str(ROOT / "data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text("{}")
+    (tmp_path / "examples/lora").mkdir(parents=True)
+    loaded = load_config([recipe("seed: 1", "examples/lora/a.yaml")])
+    assert loaded.config.dataset_dir == str(tmp_path / "data")
+    assert "dataset_dir" not in loaded.given
+    assert load_config(["dataset_dir=nowhere"]).config.dataset_dir == "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "joined"),
+    [
+        (["--lora_rank", "4", "a.yaml"], ["lora_rank=4", "a.yaml"]),
+        (["--lora-rank=4", "seed=1"], ["lora_rank=4", "seed=1"]),
+        (["--config", "a.yaml"], ["a.yaml"]),
+        (["--config=a.yaml"], ["a.yaml"]),
+        (["--dry_run"], ["--dry-run"]),
+        (["--do_train", "--use_galore", "True", "a.yaml"], ["do_train=true", "use_galore=True", "a.yaml"]),
+        (["--packing", "a.yaml"], ["packing=true", "a.yaml"]),
+        (["--max_steps", "-1"], ["max_steps=-1"]),
+        (["--port", "80", "-p", "--", "x"], ["--port", "80", "-p", "--", "x"]),
+    ],
+)
+def test_settings_are_typed_as_people_are_used_to(arguments, joined):
+    assert join_settings(arguments) == joined
 
 
 def test_report_to_all_is_what_is_installed(recipe, monkeypatch):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
     loaded = load_config([recipe("report_to: all")])
     assert loaded.config.report_to == ("wandb", "mlflow")
-    assert "wandb, mlflow" in loaded.notes[0]
+    assert loaded.notes == [Message("report_to_all", reporters=("wandb", "mlflow"))]
 
 
 def test_the_command_line_wins_over_another_spelling_in_the_file(recipe):
@@ -144,32 +276,51 @@ def test_the_command_line_wins_over_another_spelling_in_the_file(recipe):
     assert (loaded.config.eval_strategy, loaded.config.gradient_checkpointing) == ("no", "true")
     assert loaded.given == {"eval_strategy", "gradient_checkpointing", "seed", "output_dir"}
     assert loaded.typed == {"eval_strategy", "gradient_checkpointing"}
-    with pytest.raises(UserError, match="evaluation_strategy and eval_strategy are the same setting"):
-        load_config([recipe("evaluation_strategy: steps\neval_strategy: epoch")])
+    assert faults_of([recipe("evaluation_strategy: steps\neval_strategy: epoch")])[None] == Message(
+        "same_setting", place=path, first="evaluation_strategy", second="eval_strategy"
+    )
 
 
 def test_a_key_that_stands_twice_is_told_with_its_line(recipe):
-    with pytest.raises(UserError, match="line 3: learning_rate stands already in line 1"):
-        load_config([recipe("learning_rate: 1e-4\nseed: 1\nlearning_rate: 1e-2\n")])
+    path = recipe("learning_rate: 1e-4\nseed: 1\nlearning_rate: 1e-2\n")
+    with user_error("recipe_faults", recipe=path, faults=[Message("key_twice", key="learning_rate", line=3, first=1)]):
+        load_config([path])
 
 
-def test_settings_that_exclude_each_other(recipe):
-    with pytest.raises(UserError, match="val_size and eval_dataset"):
-        load_config([recipe("val_size: 0.1\neval_dataset: a")])
-    with pytest.raises(UserError, match="interleave_probs has 1 values for 2 datasets"):
-        load_config([recipe("dataset: a,b\ninterleave_probs: 1.0")])
+def test_settings_that_exclude_each_other():
+    assert faults_of(["val_size=0.1", "eval_dataset=a"])[None].fields == {"first": "val_size", "second": "eval_dataset"}
+    found = faults_of(["dataset=a,b", "interleave_probs=1.0"])[None]
+    assert found == Message("interleave_probs_count", values=1, datasets=2)
 
 
 def test_broken_recipes(recipe, tmp_path):
-    with pytest.raises(UserError, match=r"line 2, column 10"):
+    fault = Message("yaml_problem", line=2, column=10, problem="mapping values are not allowed in this context")
+    with user_error("recipe_faults", faults=[fault]):
         load_config([recipe("seed: 1\nepochs: 3: 4\n")])
-    with pytest.raises(UserError, match="no settings"):
+    with user_error("recipe_without_settings"):
         load_config([recipe("- a\n- b\n")])
-    with pytest.raises(UserError, match="there is no recipe"):
-        load_config([str(tmp_path / "none.yaml")])
+    recipe("seed: 1", "mine.yaml")
+    with user_error("recipe_missing", near=str(tmp_path / "mine.yaml")):
+        load_config([str(tmp_path / "min.yaml")])
     (tmp_path / "utf16.yaml").write_bytes("seed: 1".encode("utf-16"))
-    with pytest.raises(UserError, match="UTF-8"):
+    with user_error("recipe_not_text"):
         load_config([str(tmp_path / "utf16.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("seed：1", "line_with_wide_colon"),
+        ("seed:\u00a01", "line_with_odd_space"),
+        ("\u00a0seed: 1", "line_with_odd_space"),
+        ("seed:1", "line_without_space"),
+    ],
+)
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("# a:b\nlora_rank: 4\n", "\nval_size: 0.1\n")])
+def test_a_line_that_is_nearly_a_setting_is_named(recipe, line, code, before, after):
+    number = before.count("\n") + 1
+    with user_error("recipe_faults", faults=[Message(code, line=number, text=line.strip())]):
+        load_config([recipe(f"{before}{line}{after}")])
 
 
 def test_resolved_configuration_reads_back_the_same(recipe):
@@ -217,12 +368,30 @@ def test_help_lists_every_key_in_half_a_second():
     assert "(default: 0.0001)" in result.stdout
 
 
-def test_faults_end_with_status_2_and_no_traceback(recipe):
-    result = run("train.py", recipe("lerning_rate: 1"))
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert "did you mean 'learning_rate'?" in result.stderr
+def test_faults_end_with_status_2_and_one_sentence_each(recipe):
+    path = recipe("lerning_rate: 1\nlora_rank: x")
+    result = run("train.py", path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: the configuration has 2 faults:\n  {path}: lerning_rate: 1 is not a known key (did you mean "
+        f"'learning_rate'?)\n  {path}: lora_rank: x must be a finite number\npython train.py --help lists every key.\n"
+    )
+
+
+def test_ctrl_c_works_in_a_command_started_in_the_background():
+    code = "import signal, common; common.run_script(lambda _: (print('on', flush=True), signal.pause()))"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as the shell does for `command &`
+    )
+    assert started.stdout.readline() == "on\n"
+    started.send_signal(signal.SIGINT)
+    assert started.communicate(timeout=20)[1] == "\nstopped\n"
+    assert started.returncode == 130
 
 
 def test_files_appear_whole(tmp_path):
@@ -237,7 +406,7 @@ def test_files_appear_whole(tmp_path):
 def test_a_run_json_that_says_nothing_is_one_sentence(tmp_path):
     for text in ("{}", "[]", "{"):
         (tmp_path / "run.json").write_text(text)
-        with pytest.raises(UserError, match=r"run\.json is broken"):
+        with pytest.raises(UserError):
             read_run(tmp_path)
 
 

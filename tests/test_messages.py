@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from common import LANGUAGES, Message, UserError, sentences
+from common import LANGUAGES, Message, UserError, compatibility, sentences
 
 # What makes a message of a literal code and keyword arguments, and keywords that are not fields of the sentence.
 MAKERS: dict[str, set[str]] = {"Message": set(), "UserError": set(), "Fault": {"final"}}
@@ -33,6 +33,8 @@ def made_messages() -> Iterator[tuple[str, str, set[str]]]:
             if not isinstance(code, ast.Constant) or " " in code.value:
                 continue  # a whole sentence, not yet in messages/
             yield place, code.value, {k.arg or "**" for k in node.keywords} - MAKERS[node.func.id]
+    for _, code in {**compatibility().noted, **compatibility().refused}.values():
+        yield "configs/compat/llamafactory.yaml", code, set()
 
 
 def test_the_fields_of_every_message_are_those_of_its_sentence():

@@ -49,7 +49,6 @@ def fitted(config: Config) -> tuple[Config, str | None]:
     one = dataclasses.replace(
         config,
         packing=False,
-        neat_packing=False,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=config.gradient_accumulation_steps * config.per_device_train_batch_size,

@@ -35,17 +35,8 @@ HARMLESS = {
     "logging_steps",
     "logging_first_step",
     "save_steps",
-    "use_unsloth",
     *list(common.OPTIONS)[list(common.OPTIONS).index("do_sample") :],  # chat and export
 }
-
-
-def refuse_prediction(loaded: Loaded) -> None:
-    """Raises UserError for a recipe that only predicts (LLaMA-Factory's do_predict): it names no data to train on."""
-    wanted = loaded.config.do_predict and loaded.config.eval_dataset and "dataset" not in loaded.given
-    if wanted and loaded.recipe and not common.read_recipe(loaded.recipe).get("do_train"):
-        evaluate = common.command("evaluate.py", loaded.recipe)
-        raise UserError(f"this recipe predicts: {evaluate}; to train, name a dataset or set do_train: true")
 
 
 @dataclass(frozen=True)

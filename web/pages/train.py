@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 import common
-from common import OPTIONS, Config, Loaded, UserError
+from common import OPTIONS, Config, Loaded, Message, UserError
 from runs import charts
 from runs.files import write_text
 from runs.folder import left_by_training
@@ -82,8 +82,8 @@ def settle(fields: dict[str, Any], name: str, t: Translate, kept: dict[str, str]
     try:
         loaded = common.load_config(arguments)
     except UserError as error:
-        said = str(error).replace("command line: ", "").removesuffix("\npython train.py --help lists every key.")
-        faults.append(said)
+        said = error.fields["faults"] if error.code == "config_faults" else [error]
+        faults += [str(fault).replace(f"{Message('command_line')}: ", "") for fault in said]
     if faults:
         raise UserError("\n".join(faults))
     return loaded
@@ -624,7 +624,7 @@ def page(
             return [theme.fault(error), "", "", "", there, ""]
         listed = ", ".join(f"{option}={text}" for option, text in others.items())
         held = [t("Of the recipe, without a field here: {settings}", settings=listed)] if others else []
-        notes = "".join(map(theme.note, [*held, *loaded.notes]))
+        notes = "".join(map(theme.note, [*held, *map(str, loaded.notes)]))
         return [notes, memory_html(config, t), jobs.shown(command(config)), recipe_text(config), there, ""]
 
     def begin(over: bool, name: str, others: dict[str, str], *values: Any) -> list[Any]:
@@ -687,7 +687,7 @@ def page(
             said = str(error).replace(f"{path}: ", "").replace(path, Path(path).name)
             return [theme.fault(said), *([gr.skip()] * (len(options) + 2))]
         name, others = run_name_of(loaded), without_field(loaded, list(options))
-        notes = [t("{file} is loaded.", file=Path(path).name), *loaded.notes]
+        notes = [t("{file} is loaded.", file=Path(path).name), *map(str, loaded.notes)]
         if common.SAVES / name != Path(loaded.config.output_dir):
             moved = t(
                 "Runs of this page lie below saves/: {name} there, not {folder}.",
