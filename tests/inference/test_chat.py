@@ -57,8 +57,8 @@ def test_help_comes_at_once_and_lists_the_chat_settings() -> None:
     [
         (["nobody/nothing"], "there is no model nobody/nothing; fetch it (python download.py nobody/nothing)"),
         (["a", "b"], "a and b are two targets"),
-        (["tempratur=1"], "unknown key tempratur (did you mean 'temperature'?)"),
-        (["temperature=hot"], "temperature: 'hot' must be a number"),
+        (["tempratur=1"], "tempratur: 1 is not a known key (did you mean 'temperature'?)"),
+        (["temperature=hot"], "temperature: hot must be a finite number"),
         (["--bse"], "unknown argument --bse"),
         ([str(ROOT / "tests")], "is neither a run, an adapter nor a model"),
     ],

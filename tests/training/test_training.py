@@ -395,16 +395,19 @@ def test_bad_input_is_told_in_a_second(tiny_model, data, tmp_path):
 
 def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
     recipe, folder = tmp_path / "predict.yaml", tmp_path / "run"
-    settings = f"do_predict: true\neval_dataset: {data}\nmodel_name_or_path: {tiny_model}\noutput_dir: {folder}\n"
-    recipe.write_text(settings)
-    for more in ([], ["--dry-run"]):
-        result = run("train.py", str(recipe), *more, cwd=tmp_path)
-        assert (
-            result.returncode == 2 and f"this recipe predicts: python {ROOT / 'evaluate.py'} {recipe}" in result.stderr
-        )
-    assert not folder.exists()
-    recipe.write_text(settings + "do_train: true\n")
-    assert "this recipe predicts" not in run("train.py", str(recipe), "--dry-run", cwd=tmp_path).stderr
+    settings = f"eval_dataset: {data}\nmodel_name_or_path: {tiny_model}\noutput_dir: {folder}\n"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"status": "finished"}')
+    evaluate = f"python {ROOT / 'evaluate.py'} {recipe}"
+    for asked in ("do_predict: true\n", "do_train: false\ndataset: identity\noverwrite_output_dir: true\n"):
+        recipe.write_text(settings + asked)
+        for more in ([], ["--dry-run"]):
+            error = run("train.py", str(recipe), *more, cwd=tmp_path).error
+            assert (error.code, error.fields["evaluate"]) == ("recipe_does_not_train", evaluate)
+    assert [file.name for file in folder.iterdir()] == ["run.json"], "a run that is to be evaluated is never deleted"
+    recipe.write_text(settings + "do_predict: true\ndo_train: true\n")
+    done = run("train.py", str(recipe), "--dry-run", cwd=tmp_path)
+    assert done.error is None or done.error.code != "recipe_does_not_train"
 
 
 def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):

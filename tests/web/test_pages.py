@@ -95,7 +95,7 @@ def test_an_interrupted_job_can_save_before_it_ends(room: Path) -> None:
 def test_a_failed_job_tells_the_scripts_own_sentence(room: Path) -> None:
     job = jobs.start(room / "job", ["train.py", "no-such.yaml", "lerning_rate=1"])
     assert ended(job) == "failed"
-    assert jobs.fault(job) == "there is no recipe no-such.yaml; recipes stand in configs/"
+    assert jobs.fault(job) == "there is no recipe no-such.yaml; the recipes of this kit are in configs/"
     job = jobs.start(room / "job", ["train.py", "lerning_rate=1"])
     assert ended(job) == "failed"
     assert "did you mean 'learning_rate'" in jobs.fault(job) and "Traceback" not in jobs.fault(job)
