@@ -1,0 +1,199 @@
+"""An evaluation that ends at any moment leaves nothing that looks whole and is not; the same command finishes it."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, make_run, write_jsonl
+
+import common
+from common import Config
+from evaluation import metrics, predict, results
+from evaluation.data import EvalDataset
+from evaluation.encode import Encoded
+from evaluation.job import EvalModel, Job
+from runs.files import read_json
+from runs.target import Source
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Disk:
+    """Counts what changes files. After `left` such operations nothing changes any more, as after a kill."""
+
+    def __init__(self, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = left
+        for owner, name in ((os, "replace"), (Path, "unlink")):
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name)))
+        opened = builtins.open
+
+        def open_counted(file: Any, mode: str = "r", *arguments: Any, **more: Any) -> Any:
+            stream = opened(file, mode, *arguments, **more)
+            if mode in ("a", "w"):
+                stream = _Torn(stream, self)
+            return stream
+
+        monkeypatch.setattr(builtins, "open", open_counted)
+
+    def count(self) -> None:
+        if self.left <= 0:
+            raise Killed
+        self.left -= 1
+
+    def counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **more: Any) -> Any:
+            self.count()
+            return operation(*arguments, **more)
+
+        return run
+
+
+class _Torn:
+    """A file whose last write before the kill reaches the disk in part."""
+
+    def __init__(self, stream: Any, disk: Disk) -> None:
+        self.stream, self.disk = stream, disk
+
+    def __enter__(self) -> _Torn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        if self.disk.left == 1:
+            self.stream.write(text[: len(text) // 2])
+        self.disk.count()
+        if self.disk.left:
+            self.stream.write(text)
+
+
+class FakeScorer:
+    """Answers that depend on the prompt alone."""
+
+    tokens = 6  # two rows in a batch
+
+    def choices(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> list[list[float]]:
+        return [[-1.0 - (7 * sum(prompt) + i) % 5 for i in range(len(answers[0]))] for prompt in prompts]
+
+    def losses(self, samples: list[dict[str, list[int]]]) -> list[tuple[float, int]]:
+        return [(float(sum(sample["input_ids"])), 2) for sample in samples]
+
+    def replies(self, prompts: list[list[int]], _: int) -> list[str]:
+        return [f"回答 {sum(prompt)}" for prompt in prompts]
+
+
+def make_job(folder: Path, model: Path) -> Job:
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "0"}]} for i in range(5)
+    ]
+    prompts, answers = [[i, 3, 1] for i in range(5)], ["0", "1", "0", "1", "1"]
+    samples = [{"input_ids": [*prompt[:2], 4], "labels": [-100, 2, 4]} for prompt in prompts]
+    choices = Encoded(list(range(5)), prompts, [[[1], [2]]] * 5, [], answers)
+    texts = Encoded(list(range(5)), prompts, [], samples, answers, reply_limit=0)
+    datasets = [
+        EvalDataset("labels", rows, folder / "labels", "classification", ("0", "1")),
+        EvalDataset("texts", rows, folder / "texts", "text"),
+    ]
+    source = Source(str(model), Config(), str(model))
+    models = [EvalModel("base", source), EvalModel("trained", source)]
+    return Job(Config(), None, models, datasets, [], set(), None, {"labels": choices, "texts": texts})
+
+
+def evaluate(job: Job) -> None:
+    for model in job.models:
+        predict.predict(job, model)
+    for data in job.datasets:
+        results.write_results(job, data)
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All results of an evaluation without what differs each time; raises where a file is not whole."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.rglob("[!.]*")):
+        if file.name == "metrics.json":
+            figures = read_json(file)
+            for model in figures["models"].values():
+                model.pop("seconds", None)
+            found[str(file.relative_to(folder))] = {k: v for k, v in figures.items() if k not in ("date", "command")}
+        elif file.suffix == ".jsonl":
+            found[str(file.relative_to(folder))] = file.read_text(encoding="utf-8")
+        elif file.name == "state.json":
+            read_json(file)
+    return found
+
+
+def test_a_kill_at_any_write_leaves_nothing_broken(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "load", lambda _: None)
+    monkeypatch.setattr(predict.scoring, "scorer_for", lambda _: FakeScorer())
+    monkeypatch.setattr(results.charts, "draw_classification", lambda *_: None)
+    monkeypatch.setattr(metrics, "RESAMPLES", 2)
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache-undisturbed")
+    evaluate(make_job(tmp_path / "undisturbed", tiny_model))
+    expected = contents(tmp_path / "undisturbed")
+    assert {Path(name).name for name in expected} == {"metrics.json", "predictions.jsonl", "predictions.base.jsonl"}
+    step = 1 if os.environ.get("ONECARD_TORTURE") else 4
+    for operations in range(random.randrange(step), 1000, step):
+        folder = tmp_path / str(operations)
+        monkeypatch.setattr(common, "CACHE", tmp_path / f"cache-{operations}")
+        with monkeypatch.context() as patched:
+            Disk(operations, patched)
+            try:
+                evaluate(make_job(folder, tiny_model))
+            except Killed:
+                killed = True
+            else:
+                killed = False
+        for name, content in contents(folder).items():
+            if name.endswith("metrics.json"):  # where it is, it is that of all predictions
+                assert content["models"].keys() <= expected[name]["models"].keys()
+                assert content["rows"] == 5
+        evaluate(make_job(folder, tiny_model))
+        assert contents(folder) == expected, operations
+        if not killed:
+            break
+    assert 40 < operations < 1000
+
+
+@pytest.mark.slow
+def test_signals_end_an_evaluation_within_seconds_and_it_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {i}{'!' * (i % 9)}", "output": f"你好 number {i}"} for i in range(40)]
+    data = write_jsonl(tmp_path / "say.jsonl", rows)
+    run = make_run(tiny_model, tmp_path / "saves" / "r")
+    command = [sys.executable, str(ROOT / "evaluate.py"), str(run), f"dataset={data}", "infer_dtype=float32"]
+    environment = os.environ | {"ONECARD_CACHE": str(tmp_path / "cache")}
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        delay = random.uniform(0.5, 8)
+        time.sleep(delay)
+        process.send_signal(number)
+        sent = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - sent < 10, (number, delay)
+        assert "Traceback" not in errors, (number, delay, errors)
+        assert process.returncode in (0, -number, 130), (number, delay)
+        contents(run / "eval")
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
+    lines = (run / "eval/say/predictions.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["row"] for line in lines[:-1]] == list(range(40))
+    assert read_json(run / "eval/say/metrics.json")["rows"] == 40 and (run / "report.html").is_file()
