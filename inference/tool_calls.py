@@ -1,4 +1,4 @@
-"""Tool calls, and replies of a given form: the grammar that holds a reply to them, and the calls read out of its text.
+"""Tool calls and structured output: the grammar that a reply is held to, and the calls that are read out of its text.
 
 A chat template writes calls in one of three ways, which `style_of` finds by rendering one:
 
@@ -154,12 +154,21 @@ def _lark(text: str) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
-def check(engine: Engine, grammar: str) -> None:
-    """Raises UserError where llguidance cannot follow a grammar."""
+def check_grammar(engine: Engine, grammar: str) -> None:
+    """Raises UserError where llguidance cannot follow a grammar; its reason is the cause, not where it was found."""
     from llguidance import LLMatcher
 
     if fault := LLMatcher.validate_grammar(grammar, engine.grammar_vocabulary):
-        raise UserError("grammar_not_supported", reason=fault.strip().splitlines()[0])
+        raise UserError("grammar_not_supported", reason=_cause(fault))
+
+
+def _cause(fault: str) -> str:
+    """The cause in an error of llguidance; that of a regular expression stands below the expression."""
+    lines = [line.strip() for line in fault.strip().splitlines()]
+    if "regex parse error" not in lines[0]:
+        return lines[0]
+    error = next((line for line in lines if line.startswith("error: ")), lines[0])
+    return f"the pattern {lines[1]} cannot be used, {error.removeprefix('error: ')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,7 +176,7 @@ def check(engine: Engine, grammar: str) -> None:
 
 
 class CallReader:
-    """Tells text from calls in a reply as it comes. A call comes as a whole; what only looks like one stays text."""
+    """Separates text from calls in a growing reply. A call comes as a whole; what only looks like one stays text."""
 
     def __init__(self, style: Style, names: Sequence[str]) -> None:
         self.style, self.names = style, frozenset(names)

@@ -1,0 +1,49 @@
+"""Errors in OpenAI's form: a sentence made of a Message, the field at fault, and OpenAI's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common import Message
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A request that is not answered with a reply: an HTTP status and OpenAI's error body.
+
+    `param` is the field of the request as the client wrote it (`messages[0].content`), `code` OpenAI's code.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: Message,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self.message), "type": kind, "param": self.param, "code": self.code}}
+
+
+def refuse(param: str, reason: Message, code: str = "unsupported_value") -> ApiError:
+    """The answer to a request whose field `param` cannot be honoured; its sentence begins with the field."""
+    return ApiError(400, Message("api_field", param=param, reason=reason), param=param, code=code)
+
+
+def wrong_type(param: str, expected: Message) -> ApiError:
+    """The answer to a field of another JSON type than `expected`."""
+    return refuse(param, Message("api_wrong_type", expected=expected), "invalid_value")
+
+
+def unknown_field(param: str, near: str | None = None) -> ApiError:
+    return refuse(param, Message("api_unknown_field", near=near), "unknown_parameter")

@@ -1,0 +1,274 @@
+"""The server that speaks OpenAI's API: routes, and how a request is answered. Whatever goes wrong has OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import Message, UserError
+from inference.engine import Engine
+from inference.server_options import ServerOptions
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from inference.generation import Job
+    from inference.openai_endpoints import Endpoint
+    from inference.openai_errors import ApiError
+
+HEAD_SECONDS = 20  # to send the head of a request
+MAX_HEAD = 32 << 10  # bytes of it
+MAX_CONNECTIONS = 512
+
+
+@contextlib.contextmanager
+def listening(options: ServerOptions) -> Iterator[socket.socket]:
+    """The server's socket, before anything heavy is loaded. Raises UserError where it cannot listen."""
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((options.host, options.port), family=family)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError("api_cannot_listen", host=options.host, port=options.port, reason=reason) from None
+    with listener:
+        yield listener
+
+
+def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> None:
+    """Answers until Ctrl-C."""
+    import uvicorn
+
+    from inference.server_guard import Guard, timed_protocol
+
+    server = ApiServer(engine, options)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{host}:{listener.getsockname()[1]}/v1"
+    log(str(Message("api_answers_at", model=server.model_name, url=url, slots=options.slots)))
+    config = uvicorn.Config(
+        Guard(server.application(), options),
+        http=timed_protocol(HEAD_SECONDS),
+        root_path=options.root_path,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        h11_max_incomplete_event_size=MAX_HEAD,
+        limit_concurrency=MAX_CONNECTIONS,
+        ws="none",
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class ApiServer:
+    """One model behind OpenAI's routes."""
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        from inference.generation import Generator
+        from inference.server_metrics import ServerMetrics
+
+        self.options = options
+        self.model_name = options.model_name or Path(engine.name).name
+        self.created = int(time.time())
+        self.generator = Generator(engine, options.slots, log)
+        self.metrics = ServerMetrics(self.generator.batch)
+        self.max_body = max(1 << 20, 64 * engine.context)  # bytes: more than any prompt that fits the context
+
+    def application(self) -> Starlette:
+        """The routes, without the Guard before them."""
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.routing import Route
+
+        from inference.openai_endpoints import ChatEndpoint, CompletionEndpoint
+        from inference.openai_errors import ApiError
+        from inference.openai_responses import ResponsesEndpoint
+
+        routes = [
+            Route(path, self._answering(endpoint(self.generator, self.model_name)), methods=["POST"])
+            for path, endpoint in (
+                ("/v1/chat/completions", ChatEndpoint),
+                ("/v1/completions", CompletionEndpoint),
+                ("/v1/responses", ResponsesEndpoint),
+            )
+        ]
+        routes += [
+            Route("/v1/embeddings", self._refuse_embeddings, methods=["POST"]),
+            Route("/v1/models", self._list_models),
+            Route("/v1/models/{name:path}", self._show_model),
+            Route("/health", self._show_health),
+            Route("/metrics", self._show_metrics),
+        ]
+        handlers = {ApiError: self._on_api_error, HTTPException: self._on_http_error, Exception: self._on_failure}
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self.generator.loop = asyncio.get_running_loop()
+        yield
+        self.generator.close()
+
+    def _log_request(self, path: str, status: int, text: str = "") -> None:
+        """Counts a finished request and writes its line to the log; `path` is that of its route."""
+        self.metrics.count_request(path, status)
+        log(f"{time.strftime('%H:%M:%S')} {status} {path} {text}".rstrip()[:500].replace("\n", " "))
+
+    # -- errors
+
+    async def _on_api_error(self, request: Request, error: ApiError) -> Response:
+        from starlette.responses import JSONResponse
+
+        self._log_request(request.scope["route"].path, error.status, str(error.message))
+        return JSONResponse(error.body, error.status, headers=error.headers)
+
+    async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
+        """No such route, or another method."""
+        from starlette.responses import JSONResponse
+
+        from inference.openai_errors import ApiError
+
+        message = Message("api_no_route", method=request.method, path=request.url.path[:200])
+        refused = ApiError(error.status_code, message, code="unknown_url")
+        return JSONResponse(refused.body, refused.status, headers=error.headers)
+
+    async def _on_failure(self, request: Request, error: Exception) -> Response:
+        """The client learns that the server failed; what happened stands in the log only."""
+        from starlette.responses import JSONResponse
+
+        from inference.openai_errors import ApiError
+        from inference.server_guard import ClientTooSlow
+
+        if isinstance(error, ClientTooSlow):
+            raise error
+        self._log_request(request.scope["route"].path, 500, repr(error))
+        return JSONResponse(ApiError(500, Message("api_server_failed")).body, 500)
+
+    # -- small routes
+
+    def _check_key(self, request: Request) -> None:
+        from inference.server_guard import check_key
+
+        check_key(request, self.options.key)
+
+    def _check_model(self, name: str) -> None:
+        from inference.openai_errors import ApiError
+
+        if name != self.model_name:
+            message = Message("api_no_model", name=name[:200], model=self.model_name)
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def _model_card(self) -> dict[str, Any]:
+        return {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "onecard"}
+
+    async def _list_models(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        self._check_key(request)
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def _show_model(self, request: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        self._check_key(request)
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_card())
+
+    async def _refuse_embeddings(self, request: Request) -> Response:
+        from inference.openai_endpoints import no_embeddings
+
+        self._check_key(request)
+        raise no_embeddings()
+
+    async def _show_health(self, _: Request) -> Response:
+        from starlette.responses import JSONResponse
+
+        alive = self.generator.batch.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        from starlette.responses import PlainTextResponse
+
+        self._check_key(request)
+        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    # -- replies
+
+    def _answering(self, endpoint: Endpoint) -> Any:
+        async def answer(request: Request) -> Response:
+            self._check_key(request)
+            return await self._answer(request, endpoint)
+
+        return answer
+
+    async def _answer(self, http: Request, endpoint: Endpoint) -> Response:
+        """The response to a request: its replies as one JSON object, or streamed."""
+        from starlette.responses import JSONResponse, StreamingResponse
+
+        from inference.generation import Job
+        from inference.openai_errors import ApiError
+        from inference.openai_schema import read_request
+        from inference.server_guard import read_body
+
+        request = read_request(await read_body(http, self.max_body), endpoint.form)
+        self._check_model(request.model)
+        path, job = http.scope["route"].path, Job.of(request, endpoint.id_prefix)
+        await self.generator.start(job, endpoint.add_rows)
+        headers = {"X-Request-Id": job.id}
+        if job.dropped_messages:
+            headers["X-Dropped-Messages"] = str(job.dropped_messages)
+        watcher = asyncio.create_task(_cancel_when_gone(http, job))
+        if request.stream:
+            headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            stream = self._stream(path, endpoint, job, watcher)
+            return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        try:
+            async for _ in self.generator.growth(job):
+                pass
+        except ApiError as error:
+            error.headers |= headers
+            raise
+        finally:
+            self._finish(path, job, watcher)
+        return JSONResponse(endpoint.body(job), headers=headers)
+
+    async def _stream(
+        self, path: str, endpoint: Endpoint, job: Job, watcher: asyncio.Task[None]
+    ) -> AsyncIterator[bytes]:
+        from inference.openai_errors import ApiError
+
+        try:
+            async for event in endpoint.events(job):
+                yield event
+        except ApiError as error:
+            yield endpoint.error_event(error)
+        finally:
+            self._finish(path, job, watcher)
+
+    def _finish(self, path: str, job: Job, watcher: asyncio.Task[None]) -> None:
+        """Frees the places of a job, and logs it."""
+        watcher.cancel()
+        unfinished = job.unfinished
+        job.cancel()
+        for row in job.rows:
+            self.metrics.count_reply(row.reply)
+        self._log_request(path, 499 if unfinished else 200, job.summary())
+
+
+async def _cancel_when_gone(http: Request, job: Job) -> None:
+    """Ends the replies of a job when its client has closed the connection."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    job.cancel()

@@ -1,0 +1,187 @@
+"""Who may ask the server, and for how long: the key, `Host` and `Origin` of a request, its size, and time limits.
+
+A server on the loopback address without a key is still reachable by every web page that its user opens: by a request
+across origins, or by a name that its owner points to 127.0.0.1 (DNS rebinding). So both are refused unless opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from common import Message
+from inference.openai_errors import ApiError
+from inference.server_options import LOOPBACK, ServerOptions
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+BODY_SECONDS = 60  # to send the body of a request
+SEND_SECONDS = 60  # to take the next part of an answer
+EXPOSED_HEADERS = "X-Request-Id, X-Dropped-Messages, Retry-After"
+
+
+def check_key(request: Request, key: str | None) -> None:
+    """Raises ApiError unless the request bears the key; the comparison takes the same time for every wrong one."""
+    word, _, given = request.headers.get("authorization", "").partition(" ")
+    found = given.strip().encode("latin-1") if word.lower() == "bearer" else b""
+    if key and not hmac.compare_digest(_digest(found), _digest(key.encode())):
+        raise ApiError(401, Message("api_wrong_key"), code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+async def read_body(request: Request, largest: int) -> bytes:
+    """The body of a request. Raises ApiError for more than `largest` bytes, and for a client that is too slow."""
+    from starlette.requests import ClientDisconnect
+
+    length = request.headers.get("content-length", "0")
+    close = {"Connection": "close"}
+    too_large = ApiError(413, Message("api_body_too_large", bytes=largest), code="request_too_large", headers=close)
+    if len(length) > 18 or (length.isdigit() and int(length) > largest):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > largest:
+                    raise too_large
+    except ClientDisconnect:
+        raise ApiError(400, Message("api_client_gone")) from None
+    except TimeoutError:
+        slow = Message("api_body_too_slow", seconds=BODY_SECONDS)
+        raise ApiError(408, slow, code="request_timeout", headers=close) from None
+    return bytes(body)
+
+
+class ClientTooSlow(Exception):
+    """The client has taken nothing of an answer for SEND_SECONDS."""
+
+
+class Guard:
+    """ASGI middleware: refuses foreign hosts and origins, answers preflights, cuts off clients that read nothing."""
+
+    def __init__(self, app: Any, options: ServerOptions) -> None:
+        self.app, self.options = app, options
+
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        from starlette.responses import JSONResponse, Response
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            check_host(headers.get("host", ""), self.options)
+            allowed = check_origin(headers.get("origin"), self.options)
+        except ApiError as error:
+            await JSONResponse(error.body, error.status)(scope, receive, send)
+            return
+        send = _with_deadline(send)
+        if allowed and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await Response(status_code=204, headers=allowed | _preflight(headers))(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, _with_headers(send, allowed))
+        except ClientTooSlow:
+            return  # without an end of the answer, which closes the connection
+
+
+def check_host(header: str, options: ServerOptions) -> None:
+    """Raises ApiError for a `Host` that does not name this server, where no key keeps others out."""
+    if options.key or "*" in options.allowed_hosts:
+        return
+    name = (header[: header.find("]") + 1] if header.startswith("[") else header.partition(":")[0]).lower()
+    if name.strip("[]") not in (*LOOPBACK, options.host) and name not in options.allowed_hosts:
+        raise ApiError(403, Message("api_foreign_host", host=name[:100]), code="host_not_allowed")
+
+
+def check_origin(origin: str | None, options: ServerOptions) -> dict[str, str]:
+    """The CORS headers of an answer. Raises ApiError for a web page that API_CORS_ORIGINS does not name."""
+    if origin is None:
+        return {}
+    if "*" in options.cors_origins or origin.lower() in options.cors_origins:
+        allowed = "*" if "*" in options.cors_origins else origin
+        vary = {} if allowed == "*" else {"Vary": "Origin"}
+        return {"Access-Control-Allow-Origin": allowed, "Access-Control-Expose-Headers": EXPOSED_HEADERS, **vary}
+    raise ApiError(403, Message("api_foreign_origin", origin=origin[:100]), code="origin_not_allowed")
+
+
+def _preflight(headers: dict[str, str]) -> dict[str, str]:
+    answer = {
+        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+        "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "*"),
+        "Access-Control-Max-Age": "600",
+    }
+    if headers.get("access-control-request-private-network") == "true":  # a public page asks a private address
+        answer["Access-Control-Allow-Private-Network"] = "true"
+    return answer
+
+
+def _with_headers(send: Send, more: dict[str, str]) -> Send:
+    async def sending(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start" and more:
+            added = [(name.lower().encode(), value.encode("latin-1")) for name, value in more.items()]
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        await send(message)
+
+    return sending
+
+
+def _with_deadline(send: Send) -> Send:
+    """Raises ClientTooSlow where a part of the answer is not taken within SEND_SECONDS."""
+
+    async def sending(message: MutableMapping[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+        except TimeoutError:
+            raise ClientTooSlow from None
+
+    return sending
+
+
+def timed_protocol(seconds: float) -> type:
+    """uvicorn's HTTP protocol, with at most `seconds` for the head of a request (slowloris)."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class TimedProtocol(H11Protocol):
+        head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.head_timer = self.loop.call_later(seconds, self._cut_off)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            waiting = self.conn.their_state is h11.IDLE
+            if waiting and self.head_timer is None:
+                self.head_timer = self.loop.call_later(seconds, self._cut_off)
+            elif not waiting:
+                self._stop_timer()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def _stop_timer(self) -> None:
+            if self.head_timer:
+                self.head_timer.cancel()
+                self.head_timer = None
+
+        def _cut_off(self) -> None:
+            self.head_timer = None
+            if not self.transport.is_closing():
+                self.transport.abort()
+
+    return TimedProtocol
