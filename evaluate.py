@@ -23,7 +23,7 @@ from evaluation.compare import describe_two_runs, runs_table
 from evaluation.job import describe, find_job
 from evaluation.predict import predict
 from evaluation.results import describe_results, write_as_llamafactory, write_results
-from preprocessing.dataset import format_table
+from preprocessing.data_report import format_table
 from runs import report
 from runs.target import read_arguments
 

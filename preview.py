@@ -11,6 +11,7 @@ from pathlib import Path
 
 import common
 from preprocessing import dataset
+from preprocessing.data_report import format_report, show_sample
 
 
 def main(argv: list[str]) -> None:
@@ -28,10 +29,10 @@ def main(argv: list[str]) -> None:
 
     tokenizer = load_base_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
-    print(dataset.format_report(prepared.report))
+    print(format_report(prepared.report))
     count = len(prepared.train)
     for index in sorted({0, count // 2, count - 1}):
-        print(f"\n--- sample {index + 1} of {count:,} ---\n{dataset.show_sample(tokenizer, prepared.train[index])}")
+        print(f"\n--- sample {index + 1} of {count:,} ---\n{show_sample(tokenizer, prepared.train[index])}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Loaded, UserError
 from preprocessing import dataset
+from preprocessing.data_report import format_report, show_sample
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, read_run, suit_transformers_4
 from training import early_stopping, preflight, starting
@@ -108,7 +109,7 @@ def prepare_data(config: Config) -> tuple[Any, ChatTemplate, Prepared]:
     tokenizer = load_base_tokenizer(config)
     template = load_template(config.template, tokenizer)
     data = dataset.prepare(config, tokenizer, template)
-    print(dataset.format_report(data.report))
+    print(format_report(data.report))
     return tokenizer, template, data
 
 
@@ -452,7 +453,7 @@ def announce(config: Config, trainer: Any, data: Prepared, tokenizer: Any, plan:
     print(f"held out   {early_stopping.describe(config, plan, data.eval_lengths)}")
     for warning in early_stopping.warnings(config, len(data.train), steps, plan):
         print(f"warning: {warning}")
-    print(dataset.show_sample(tokenizer, data.train[0]))
+    print(show_sample(tokenizer, data.train[0]))
 
 
 def conclude(folder: Path, trainer: Any, template: ChatTemplate, stopped_early: str | None) -> None:

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import UserError, nearest, run_script  # noqa: E402
-from preprocessing.formats import not_utf8  # noqa: E402
+from preprocessing.sources import not_utf8  # noqa: E402
 from runs.files import write_text  # noqa: E402
 
 # The datasets of this folder, as the arguments that make them.
@@ -223,7 +223,7 @@ def csv_rows(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num} is broken CSV ({error}); mend its quotes") from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}, {not_utf8(path)}; save the file as CSV in UTF-8") from None
+            raise UserError(f"{path}, {not_utf8(path)}") from None
 
 
 def parquet_rows(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ from common import UserError
 from evaluation import metrics
 from evaluation.data import GENERAL
 from evaluation.results import describe_difference, figures_table
-from preprocessing import dataset
+from preprocessing.data_report import format_table
 from runs import charts
 from runs.files import read_json, read_jsonl
 from runs.folder import is_run, read_run, run_config, run_folders
@@ -60,7 +60,7 @@ def describe_two_runs(first: Path, second: Path) -> str:
     for folder in (first, second):
         if not is_run(folder):
             raise UserError("eval_not_a_run", folder=folder)
-    blocks = [dataset.format_table([["", str(first), str(second)], *_settings(first, second), *_facts(first, second)])]
+    blocks = [format_table([["", str(first), str(second)], *_settings(first, second), *_facts(first, second)])]
     for file in sorted(first.glob("eval/*/metrics.json")):
         other = second / file.relative_to(first)
         if other.is_file():
@@ -103,7 +103,7 @@ def _describe_dataset(first: Path, second: Path, *names: str) -> str:
     if not same or any("trained" not in part["models"] for part in found):
         return f"{title}: not evaluated in the same way; evaluate both again"
     models = {name: part["models"]["trained"] for name, part in zip(names, found, strict=True)}
-    text = f"{title}\n{dataset.format_table(figures_table(found[0]['task'], models))}"
+    text = f"{title}\n{format_table(figures_table(found[0]['task'], models))}"
     pair = paired_predictions(*(file.parent / "predictions.jsonl" for file in (first, second)))
     if pair is None:
         return text

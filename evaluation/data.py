@@ -14,6 +14,7 @@ import common
 from common import Config, Message, UserError
 from evaluation import labels
 from preprocessing import dataset
+from preprocessing.formats import fingerprint
 from runs.files import read_json, sha256
 from runs.folder import TRAINED, is_run, read_run, run_config
 
@@ -104,7 +105,7 @@ def make_dataset(
     `held_out` are fingerprints: only these rows are meant. None where a dataset has none of them.
     """
     rows = read_rows(config, name)
-    wanted = [held_out is None or dataset.fingerprint(row) in held_out for row in rows]
+    wanted = [held_out is None or fingerprint(row) in held_out for row in rows]
     kept = [row for row, *facts in zip(rows, wanted, unseen(config, name, rows, trainings), strict=True) if all(facts)]
     if not any(wanted):
         return None
@@ -154,7 +155,7 @@ def held_out_by(run: Path, config: Config) -> set[int]:
     _, held_out = dataset.read_conversations(config)
     if held_out and (changed := changed_files(run)):
         raise UserError("eval_held_out_unknown", file=changed[0], run=run)
-    return set(map(dataset.fingerprint, held_out))
+    return set(map(fingerprint, held_out))
 
 
 def registered_test_sets(config: Config) -> tuple[str, ...]:
@@ -202,7 +203,7 @@ def trained_contents(run: Path, config: Config, notes: list[Message]) -> set[int
         return set()
     if changed := changed_files(run):
         notes.append(Message("eval_trained_file_changed", file=changed[0], run=run))
-    return set(map(dataset.fingerprint, trained))
+    return set(map(fingerprint, trained))
 
 
 def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:
@@ -213,7 +214,7 @@ def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:
     own = next((other for other in newest.config.dataset if other in (name, name.removesuffix("_test"))), None)
     with suppress(UserError):  # a file that is gone
         rows = read_rows(newest.config, own) if own else []
-        return tuple(answer_of(row) for row in rows if dataset.fingerprint(row) in newest.contents)
+        return tuple(answer_of(row) for row in rows if fingerprint(row) in newest.contents)
     return ()
 
 
@@ -224,9 +225,7 @@ def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[
         own = {key: getattr(training.config, key) for key in ("name", "author", "default_system")}
         as_trained = dataclasses.replace(config, **own)
         rendered = rows if as_trained == config else read_rows(as_trained, name)
-        fresh = [
-            new and dataset.fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)
-        ]
+        fresh = [new and fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)]
     return fresh
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from common import Config, Message, UserError
 from evaluation.data import Conversation, EvalDataset, answer_of
-from preprocessing import dataset
 
 FORMAT = 2  # of predictions.jsonl and how they are made: another number makes the old ones invalid
 
@@ -93,7 +92,7 @@ def _split(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
 def _usable(data: EvalDataset, samples: list[Any]) -> list[int]:
     """The numbers of the rows that are samples; raises UserError where a row cannot be one."""
     for number, sample in enumerate(samples, 1):
-        if isinstance(sample, Message) and sample.code != dataset.TOO_LONG:
+        if isinstance(sample, Message) and sample.code != "longer_than_cutoff_len":
             raise UserError("eval_row_unusable", dataset=data.name, row=number, reason=sample)
     kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Message)]
     if not kept:

@@ -18,7 +18,7 @@ from evaluation.data import EvalDataset, question_of
 from evaluation.encode import Encoded
 from evaluation.job import EvalModel, Job, compute_dtype, encoded
 from inference.load import load
-from preprocessing import dataset
+from preprocessing.formats import fingerprint
 from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from runs.target import Source
 
@@ -71,7 +71,7 @@ def _row_facts(data: EvalDataset, rows: Encoded, position: int) -> dict[str, Any
     """What identifies a row: its number, a hash of the whole conversation, its last question and reference answer."""
     number = rows.rows[position]
     row = data.rows[number]
-    conversation = f"{dataset.fingerprint(row) % 2**64:016x}"
+    conversation = f"{fingerprint(row) % 2**64:016x}"
     return {
         "row": number,
         "conversation": conversation,

@@ -12,7 +12,7 @@ from evaluation import metrics
 from evaluation.data import GENERAL, EvalDataset
 from evaluation.job import Job, encoded, tokenizer_of
 from evaluation.predict import predictions_file, read_predictions, read_state
-from preprocessing import dataset
+from preprocessing.data_report import format_table
 from runs import charts
 from runs.files import write_json, write_jsonl
 from runs.metric_names import METRICS
@@ -64,7 +64,7 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
 def describe_results(found: dict[str, Any], folder: Path) -> str:
     """The content of a metrics.json as text: the table, the differences, and whether something was forgotten."""
     lines = [f"\n{found['dataset']}: {found['rows']:,} rows"]
-    lines.append(dataset.format_table(figures_table(found["task"], found["models"])))
+    lines.append(format_table(figures_table(found["task"], found["models"])))
     lines += [f"{name}: {describe_difference(pair)}" for name, pair in found.get("paired", {}).items()]
     if found["dataset"] == GENERAL and found["task"] != "classification":
         lines += map(str, forgetting(found["models"]))

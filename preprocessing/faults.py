@@ -1,10 +1,15 @@
-"""Why a row of the data, or a whole dataset, cannot be used."""
+"""What is wrong with the data: the reason why a row or a dataset cannot be used, and the report of all faulty rows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from common import Message
+from common import Message, UserError
+
+LISTED = 20  # kinds of faults that are listed; the others are counted
+ROWS_NAMED = 5  # rows that are named of those with the same fault
 
 
 class Fault(Exception):
@@ -17,3 +22,70 @@ class Fault(Exception):
 
     def __str__(self) -> str:
         return str(self.message)
+
+
+@dataclass(frozen=True)
+class RowFault:
+    """A row that cannot be used; rows are numbered from 1."""
+
+    file: str
+    row: int
+    reason: Message
+    final: bool = False
+
+
+class FaultReport:
+    """The faulty rows of one or several datasets. Rows of one file with the same code are kept together."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.final = False
+        self.groups: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def add(self, faults: Iterable[RowFault]) -> None:
+        for fault in faults:
+            self.final |= fault.final
+            self._add_group(fault.file, [fault.row], 1, fault.reason)
+
+    def add_json(self, groups: list[dict[str, Any]]) -> None:
+        """Adds what `to_json` of another report has given."""
+        for group in groups:
+            self._add_group(group["file"], group["rows"], group["count"], Message.from_json(group["reason"]))
+
+    def _add_group(self, file: str, rows: list[int], count: int, reason: Message) -> None:
+        self.count += count
+        group = self.groups.setdefault(
+            (file, reason.code), {"file": file, "rows": [], "count": 0, "reason": reason.to_json()}
+        )
+        group["count"] += count
+        group["rows"] = [*group["rows"], *rows][:ROWS_NAMED]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """For a file: [{"file", "rows" (the first ROWS_NAMED), "count", "reason" (of the first row)}]."""
+        return list(self.groups.values())
+
+    def raise_if_any(self, on_bad_rows: str) -> None:
+        """Raises UserError with the first faults and the count, unless faulty rows are to be skipped and can be."""
+        if not self.count or (on_bad_rows == "skip" and not self.final):
+            return
+        faults = fault_messages(self.to_json())
+        if self.final:
+            raise UserError("data_file_broken", count=self.count, faults=faults)
+        raise UserError("rows_faulty", count=self.count, faults=faults)
+
+
+def fault_messages(groups: list[dict[str, Any]]) -> list[Message]:
+    """What `FaultReport.to_json` has given, as messages: at most LISTED, and how many rows have others."""
+    messages = []
+    for group in groups[:LISTED]:
+        first, reason, more = group["rows"][0], Message.from_json(group["reason"]), group["count"] - 1
+        if more:
+            rows = [str(row) for row in group["rows"][1:]] + ["..."] * (more >= ROWS_NAMED)
+            messages.append(
+                Message("rows_fault", file=group["file"], row=first, reason=reason, more=more, other_rows=rows)
+            )
+        else:
+            messages.append(Message("row_fault", file=group["file"], row=first, reason=reason))
+    if rest := sum(group["count"] for group in groups[LISTED:]):
+        messages.append(Message("other_faults", count=rest))
+    return messages

@@ -16,6 +16,7 @@ from common import Message
 from evaluation import predict
 from evaluation.job import Job, find_job
 from preprocessing import dataset
+from preprocessing.formats import fingerprint
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, run_config
 
@@ -145,7 +146,7 @@ def test_what_was_trained_on_is_known_along_the_chain_and_whatever_became_of_the
         for more in ((), ("name=Ming", "default_system=hi")):
             with user_error("eval_all_rows_trained", dataset=data):
                 job_of(str(run), f"dataset={data}", *more)
-    contents = [dataset.fingerprint(row) for row in dataset.read_conversations(run_config(run))[0]]
+    contents = [fingerprint(row) for row in dataset.read_conversations(run_config(run))[0]]
     own.unlink()
     assert [note.code for note in job_of(str(run), f"dataset={new}").notes] == ["eval_trained_rows_unreadable"]
     np.save(run / TRAINED, np.array(contents, dtype=np.int64))

@@ -16,7 +16,7 @@ from conftest import ROOT, make_run, run
 
 import common
 from common import UserError
-from preprocessing import formats
+from preprocessing import formats, registry, sources
 from web import conversation as talk
 
 TITLES = {"thought": "Thinking", "call": "Tool call", "result": "Result", "empty": "(empty)"}
@@ -88,8 +88,8 @@ def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: 
     for count in (1, 2):
         made = talk.row(TALK, "Be brief.", tools, form)
         assert talk.add_to_data(made, "chats", form, tmp_path) == count
-    [entry] = formats.find_entries(["chats"], str(tmp_path))
-    rows = [row for _, row in formats.read_rows(entry.files[0])]
+    [entry] = registry.find_entries(["chats"], str(tmp_path))
+    rows = [row for _, row in sources.read_rows(entry.files[0])]
     layout = formats.find_layout(entry, rows[0])
     conversation = formats.to_conversation(rows[1], layout, common.load_config([]).config)
     heard = talk.messages(TALK, "trained", "Be brief.")

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Config, UserError
+from common import Config, Message, UserError
 from preprocessing import dataset
-from preprocessing.formats import EXTENSIONS, find_entries
+from preprocessing.faults import fault_messages
+from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
 from runs.target import missing_from_model
 from training import preflight
@@ -200,8 +201,8 @@ def report_html(report: dict[str, Any], t: Translate) -> str:
         if part in report and (len(every) > 1 or "eval" in report):
             plain = [f"{report[part][key]:,}" for key in ("samples", "tokens", "median", "longest")]
             rows.append([name, "", *plain, "", "", "", ""])
-    notes = [theme.note(f"{item['name']}: {note}") for item in every for note in item["notes"]]
-    skipped = [reason for item in every for reason in item["faults"]][: dataset.LISTED]
+    notes = [theme.note(f"{item['name']}: {Message.from_json(note)}") for item in every for note in item["notes"]]
+    skipped = [str(message) for item in every for message in fault_messages(item["faults"])]
     left_out = [t("Rows that are left out:"), *skipped] if skipped else []
     return widgets.table(head, rows) + "".join(notes) + theme.fault("\n".join(left_out))
 

@@ -1,0 +1,71 @@
+"""What people see of the data: the report of `dataset.prepare`, and samples with what is learned of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from typing import Any
+from unicodedata import east_asian_width
+
+from common import Message
+from preprocessing.faults import fault_messages
+
+COUNTS = ("rows", "samples", "tokens", "median", "longest", "learned", "truncated", "dropped", "duplicates", "skipped")
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal: Chinese characters take two."""
+    return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Aligned columns, the first one to the left, the others to the right."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first + " " * (widths[0] - _width(first))]
+        cells += [" " * (width - _width(cell)) + cell for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def notes_of(report: dict[str, Any]) -> list[Message]:
+    """The notes on all datasets of a report, and which rows were skipped and why."""
+    every = report["datasets"] + report["eval_datasets"]
+    notes = [
+        Message("dataset_note", name=item["name"], note=Message.from_json(note))
+        for item in every
+        for note in item["notes"]
+    ]
+    return notes + [Message("row_skipped", fault=fault) for item in every for fault in fault_messages(item["faults"])]
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of `dataset.prepare` as an aligned table, with its notes and the rows that were skipped."""
+    every = report["datasets"] + report["eval_datasets"]
+    table = [["dataset", *COUNTS]]
+    for item in every:
+        cells = {name: f"{item[name]:,}" for name in COUNTS}
+        cells["learned"] = f"{item['learned'] / max(1, item['tokens']):.1%}"
+        table.append([item["name"], *cells.values()])
+    for part, label in (("train", "= train"), ("eval", "= held out")):
+        if part in report and (len(every) > 1 or "eval" in report):
+            cells = [f"{report[part][name]:,}" if name in report[part] else "" for name in COUNTS]
+            table.append([label, *cells])
+    return "\n".join([format_table(table), *map(str, notes_of(report))])
+
+
+def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
+    """A sample as text, what is learned in green (between ⟦ ⟧ where there is no colour), and its share."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
+    shown = []
+    for learned, run in itertools.groupby(
+        zip(sample["input_ids"], sample["labels"], strict=True), lambda t: t[1] != -100
+    ):
+        text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        shown.append(f"{before}{text}{after}" if learned else text)
+    count = sum(label != -100 for label in sample["labels"])
+    total = len(sample["labels"])
+    return "".join(shown).rstrip("\n") + f"\n({count} of {total} tokens are learned, {count / total:.0%})"

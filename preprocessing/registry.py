@@ -1,0 +1,255 @@
+"""The registry of datasets, dataset_info.json as LLaMA-Factory defines it: names → where the rows are, and their form.
+
+A name that is not in the registry may be the path of a file or folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from common import Message, UserError, nearest_word
+from preprocessing.faults import Fault
+
+REGISTRY = "dataset_info.json"
+TEXT_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "system": "system",
+    "tools": "tools",
+}
+MEDIA = ("images", "videos", "audios")
+PAIRS = ("chosen", "rejected")
+COLUMNS = (*TEXT_COLUMNS, "messages", *MEDIA, *PAIRS, "kto_tag")
+TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
+HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url")
+TEXTS = ("file_name", *HUBS, "script_url", "cloud_file_name", "formatting", "subset", "split", "folder")
+KEYS = (*TEXTS, "ranking", "num_samples", "columns", "tags")
+EXTENSIONS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "txt"}
+# What stands beside the rows in folders that `datasets` writes, and in a folder with a registry.
+NO_ROWS = (REGISTRY, "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset that a run uses."""
+
+    name: str
+    files: tuple[Path, ...] = ()  # where it is on the disk; else:
+    hub: str = ""  # "hf" or "ms"
+    repository: str = ""  # its name there
+    formatting: str | None = None  # alpaca, sharegpt, openai; None: decided by the rows
+    columns: dict[str, str | None] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str = "train"
+    folder: str | None = None
+    num_samples: int | None = None
+    registered: bool = True
+    notes: tuple[Message, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk; 0 for a dataset of a hub."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def find_entries(names: Iterable[str], dataset_dir: str) -> list[Entry]:
+    """The entries of `names`, each a name of the registry or a path; raises UserError with all that is wrong."""
+    folder = Path(dataset_dir)
+    if dataset_dir.upper().startswith(("ONLINE", "REMOTE:")) and not folder.exists():
+        raise UserError("dataset_dir_online", dataset_dir=dataset_dir)
+    registry = read_registry(folder / REGISTRY)
+    entries, faults = [], []
+    for name in names:
+        try:
+            known = name in registry
+            entries.append(_registered_entry(name, registry[name], folder) if known else _path_entry(name, folder))
+        except FileNotFoundError:
+            faults.append(_unknown_name(name, registry, folder))
+        except Fault as fault:
+            faults.append(Message("dataset_fault", name=name, reason=fault.message))
+    if faults:
+        raise UserError("datasets_not_found", faults=faults)
+    return entries
+
+
+def read_registry(path: Path) -> dict[str, Any]:
+    """The content of dataset_info.json; nothing where there is none. Raises UserError where it is no JSON object."""
+    if not path.exists():
+        return {}
+    if not path.is_file():
+        raise UserError("registry_no_file", file=path)
+    try:
+        registry = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            "registry_broken", file=path, line=error.lineno, column=error.colno, problem=error.msg
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError("registry_not_utf8", file=path) from None
+    except RecursionError:
+        raise UserError("registry_no_object", file=path) from None
+    if not isinstance(registry, dict):
+        raise UserError("registry_no_object", file=path)
+    return registry
+
+
+def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
+    if not folder.is_dir() and not Path(name).suffix:
+        return Message("dataset_dir_missing", name=name, folder=folder)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in EXTENSIONS:
+        return Message("dataset_on_hub", name=name, registry=folder / REGISTRY)
+    near = nearest_word(name, [*registry, *(p.name for p in folder.glob("*") if p.suffix in EXTENSIONS)])
+    if near is None and registry:
+        return Message("dataset_unknown_of", name=name, registry=folder / REGISTRY, known=[*registry][:20])
+    return Message("dataset_unknown", name=name, registry=folder / REGISTRY, near=near)
+
+
+def _registered_entry(name: str, description: Any, folder: Path) -> Entry:
+    if not isinstance(description, dict):
+        raise Fault("entry_no_object")
+    notes = _check_types(description)
+    columns, tags = description.get("columns") or {}, description.get("tags") or {}
+    refuse_other_data(kind for kind in COLUMNS if columns.get(kind))
+    if description.get("ranking"):
+        raise Fault("data_is_pairs")
+    formatting = description.get("formatting")
+    if formatting not in (None, "alpaca", "sharegpt", "openai"):
+        raise Fault("entry_formatting", formatting=formatting)
+    count = description.get("num_samples")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise Fault("entry_num_samples", value=json.dumps(count))
+    entry = Entry(
+        name,
+        formatting=formatting,
+        columns={kind: column for kind, column in columns.items() if kind in COLUMNS},
+        tags={tag: value for tag, value in tags.items() if tag in TAGS},
+        subset=description.get("subset"),
+        split=description.get("split") or "train",
+        folder=description.get("folder"),
+        num_samples=count,
+        notes=notes,
+    )
+    hf, ms = description.get("hf_hub_url"), description.get("ms_hub_url")
+    modelscope = os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("1", "true", "y")
+    if ms and (modelscope or not hf):
+        return replace(entry, hub="ms", repository=ms)
+    if hf:
+        return replace(entry, hub="hf", repository=hf)
+    if not description.get("file_name"):
+        other = next((key for key in ("om_hub_url", "script_url", "cloud_file_name") if description.get(key)), None)
+        raise Fault("entry_only_at", key=other) if other else Fault("entry_no_file_name")
+    path = folder / os.path.expanduser(os.path.expandvars(description["file_name"]))
+    return replace(entry, files=data_files(path, entry.split))
+
+
+def _check_types(description: dict[str, Any]) -> tuple[Message, ...]:
+    """Notes on what is not used; raises Fault for values of the wrong type, and for keys that are probably misspelt."""
+    for key in TEXTS:
+        if not isinstance(description.get(key), str | None):
+            raise Fault("entry_value_no_text", key=key, value=json.dumps(description[key], ensure_ascii=False)[:60])
+    notes = []
+    for key in description.keys() - set(KEYS):  # older and other registries have keys of their own
+        if near := nearest_word(key, KEYS):
+            raise Fault("entry_key_unknown", key=key, near=near)
+    for kind, known in (("columns", COLUMNS), ("tags", TAGS)):
+        given = description.get(kind) or {}
+        if not isinstance(given, dict):
+            raise Fault("entry_value_no_object", key=kind)
+        for key, value in given.items():
+            if not isinstance(value, str | None):
+                raise Fault(
+                    "entry_value_no_text", key=f"{kind}: {key}", value=json.dumps(value, ensure_ascii=False)[:60]
+                )
+            if key not in known:
+                if near := nearest_word(key, known):
+                    raise Fault("entry_key_unknown", key=f"{kind}: {key}", near=near)
+                notes.append(Message("entry_key_unused", key=f"{kind}: {key}"))
+    return tuple(notes)
+
+
+def refuse_other_data(kinds: Iterable[str]) -> None:
+    """Raises Fault where columns of these `kinds` (see COLUMNS) make a dataset one that supervised training can't use.
+
+    The only place that decides it: a stage that trains on preference data passes by here.
+    """
+    kinds = set(kinds)
+    if kinds & set(MEDIA):
+        raise Fault("data_has_media", kind=next(kind for kind in MEDIA if kind in kinds))
+    if kinds & set(PAIRS):
+        raise Fault("data_is_pairs")
+    if "kto_tag" in kinds:
+        raise Fault("data_is_kto")
+
+
+def _path_entry(name: str, folder: Path) -> Entry:
+    """The entry of a file or folder without registry; raises FileNotFoundError where there is none."""
+    found = next((path for path in (Path(name).expanduser(), folder / name) if path.exists()), None)
+    if found is None:
+        raise FileNotFoundError(name)
+    return Entry(name, files=data_files(found, Entry.split), registered=False)
+
+
+def data_files(path: Path, split: str) -> tuple[Path, ...]:
+    """The files of a dataset at `path`, a file or a folder; raises Fault where there are none that can be read."""
+    if path.is_dir():
+        return _files_of_folder(path, split)
+    if not path.exists():
+        raise Fault("file_not_there", file=path, near=nearest_word(path.name, (p.name for p in path.parent.glob("*"))))
+    if not path.is_file():  # a pipe or a device: reading it might never end
+        raise Fault("file_not_regular", file=path)
+    if path.suffix.lower() not in EXTENSIONS:
+        raise Fault("file_type_unknown", file=path, known=list(EXTENSIONS))
+    return (path,)
+
+
+def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
+    if (folder / "dataset_dict.json").is_file() and (folder / split).is_dir():
+        return _files_of_folder(folder / split, split)  # save_to_disk of a DatasetDict
+    if (folder / "state.json").is_file() and (saved := _saved_files(folder)):
+        return saved
+    if is_registry(folder / REGISTRY):
+        raise Fault("folder_is_registry", folder=folder, names=[*read_registry(folder / REGISTRY)][:20])
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.name not in NO_ROWS and path.is_file()
+    )
+    kinds = sorted({EXTENSIONS[path.suffix.lower()] for path in files})
+    if not kinds:
+        raise Fault("folder_without_data", folder=folder, known=list(EXTENSIONS))
+    if len(kinds) > 1:
+        raise Fault("folder_of_several_types", folder=folder, types=kinds)
+    return tuple(files)
+
+
+def _saved_files(folder: Path) -> tuple[Path, ...]:
+    """The Arrow files of a folder that `Dataset.save_to_disk` wrote, in order; none where state.json is another's."""
+    try:
+        names = [item["filename"] for item in json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]]
+        files = [folder / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    if lacking := next((file for file in files if not file.is_file()), None):
+        raise Fault("file_not_there", file=lacking, near=None)
+    return tuple(files)
+
+
+def is_registry(path: Path) -> bool:
+    """Whether a dataset_info.json describes datasets by name, rather than being metadata that `datasets` wrote."""
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    places = {"file_name", *HUBS, "script_url", "cloud_file_name"}
+    return isinstance(content, dict) and any(isinstance(v, dict) and places & v.keys() for v in content.values())

@@ -1,0 +1,366 @@
+"""Conversations → samples: tokenized by several threads, written to the cache as they come and mapped from there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+from common import Config, Message, UserError
+from preprocessing.conversations import Batch, convert_rows, is_kept, kept_batch, layout_of
+from preprocessing.faults import FaultReport, RowFault
+from preprocessing.formats import Layout, check_columns
+from preprocessing.sources import BATCH, Source, chosen_rows
+from runs.files import read_json, sha256, write_json
+from runs.process import is_alive
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from preprocessing.chat_template import ChatTemplate
+
+PARALLEL = 1 << 20  # bytes of data above which several threads tokenize
+MANY_CUT = 0.05  # the share of cut samples from which on a warning names a longer cutoff_len
+
+
+@dataclass(frozen=True)
+class Job:
+    """What tokenizing a batch needs."""
+
+    config: Config
+    tokenizer: Any
+    template: ChatTemplate
+    layout: Layout
+
+
+@dataclass
+class Chunk:
+    """A tokenized batch: one entry a conversation, of length 0 where it was dropped."""
+
+    input_ids: np.ndarray  # int32, all samples one after another
+    labels: np.ndarray  # int32
+    lengths: np.ndarray  # int32, a sample
+    whole_lengths: np.ndarray  # int32, a sample before it was cut, or dropped
+    contents: np.ndarray  # int64, its conversation's fingerprint
+    left_out: Counter[str]  # what the template leaves out of answers → answers
+    faults: list[RowFault]
+    layout: Layout
+
+
+def tokenize(job: Job, batch: Batch, *, encoding: bool = True) -> Chunk:
+    """A batch as samples; with `encoding` off its faults are only collected."""
+    import numpy as np
+
+    from preprocessing import chat_template
+
+    config = job.config
+    samples = chat_template.encode(
+        batch.conversations if encoding else [],
+        job.template,
+        job.tokenizer,
+        cutoff_len=config.cutoff_len,
+        overlong=config.overlong,
+        mask_history=config.mask_history,
+        train_on_prompt=config.train_on_prompt,
+        enable_thinking=config.enable_thinking,
+    )
+    faults, kept = list(batch.faults), []
+    for (file, row), sample in zip(batch.places, samples, strict=False):
+        if isinstance(sample, Message):
+            dropped = config.overlong == "drop" and sample.code == "longer_than_cutoff_len"
+            kept.append({"input_ids": [], "labels": [], "whole_length": sample.fields["tokens"] if dropped else 0})
+            faults += [] if dropped else [RowFault(file, row, sample)]
+        else:
+            kept.append(sample)
+    chain = itertools.chain.from_iterable
+    return Chunk(
+        np.fromiter(chain(sample["input_ids"] for sample in kept), np.int32),
+        np.fromiter(chain(sample["labels"] for sample in kept), np.int32),
+        np.array([len(sample["input_ids"]) for sample in kept], np.int32),
+        np.array([sample["whole_length"] for sample in kept], np.int32),
+        np.array(batch.contents if encoding else [], np.int64),
+        left_out=sum((Counter(sample.get("left_out")) for sample in kept if sample.get("left_out")), Counter()),
+        faults=faults,
+        layout=batch.layout,
+    )
+
+
+@contextmanager
+def _without_own_threads() -> Iterator[None]:
+    """Keeps the tokenizers library from spreading each batch over all cores: several threads would be half as fast."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+def _chunks(job: Job, batches: Iterable[Batch], threads: int, encoding: Callable[[], bool]) -> Iterator[Chunk]:
+    """Tokenized batches in order, made by several threads, a copy of the tokenizer each.
+
+    Threads, because two thirds of the work are the tokenizer's, which runs without Python's lock; a process more would
+    cost 600 MB and 6 CPU-seconds for its imports.
+    """
+    if threads == 1:
+        yield from (tokenize(job, batch, encoding=encoding()) for batch in batches)
+        return
+    idle = [job, *(dataclasses.replace(job, tokenizer=copy.deepcopy(job.tokenizer)) for _ in range(threads - 1))]
+
+    def work(batch: Batch, encode: bool) -> Chunk:
+        mine = idle.pop()  # there are as many jobs as threads
+        try:
+            return tokenize(mine, batch, encoding=encode)
+        finally:
+            idle.append(mine)
+
+    waiting: deque[Future[Chunk]] = deque()
+    with _without_own_threads(), ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            waiting.append(pool.submit(work, batch, encoding()))
+            if len(waiting) > 2 * threads:  # no more rows in memory than that
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def cache_key(source: Source, config: Config, template: ChatTemplate, tokenizer: Any) -> str:
+    """What the samples of a dataset depend on: content, registry, template, tokenizer, settings, and this code."""
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    settings = "cutoff_len overlong mask_history train_on_prompt enable_thinking default_system name author max_samples"
+    facts = [
+        source.content,
+        {name: str(value) for name, value in dataclasses.asdict(source.entry).items()},
+        template.text,
+        hashlib.sha256(vocabulary.encode()).hexdigest(),
+        {name: getattr(config, name) for name in settings.split()},
+        config.seed if source.entry.num_samples else None,
+        [tokenizers.__version__, transformers.__version__],
+        [sha256(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplate, faults: FaultReport) -> Path:
+    """The cache folder of a dataset's samples (samples.arrow, lengths.npy, contents.npy, report.json), made if needed.
+
+    Where there are faults that end the run nothing is made, and the folder named does not exist.
+    """
+    folder = common.CACHE / "data" / cache_key(source, config, template, tokenizer)
+    if folder.exists() and (config.overwrite_cache or not _is_whole(folder)):
+        shutil.rmtree(folder)
+    if folder.exists():
+        faults.add_json(read_json(folder / "report.json")["faults"])
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(".*.tmp"):  # of a process that was killed
+        if not is_alive(int(stale.suffixes[-2][1:])):
+            shutil.rmtree(stale, ignore_errors=True)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    beside.mkdir()
+    try:
+        if write_samples(beside, source, Job(config, tokenizer, template, layout_of(source)), faults):
+            for file in beside.iterdir():  # else a power cut may leave the name without the content
+                with open(file, "rb") as opened:
+                    os.fsync(opened.fileno())
+            os.replace(beside, folder)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            return folder  # another run made the same samples meanwhile
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError("cache_disk_full", folder=folder.parent) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files of a cache folder can be read and belong together: a power cut or a full disk may cut them."""
+    import numpy as np
+    import pyarrow as pa
+
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        with pa.memory_map(str(folder / "samples.arrow")) as file:
+            rows = {pa.ipc.open_stream(file).read_all().num_rows}  # mapped, not read
+        rows |= {len(np.load(folder / name)) for name in ("lengths.npy", "contents.npy")}
+    except (OSError, ValueError, EOFError):  # Arrow's and JSON's are ValueErrors
+        return False
+    return rows == {report["conversations"]}
+
+
+@dataclass
+class _Totals:
+    """What is known of the samples of a dataset once all are written."""
+
+    rows: int = 0
+    learned: int = 0
+    lengths: list[np.ndarray] = field(default_factory=list)
+    whole_lengths: list[np.ndarray] = field(default_factory=list)
+    contents: list[np.ndarray] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    faults: FaultReport = field(default_factory=FaultReport)
+
+    def add(self, chunk: Chunk) -> None:
+        self.learned += int((chunk.labels != -100).sum())
+        self.lengths.append(chunk.lengths)
+        self.whole_lengths.append(chunk.whole_lengths)
+        self.contents.append(chunk.contents)
+        self.left_out += chunk.left_out
+        self.faults.add(chunk.faults)
+
+
+def write_samples(folder: Path, source: Source, job: Job, faults: FaultReport) -> bool:
+    """Tokenizes a dataset into `folder`; False where faults end the run. Raises UserError where it has no rows."""
+    import numpy as np
+
+    layout, config, totals = job.layout, job.config, _Totals()
+
+    def encoding() -> bool:
+        return config.on_bad_rows == "skip" or not (faults.count or totals.faults.count)
+
+    size = sum(item["bytes"] for item in source.content)
+    with _arrow_writer(folder / "samples.arrow", source.entry.name) as write:
+        for chunk in _chunks(job, _batches(source, job, totals), _threads(config, size), encoding):
+            write(chunk)
+            totals.add(chunk)
+            layout.add(chunk.layout)
+    if not totals.rows:
+        raise UserError("dataset_without_rows", name=source.entry.name)
+    check_columns(layout, source.entry.name, totals.rows)
+    may_go_on = encoding()
+    faults.add_json(totals.faults.to_json())
+    faults.final |= totals.faults.final
+    if not may_go_on or faults.final:
+        return False
+    np.save(folder / "lengths.npy", np.concatenate(totals.lengths))
+    np.save(folder / "contents.npy", np.concatenate(totals.contents))
+    write_json(folder / "report.json", _report(source, job, totals))
+    return True
+
+
+def _threads(config: Config, size: int) -> int:
+    """Threads that tokenize `size` bytes of data."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, config.preprocessing_num_workers or cores) if size > PARALLEL else 1
+
+
+def _batches(source: Source, job: Job, totals: _Totals) -> Iterator[Batch]:
+    """The rows of a dataset as conversations; what was read already is not read again."""
+    if is_kept(source.entry):
+        batch = kept_batch(source, job.config)
+        totals.rows = batch.rows
+        job.layout.add(batch.layout)
+        yield from batch.split(BATCH)
+        return
+    rows = chosen_rows(source, job.config, job.layout.notes)
+    while some := list(itertools.islice(rows, BATCH)):
+        totals.rows += len(some)
+        yield convert_rows(some, job.layout.blank(), job.config)
+
+
+@contextmanager
+def _arrow_writer(path: Path, name: str) -> Iterator[Callable[[Chunk], None]]:
+    """A function that appends chunks to an Arrow file of the columns input_ids and labels, beside a progress bar."""
+    import numpy as np
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    ints = pa.list_(pa.int32())
+    schema = pa.schema({"input_ids": ints, "labels": ints})
+    bar = tqdm(desc=f"tokenizing {name}", unit=" rows", delay=2, leave=False, disable=None)
+    with bar, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+        def write(chunk: Chunk) -> None:
+            offsets = np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32)
+            columns = [pa.ListArray.from_arrays(offsets, values) for values in (chunk.input_ids, chunk.labels)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            bar.update(len(chunk.lengths))
+
+        yield write
+
+
+def _report(source: Source, job: Job, totals: _Totals) -> dict[str, Any]:
+    """What run.json records of a dataset: content, counts, and the notes and faults as JSON of messages."""
+    import numpy as np
+
+    lengths, whole = np.concatenate(totals.lengths), np.concatenate(totals.whole_lengths)
+    contents = np.concatenate(totals.contents)
+    notes = [*job.layout.all_notes(job.config), *_left_out_notes(totals.left_out, job.template.name)]
+    if cut := _cut_note(lengths, whole, job.config):
+        notes.append(cut)
+    return {
+        "name": source.entry.name,
+        "files": source.content,
+        "format": job.layout.formatting,
+        "rows": totals.rows,
+        "conversations": len(lengths),
+        **token_counts(lengths),
+        "learned": totals.learned,
+        "truncated": int(((lengths > 0) & (lengths < whole)).sum()),
+        "dropped": int(((lengths == 0) & (whole > 0)).sum()),
+        "duplicates": len(contents) - len(np.unique(contents)),
+        "skipped": totals.faults.count,
+        "faults": totals.faults.to_json(),
+        "notes": [note.to_json() for note in notes],
+    }
+
+
+def _left_out_notes(left_out: Counter[str], template: str) -> Iterator[Message]:
+    for kind, count in sorted(left_out.items()):
+        if kind == "thoughts":
+            yield Message("thoughts_left_out", template=template, answers=count)
+        else:
+            yield Message("words_left_out", template=template, answers=count)
+
+
+def _cut_note(lengths: np.ndarray, whole: np.ndarray, config: Config) -> Message | None:
+    """A warning where many samples are cut or dropped, with the cutoff_len that would keep 95 % whole."""
+    import numpy as np
+
+    known = whole[whole > 0]
+    cut, dropped = int((known > config.cutoff_len).sum()), int(((lengths == 0) & (whole > 0)).sum())
+    if cut <= MANY_CUT * len(known):
+        return None
+    enough = int(np.quantile(known, 1 - MANY_CUT, method="higher"))
+    if dropped:
+        return Message("many_samples_dropped", dropped=dropped, total=len(known), enough=enough)
+    return Message("many_samples_cut", cut=cut, total=len(known), cutoff_len=config.cutoff_len, enough=enough)
+
+
+def token_counts(lengths: np.ndarray) -> dict[str, int]:
+    """Samples, tokens, and the median and longest length of those that are not empty."""
+    import numpy as np
+
+    kept = lengths[lengths > 0]
+    return {
+        "samples": len(kept),
+        "tokens": int(kept.sum()),
+        "median": int(np.median(kept)) if len(kept) else 0,
+        "longest": int(kept.max(initial=0)),
+    }

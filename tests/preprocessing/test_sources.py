@@ -1,0 +1,410 @@
+"""registry.py and sources.py: dataset_info.json, files of all types and hubs; what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import tracemalloc
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import run, user_error, write_jsonl
+from rows import GOOD, TALK, config, conversations, faulty, prepare, questions, register
+
+import common
+from common import Message
+from preprocessing import dataset, sources
+from preprocessing.registry import find_entries
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "data"
+
+
+def fault_of(name: Path | str, dataset_dir: str = "none") -> Message:
+    """What is wrong with one dataset of the registry, or one path."""
+    with pytest.raises(common.UserError) as raised:
+        find_entries([str(name)], dataset_dir)
+    assert raised.value.code == "datasets_not_found"
+    (fault,) = raised.value.fields["faults"]
+    return fault.fields["reason"] if fault.code == "dataset_fault" else fault
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_every_file_type_gives_the_same_conversations(tmp_path: Path) -> None:
+    rows, table = [GOOD, GOOD], pa.Table.from_pylist([GOOD, GOOD])
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    contents = {
+        "a.jsonl": text.encode(),
+        "b.json": json.dumps(rows, indent=2).encode(),
+        "c.json": text.encode(),  # JSON lines under the other name
+        "d.jsonl": json.dumps(rows).encode(),
+        "e.txt": text.replace("\n", "\n\n").encode(),
+        "f.csv": b"instruction,input,output\nWho are you?,,A kit.\n\nWho are you?,,A kit.\n",
+        "g.json": b"\xef\xbb\xbf" + json.dumps(rows).encode(),
+        "h.csv": b"\xef\xbb\xbfinstruction,input,output\r\nWho are you?,,A kit.\r\nWho are you?,,A kit.\r\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    pyarrow.parquet.write_table(table, tmp_path / "i.parquet")
+    for name, opened in (("j.arrow", pa.ipc.new_stream), ("k.arrow", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, opened(sink, table.schema) as writer:
+            writer.write_table(table)
+    for path in sorted(tmp_path.glob("*.*")):
+        assert conversations(path) == [{"messages": TALK}] * 2, path.name
+
+
+def test_folder_of_one_type_is_read_in_order_and_of_several_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_jsonl(folder / "2.jsonl", [{"instruction": "q2", "output": "a2"}])
+    write_jsonl(folder / "1.jsonl", [{"instruction": "q1", "output": "a1"}])
+    (folder / "README.md").write_text("no data")
+    registry = register(tmp_path, parts={"file_name": "parts"})
+    assert [c["messages"][0]["content"] for c in conversations("parts", dataset_dir=registry)] == ["q1", "q2"]
+    (folder / "3.csv").write_text("instruction,output\nq,a\n")
+    assert fault_of(folder) == Message("folder_of_several_types", folder=folder, types=["csv", "json"])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+def test_json_list_is_streamed_in_chunks(tmp_path: Path, chunk: int) -> None:
+    rows = [{"instruction": 'héllo 你好 😀 \\ " ]},', "n": number, "output": "x" * number} for number in range(40)]
+    path = tmp_path / "rows.json"
+    path.write_text(" \n" + json.dumps(rows, ensure_ascii=False, indent=1) + "\n ", encoding="utf-8")
+    assert [row for _, row in sources._list_rows(path, chunk)] == rows
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+@pytest.mark.parametrize("damage", ['"a\n', "[1,]", "nul", '"open'])
+def test_broken_json_list_names_line_and_column_as_python_does(tmp_path: Path, chunk: int, damage: str) -> None:
+    text = json.dumps([GOOD] * 3, indent=1).replace('"A kit."', damage, 2).replace(damage, '"A kit."', 1)
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    *good, (number, fault) = sources._list_rows(path, chunk)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    assert good == [(1, GOOD)] and number == 2 and fault.final
+    assert fault.message.code == "json_list_broken"
+    at = fault.message.fields
+    assert (at["line"], at["column"]) == (expected.value.lineno, expected.value.colno)
+
+
+def test_long_json_list_needs_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    with open(path, "w") as file:
+        file.write("[" + ",\n".join([json.dumps({"instruction": "q" * 1000, "output": "a" * 1000})] * 5_000) + "]")
+    assert path.stat().st_size > 10e6
+    tracemalloc.start()
+    assert sum(1 for _ in sources.read_rows(path)) == 5_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row", "code", "fields"),
+    [
+        ("a.json", json.dumps([GOOD]).encode("utf-16"), 1, "file_is_utf16", {}),
+        (
+            "a.jsonl",
+            b'{"instruction": "q", "output": "a"}\n{"instruction": "\xc4\xe3"}',
+            2,
+            "line_not_utf8",
+            {"line": 2, "byte": 18},
+        ),
+        (
+            "a.json",
+            b'[\n{"instruction": "\xc4\xe3", "output": "a"}]',
+            1,
+            "line_not_utf8",
+            {"line": 2, "byte": 18},
+        ),
+        ("a.csv", "instruction,output\n你,好\n".encode("gbk"), 1, "line_not_utf8", {"line": 2, "byte": 1}),
+        ("a.csv", b"instruction,output,output\nq,a,b\n", 1, "csv_column_twice", {"column": "output"}),
+        ("a.csv", b"instruction,output\nq\n", 1, "csv_row_length", {"line": 2, "values": 1, "columns": 2}),
+        ("a.csv", b'instruction,output\nq,a\n"q,a\n', 2, "csv_broken", {"line": 3}),
+        ("a.csv", b"instruction;output\nq;a\n", 1, "csv_separator", {"separator": ";"}),
+        ("a.csv", b"instruction\toutput\nq\ta\n", 1, "csv_separator", {"separator": "tab"}),
+        ("a.json", b'[{"instruction": "q", "output": "a"},]', 2, "json_list_broken", {"line": 1, "column": 38}),
+        (
+            "a.json",
+            b'[{"instruction": "q", "output": "a"}',
+            2,
+            "json_list_broken",
+            {"line": 1, "column": 37, "problem": "Expecting ',' or ']'"},
+        ),
+        (
+            "a.json",
+            b'[{"instruction": "q", "output": "a"}] x',
+            2,
+            "json_list_broken",
+            {"problem": "text after the end of the list"},
+        ),
+        ("a.json", b"[] x", 1, "json_list_broken", {"problem": "text after the end of the list"}),
+        ("a.json", b"[" + b"1" * 5000 + b"]", 1, "json_list_broken", {"line": 1}),
+        ("a.jsonl", b"1" * 5000, 1, "json_broken", {"line": 1}),
+        ("a.json", b"[" * 100_000, 1, "json_too_deep", {}),
+        ("a.jsonl", b'{"a":' * 100_000, 1, "json_too_deep", {}),
+        ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), 1, "object_over_lines", {}),
+        (
+            "a.json",
+            b'\xef\xbb\xbf\n{"data": [\n' + json.dumps(GOOD).encode() + b"]}",
+            1,
+            "object_over_lines",
+            {},
+        ),
+        ("a.parquet", b"no parquet", 1, "file_not_of_type", {"type": "Parquet"}),
+        ("a.arrow", b"no arrow", 1, "file_not_of_type", {"type": "Arrow"}),
+        ("a.arrow", b"", 1, "file_not_of_type", {"type": "Arrow"}),
+        ("a.txt", b"Once upon a time\n", 1, "text_without_answers", {}),
+        ("a.jsonl", b"", None, "dataset_without_rows", {}),
+        ("a.json", b"[]", None, "dataset_without_rows", {}),
+        ("a.jsonl", b'{"text": "hello"}', None, "columns_unknown", {"columns": ["text"]}),
+        (
+            "a.csv",
+            b"Instruction, Output \nq,a\n",
+            None,
+            "columns_misspelt",
+            {"found": ["Instruction", " Output "], "wanted": ["instruction", "output"]},
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file(
+    tmp_path: Path, name: str, content: bytes, row: int | None, code: str, fields: dict
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with faulty(code, row=row, **fields):
+        dataset.check(config(tmp_path / name))
+
+
+def test_a_pipe_or_a_device_ends_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "null.json").symlink_to("/dev/zero")
+    folder = register(tmp_path, pipe={"file_name": "rows.jsonl"})
+    for name, path in (("pipe", "rows.jsonl"), (tmp_path / "null.json", "null.json")):
+        assert fault_of(name, folder) == Message("file_not_regular", file=tmp_path / path)
+    (tmp_path / "dataset_info.json").unlink()
+    os.mkfifo(tmp_path / "dataset_info.json")
+    with user_error("registry_no_file"):
+        find_entries(["pipe"], folder)
+
+
+def test_folders_that_save_to_disk_wrote(tmp_path: Path) -> None:
+    import datasets
+
+    table = datasets.Dataset.from_list(questions(5))
+    table.save_to_disk(tmp_path / "saved", num_shards=2)
+    datasets.DatasetDict({"train": table, "test": table.select([4])}).save_to_disk(tmp_path / "parts")
+    folder = register(tmp_path, saved={"file_name": "saved"}, test={"file_name": "parts", "split": "test"})
+    asked = [c["messages"][0]["content"] for c in conversations("saved", dataset_dir=folder)]
+    assert asked == ["q0", "q1", "q2", "q3", "q4"]
+    assert conversations(tmp_path / "parts") == conversations("saved", dataset_dir=folder)
+    assert [c["messages"][0]["content"] for c in conversations("test", dataset_dir=folder)] == ["q4"]
+
+
+def test_a_folder_with_metadata_is_read_and_one_with_a_registry_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.json", questions(2))
+    (tmp_path / "dataset_info.json").write_text('{"features": {"a": {"dtype": "string"}}, "splits": {}}')
+    assert len(conversations(tmp_path)) == 2
+    register(tmp_path, rows={"file_name": "rows.json"})
+    assert fault_of(tmp_path) == Message("folder_is_registry", folder=tmp_path, names=["rows"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+
+
+def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [GOOD])
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages", "images": "images"}
+    entries = {
+        "rows": {"file_name": "rows.jsonl", "file_sha1": "an old key", "stage": "sft"},
+        "pictures": {"file_name": "x.json", "formatting": "sharegpt", "columns": columns, "tags": tags},
+        "sounds": {"file_name": "x.json", "columns": {"audios": "audios"}},
+        "films": {"file_name": "x.json", "columns": {"videos": "videos"}},
+        "pairs": {"hf_hub_url": "a/b", "subset": "en", "ranking": True, "columns": {"chosen": "c", "rejected": "r"}},
+        "judged": {"hf_hub_url": "a/b", "columns": {"kto_tag": "label"}},
+        "scripted": {"script_url": "folder"},
+        "cloud": {"cloud_file_name": "s3://bucket/file.json"},
+        "gone": {"file_name": "gone.json"},
+        "slip": {"file_nam": "rows.jsonl"},
+        "misspelt": {"file_name": "rows.jsonl", "columns": {"promt": "instruction"}},
+        "broken": "nothing",
+    }
+    folder = register(tmp_path, **entries)
+    assert conversations("rows", dataset_dir=folder) == [{"messages": TALK}]
+    reasons = {
+        "pictures": Message("data_has_media", kind="images"),
+        "sounds": Message("data_has_media", kind="audios"),
+        "films": Message("data_has_media", kind="videos"),
+        "pairs": Message("data_is_pairs"),
+        "judged": Message("data_is_kto"),
+        "scripted": Message("entry_only_at", key="script_url"),
+        "cloud": Message("entry_only_at", key="cloud_file_name"),
+        "gone": Message("file_not_there", file=tmp_path / "gone.json", near=None),
+        "slip": Message("entry_key_unknown", key="file_nam", near="file_name"),
+        "misspelt": Message("entry_key_unknown", key="columns: promt", near="prompt"),
+        "broken": Message("entry_no_object"),
+        "rwos": Message("dataset_unknown", name="rwos", registry=tmp_path / "dataset_info.json", near="rows"),
+    }
+    for name, reason in reasons.items():
+        assert fault_of(name, folder) == reason
+    with user_error("datasets_not_found") as raised:
+        find_entries(reasons, folder)
+    assert len(raised.value.fields["faults"]) == len(reasons)
+
+
+@pytest.mark.parametrize(
+    ("description", "key"),
+    [
+        ({"file_name": ["a.json"]}, "file_name"),
+        ({"file_name": 3}, "file_name"),
+        ({"file_name": "a.json", "split": ["train"]}, "split"),
+        ({"hf_hub_url": {"a": 1}}, "hf_hub_url"),
+        ({"file_name": "a.json", "columns": {"prompt": ["a", "b"]}}, "columns: prompt"),
+        ({"file_name": "a.json", "columns": {"prompt": True}}, "columns: prompt"),
+        ({"file_name": "a.json", "tags": {"role_tag": 1}}, "tags: role_tag"),
+        ({"file_name": "a.json", "formatting": ["alpaca"]}, "formatting"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, description: dict, key: str) -> None:
+    fault = fault_of("rows", register(tmp_path, rows=description))
+    assert (fault.code, fault.fields["key"]) == ("entry_value_no_text", key)
+
+
+@pytest.mark.parametrize(
+    ("description", "code"),
+    [
+        ({"columns": ["a"]}, "entry_value_no_object"),
+        ({"tags": "role"}, "entry_value_no_object"),
+        ({"num_samples": True}, "entry_num_samples"),
+        ({"num_samples": "5"}, "entry_num_samples"),
+        ({"formatting": "vicuna"}, "entry_formatting"),
+        ({}, "entry_no_file_name"),
+    ],
+)
+def test_other_values_that_are_wrong(tmp_path: Path, description: dict, code: str) -> None:
+    assert fault_of("rows", register(tmp_path, rows=description)).code == code
+
+
+def test_a_registry_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "dataset_info.json"
+    for content, code in (
+        (b"{", "registry_broken"),
+        (b"[]", "registry_no_object"),
+        (b'"\xff"', "registry_not_utf8"),
+        (b"[" * 100_000, "registry_no_object"),
+    ):
+        path.write_bytes(content)
+        with user_error(code, file=path):
+            find_entries(["rows"], str(tmp_path))
+
+
+def test_columns_and_tags_that_llamafactory_ignores_are_noted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [GOOD])
+    columns = {"prompt": "instruction", "response": "output", "reward": "score"}
+    folder = register(tmp_path, rows={"file_name": "rows.jsonl", "columns": columns, "tags": {"colour": "red"}})
+    (entry,) = find_entries(["rows"], folder)
+    assert entry.notes == tuple(Message("entry_key_unused", key=key) for key in ("columns: reward", "tags: colour"))
+    assert conversations("rows", dataset_dir=folder) == [{"messages": TALK}]
+
+
+def test_how_to_name_a_dataset_of_a_hub(tmp_path: Path) -> None:
+    folder = register(tmp_path, rows={"file_name": "rows.jsonl"})
+    fault = fault_of("me/rows", folder)
+    assert fault == Message("dataset_on_hub", name="me/rows", registry=tmp_path / "dataset_info.json")
+    assert '"NAME": {"hf_hub_url": "me/rows"}' in fault.text("en")
+    with user_error("dataset_dir_online", dataset_dir="ONLINE"):
+        find_entries(["me/rows"], "ONLINE")
+    assert fault_of("rows", str(tmp_path / "gone")) == Message(
+        "dataset_dir_missing", name="rows", folder=tmp_path / "gone"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hubs
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """As much of the hub's API as one dataset of one file needs."""
+
+    file = "".join(json.dumps(row) + "\n" for row in questions(5)).encode()
+    commit = "a" * 40
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path, status = self.path.partition("?")[0], 200
+        self.server.asked.append(path)
+        item = {"type": "file", "path": "train.jsonl", "size": len(self.file), "oid": "b" * 40}
+        info = {"id": "me/rows", "sha": self.commit, "siblings": [{"rfilename": "train.jsonl"}], "private": False}
+        if path.endswith("/train.jsonl"):
+            body = self.file
+        elif path.startswith(("/api/datasets/me/rows/tree", "/api/datasets/me/rows/paths-info")):
+            body = json.dumps([item]).encode()
+        elif path.startswith("/api/datasets/me/rows"):
+            body = json.dumps(info | {"gated": False, "tags": [], "downloads": 0, "likes": 0}).encode()
+        else:
+            body, status = b"{}", 404
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", '"etag"')
+        self.send_header("Content-Length", str(len(body)))
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound" if "me/rows" in path else "RepoNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_dataset_of_the_hub_by_hf_endpoint(tmp_path: Path, tiny_model: Path, hub: ThreadingHTTPServer) -> None:
+    folder = register(tmp_path, rows={"hf_hub_url": "me/rows", "num_samples": 3}, gone={"hf_hub_url": "me/gone"})
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "hf"),
+        "ONECARD_CACHE": str(tmp_path / "cache"),
+    }
+    settings = [f"dataset_dir={folder}", f"model_name_or_path={tiny_model}"]
+    done = run("preview.py", "rows", *settings, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split()[:3] == ["rows", "3", "3"]
+    assert f"/datasets/me/rows/resolve/{HubHandler.commit}/train.jsonl" in hub.asked
+    done = run("preview.py", "gone", *settings, env=environment)
+    assert done.error is not None and done.error.code == "dataset_not_fetched"
+    assert (done.error.fields["repository"], done.error.fields["place"]) == ("me/gone", environment["HF_ENDPOINT"])
+
+
+def test_modelscope_without_its_package_says_so(tmp_path: Path, tiny_tokenizer, monkeypatch) -> None:
+    folder = register(tmp_path, rows={"hf_hub_url": "a/b", "ms_hub_url": "c/d"})
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with user_error("modelscope_not_installed", name="rows"):
+        prepare(tiny_tokenizer, "rows", dataset_dir=folder)
