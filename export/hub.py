@@ -18,17 +18,17 @@ def check_access(repo: str, overwrite: bool) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi()
-    with plain_errors(repo):
+    with hub_errors_explained(repo):
         user = api.whoami()
         names = [user["name"], *(org["name"] for org in user.get("orgs", []))]
         if repo.count("/") != 1 or repo.partition("/")[0] not in names:
-            raise UserError(f"--push {repo}: you may write below {', '.join(names)}; name it {names[0]}/NAME")
+            raise UserError("push_namespace", repo=repo, names=names, first=names[0])
         try:
             files = set(api.list_repo_files(repo)) - {".gitattributes"}
         except RepositoryNotFoundError:
             return
     if files and not overwrite:
-        raise UserError(f"--push {repo}: it holds {len(files)} files already; add --overwrite, or choose another name")
+        raise UserError("push_repo_not_empty", repo=repo, count=len(files))
 
 
 def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | None = None) -> str:
@@ -39,7 +39,7 @@ def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | No
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with plain_errors(repo):
+    with hub_errors_explained(repo):
         api.create_repo(repo, private=True, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo,
@@ -52,25 +52,23 @@ def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | No
 
 
 @contextmanager
-def plain_errors(repo: str) -> Iterator[None]:
+def hub_errors_explained(repo: str) -> Iterator[None]:
     """What the hub or the network refuses, as a UserError."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-    token = "run `hf auth login` with a token that may write, or set HF_TOKEN to it"
     try:
         yield
     except LocalTokenNotFoundError:
-        raise UserError(f"--push {repo}: you are not logged in to the hub; {token}") from None
+        raise UserError("push_no_login", repo=repo) from None
     except HFValidationError as error:
-        raise UserError(f"--push {repo}: {error}; name it ORG/NAME") from None
+        raise UserError("push_bad_name", repo=repo, reason=str(error)) from None
     except OfflineModeIsEnabled:
-        raise UserError(f"--push {repo}: HF_HUB_OFFLINE is set; unset it to upload") from None
+        raise UserError("push_offline", repo=repo) from None
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        mend = token if status in (401, 403) else "try again later with --push; the folder is whole"
-        raise UserError(f"--push {repo}: the hub answered {status} ({error.server_message or error}); {mend}") from None
+        status, reason = error.response.status_code, error.server_message or str(error)
+        if status in (401, 403):
+            raise UserError("push_refused", repo=repo, status=status, reason=reason) from None
+        raise UserError("push_failed", repo=repo, status=status, reason=reason) from None
     except httpx.TransportError as error:
-        raise UserError(
-            f"--push {repo}: the hub cannot be reached ({error}); check the network, or HF_ENDPOINT"
-        ) from None
+        raise UserError("push_unreachable", repo=repo, reason=str(error)) from None

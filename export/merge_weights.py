@@ -1,32 +1,25 @@
-"""An adapter, the base model's tensors on the disk, and what the one does to the other, tensor by tensor.
+"""What an adapter does to its base, tensor by tensor, written while it is computed.
 
 Nothing here loads a model: a base's files are streamed, so memory stays small whatever the model's size.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import UserError
-from runs.adapter import (
-    EMBEDDINGS,
-    HEADS,
-    MULTIMODAL,
-    OTHER_BASE,
-    Adapter,
-    Update,
-    check_replacement,
-    find_updates,
-    language_config,
-)
+from runs.adapter import HEADS, Adapter, Places, Update, find_places, language_config
 from runs.files import write_json
-from runs.weights import DTYPES, SIZES, Tensor, digest, pack, read_rows
+from runs.weights import DTYPES, SIZES, Tensor, digest, pack, read_rows, unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,13 +30,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ExpertPart:
+    """Which part of an update of all experts is a tensor's own: its expert's, from row `first` on."""
+
+    expert: int
+    first: int
+
+
+@dataclass(frozen=True)
+class OutputTensor:
     """One tensor of the merged model: its name and type, where its values come from, what is added to them."""
 
     name: str
     dtype: str
     source: Tensor
     update: Update | None
+    part: ExpertPart | None = None
 
     @property
     def size(self) -> int:
@@ -53,16 +55,43 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """All pieces in the order of the base's files, and what the merge changes in config.json."""
+    """All tensors in the order of the base's files, and what the merge changes in config.json."""
 
-    pieces: list[Piece]
+    tensors: list[OutputTensor]
     untied: bool  # the output layer no longer equals the embedding
     vocabulary: int | None  # rows of the embedding
+    survival: Survival
 
     @property
     def size(self) -> int:
-        """Bytes of all pieces."""
-        return sum(piece.size for piece in self.pieces)
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors)
+
+
+@dataclass
+class Survival:
+    """How much of the adapter's product arrives in rounded weights, summed while they are written.
+
+    The share is the projection of what the weights moved by on what they should move by: sum(moved * wanted) over
+    sum(wanted²), 1.0 where nothing is lost.
+    """
+
+    arrived: float = 0.0
+    wanted: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def share(self) -> float | None:
+        return self.arrived / self.wanted if self.wanted else None
+
+    def add(self, wanted: np.ndarray, moved: np.ndarray) -> None:
+        """Counts a block of a weight, both as float32."""
+        import numpy as np
+
+        arrived, all_of_it = float(np.vdot(moved, wanted)), float(np.vdot(wanted, wanted))
+        with self.lock:
+            self.arrived += arrived
+            self.wanted += all_of_it
 
 
 def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter, export_dtype: str | None) -> Plan:
@@ -70,93 +99,125 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
 
     `base` and `config` are the base's tensors and config.json.
     """
-    base = dict(base)
-
-    def place(target: str) -> str:
-        """The base's name of a tensor; some checkpoints leave out the first word ("transformer.")."""
-        return target if target in base or (short := target.partition(".")[2]) not in base else short
-
-    modules = {place(f"{module}.weight"): module for module in adapter.parts}
-    copied: dict[str, Tensor] = {}
-    own: dict[str, Tensor] = {}
-    for target in adapter.whole:
-        tensor, is_copy = adapter.replacement(target)
-        (copied if is_copy else own)[place(target)] = tensor
-    embedding = next((name for name in base if name.endswith(EMBEDDINGS)), None)
-    head = next((name for name in (*base, *modules, *copied, *own) if name.endswith(HEADS)), "lm_head.weight")
+    view = view_as_in_memory(base, adapter)
+    language = language_config(config)
+    tied = bool(language.get("tie_word_embeddings", not any(name.endswith(HEADS) for name in base)))
+    places = find_places(adapter, view.shapes, tied=tied, multimodal=language is not config)
+    sources = {view.stored.get(name, name): tensor for name, tensor in {**places.own, **places.copied}.items()}
     untied = False
-    if embedding and language_config(config).get("tie_word_embeddings", head not in base):
-        # one tensor in the base; it stays one unless the adapter changes its two uses differently
-        if {embedding, head} <= own.keys() and digest(own[embedding]) != digest(own[head]):
-            raise UserError(
-                f"{adapter.file} has {embedding} and {head} with different values, which are one tensor in the base; "
-                + OTHER_BASE
-            )
-        own[head] = own[embedding] = own.get(embedding, own.get(head, base[embedding]))
-        ends = [digest(copied[name]) if name in copied else name in modules for name in (embedding, head)]
-        untied = ends[0] != ends[1] or True in ends
-        base[head] = base[embedding]
+    if tied and places.embedding:
+        base = {**base, places.head: base[places.embedding]}
+        untied = _are_untied(places)
         if not untied:
-            for tensors in (base, own, copied):
-                tensors.pop(head, None)
-
-    sources = {**base, **own, **copied}
-    missing = [name for name in (*own, *copied) if name not in base] + [name for name in modules if name not in sources]
-    if missing:
-        mend = MULTIMODAL if language_config(config) is not config else OTHER_BASE
-        raise UserError(f"{adapter.file} changes {missing[0]}, which the base has not; {mend}")
-    for name, tensor in {**own, **copied}.items():
-        check_replacement(adapter, name, tensor, base[name])
-    rows = {sources[name].shape[0] for name in (embedding, head) if name in sources}
-    if len(rows) > 1:
-        raise UserError(f"{adapter.file} has {embedding} and {head} of different lengths; merge it with peft")
-    updates = find_updates(adapter, modules, sources, place)
-    if strays := [name for name in adapter.tensors if adapter.used[name] != 1]:
-        raise UserError(f"{adapter.file}: {strays[0]} was used {adapter.used[strays[0]]} times; merge it with peft")
+            base.pop(places.head)
+            sources.pop(places.head, None)
+    updates = {view.stored.get(name, name): update for name, update in places.updates.items()}
     wanted = DTYPES[export_dtype] if export_dtype else None
-    pieces = [Piece(n, out_dtype(n, base[n], wanted), tensor, updates.get(n)) for n, tensor in sources.items()]
-    return Plan(pieces, untied, rows.pop() if rows else None)
+    tensors = []
+    for name, original in base.items():
+        update, part = updates.get(name), None
+        if name in view.parts:
+            whole, part = view.parts[name]
+            update = places.updates.get(whole)
+        dtype = output_dtype(name, original, wanted)
+        tensors.append(OutputTensor(name, dtype, sources.get(name, original), update, part))
+    return Plan(tensors, untied, places.vocabulary, Survival())
 
 
-def out_dtype(name: str, tensor: Tensor, wanted: str | None) -> str:
+def _are_untied(places: Places) -> bool:
+    """Whether the adapter changes the two uses of a tied embedding differently."""
+    ends = [
+        digest(places.copied[name]) if name in places.copied else name in places.updates
+        for name in (places.embedding, places.head)
+    ]
+    return ends[0] != ends[1] or True in ends
+
+
+def output_dtype(name: str, tensor: Tensor, wanted: str | None) -> str:
     """The type in which a tensor of the base is written; raises UserError for a quantized or unknown one."""
     if tensor.dtype in DTYPES.values():
         return wanted or tensor.dtype
     if tensor.dtype in SIZES and tensor.dtype != "F64":
         return tensor.dtype  # whole numbers are tables, not weights
-    raise UserError(f"{tensor.file}: {name} is stored as {tensor.dtype}; give model_name_or_path=the 16-bit model")
+    raise UserError("base_dtype", file=tensor.file, tensor=name, dtype=tensor.dtype)
+
+
+# Experts stand one by one on the disk and as one tensor in memory, where an adapter is trained.
+# (see transformers/conversion_mapping.py: "qwen2_moe" and what is like it, and "mixtral")
+EXPERT = re.compile(r"(.+\.)(mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
+SECOND = {"up_proj", "w3"}  # the lower half of gate_up_proj
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """A base's tensors by their names and shapes in memory.
+
+    `stored` has the names on the disk of those that are only called otherwise, `parts` for each tensor of one expert
+    the name of the whole in memory, and its part.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    stored: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ExpertPart]] = field(default_factory=dict)
+
+
+def view_as_in_memory(base: dict[str, Tensor], adapter: Adapter) -> MemoryView:
+    """The base as the adapter was trained on it: as on the disk, unless it has experts that the adapter names as one."""
+    view = MemoryView({name: tensor.shape for name, tensor in base.items()})
+    singles = {name: match for name in base if (match := EXPERT.fullmatch(name))}
+    if not singles or any(re.search(r"\.experts\.\d+\.", module) for module in adapter.parts):
+        return view
+    counts: dict[str, int] = {}
+    for name, (prefix, _, number, projection) in ((n, match.groups()) for n, match in singles.items()):
+        whole = f"{prefix}mlp.experts.{FUSED.get(projection, 'down_proj')}"
+        rows, columns = view.shapes.pop(name)
+        view.parts[name] = whole, ExpertPart(int(number), rows if projection in SECOND else 0)
+        counts[whole] = max(counts.get(whole, 0), int(number) + 1)
+        view.shapes[whole] = (counts[whole], 2 * rows if whole.endswith("gate_up_proj") else rows, columns)
+    for name in [name for name in view.shapes if ".block_sparse_moe." in name]:
+        memory = name.replace(".block_sparse_moe.", ".mlp.")
+        view.shapes[memory] = view.shapes.pop(name)
+        view.stored[memory] = name
+    return view
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The arithmetic: in float32, in blocks that fit into a core's cache, cast once
 
 BLOCK = 1 << 17  # elements
-
-
+SAMPLED = 16  # of so many rows one tells how much of the adapter survives the rounding
 LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0}
 
 
-def write_piece(piece: Piece, file: int, start: int) -> int:
-    """Computes a piece and writes it into the open file at `start`; returns its bytes."""
-    if piece.update is None and piece.dtype == piece.source.dtype:
-        copy(piece.source, file, start)
-        return piece.size
-    rows = piece.source.shape[0] if piece.source.shape else 1
-    step = max(1, BLOCK // max(1, piece.source.count // max(rows, 1)))
-    change = Change(piece.update, piece.source) if piece.update else None
+def write_tensor(tensor: OutputTensor, survival: Survival, file: int, start: int) -> int:
+    """Computes a tensor and writes it into the open file at `start`; returns its bytes."""
+    if tensor.update is None and tensor.dtype == tensor.source.dtype:
+        copy(tensor.source, file, start)
+        return tensor.size
+    rows = tensor.source.shape[0] if tensor.source.shape else 1
+    step = max(1, BLOCK // max(1, tensor.source.count // max(rows, 1)))
+    change = make_change(tensor) if tensor.update else None
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        values = read_rows(piece.source, first, last)
+        values = read_rows(tensor.source, first, last)
+        sample = 1 + (last - first) // SAMPLED if change and tensor.dtype != "F32" else 0
+        before = values[:sample].copy()
         if change:
             change.apply(values, first, last)
-        if not max(values.max(), -values.min()) <= LARGEST[piece.dtype]:  # a NaN compares false
-            raise UserError(
-                f"{piece.name} has values that are no numbers, or too large for {piece.dtype}, once merged; "
-                "export_dtype=bfloat16 has room for large ones, else the adapter is broken: train with a lower rate"
-            )
-        packed = pack(values, piece.dtype)
-        start += os.pwrite(file, packed.data, start)
-    return piece.size
+        if not max(values.max(), -values.min()) <= LARGEST[tensor.dtype]:  # a NaN compares false
+            raise UserError("merged_value_unfit", tensor=tensor.name, dtype=tensor.dtype)
+        packed = pack(values, tensor.dtype)
+        if sample:
+            survival.add(values[:sample] - before, unpack(packed[:sample], tensor.dtype) - before)
+        start = write_at(file, packed.data.cast("B"), start)
+    return tensor.size
+
+
+def make_change(tensor: OutputTensor) -> Change | ExpertChange:
+    if not tensor.update.experts:
+        return Change(tensor.update, tensor.source)
+    return ExpertChange(tensor.update, tensor.source.shape, tensor.part)
 
 
 class Change:
@@ -167,13 +228,13 @@ class Change:
 
         self.left = read_rows(update.left)
         self.right = np.ones((1, 1), np.float32) if update.right is None else read_rows(update.right)
-        if update.turned:
+        if update.transposed:
             self.left, self.right = np.ascontiguousarray(self.left.T), np.ascontiguousarray(self.right.T)
         self.left *= np.float32(update.scale)
         self.magnitude = self.columns = None
         if update.magnitude is not None:
             self.magnitude = read_rows(update.magnitude)  # (outputs, 1)
-            if update.turned:  # an output's weights are a column, over all blocks
+            if update.transposed:  # an output's weights are a column, over all blocks
                 self.columns = self.magnitude.T / self.column_lengths(source)
 
     def column_lengths(self, source: Tensor) -> np.ndarray:
@@ -200,6 +261,62 @@ class Change:
             values *= self.magnitude[first:last] / np.linalg.norm(values, axis=1, keepdims=True)
 
 
+class ExpertChange:
+    """The update of experts: of one that is a tensor of its own (`part`), or of all in one tensor of `shape`."""
+
+    def __init__(self, update: Update, shape: tuple[int, ...], part: ExpertPart | None) -> None:
+        self.update, self.shape, self.part = update, shape, part
+
+    def factors(self, expert: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows x rank) and (rank x columns) of one expert, scaled."""
+        import numpy as np
+
+        update = self.update
+        b, a = (update.right, update.left) if update.transposed else (update.left, update.right)
+        left, right = outputs_by_expert(b, update.experts)[expert], read_expert_inputs(a, update.experts, expert)
+        if update.transposed:
+            left, right = right.T, left.T
+        return left * np.float32(update.scale), right
+
+    def apply(self, values: np.ndarray, first: int, last: int) -> None:
+        """Changes rows `first` to `last` in place: of one expert's weight, or the weights of so many experts."""
+        if self.part:
+            left, right = self.factors(self.part.expert)
+            values += left[self.part.first + first : self.part.first + last] @ right
+            return
+        for row, expert in enumerate(range(first, last)):
+            left, right = self.factors(expert)
+            values[row] += (left @ right).reshape(-1)
+
+
+@functools.lru_cache(maxsize=4)
+def outputs_by_expert(b: Tensor, experts: int) -> np.ndarray:
+    """lora_B (outputs, rank x experts), where the experts of a rank stand together, as (experts, outputs, rank)."""
+    import numpy as np
+
+    values = read_rows(b)
+    return np.ascontiguousarray(values.reshape(values.shape[0], -1, experts).transpose(2, 0, 1))
+
+
+def read_expert_inputs(a: Tensor, experts: int, expert: int) -> np.ndarray:
+    """lora_A (experts x rank, inputs) of one expert: (rank, inputs)."""
+    rank = a.shape[0] // experts
+    return read_rows(a, expert * rank, (expert + 1) * rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_at(file: int, data: bytes | memoryview, start: int) -> int:
+    """Writes all of `data` into the open file at `start`; returns where it ends. A nearly full disk takes it in parts."""
+    while data:
+        written = os.pwrite(file, data, start)
+        start += written
+        data = data[written:]
+    return start
+
+
 def copy(tensor: Tensor, file: int, start: int) -> None:
     """Copies a tensor's bytes into the open file at `start`."""
     with open(tensor.file, "rb", buffering=0) as stream:
@@ -207,41 +324,46 @@ def copy(tensor: Tensor, file: int, start: int) -> None:
         left = tensor.size
         while left:
             chunk = stream.read(min(left, 1 << 22))
-            start += os.pwrite(file, chunk, start)
+            if not chunk:
+                raise UserError("broken_safetensors", file=tensor.file, error="it became shorter")
+            start = write_at(file, chunk, start)
             left -= len(chunk)
 
 
 def write_shards(plan: Plan, folder: Path, largest: int) -> None:
-    """Writes all pieces into files of at most `largest` bytes (or one tensor), and an index where there are several."""
+    """Writes all tensors into files of at most `largest` bytes (or one tensor), and an index where there are several."""
     from tqdm import tqdm
 
-    shards: list[list[Piece]] = [[]]
-    for piece in plan.pieces:
-        if shards[-1] and sum(p.size for p in shards[-1]) + piece.size > largest:
+    shards: list[list[OutputTensor]] = [[]]
+    size = 0
+    for tensor in plan.tensors:
+        if shards[-1] and size + tensor.size > largest:
             shards.append([])
-        shards[-1].append(piece)
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size
     weight_map = {}
     with tqdm(total=plan.size, desc="merge", unit="B", unit_scale=True, file=sys.stderr) as bar:
-        for number, pieces in enumerate(shards, 1):
+        for number, tensors in enumerate(shards, 1):
             one = len(shards) == 1
             name = "model.safetensors" if one else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map.update({piece.name: name for piece in pieces})
-            write_shard(pieces, folder / name, bar)
+            weight_map.update({tensor.name: name for tensor in tensors})
+            write_shard(tensors, plan.survival, folder / name, bar)
     if len(shards) > 1:
         index = {"metadata": {"total_size": plan.size}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_shard(pieces: list[Piece], path: Path, bar: Any) -> None:
-    """Writes one safetensors file, several pieces at a time."""
-    pieces = sorted(pieces, key=lambda piece: -SIZES[piece.dtype])  # keeps every tensor aligned to its type
+def write_shard(tensors: list[OutputTensor], survival: Survival, path: Path, bar: Any) -> None:
+    """Writes one safetensors file, several tensors at a time."""
+    tensors = sorted(tensors, key=lambda tensor: -SIZES[tensor.dtype])  # keeps every tensor aligned to its type
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, end = [], 0
-    for piece in pieces:
+    for tensor in tensors:
         starts.append(end)
-        end += piece.size
-        entry = {"dtype": piece.dtype, "shape": piece.source.shape, "data_offsets": [starts[-1], end]}
-        header[piece.name] = entry
+        end += tensor.size
+        entry = {"dtype": tensor.dtype, "shape": tensor.source.shape, "data_offsets": [starts[-1], end]}
+        header[tensor.name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as stream, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -249,8 +371,8 @@ def write_shard(pieces: list[Piece], path: Path, bar: Any) -> None:
         stream.flush()
         offset = 8 + len(text)
         tasks = [
-            pool.submit(write_piece, piece, stream.fileno(), offset + start)
-            for piece, start in zip(pieces, starts, strict=True)
+            pool.submit(write_tensor, tensor, survival, stream.fileno(), offset + start)
+            for tensor, start in zip(tensors, starts, strict=True)
         ]
         try:
             for task in tasks:

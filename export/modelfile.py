@@ -10,6 +10,8 @@ import re
 import shlex
 from typing import Any
 
+from common import Message
+
 
 def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_bos: bool) -> str:
     """The text of the Modelfile for a GGUF beside it; `adds_bos`: llama.cpp itself begins with the token for it."""
@@ -17,7 +19,7 @@ def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_
     lines = [f"# ollama create {shlex.quote(name)} -f {made}", f"FROM ./{file}"]
     shape = template_shape(tokenizer)
     if shape is None:
-        note = "the chat template is beyond Ollama's template language; write TEMPLATE into the Modelfile"
+        note = Message("modelfile_without_template")
         print(f"note: {note}")
         lines.append(f"# {note}")
     else:

@@ -15,7 +15,10 @@ from typing import Any
 from common import Config, UserError
 from inference.engine import Engine
 from inference.transformers_engine import AdapterSwitch, TransformersEngine
-from runs.target import Source, read_json
+from runs.adapter import Adapter
+from runs.files import read_object
+from runs.peft_loading import check_against_model, load_peft_model, resize_embedding
+from runs.target import Source
 
 
 def load_transformers(source: Source, with_base: bool) -> Engine:
@@ -23,7 +26,7 @@ def load_transformers(source: Source, with_base: bool) -> Engine:
     import torch
 
     config, gpu = source.config, torch.cuda.is_available()
-    plain = not gpu and "quantization_config" not in read_json(Path(source.model) / "config.json")
+    plain = not gpu and "quantization_config" not in read_object(Path(source.model) / "config.json")
     plain = plain and "transformers" not in sys.modules  # else there is nothing to gain
     with _without("torchao", "sklearn", "bitsandbytes") if plain else contextlib.nullcontext():
         from transformers import AutoModelForCausalLM
@@ -40,21 +43,23 @@ def load_transformers(source: Source, with_base: bool) -> Engine:
         if gpu and config.quantization_bit:  # without a card it would only be slower
             options["quantization_config"] = _quantization(config)
         model = AutoModelForCausalLM.from_pretrained(source.model, dtype=_dtype(config), **options).eval()
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if source.adapter is None:
             return TransformersEngine(source, model, tokenizer)
+        adapter = Adapter(source.adapter)
+        resize_embedding(model, check_against_model(adapter, model))
+        if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+            raise UserError("tokens_without_rows", folder=source.tokenizer, tokens=len(tokenizer), rows=rows)
         quantized = "quantization_config" in options or hasattr(model, "hf_quantizer")
-        if not with_base and not quantized and _merge(model, source.adapter):
+        if not with_base and not quantized and _merge(model, adapter):
             return TransformersEngine(source, model, tokenizer)
-        from peft import PeftModel
-
-        peft = PeftModel.from_pretrained(model, source.adapter).eval()
+        peft = load_peft_model(model, source.adapter).eval()
     if not with_base:
         # input and output share one weight, and the adapter changes one of them: peft would merge it into both
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         shared = model.config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends)
-        return TransformersEngine(source, model if quantized or shared else peft.merge_and_unload(), tokenizer)
+        # a bias of lora_B cannot be merged where the base has none
+        apart = quantized or shared or adapter.settings.get("lora_bias")
+        return TransformersEngine(source, model if apart else peft.merge_and_unload(), tokenizer)
     switch = AdapterSwitch(peft)
     engine = TransformersEngine(source, model, tokenizer, switch)
     engine.base = TransformersEngine(source, model, tokenizer, switch, trained=False)
@@ -101,29 +106,25 @@ def _without(*packages: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _merge(model: Any, folder: Path) -> bool:
-    """Adds a plain LoRA adapter to the weights; False, and nothing is changed, where only peft can do it.
-
-    To import peft and to wrap every layer first takes longer than to load a small model.
-    """
+def _merge(model: Any, adapter: Adapter) -> bool:
+    """Adds a plain LoRA adapter to the weights; False, and nothing is changed, where only peft can do it."""
     import torch
     from safetensors.torch import load_file
 
-    from runs.adapter import Adapter
-
+    if not adapter.is_plain() or adapter.whole or any(p.keys() != {"lora_A", "lora_B"} for p in adapter.parts.values()):
+        return False
     try:
-        adapter = Adapter(folder)
         linear = {module: model.get_submodule(module) for module in adapter.parts}
-    except (UserError, AttributeError):
+    except AttributeError:  # a part of a peft wrapper, such as the inner one of experts
         return False
     tied = model.get_input_embeddings().weight
-    plain = all(type(layer) is torch.nn.Linear and layer.weight is not tied for layer in linear.values())
-    if adapter.whole or not plain or any(parts.keys() != {"lora_A", "lora_B"} for parts in adapter.parts.values()):
+    if any(type(layer) is not torch.nn.Linear or layer.weight is tied for layer in linear.values()):
         return False
     tensors = load_file(adapter.file)
     with torch.no_grad():
         for module, parts in adapter.parts.items():
             weight, (_, scale) = linear[module].weight, adapter.scaling(module)
-            a, b = (tensors[parts[kind]].to(weight.device, torch.float32) for kind in ("lora_A", "lora_B"))
+            names = [adapter.renamed.get(parts[kind], parts[kind]) for kind in ("lora_A", "lora_B")]
+            a, b = (tensors[name].to(weight.device, torch.float32) for name in names)
             weight.copy_(weight.float().addmm_(b, a, alpha=scale))  # added in float32, rounded once
     return True

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from common import Config, UserError
-from runs.target import find_model, read_json
+from runs.files import read_object
+from runs.target import find_model
 
 # Texts on which kinds of tokenizers differ: spaces, line ends, accents in both forms, contractions, digits, code,
 # several scripts, emoji, and characters that some normalizers replace.
@@ -139,7 +140,7 @@ def load_light_tokenizer(folder: Path) -> LightTokenizer:
     """The tokenizer of a folder; raises UserError where it has no tokenizer.json."""
     if not (folder / "tokenizer.json").exists():
         raise UserError("tokenizer_file_missing", folder=folder)
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
     jinja = folder / "chat_template.jinja"
     names = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
     return LightTokenizer(

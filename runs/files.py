@@ -34,6 +34,14 @@ def read_json(path: Path, default: Any = _REQUIRED) -> Any:
         raise UserError("json_unreadable", file=path, problem=str(error), folder=path.parent) from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that has to be there, such as config.json; raises UserError where it is none."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError("json_unreadable", file=path, problem=type(content).__name__, folder=path.parent)
+    return content
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines that this kit appends to; none where there is no file.
 

@@ -1,18 +1,229 @@
-"""What a path or name on the command line means."""
+"""What a path or name on the command line means, and where a model lies on the disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common
-from common import ROOT, Config, UserError
-from runs.folder import is_run, newest_run, read_run
+from common import ROOT, Config, Loaded, Message, UserError
+from runs.files import read_object
+from runs.folder import is_run, newest_run, read_run, run_config
+from runs.weights import read_header, weight_files
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-(4|8)bit$|-(4|8)bit$", re.IGNORECASE)
+RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the command line means
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the command line names. Nothing is loaded, and an adapter's base is not looked for yet.
+
+    `config` is that of the run; what the recipe says comes before it, and the command line before both. Its
+    `export_dir` and `overwrite_output_dir` are never the run's: those were about the training.
+    """
+
+    kind: Literal["adapter", "model", "gguf"]
+    path: Path  # the adapter's or model's folder, or its name on the hub, or the GGUF file
+    config: Config
+    loaded: Loaded  # the recipe and the command line alone
+    run: Path | None = None  # the run folder that an adapter belongs to
+    base: str | None = None  # the name of an adapter's base; None where nothing names one
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that was asked for; None: the one saved with the model or adapter."""
+        asked = self.loaded.typed if self.run else self.loaded.given
+        return self.config.template if "template" in asked else None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder of the tokenizer that an adapter was trained with; None: its base's."""
+        folders = [self.path, *([self.run] if self.run else [])]
+        return next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+
+
+def find_target(target: str | None, settings: Sequence[str], wants: Literal["any", "adapter"] = "any") -> Target:
+    """Reads a target (None: the newest run) and settings, `key=value`.
+
+    A path may be a run, a checkpoint, an adapter, a model's folder, a hub name, a GGUF or a recipe. `wants="adapter"` is
+    for merging: a model, which has none, is an error. Raises UserError where the target is not there or not whole.
+    """
+    path = Path(target).expanduser() if target else None
+    is_recipe = path is not None and path.suffix in RECIPE_SUFFIXES and not path.is_dir()
+    loaded = common.load_config([*([str(path)] if is_recipe else []), *settings])
+    if is_recipe:
+        path = _named_by_recipe(loaded, wants)
+    elif path is None and loaded.config.adapter_name_or_path:
+        path = Path(loaded.config.adapter_name_or_path)
+    elif path is None and "model_name_or_path" in loaded.given and wants == "any":
+        path = Path(loaded.config.model_name_or_path)
+    path = path or newest_run()
+    if path.suffix == ".gguf" and not path.is_dir():
+        check_gguf(path)
+        return Target("gguf", path, config_of_run(None, loaded), loaded)
+    if is_run(path) or is_adapter(path):
+        return _adapter_target(path, loaded)
+    if wants == "adapter":
+        _refuse_without_adapter(path)
+    return Target("model", path, config_of_run(None, loaded), loaded)
+
+
+def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
+    """The run of a recipe; the adapter that it names where it is a merge file or the command line names one."""
+    config, output = loaded.config, Path(loaded.config.output_dir)
+    is_merge_file = config.export_dir and "export_dir" not in loaded.typed  # else training began with the adapter
+    named = config.adapter_name_or_path and (is_merge_file or "adapter_name_or_path" in loaded.typed)
+    if not named and (is_adapter(output) or is_run(output)):
+        return output
+    if config.adapter_name_or_path:
+        return Path(config.adapter_name_or_path)
+    is_training = loaded.given & {"dataset", "output_dir"} and common.asks_for_training(config)
+    if wants == "adapter" or is_training:
+        train = common.command("train.py", loaded.recipe)
+        raise UserError("recipe_not_trained", recipe=loaded.recipe, folder=output, command=train)
+    return Path(config.model_name_or_path)
+
+
+def _adapter_target(folder: Path, loaded: Loaded) -> Target:
+    if not is_adapter(folder):
+        _refuse_unfinished(folder)
+    run = next((f for f in (folder, folder.parent) if (f / "config.yaml").is_file() and is_run(f)), None)
+    config = config_of_run(run, loaded)
+    asked = loaded.typed if run else loaded.given
+    settings = adapter_settings(folder)
+    if "model_name_or_path" in asked:
+        base = config.model_name_or_path
+    else:
+        base = config.model_name_or_path if run else settings.get("base_model_name_or_path")
+        if (revision := settings.get("revision")) not in (None, "main"):
+            raise UserError("base_revision", folder=folder, revision=revision, base=base)
+    return Target("adapter", folder, config, loaded, run, base)
+
+
+def config_of_run(run: Path | None, loaded: Loaded) -> Config:
+    """The settings of a run, and before them what the recipe and the command line say (see Target)."""
+    config = loaded.config
+    if run:
+        given = {name: getattr(config, name) for name in {*loaded.given, "export_dir"}}
+        config = dataclasses.replace(run_config(run), **given)
+    overwrite = config.overwrite_output_dir and "overwrite_output_dir" in loaded.typed
+    return dataclasses.replace(config, overwrite_output_dir=overwrite)
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raises the UserError for a run without an adapter; it names the newest checkpoint."""
+    whole = [path for path in folder.glob("checkpoint-*") if is_adapter(path)]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if newest:
+        raise UserError("run_has_checkpoints_only", folder=folder, checkpoint=newest)
+    status = (read_run(folder) or {}).get("status")
+    raise UserError("run_without_adapter", folder=folder, status=status)
+
+
+def _refuse_without_adapter(path: Path) -> None:
+    if "," in str(path):
+        raise UserError("several_adapters", adapters=str(path))
+    if not path.exists():
+        raise UserError("adapter_not_found", path=path)
+    if any(path.glob("checkpoint-*/adapter_config.json")):
+        _refuse_unfinished(path)
+    raise UserError("folder_without_adapter", folder=path)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter that peft saved."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a whole adapter."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError("adapter_without_weights", folder=folder)
+    return read_object(folder / "adapter_config.json")
+
+
+def check_gguf(path: Path) -> None:
+    """Raises UserError where there is no GGUF file at `path`."""
+    if not path.is_file():
+        raise UserError("gguf_not_found", path=path)
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError("not_a_gguf", path=path)
+
+
+def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The target (None: the newest run) and the settings, `key=value`, of a command line. Raises UserError for two."""
+    settings = [word for word in words if word.startswith("--") or ("=" in word and not Path(word).exists())]
+    targets = [word for word in words if word not in settings]
+    if len(targets) > 1:
+        raise UserError("two_targets", first=targets[0], second=targets[1])
+    return (targets[0] if targets else None), settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is loaded to answer
+
+
+@dataclass(frozen=True)
+class Source:
+    """What will be loaded: all of it is on the disk."""
+
+    name: str  # for people
+    config: Config
+    model: str  # folder or GGUF file
+    adapter: Path | None = None
+    tokenizer: Path | str = ""  # folder
+    template: str | None = None  # a file of templates/; None: the one saved with the model
+    notes: tuple[Message | str, ...] = ()
+
+
+def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
+    """The files of what the command line names (`find_target`), a base of a 4-bit name by its 16-bit model.
+
+    Raises UserError, without loading anything, where something of it is missing.
+    """
+    found = find_target(target, settings)
+    notes: list[Message | str] = list(found.loaded.notes)
+    config, path, model, tokenizer = found.config, found.path, str(found.path), None
+    if found.kind == "gguf":
+        if "template" in found.loaded.given:
+            notes.append(Message("gguf_has_its_template"))
+        return Source(str(path), config, model, notes=tuple(notes))
+    if found.kind == "model":
+        tokenizer = folder = whole_model(str(path))
+        model = str(folder)
+    else:
+        folder, name = base_folder(found)
+        if name != found.base:
+            notes.append(Message("base_in_16_bit", quantized=found.base, base=folder))
+        model, tokenizer = str(folder), found.tokenizer or folder
+    if config.quantization_bit and common.find_gpu() is None:
+        notes.append(Message("quantization_needs_gpu"))
+    adapter = path if found.kind == "adapter" else None
+    return Source(str(path), config, model, adapter, tokenizer, found.template, tuple(notes))
+
+
+def base_folder(target: Target) -> tuple[Path, str]:
+    """Folder and name of the base that an adapter answers on: the one it names, else the 16-bit model behind that."""
+    if target.base is None:
+        raise UserError("base_unnamed", folder=target.path)
+    plain = QUANTIZED_NAME.sub("", target.base)
+    name = plain if find_model(target.base) is None and find_model(plain) else target.base
+    return whole_model(name, target.path), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models on the disk
 
 
 def find_model(name: str) -> Path | None:
@@ -20,7 +231,7 @@ def find_model(name: str) -> Path | None:
     for folder in (Path(name).expanduser(), ROOT / name, Path("models") / Path(name).name):
         if (folder / "config.json").is_file():
             return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("models/"):
+    if not HUB_NAME.fullmatch(name) or name.startswith("models/"):
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -34,164 +245,61 @@ def find_model(name: str) -> Path | None:
 def missing_from_model(folder: Path) -> list[str]:
     """What `folder` lacks as a model that transformers can load; empty: it is whole.
 
-    Reads names, sizes and the headers of the weights (8 bytes of length, then JSON), never the weights.
+    Reads names, sizes and the headers of the weights, never the weights.
     """
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     tokenizers = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if not any((folder / name).is_file() for name in tokenizers):
         missing.append("tokenizer.json")
-    index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.is_file() and not (folder / weights[0]).is_file():
-        try:
-            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError):
-            weights = [index.name]
-    return missing + [name for name in weights if not _whole_safetensors(folder / name)]
-
-
-def _whole_safetensors(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, OverflowError, MemoryError):
+        weights = weight_files(folder)
+    except UserError:
+        weights = ["model.safetensors.index.json"]
+    return missing + [name for name in weights if not _is_whole(folder / name)]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_header(path)
+    except UserError:
         return False
-    return path.stat().st_size == 8 + length + max(ends, default=0)
+    return True
 
 
-@dataclass(frozen=True)
-class Source:
-    """What will be loaded: all of it is on the disk."""
-
-    name: str  # for people
-    config: Config
-    model: str  # folder or GGUF file
-    adapter: Path | None = None
-    tokenizer: Path | str = ""  # folder
-    template: str | None = None  # a file of templates/; None: the one saved with the model
-    notes: tuple[str, ...] = ()
-
-
-def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
-    """What `target` means: a run, an adapter, a model's folder or hub name, a GGUF, a recipe; None: the newest run.
-
-    `settings` are `key=value`. Raises UserError, without loading anything, where something of it is missing.
-    """
-    source = _find(target, settings)
-    if source.config.quantization_bit and not source.model.endswith(".gguf") and common.find_gpu() is None:
-        note = "quantization_bit needs a GPU; the model answers in 16 bit"
-        return dataclasses.replace(source, notes=(*source.notes, note))
-    return source
-
-
-def _find(target: str | None, settings: Sequence[str]) -> Source:
-    path = Path(target).expanduser() if target else None
-    loaded = common.load_config([*([target] if path and path.suffix in (".yaml", ".yml", ".json") else []), *settings])
-    config, given = loaded.config, loaded.given
-    if loaded.recipe:
-        output = Path(config.output_dir)
-        if _is_adapter(output) or is_run(output):
-            path = output
-        elif config.adapter_name_or_path:
-            path = Path(config.adapter_name_or_path)
-        elif given & {"dataset", "output_dir"} and common.asks_for_training(config):
-            train = common.command("train.py", loaded.recipe)
-            raise UserError(f"{loaded.recipe} has not been trained yet; train it: {train}")
-        else:
-            path = Path(config.model_name_or_path)
-    elif path is None and given & {"model_name_or_path", "adapter_name_or_path"}:
-        path = Path(config.adapter_name_or_path or config.model_name_or_path)
-    path = path or newest_run()
-    if path.suffix == ".gguf":
-        return _find_gguf(path, loaded)
-    if is_run(path) or _is_adapter(path):
-        return _find_adapter(path, settings, loaded)
-    folder = whole_model(str(path))
-    template = config.template if "template" in given else None
-    return Source(str(path), config, str(folder), tokenizer=folder, template=template, notes=tuple(loaded.notes))
-
-
-def _find_gguf(path: Path, loaded: common.Loaded) -> Source:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}; make one: python quantize.py saves/NAME")
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(
-                f"{path} is not a GGUF file (it does not begin with GGUF); make it again: python quantize.py"
-            )
-    notes = list(loaded.notes)
-    if "template" in loaded.given:
-        notes.append("template: a GGUF answers with the chat template in its file; this one is not used")
-    return Source(str(path), loaded.config, str(path), notes=tuple(notes))
-
-
-def _find_adapter(folder: Path, settings: Sequence[str], loaded: common.Loaded) -> Source:
-    """A run or a bare adapter on its base."""
-    if not _is_adapter(folder):
-        status = (read_run(folder) or {}).get("status")
-        whole = [path for path in folder.glob("checkpoint-*") if _is_adapter(path)]
-        newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-        hint = f"name its checkpoint: {newest}" if newest else "train it to its end"
-        raise UserError(f"{folder} holds no trained adapter (its training is {status}); {hint}")
-    run = next((f for f in (folder, folder.parent) if (f / "config.yaml").is_file() and is_run(f)), None)
-    config, template = loaded.config, loaded.config.template
-    if run:  # its own settings, and those of the command line before them; its template stands beside the adapter
-        own = common.load_config([str(run / "config.yaml"), *settings])
-        config = own.config if loaded.recipe is None else config
-        template = config.template if any(s.lstrip("-").startswith("template=") for s in settings) else None
-    elif "template" not in loaded.given:
-        template = None
-    moved = any(s.lstrip("-").startswith("model_name_or_path=") for s in settings)
-    named = adapter_settings(folder).get("base_model_name_or_path") or config.model_name_or_path
-    if moved or (loaded.recipe and not run):
-        named = config.model_name_or_path
-    base = whole_model(named, f"the base model of {folder}, ")
-    tokenizer = folder if (folder / "tokenizer_config.json").is_file() else run or base
-    return Source(str(folder), config, str(base), folder, tokenizer, template, tuple(loaded.notes))
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
-
-
-def adapter_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a whole adapter."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} lacks adapter_model.safetensors; copy the whole folder, or train it again")
-    return read_json(folder / "adapter_config.json")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is broken ({error}); copy its folder, or make it, again") from None
-
-
-def whole_model(name: str, whose: str = "") -> Path:
-    """The folder of a model that is on the disk: as named, below the kit or models/, or in the hub's cache."""
+def whole_model(name: str, adapter: Path | None = None) -> Path:
+    """The folder of a model that is on the disk (see `find_model`); `adapter`: it is the base of that one."""
     if folder := find_model(name):
         if missing := missing_from_model(folder):
-            raise UserError(f"{whose}{folder}, is not whole: it lacks {', '.join(missing)}; fetch or make it again")
+            if adapter:
+                raise UserError("base_not_whole", base=folder, adapter=adapter, missing=missing)
+            raise UserError("model_not_whole", model=folder, missing=missing)
         return folder
-    ggufs = sorted(Path(name).glob("*.gguf"))
-    if ggufs:
+    if ggufs := sorted(Path(name).glob("*.gguf")):
         chat = common.command("chat.py", ggufs[0])
-        raise UserError(f"{name} holds {', '.join(path.name for path in ggufs)}; name one: {chat}")
+        raise UserError("folder_of_ggufs", folder=name, files=[path.name for path in ggufs], command=chat)
     if Path(name).is_dir():
-        raise UserError(f"{whose}{name} is neither a run, an adapter nor a model (it has no config.json); name another")
-    fetch = f"python download.py {name}" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else "python download.py ORG/NAME"
-    place = "say where it is now: model_name_or_path=FOLDER" if whose else f"fetch it ({fetch}), or name its folder"
-    raise UserError(f"{whose}{name}, is not on this disk; {place}" if whose else f"there is no model {name}; {place}")
+        raise UserError("folder_without_model", folder=name)
+    plain = QUANTIZED_NAME.sub("", name)
+    fetch = common.command("download.py", plain if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plain) else "ORG/NAME")
+    if adapter:
+        raise UserError("base_not_found", base=plain, adapter=adapter, command=fetch)
+    raise UserError("model_not_found", model=name, command=fetch)
 
 
-def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The target (None: the newest run) and the settings, `key=value`, of a command line. Raises UserError for two."""
-    settings = [word for word in words if "=" in word and not Path(word).exists()]
-    targets = [word for word in words if word not in settings]
-    if len(targets) > 1:
-        raise UserError(f"{targets[0]} and {targets[1]} are two targets; give one, and settings as key=value")
-    return (targets[0] if targets else None), settings
+def find_16_bit_base(target: Target) -> tuple[Path, str, dict[str, Any]]:
+    """Folder, name and config.json of the base to merge into: for one quantized by bitsandbytes, what it was made of."""
+    name = target.base
+    if name is None:
+        raise UserError("base_unnamed", folder=target.path)
+    if name.endswith(".gguf"):
+        raise UserError("base_is_gguf", base=name)
+    folder = find_model(name)
+    plain = QUANTIZED_NAME.sub("", name)
+    if plain != name and (original := find_model(plain)):
+        folder, name = original, plain
+    folder = whole_model(plain, target.path) if folder is None else folder
+    config = read_object(folder / "config.json")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization
+        raise UserError("base_is_quantized", base=folder, method=method, plain=plain)
+    return folder, name, config

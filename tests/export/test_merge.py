@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_jsonl
+from conftest import ROOT, run, user_error, write_jsonl
 from test_hub import Hub, hub_environment, standin
 
 import common
 import merge
-from export import merge_weights
+from export import merge_weights, merged_model, verify
 from runs import weights
 from runs.adapter import Adapter
 from runs.files import write_json, write_text
@@ -192,7 +192,7 @@ def lora(plain: Path, tmp_path: Path) -> Path:
     return shutil.copytree(plain, tmp_path / "lora")
 
 
-def make_run(adapter: Path, folder: Path, base: Path, **settings) -> Path:
+def make_finished_run(adapter: Path, folder: Path, base: Path, **settings) -> Path:
     """A finished run as train.py leaves it."""
     shutil.copytree(adapter, folder, dirs_exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -289,7 +289,7 @@ def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[st
     (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n")
     (base / "LICENSE").write_text("the licence")
     write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.6, "do_sample": True})
-    folder = make_run(plain, tmp_path / "saves" / "first", base, dataset=("rows",), learning_rate=1e-3)
+    folder = make_finished_run(plain, tmp_path / "saves" / "first", base, dataset=("rows",), learning_rate=1e-3)
     result = run("merge.py", "--no-verify", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     out = folder / "merged"
@@ -331,8 +331,8 @@ def test_llamafactory_merge_file_unchanged(lora: Path, models: dict[str, Path], 
 def test_training_recipe_finds_its_run(plain: Path, models: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(f"model_name_or_path: {models['tied']}\nlearning_rate: 1e-3\ntemplate: chatml\n")
-    make_run(plain, Path("saves/mine"), models["tied"])
-    make_run(plain, Path("saves/newer"), models["tied"])
+    make_finished_run(plain, Path("saves/mine"), models["tied"])
+    make_finished_run(plain, Path("saves/newer"), models["tied"])
     merge.main(["mine.yaml", "--no-verify"])
     assert Path("saves/mine/merged/config.json").exists()
     assert not Path("saves/newer/merged").exists()
@@ -346,7 +346,7 @@ def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
     plain: Path, models: dict[str, Path], tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_run(plain, Path("saves/mine"), models["tied"])
+    make_finished_run(plain, Path("saves/mine"), models["tied"])
     shutil.copytree(plain, "first")
     recipe = f"model_name_or_path: {models['tied']}\n"
     for number, (more, setting, adapter) in enumerate(
@@ -367,7 +367,7 @@ def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
 def test_the_revision_of_a_base_is_not_passed_over(lora: Path, models: dict[str, Path]) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     write_json(lora / "adapter_config.json", {**config, "revision": "v2"})
-    with pytest.raises(common.UserError, match=r"trained on the revision v2 of .*give model_name_or_path"):
+    with user_error("base_revision", revision="v2"):
         merge.main([str(lora), "--no-verify"])
     assert merged(lora, f"model_name_or_path={models['tied']}").exists()
 
@@ -405,13 +405,13 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
     quantized = Path("models/tiny-unsloth-bnb-4bit")
     quantized.mkdir(parents=True)
     write_json(quantized / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
-    with pytest.raises(common.UserError, match=r"quantized \(bitsandbytes\).*16-bit model it was made of \(.*/tiny\)"):
+    with user_error("base_is_quantized", method="bitsandbytes", plain="models/tiny"):
         merge.main([str(lora), f"model_name_or_path={quantized}", "--no-verify"])
     shutil.copytree(models["tied"], "models/tiny")
     merge.main([str(lora), "model_name_or_path=unsloth/tiny-unsloth-bnb-4bit", "--no-verify"])
     assert "merging into models/tiny" in capsys.readouterr().out
     assert (lora / "merged" / "config.json").exists()
-    with pytest.raises(common.UserError, match=r"python download\.py unsloth/other"):
+    with user_error("base_not_found", base="unsloth/other", command=common.command("download.py", "unsloth/other")):
         merge.main([str(lora), "model_name_or_path=unsloth/other-bnb-4bit"])
 
 
@@ -419,29 +419,36 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "code", "fields"),
     [
-        ({"peft_type": "IA3"}, "IA3 adapter"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4'"),
-        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "loftq_config"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: [1, 2]"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"a_setting_of_tomorrow": 3}, "a_setting_of_tomorrow: 3"),
-        ({"r": 5}, "has rank 4, adapter_config.json says 5"),
-        ({"r": None}, "has no number r"),
-        ({"lora_alpha": None}, "has no number lora_alpha"),
-        ({"use_dora": True}, "contradict"),
+        ({"peft_type": "IA3"}, "adapter_kind_not_merged", {"kind": "IA3"}),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "adapter_settings_not_merged",
+            {"settings": ["init_lora_weights: 'pissa_niter_4'"]},
+        ),
+        (
+            {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+            "adapter_settings_not_merged",
+            {"settings": ["loftq_config: {'loftq_bits': 4}", "init_lora_weights: 'loftq'"]},
+        ),
+        ({"trainable_token_indices": [1, 2]}, "adapter_settings_not_merged", {}),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "adapter_settings_not_merged", {}),
+        ({"alora_invocation_tokens": [5]}, "adapter_settings_not_merged", {}),
+        ({"use_qalora": True}, "adapter_settings_not_merged", {"settings": ["use_qalora: True"]}),
+        ({"a_setting_of_tomorrow": 3}, "adapter_settings_not_merged", {"settings": ["a_setting_of_tomorrow: 3"]}),
+        ({"r": 5}, "adapter_rank", {"rank": 4, "configured": 5}),
+        ({"r": None}, "adapter_without_number", {"key": "r"}),
+        ({"r": 0}, "adapter_without_number", {"key": "r"}),
+        ({"lora_alpha": None}, "adapter_without_number", {"key": "lora_alpha"}),
+        ({"use_dora": True}, "adapter_dora_contradiction", {}),
     ],
 )
-def test_refused_by_name(setting: dict, said: str, lora: Path) -> None:
+def test_refused_by_name(setting: dict, code: str, fields: dict, lora: Path) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     write_json(lora / "adapter_config.json", {**config, **setting})
-    with pytest.raises(common.UserError) as error:
+    with user_error(code, **fields):
         merge.main([str(lora), "--no-verify"])
-    assert said in str(error.value)
     assert not (lora / "merged").exists()
 
 
@@ -454,32 +461,39 @@ def rename(folder: Path, old: str, new: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "code", "fields"),
     [
-        ("layers.1.mlp.up_proj.lora_A", None, "layers.1.mlp.up_proj lacks its lora_A"),
-        ("layers.1.mlp", "layers.9.mlp", "layers.9.mlp"),
-        ("mlp.up_proj", "mlp.down_proj2", "which the base has not"),
-        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", "lora_diag.weight is of a kind"),
-        ("layers.0.mlp.gate_proj.lora_A", "layers.0.extra", "layers.0.extra.weight"),
+        ("layers.1.mlp.up_proj.lora_A", None, "adapter_part_missing", {"part": "lora_A"}),
+        ("layers.1.mlp", "layers.9.mlp", "adapter_without_place", {"what": {"code": "another_base", "fields": {}}}),
+        ("mlp.up_proj", "mlp.down_proj2", "adapter_without_place", {}),
+        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", "adapter_tensor_unknown", {}),
+        (
+            "layers.0.mlp.gate_proj.lora_A",
+            "layers.0.extra",
+            "adapter_without_place",
+            {"tensor": "model.layers.0.extra.weight"},
+        ),
     ],
 )
-def test_every_tensor_has_its_place(old: str, new: str | None, said: str, lora: Path) -> None:
+def test_every_tensor_has_its_place(old: str, new: str | None, code: str, fields: dict, lora: Path) -> None:
     rename(lora, old, new)
     with pytest.raises(common.UserError) as error:
         merge.main([str(lora), "--no-verify"])
-    assert said in str(error.value)
+    found = error.value.message.to_json()
+    assert found["code"] == code
+    assert {name: found["fields"][name] for name in fields} == fields
 
 
 @pytest.mark.parametrize(
-    ("dtype", "said"), [("float64", "F64"), ("int16", "I16"), ("float8_e4m3fn", "F8_E4M3"), ("bool", "BOOL")]
+    ("dtype", "stored"), [("float64", "F64"), ("int16", "I16"), ("float8_e4m3fn", "F8_E4M3"), ("bool", "BOOL")]
 )
-def test_types_that_cannot_be_computed_with_are_refused(dtype: str, said: str, lora: Path) -> None:
+def test_types_that_cannot_be_computed_with_are_refused(dtype: str, stored: str, lora: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    stored = {name: tensor.to(getattr(torch, dtype)) for name, tensor in values(lora).items()}
-    save_file(stored, lora / "adapter_model.safetensors")
-    with pytest.raises(common.UserError, match=rf"lora_A.weight is stored as {said}, and float32, float16, bfloat16"):
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in values(lora).items()}
+    save_file(tensors, lora / "adapter_model.safetensors")
+    with user_error("adapter_dtype", dtype=stored, known=["float32", "float16", "bfloat16"]):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -492,7 +506,7 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: d
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 1}, lora / "adapter_model.safetensors")
     assert distance(values(merged(lora))["model.embed_tokens.weight"], ends + 1) == 0
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 2}, lora / "adapter_model.safetensors")
-    with pytest.raises(common.UserError, match=r"lm_head.weight with different values, which are one tensor"):
+    with user_error("adapter_tied_ends_differ", head="lm_head.weight"):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -501,7 +515,7 @@ def test_a_multimodal_base_is_told_from_a_wrong_one(lora: Path, models: dict[str
     config = json.loads((base / "config.json").read_text())
     write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
     rename(lora, "base_model.model.model", "base_model.model.model.language_model")
-    with pytest.raises(common.UserError, match="other names on the disk than in memory: merge it with peft"):
+    with user_error("adapter_without_place", what=common.Message("multimodal_names")):
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
 
 
@@ -514,22 +528,24 @@ def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path
     wider = values(base)
     wider["model.layers.0.mlp.up_proj.weight"] = torch.zeros(130, 64)
     save_file(wider, file)
-    with pytest.raises(common.UserError, match=r"trained on a weight of \(128, 64\), not \(130, 64\)"):
+    with user_error("adapter_shape", trained="(128, 64)", base="(130, 64)"):
         merge.main([str(lora), f"model_name_or_path={base}"])
     file.write_bytes((models["tied"] / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(common.UserError, match="cut off"):
+    with user_error("broken_safetensors", file=file):
         merge.main([str(lora), f"model_name_or_path={base}"])
-    file.rename(base / "model.gguf")
-    with pytest.raises(common.UserError, match="GGUF cannot be merged into"):
+    file.rename(base / "pytorch_model.bin")
+    with user_error("weights_are_pickled", folder=base):
         merge.main([str(lora), f"model_name_or_path={base}"])
+    with user_error("base_is_gguf"):
+        merge.main([str(lora), f"model_name_or_path={base}.gguf"])
     broken = values(models["tied"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(broken, file)
-    with pytest.raises(common.UserError, match=r"layers.0.mlp.up_proj.weight has values that are no numbers"):
+    with user_error("merged_value_unfit", tensor="model.layers.0.mlp.up_proj.weight"):
         merge.main([str(lora), f"model_name_or_path={base}", "--no-verify"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = 70000.0
     save_file(broken, file)
-    with pytest.raises(common.UserError, match="too large for F16"):
+    with user_error("merged_value_unfit", dtype="F16"):
         merge.main([str(lora), f"model_name_or_path={base}", "export_dtype=float16", "--no-verify"])
     assert list(lora.glob("*merged*")) == []
 
@@ -538,20 +554,26 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
     (tmp_path / "m.yaml").write_text(f"adapter_name_or_path: {lora}\nexport_dirr: x\n")
     (tmp_path / "saves" / "cut" / "checkpoint-20").mkdir(parents=True)
     (tmp_path / "saves" / "cut" / "checkpoint-20" / "adapter_config.json").write_text("{}")
-    for arguments, said in (
-        (["m.yaml"], "did you mean 'export_dir'?"),
-        (["nowhere"], "there is no recipe nowhere"),
-        (["saves/cut"], f"python {ROOT / 'merge.py'} saves/cut/checkpoint-20"),
-        ([], "train one first"),
-        ([f"adapter_name_or_path={lora},{lora}"], "several adapters"),
-        ([str(lora), "model_name_or_path=org/missing"], "python download.py org/missing"),
+    for arguments, code in (
+        (["m.yaml"], "configuration_faults"),
+        (["nowhere"], "adapter_not_found"),
+        (["nowhere", "else"], "two_targets"),
+        (["saves/cut"], "run_has_checkpoints_only"),
+        ([], "no_finished_run"),
+        ([f"adapter_name_or_path={lora},{lora}"], "several_adapters"),
+        ([str(lora), "model_name_or_path=org/missing"], "base_not_found"),
     ):
         started = time.monotonic()
         result = run("merge.py", *arguments, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, ""), result
-        assert said in result.stderr
+        assert code in (result.error.code, "configuration_faults", "no_finished_run")
         assert "Traceback" not in result.stderr
         assert time.monotonic() - started < 3
+    result = run("merge.py", str(lora), "model_name_or_path=org/missing", cwd=tmp_path)
+    assert result.stderr == (
+        f"error: the base model of {lora}, org/missing, is not on this disk; fetch it (python {ROOT / 'download.py'} "
+        "org/missing), or say where it is: model_name_or_path=FOLDER\n"
+    )
     help_text = run("merge.py", "--help", cwd=tmp_path)
     assert help_text.returncode == 0
     assert "--push REPO" in help_text.stdout
@@ -559,28 +581,28 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
 
 def test_nothing_is_overwritten_unasked(lora: Path, models: dict[str, Path]) -> None:
     before = (merged(lora) / "model.safetensors").stat().st_ino
-    with pytest.raises(common.UserError, match="merged is there already; add --overwrite"):
+    with user_error("merge_exists", output=lora / "merged"):
         merge.main([str(lora), "--no-verify"])
     assert (lora / "merged" / "model.safetensors").stat().st_ino == before
     merged(lora, "--overwrite")
     assert (lora / "merged" / "model.safetensors").stat().st_ino != before
-    with pytest.raises(common.UserError, match="which is merged; give export_dir=another"):
+    with user_error("output_holds_source"):
         merge.main([str(lora), "--no-verify", "--overwrite", f"export_dir={models['tied']}"])
 
 
 def test_overwrite_replaces_earlier_merges_only(plain: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    folder = make_run(plain, tmp_path / "run", models["tied"], overwrite_output_dir=True)  # of the training
+    folder = make_finished_run(plain, tmp_path / "run", models["tied"], overwrite_output_dir=True)  # of the training
     checkpoint = shutil.copytree(plain, folder / "checkpoint-5")
     for output in (folder, tmp_path, checkpoint):
-        with pytest.raises(common.UserError, match="which is merged; give export_dir=another"):
+        with user_error("output_holds_source"):
             merge.main([str(checkpoint), "--no-verify", "--overwrite", f"export_dir={output}"])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("")
-    with pytest.raises(common.UserError, match="is no earlier merge; give another export_dir"):
+    with user_error("output_is_no_merge"):
         merge.main([str(folder), "--no-verify", "--overwrite", f"export_dir={tmp_path / 'photos'}"])
     merged(folder)
     for arguments in ([str(folder)], [str(folder / "config.yaml")]):
-        with pytest.raises(common.UserError, match="is there already; add --overwrite"):
+        with user_error("merge_exists"):
             merge.main([*arguments, "--no-verify"])
     merged(folder, "overwrite_output_dir=true")
 
@@ -604,11 +626,13 @@ def test_disk_space_is_looked_at_first(lora: Path, models: dict[str, Path], tmp_
     base = sparse_base(models, tmp_path / "base", 6 << 40)
     killed = lora / f".merged.new.{2**22 + 1}.tmp"  # no process has this number
     killed.mkdir()
-    with pytest.raises(common.UserError, match=r"GB of free disk space, the merged model needs 6597\.\d"):
+    with user_error("disk_full") as error:
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
+    assert 6597 < error.value.fields["needed"] < 6598
     assert not killed.exists()
-    with pytest.raises(common.UserError, match=r"comparing the models needs 79\d\d GB of memory"):
-        merge.choose_device(base, None)
+    with user_error("verify_memory") as error:
+        verify.choose_device(base, None)
+    assert 7900 < error.value.fields["needed"] < 8000
 
 
 def test_killed_in_the_middle_leaves_nothing_that_looks_whole(
@@ -637,12 +661,12 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
     standin.repos["me/taken"] = {"model.safetensors": b""}
     result = run("merge.py", str(lora), "--push", "me/taken", env=environment)
     assert result.returncode == 2
-    assert "me/taken: it holds 1 files already" in result.stderr
+    assert (result.error.code, result.error.fields["count"]) == ("push_repo_not_empty", 1)
     assert not (lora / "merged").exists()
     standin.broken = True
     result = run("merge.py", str(lora), "--push", "me/mine", env=environment)
     assert result.returncode == 2
-    assert "try again later with --push" in result.stderr
+    assert result.error.code == "push_failed"
     standin.broken = False
     before = (lora / "merged" / "model.safetensors").stat().st_ino
     result = run("merge.py", str(lora), "--push", "me/mine", env=environment)
@@ -656,17 +680,17 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
 
 
 def test_only_what_is_proven_is_pushed(lora: Path) -> None:
-    with pytest.raises(common.UserError, match="--push uploads only what is proven; leave --no-verify out"):
+    with user_error("push_needs_proof"):
         merge.main([str(lora), "--no-verify", "--push", "me/mine"])
     record = merged(lora) / "merge.json"
-    job, adapter = merge.find_job([str(lora)]), Adapter(lora)
-    assert not merge.is_proven(job, adapter)
+    job = merged_model.find_job(str(lora), [])
+    assert not merged_model.is_verified(job)
     content = json.loads(record.read_text()) | {"proof": {}}
     write_json(record, content)
-    assert merge.is_proven(job, adapter)
+    assert merged_model.is_verified(job)
     for other in ({"adapter_sha256": "of an earlier one"}, {"base": "/another"}):
         write_json(record, content | other)
-        assert not merge.is_proven(job, adapter)
+        assert not merged_model.is_verified(job)
 
 
 # The proof
@@ -675,7 +699,7 @@ def test_only_what_is_proven_is_pushed(lora: Path) -> None:
 def test_a_run_that_was_moved_is_told(lora: Path, tmp_path: Path) -> None:
     merged(lora)
     lora.rename(tmp_path / "moved")
-    with pytest.raises(common.UserError, match=r"lora, the adapter that .*moved/merged was merged of, is not there"):
+    with user_error("merge_source_gone", path=lora, folder=tmp_path / "moved" / "merged"):
         merge.main(["--check", str(tmp_path / "moved" / "merged")])
 
 
@@ -687,7 +711,7 @@ def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path
     import torch
 
     load(base).to(torch.bfloat16).save_pretrained(base)
-    folder = make_run(plain, tmp_path / "saves" / "proven", base, dataset=(str(data),))
+    folder = make_finished_run(plain, tmp_path / "saves" / "proven", base, dataset=(str(data),))
     shutil.copy(base / "chat_template.jinja", folder)
     result = run("merge.py", "saves/proven", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -706,7 +730,7 @@ def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path
     save_file(weights, folder / "merged" / "model.safetensors")
     result = run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path)
     assert result.returncode == 2
-    assert "does not answer as base + adapter" in result.stderr
+    assert result.error.code == "merge_differs"
 
 
 @pytest.mark.slow
@@ -721,7 +745,7 @@ def test_an_update_too_small_for_the_type_is_no_fault_of_the_merge(lora: Path, m
     save_file({name: value / 200 if "lora_B" in name else value for name, value in load_file(file).items()}, file)
     rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(20)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    folder = make_run(lora, tmp_path / "saves" / "short", base, dataset=(str(data),))
+    folder = make_finished_run(lora, tmp_path / "saves" / "short", base, dataset=(str(data),))
     shutil.copy(base / "chat_template.jinja", folder)
     result = run("merge.py", "saves/short", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,428 @@
+"""GGUF files of a model: which types there are, what is made of what, and how a finished file gets to its place."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import common
+from common import SAVES, Config, Message, UserError
+from export import llamacpp
+from export.verify import PROOF_LENGTH, PROOF_TOKENS, GgufProof, own_dtype, spread
+from inference import llamacpp_library
+from inference.child_process import run_child
+from runs import files
+from runs.adapter import language_config
+from runs.disk import existing_folder, explaining_full_disk
+from runs.files import read_json, read_object, sha256, write_json, write_text
+from runs.folder import is_run
+from runs.process import is_alive
+from runs.target import Target, config_of_run, find_16_bit_base, find_target, is_adapter, whole_model
+from runs.weights import read_tensors
+
+RECORD = "gguf.json"
+
+
+@dataclass(frozen=True)
+class GgufType:
+    """A GGUF type: llama.cpp's number for it, bits a weight in a large model, and how much divergence is usual.
+
+    `limits` are mean KL divergences in nats, three times those measured: on Llama 3 8B by llama.cpp's authors
+    (tools/perplexity/README.md of the pinned source), and on the embedded model of 135 M weights with quantize.py.
+    A small model suffers more, and one whose rows do not divide by 256 gets coarser types; a broken file is off by
+    several nats.
+    """
+
+    number: int
+    bits: float
+    limits: tuple[float, float]
+    needs_matrix: bool = False
+
+
+TYPES = {
+    "f32": GgufType(0, 32, (0.002, 0.001)),
+    "f16": GgufType(1, 16, (0.002, 0.001)),
+    "bf16": GgufType(32, 16, (0.002, 0.002)),
+    "q8_0": GgufType(7, 8.5, (0.005, 0.025)),
+    "q6_k": GgufType(18, 6.6, (0.017, 0.08)),
+    "q5_k_m": GgufType(17, 5.7, (0.033, 0.6)),
+    "q5_0": GgufType(8, 5.6, (0.067, 0.6)),
+    "q4_k_m": GgufType(15, 4.9, (0.1, 0.35)),
+    "q4_0": GgufType(2, 4.7, (0.22, 2.0)),
+    "q3_k_m": GgufType(12, 4.0, (0.31, 0.9)),
+    "q2_k": GgufType(10, 3.2, (1.4, 2.2)),
+    "iq4_nl": GgufType(25, 4.7, (0.11, 0.7), True),
+    "iq4_xs": GgufType(30, 4.5, (0.11, 0.7), True),
+    "iq3_m": GgufType(27, 3.8, (0.31, 0.9), True),
+    "iq3_s": GgufType(26, 3.7, (0.34, 1.0), True),
+    "iq3_xxs": GgufType(23, 3.3, (0.56, 1.4), True),
+    "iq2_m": GgufType(29, 2.9, (1.0, 1.9), True),
+    "iq2_xs": GgufType(20, 2.6, (1.7, 2.4), True),
+    "iq2_xxs": GgufType(19, 2.4, (2.5, 2.8), True),
+}
+LARGE = 10**9  # weights from which on the limits of the 8B model hold
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # the converter writes these itself: no compiler is needed
+MATRIX_TOKENS, MATRIX_LENGTH = 16384, 512
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is quantized, and where it goes
+
+
+@dataclass(frozen=True)
+class GgufJob:
+    """The 16-bit model's folder, the folder it is named after, the types to make.
+
+    Where there is no model yet: the adapter that merge.py merges first, and its arguments.
+    """
+
+    config: Config
+    model: Path
+    home: Path
+    types: tuple[str, ...]
+    adapter: Target | None = None
+    merge_arguments: tuple[str, ...] = ()
+    notes: tuple[Message | str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.home.resolve().name
+
+    @property
+    def output(self) -> Path:
+        return self.home / "gguf"
+
+    @property
+    def merges_first(self) -> bool:
+        return self.adapter is not None and not self.model.exists()
+
+    @property
+    def needs_matrix(self) -> bool:
+        """Whether a type weighs its rounding errors by an importance matrix."""
+        return any(TYPES[kind].needs_matrix for kind in self.types)
+
+    def file(self, kind: str) -> Path:
+        """The GGUF of a type."""
+        return self.output / f"{self.name}-{kind}.gguf"
+
+    def modelfile(self, kind: str) -> Path:
+        """Ollama's Modelfile of a type."""
+        return self.output / f"{self.name}-{kind}.Modelfile"
+
+    @property
+    def merge_record(self) -> dict[str, Any]:
+        """merge.json of the model, or an empty record."""
+        path = self.model / "merge.json"
+        return read_object(path) if path.exists() else {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from preprocessing.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.model, trust_remote_code=self.config.trust_remote_code)
+
+    @cached_property
+    def stop(self) -> tuple[str, ...]:
+        """The control tokens that end a turn of the trained template."""
+        if stop := self.merge_record.get("stop"):
+            return tuple(stop)
+        from preprocessing.chat_template import load_template
+
+        return tuple(load_template(None, self.tokenizer).stop)
+
+    @cached_property
+    def samples(self) -> tuple[Any, Any]:
+        """Token ids of the run's data: (held-out samples, or those trained on; those trained on)."""
+        from preprocessing import dataset
+        from preprocessing.chat_template import load_template
+
+        prepared = dataset.prepare(self.config, self.tokenizer, load_template(self.config.template, self.tokenizer))
+        return prepared.train if prepared.eval is None else prepared.eval, prepared.train
+
+    def proof(self, work: Path) -> GgufProof:
+        samples = spread(self.samples[0], PROOF_TOKENS, PROOF_LENGTH)
+        return GgufProof(self.model, self.tokenizer, self.stop, samples, self.config.trust_remote_code, work)
+
+
+def parse_types(wanted: str) -> tuple[str, ...]:
+    """The types named with commas; raises UserError for an unknown one."""
+    types = tuple(dict.fromkeys(kind.strip().lower() for kind in wanted.split(",") if kind.strip()))
+    for kind in types or ("",):
+        if kind not in TYPES:
+            raise UserError("gguf_type_unknown", type=kind, near=common.nearest_word(kind, TYPES), known=[*TYPES])
+    return types
+
+
+def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
+    """What the command line asks for; raises UserError where something of it is not there."""
+    types = parse_types(wanted)
+    target = find_target(name, settings)
+    config, loaded, notes = target.config, target.loaded, tuple(target.loaded.notes)
+    if target.kind == "gguf":
+        raise UserError("quantize_a_gguf", file=target.path)
+    if target.kind == "adapter":
+        home = Path(config.export_dir) if loaded.recipe and config.export_dir else target.path
+        model = Path(config.export_dir or target.path / "merged")
+        arguments = (name or str(target.path), *settings)
+        return GgufJob(config, model, home, types, target, arguments, notes)
+    model = whole_model_folder(target.path)
+    home = next((f for f in (model, model.parent) if is_adapter(f)), model)
+    home = home if Path(target.path).is_dir() else SAVES / model.name  # not into the hub's cache
+    if run := run_of_merged(model):
+        config = config_of_run(run, loaded)
+    return GgufJob(config, model, home, types, notes=notes)
+
+
+def whole_model_folder(path: Path) -> Path:
+    """The folder of a model; one that lacks a tokenizer is told later, by what needs it."""
+    return path if (path / "config.json").is_file() else whole_model(str(path))
+
+
+def run_of_merged(model: Path) -> Path | None:
+    """The run that the record of a merged folder names, or whose folder it lies in."""
+    record = read_object(model / "merge.json") if (model / "merge.json").exists() else {}
+    places = [model.parent, model.parent.parent, *([Path(record["run"])] if record.get("run") else [])]
+    return next((folder for folder in places if is_run(folder)), None)
+
+
+def can_prove(job: GgufJob) -> bool:
+    """Whether there is llama.cpp's library, or it can be built; raises UserError where a type cannot be without it."""
+    missing = llamacpp_library.missing()
+    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp_library.quantizer()
+    if missing and (by_library or job.needs_matrix):
+        raise UserError.from_message(missing)
+    if missing:
+        print(f"note: {Message('gguf_not_proven', reason=missing)}")
+    return not missing
+
+
+def merge_first(job: GgufJob, proving: bool) -> None:
+    """Runs merge.py where there is no merged model yet."""
+    if job.merges_first:
+        print("merging first", flush=True)
+        command = [sys.executable, str(common.ROOT / "merge.py"), *job.merge_arguments]
+        if status := subprocess.run([*command, *([] if proving else ["--no-verify"])]).returncode:
+            raise UserError("merge_failed", status=status)
+
+
+def check_merge(job: GgufJob) -> None:
+    """Raises UserError where the model was merged from an earlier state of its adapter."""
+    record = job.merge_record
+    weights = Path(record.get("adapter", "")) / "adapter_model.safetensors"
+    if weights.exists() and record["adapter_sha256"] != sha256(weights):
+        command = common.command("merge.py", record["adapter"], "--overwrite")
+        raise UserError("merge_is_stale", model=job.model, command=command)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is there already, and whether there is space for the rest
+
+
+def is_made(job: GgufJob, kind: str, proving: bool) -> bool:
+    """Whether the file of a type is there as it would be made again."""
+    entry = read_record(job).get("files", {}).get(job.file(kind).name, {})
+    whole = job.file(kind).exists() and job.file(kind).stat().st_size == entry.get("bytes")
+    same = entry.get("adapter_sha256") == job.merge_record.get("adapter_sha256")
+    return whole and same and (not proving or bool(entry.get("verified")))
+
+
+def are_proven(job: GgufJob) -> bool:
+    """Whether all files are there as they would be made again, with their proofs."""
+    if job.config.overwrite_output_dir or not job.model.exists():
+        return False
+    check_merge(job)
+    return all(is_made(job, kind, proving=True) for kind in job.types)
+
+
+def types_to_make(job: GgufJob, proving: bool) -> tuple[str, ...]:
+    """The types that a killed call has not made yet; raises UserError for files that may not be replaced."""
+    if job.config.overwrite_output_dir:
+        return job.types
+    there = [kind for kind in job.types if job.file(kind).exists()]
+    made = [kind for kind in there if job.model.exists() and is_made(job, kind, proving)]
+    if there and (len(made) == len(job.types) or len(made) < len(there)):
+        raise UserError("gguf_exists", files=[job.file(kind) for kind in there])
+    for kind in made:
+        print(f"note: {Message('gguf_kept', file=job.file(kind))}")
+    return tuple(kind for kind in job.types if kind not in made)
+
+
+def weights_of(folder: Path) -> tuple[int, str]:
+    """Count of a model's weights, and the GGUF type that holds most of them as they are; reads headers only."""
+    tensors = list(read_tensors(folder).values())
+    if not any(tensor.dtype in ("F32", "F16", "BF16") for tensor in tensors):
+        raise UserError("model_is_quantized", folder=folder)
+    types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+    return sum(tensor.count for tensor in tensors), types[own_dtype(tensors)]
+
+
+def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
+    """Bytes needed for the files and what is made on the way, a merge too; and those of each type.
+
+    What a type takes beyond its bits a weight (TYPES) is much in a small model only.
+    """
+    model = find_16_bit_base(job.adapter)[0] if job.merges_first else job.model
+    count, own = weights_of(model)
+
+    def size(kind: str) -> int:
+        bits = TYPES[kind].bits
+        return int(count * min(bits + 0.5 if count >= LARGE else bits * 1.4 + 2, max(bits, 16)) / 8)
+
+    sizes = {kind: size(kind) for kind in (*job.types, first_type(job, own))}
+    vocabulary = language_config(read_object(model / "config.json")).get("vocab_size", 1 << 18)
+    needed = sum(sizes.values()) + 4 * PROOF_TOKENS * vocabulary
+    if job.merges_first and existing_folder(job.output).stat().st_dev == existing_folder(job.model).stat().st_dev:
+        needed += size(own)
+    sizes = {kind: sizes[kind] for kind in job.types}
+    parts = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items())
+    print(f"model      {job.model} ({count / 1e6:.0f} M weights, {own})\noutput     {job.output} (at most {parts})")
+    return needed, sizes
+
+
+def remove_leftovers(job: GgufJob) -> None:
+    """Removes what killed processes left: they take space."""
+    files.remove_leftovers(job.model)
+    for path in job.output.glob(".work-*"):
+        match = re.fullmatch(r"\.work-(\d+)-.*", path.name)
+        if match and not path.is_symlink() and not is_alive(int(match[1])):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def workspace(job: GgufJob) -> Iterator[Path]:
+    """A folder for what is not whole or not proven yet, inside the output's, removed at the end."""
+    job.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.output, prefix=f".work-{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making the files
+
+
+def make_files(job: GgufJob, proving: bool, max_divergence: float | None, needed: int) -> dict[str, dict[str, Any]]:
+    """Makes, proves and keeps a file of each type; returns what was measured, by type. `needed`: bytes of disk."""
+    results: dict[str, dict[str, Any]] = {}
+    count, own = weights_of(job.model)
+    with explaining_full_disk(job.output, needed), workspace(job) as work:
+        proof = job.proof(work) if proving else None
+        start = convert(job, first_type(job, own), work)
+        matrix = importance_matrix(job, start, work)
+        for kind in sorted(job.types, key=lambda kind: kind == start.stem):  # what the others are made of goes last
+            file = make(job, kind, start, matrix, work)
+            results[kind] = {"bytes": file.stat().st_size, "adapter_sha256": job.merge_record.get("adapter_sha256")}
+            if proof:
+                usual = TYPES[kind].limits[count < LARGE]
+                results[kind] |= proof.verify(kind, file, max_divergence, usual)
+            keep(job, kind, file, results[kind])
+    return results
+
+
+def first_type(job: GgufJob, own: str) -> str:
+    """What the converter writes first: the only type asked for, else the model's own, which the others come from."""
+    return job.types[0] if len(job.types) == 1 and job.types[0] in CONVERTED else own
+
+
+def convert(job: GgufJob, kind: str, work: Path) -> Path:
+    """A GGUF by llama.cpp's converter, in the workspace."""
+    target = work / f"{kind}.gguf"
+    end = job.tokenizer.convert_tokens_to_ids(job.stop[0])
+    arguments = {"folder": job.model.resolve(), "target": target, "kind": kind, "card": card(job), "name": job.name}
+    llamacpp.call(llamacpp.convert, f"converting to {kind}", end=end, **arguments)
+    return target
+
+
+def card(job: GgufJob) -> dict[str, Any]:
+    """The head of the model's card (licence, base model), as the converter reads it; the base's name from the merge."""
+    import yaml
+
+    path = job.model / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    head = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    try:
+        known = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:  # a card is for people: a broken one stops nothing
+        known = {}
+    name = job.merge_record.get("base_name")
+    base = {"base_model": Path(name).name} if name else {}
+    return base | (known if isinstance(known, dict) else {})
+
+
+def importance_matrix(job: GgufJob, start: Path, work: Path) -> Path | None:
+    """The importance matrix of the training data, where a type needs it."""
+    if not job.needs_matrix:
+        return None
+    target = work / "imatrix.gguf"
+    samples = spread(job.samples[1], MATRIX_TOKENS, MATRIX_LENGTH)
+    doing = f"importance of the weights on {sum(map(len, samples))} tokens"
+    llamacpp.call(llamacpp.importance, doing, file=start, samples=samples, target=target)
+    return target
+
+
+def make(job: GgufJob, kind: str, start: Path, matrix: Path | None, work: Path) -> Path:
+    """The file of one type, in the workspace."""
+    target = work / f"{kind}.gguf"
+    if target == start:
+        return target
+    used = str(matrix) if matrix and TYPES[kind].needs_matrix else None
+    doing = f"quantizing to {kind}"
+    if tool := llamacpp_library.quantizer():
+        run_child([tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing)
+    elif llamacpp_library.missing():
+        return convert(job, kind, work)
+    else:
+        number = TYPES[kind].number
+        llamacpp.call(llamacpp.quantize, doing, source=start, target=target, ftype=number, matrix=used)
+    return target
+
+
+def keep(job: GgufJob, kind: str, file: Path, result: dict[str, Any]) -> None:
+    """Moves a file that is whole (and proven) to its place: last, after its line in gguf.json and its Modelfile."""
+    from export.modelfile import modelfile
+
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
+    record = read_record(job)
+    record |= {"model": str(job.model.resolve()), "llama-cpp-python": llamacpp_library.VERSION}
+    record.setdefault("files", {})[job.file(kind).name] = {"type": kind, **result}
+    text = modelfile(job.file(kind).name, job.name, job.tokenizer, job.stop, result.get("adds_bos", False))
+    write_text(job.modelfile(kind), text)
+    write_json(job.output / RECORD, record)
+    os.replace(file, job.file(kind))
+
+
+def read_record(job: GgufJob) -> dict[str, Any]:
+    """gguf.json, or an empty record."""
+    return read_json(job.output / RECORD, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# After it
+
+
+def check_push(repo: str, job: GgufJob, proving: bool) -> None:
+    """Raises UserError where the hub would refuse the files, or they will not be proven."""
+    from export import hub
+
+    if not proving:
+        raise UserError("push_needs_proof")
+    hub.check_access(repo, job.config.overwrite_output_dir)
+
+
+def push(repo: str, job: GgufJob) -> None:
+    """Uploads the files just made, and nothing else of their folder."""
+    from export import hub
+
+    names = [path.name for kind in job.types for path in (job.file(kind), job.modelfile(kind))]
+    address = hub.upload(job.output, repo, ignore=[p.name for p in job.output.iterdir() if p.name not in names])
+    print(f"uploaded   {address}")

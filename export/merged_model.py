@@ -1,0 +1,315 @@
+"""A merged model's folder: what is merged into what, and everything in it beside the weights."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+from common import Config, Message, UserError
+from export.merge_weights import Plan, make_plan, write_shards
+from runs.adapter import Adapter, language_config
+from runs.disk import check_free_space, explaining_full_disk
+from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text
+from runs.folder import read_run, run_config, suit_transformers_4
+from runs.target import HUB_NAME, find_16_bit_base, find_target, missing_from_model
+from runs.weights import DTYPES, read_tensors
+
+RECORD = "merge.json"
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """The folders of the adapter, of the run it belongs to (if any), of the base and of the result."""
+
+    config: Config
+    adapter: Path
+    run: Path | None
+    base: Path
+    base_name: str  # as the recipe or the adapter has it
+    base_config: dict[str, Any]  # its config.json
+    tokenizer: Path  # the folder of the tokenizer that the adapter was trained with
+    output: Path
+    notes: tuple[Message | str, ...] = ()
+
+
+def find_job(name: str | None, settings: list[str]) -> MergeJob:
+    """What the command line asks for; raises UserError where something of it is not there."""
+    target = find_target(name, settings, wants="adapter")
+    base, base_name, base_config = find_16_bit_base(target)
+    notes = list(target.loaded.notes)
+    if base_name != target.base:
+        notes.append(Message("merging_into_16_bit", quantized=target.base, base=base))
+    output = Path(target.config.export_dir or target.path / "merged")
+    tokenizer = target.tokenizer or base
+    job = MergeJob(
+        target.config, target.path, target.run, base, base_name, base_config, tokenizer, output, tuple(notes)
+    )
+    if output.is_symlink() and not output.exists():
+        raise UserError("output_is_broken_link", output=output)
+    return job
+
+
+def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
+    """Merges, and verifies the result before it takes its place; `repo`, of the hub, is asked for access before."""
+    from export import verify
+
+    started = time.monotonic()
+    adapter = Adapter(job.adapter)
+    plan = make_plan(read_tensors(job.base), job.base_config, adapter, job.config.export_dtype)
+    template = trained_template(job, plan)
+    announce(job, adapter, plan, template)
+    check_output(job, plan)
+    if verifying:
+        verify.check_memory(job.base)  # before the work, not after it
+    if repo:
+        check_push(repo, job)
+    with explaining_full_disk(job.output, plan.size), appearing(job.output) as folder:
+        write_shards(plan, folder, job.config.export_size * 10**9)
+        write_small_files(job, plan, template, folder)
+        record = make_record(job, adapter, plan, template) | {"seconds": round(time.monotonic() - started, 2)}
+        write_json(folder / RECORD, record)
+        announce_survival(record)
+        if verifying:
+            verify_in_child(folder)
+        write_card(job, folder)
+    print(f"merged     {job.output} ({plan.size / 1e9:.2f} GB)")
+
+
+def verify_in_child(folder: Path) -> None:
+    """Compares the models in a process of its own, whose memory is free again afterwards; ends this one if it fails."""
+    command = [sys.executable, str(common.ROOT / "merge.py"), "--check", str(folder)]
+    if status := subprocess.run(command).returncode:
+        sys.exit(status)
+
+
+def check_output(job: MergeJob, plan: Plan) -> None:
+    """Raises UserError where the output may not be replaced, or the disk has not enough space for it."""
+    for folder in filter(None, (job.base, job.adapter, job.run)):
+        if folder.resolve().is_relative_to(job.output.resolve()):
+            raise UserError("output_holds_source", output=job.output, source=folder)
+    if job.output.is_file() or (job.output.is_dir() and any(job.output.iterdir())):
+        if not (job.output / RECORD).exists():
+            raise UserError("output_is_no_merge", output=job.output)
+        if not job.config.overwrite_output_dir:
+            raise UserError("merge_exists", output=job.output)
+    remove_leftovers(job.output)  # they take space
+    check_free_space(job.output, plan.size + 10**8)
+
+
+def is_verified(job: MergeJob) -> bool:
+    """Whether the output is there as this merge would make it, with its proof."""
+    if job.config.overwrite_output_dir or not (job.output / RECORD).exists():
+        return False
+    record, adapter = read_object(job.output / RECORD), Adapter(job.adapter)
+    same = record["adapter_sha256"] == sha256(adapter.file) and record["base"] == str(job.base.resolve())
+    same = same and job.config.export_dtype in (None, record["dtype"])
+    return same and "proof" in record and not missing_from_model(job.output)
+
+
+def check_push(repo: str, job: MergeJob) -> None:
+    """Raises UserError where the hub would refuse the merged model."""
+    from export import hub
+
+    hub.check_access(repo, job.config.overwrite_output_dir)
+
+
+def push(repo: str, job: MergeJob) -> None:
+    """Uploads the merged model, in place of the weights that the repository may hold."""
+    from export import hub
+
+    weights = ["model*.safetensors", "model.safetensors.index.json"]
+    print(f"uploaded   {hub.upload(job.output, repo, ignore=[RECORD], delete=weights)}")
+
+
+def announce(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTemplate | None) -> None:
+    changed = sum(tensor.update is not None for tensor in plan.tensors)
+    dtypes = sorted({tensor.dtype for tensor in plan.tensors if tensor.dtype in DTYPES.values()})
+    print(
+        f"base       {job.base} ({len(plan.tensors)} tensors)\n"
+        f"adapter    {job.adapter} ({kind(adapter)}, {len(adapter.tensors)} tensors, for {changed} of the base's)\n"
+        f"output     {job.output} ({plan.size / 1e9:.2f} GB, {' and '.join(dtypes)})\n"
+        f"template   {f'{template.name}, ends a turn with ' + ' '.join(template.stop) if template else 'none'}"
+    )
+    if template is None:
+        print(f"note: {Message('merge_without_template')}")
+    if plan.untied:
+        print(f"note: {Message('merge_unties')}")
+    if dtypes == ["F32"]:
+        print(f"note: {Message('merge_in_float32')}")
+
+
+def announce_survival(record: dict[str, Any]) -> None:
+    if (share := record["adapter_share"]) is not None:
+        print(f"rounding   {share:.1%} of the adapter's product arrives in the weights in {record['dtype']}")
+
+
+def kind(adapter: Adapter) -> str:
+    """LoRA, rsLoRA or DoRA, with the ranks."""
+    settings = adapter.settings
+    name = "DoRA" if settings.get("use_dora") else "rsLoRA" if settings.get("use_rslora") else "LoRA"
+    ranks = sorted({settings["r"], *(settings.get("rank_pattern") or {}).values()})
+    return f"{name} of rank {', '.join(map(str, ranks))}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and chat template
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+TOKENIZER += ("*.tiktoken", "chat_template.jinja", "additional_chat_templates")
+FROM_BASE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")  # code for trust_remote_code; what a licence asks to pass on
+
+
+@dataclass(frozen=True)
+class TrainedTemplate:
+    """The chat template as it is saved, and the control tokens that end a turn."""
+
+    name: str
+    text: str
+    stop: list[str]
+    stop_ids: list[int]
+
+
+def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
+    """The chat template the adapter was trained with; None where none is named and the tokenizer has none.
+
+    Raises UserError where the tokenizer has more tokens than the merged embedding has rows.
+    """
+    from preprocessing.tokenizer import load_light_tokenizer
+
+    tokenizer = load_light_tokenizer(job.tokenizer)
+    known = tokenizer.backend.get_vocab_size()
+    if plan.vocabulary and known > plan.vocabulary:
+        raise UserError("tokens_without_rows", folder=job.tokenizer, tokens=known, rows=plan.vocabulary)
+    run = read_run(job.run) if job.run else None
+    jinja = (job.run or job.adapter) / "chat_template.jinja"
+    if run and run.get("stop") and jinja.exists() and job.config.template == run_config(job.run).template:
+        name, text, stop = "the run's", jinja.read_text(encoding="utf-8"), run["stop"]
+    elif job.config.template is None and not tokenizer.chat_template:
+        return None
+    else:
+        from preprocessing.chat_template import load_template
+
+        template = load_template(job.config.template, tokenizer)
+        name, text, stop = template.name, template.saved, template.stop
+    return TrainedTemplate(name, text, list(stop), [tokenizer.backend.token_to_id(token) for token in stop])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The small files
+
+
+def write_small_files(job: MergeJob, plan: Plan, template: TrainedTemplate | None, folder: Path) -> None:
+    """Everything beside the weights that transformers and vLLM read."""
+    for source, patterns in ((job.tokenizer, TOKENIZER), (job.base, FROM_BASE)):
+        for path in (path for pattern in patterns for path in source.glob(pattern)):
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+    suit_transformers_4(folder)
+    if template:
+        write_text(folder / "chat_template.jinja", template.text)
+        settings = read_object(folder / "tokenizer_config.json")
+        if settings.pop("chat_template", None):  # one place for it, so that no two can differ
+            write_json(folder / "tokenizer_config.json", settings)
+    write_generation_config(job, template, folder)
+    write_config(job, plan, folder)
+
+
+def write_generation_config(job: MergeJob, template: TrainedTemplate | None, folder: Path) -> None:
+    """The base's generation_config.json, ending where the template's turns end."""
+    path = job.base / "generation_config.json"
+    settings = read_object(path) if path.exists() else {}
+    if template:
+        settings["eos_token_id"] = template.stop_ids[0] if len(template.stop_ids) == 1 else template.stop_ids
+    if settings:  # an empty one would take away the end that config.json names
+        write_json(folder / "generation_config.json", settings)
+
+
+def write_config(job: MergeJob, plan: Plan, folder: Path) -> None:
+    """The base's config.json as it fits the merged weights."""
+    config = {
+        key: value for key, value in job.base_config.items() if key not in ("_name_or_path", "quantization_config")
+    }
+    text = language_config(config)
+    if plan.untied:
+        config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    if plan.vocabulary and "vocab_size" in text:
+        text["vocab_size"] = plan.vocabulary
+    if job.config.export_dtype:
+        for part in (config, text):
+            for key in ({"dtype", "torch_dtype"} & part.keys()) or {"dtype"}:
+                part[key] = job.config.export_dtype
+    write_json(folder / "config.json", config)
+
+
+def make_record(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTemplate | None) -> dict[str, Any]:
+    """merge.json: what was merged into what, and what of it quantize.py goes on with."""
+    changed = {tensor.dtype for tensor in plan.tensors if tensor.update}
+    coarsest = next((dtype for dtype in ("BF16", "F16") if dtype in changed), "F32")
+    share = plan.survival.share
+    return {
+        "base": str(job.base.resolve()),
+        "base_name": hub_name(job),
+        "adapter": str(job.adapter.resolve()),
+        "adapter_sha256": sha256(adapter.file),
+        "run": str(job.run.resolve()) if job.run else None,
+        "kind": kind(adapter),
+        "dtype": next(name for name, stored in DTYPES.items() if stored == coarsest),
+        "cast": job.config.export_dtype is not None,
+        "adapter_tensors": len(adapter.tensors),
+        "adapter_tensors_used_once": sum(count == 1 for count in adapter.used.values()),
+        "adapter_share": None if share is None else round(share, 4),
+        "base_tensors_changed": sum(tensor.update is not None for tensor in plan.tensors),
+        "tensors": len(plan.tensors),
+        "bytes": plan.size,
+        "vocabulary": plan.vocabulary,
+        "stop": template.stop if template else [],
+        "trust_remote_code": job.config.trust_remote_code,
+    }
+
+
+def write_card(job: MergeJob, folder: Path) -> None:
+    """README.md, as the hub wants it: base model, licence, data, how it was made."""
+    import yaml
+
+    record = read_object(folder / RECORD)
+    name = record["base_name"]
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence(job.base)}
+    if "/" in name:
+        front["base_model"] = name
+    run = read_run(job.run) if job.run else None
+    lines = [f"{name} with an adapter ({record['kind']}) merged into its weights ({record['dtype']}), by onecard."]
+    if run:
+        datasets = ", ".join(Path(name).name for name in job.config.dataset)
+        checkpoint = re.fullmatch(r"checkpoint-(\d+)", job.adapter.name)
+        steps = int(checkpoint[1]) if checkpoint else run.get("steps")
+        lines.append(f"Trained on: {datasets}" + (f" ({steps} steps)." if steps else "."))
+    if proof := record.get("proof"):
+        lines.append(
+            f"On {proof['prompts']} prompts its logits differ from base + adapter by {proof['difference']:.2g} (rms), "
+            f"where rounding to {record['dtype']} alone makes {proof['rounding']:.2g}."
+        )
+    front = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+    title = job.run.name if job.run else job.adapter.name
+    write_text(folder / "README.md", f"---\n{front}---\n\n# {title}\n\n" + "\n\n".join(lines) + "\n")
+
+
+def hub_name(job: MergeJob) -> str:
+    """The base's name on the hub where it is known, else its folder's: never a path of this machine."""
+    record = job.base / "download.json"
+    name = read_object(record)["model"] if record.exists() else job.base_name
+    is_path = Path(name).exists() or (common.ROOT / name).exists()
+    return name if HUB_NAME.fullmatch(name) and not is_path else job.base.name
+
+
+def licence(folder: Path) -> str | None:
+    """The licence that a model's README.md declares."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    match = re.match(r"---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", text, re.DOTALL | re.MULTILINE)
+    return match[1] if match else None

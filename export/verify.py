@@ -1,0 +1,359 @@
+"""The proofs: a merged model answers as base + adapter does, and a GGUF as the 16-bit model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+from common import Message, UserError
+from runs.files import read_object, write_json
+from runs.folder import run_config
+from runs.weights import DTYPES, SIZES, Tensor, read_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a model is computed
+
+
+def own_dtype(tensors: Sequence[Tensor]) -> str:
+    """The type of most weights: float32, float16 or bfloat16."""
+    return max(DTYPES, key=lambda name: sum(tensor.count for tensor in tensors if tensor.dtype == DTYPES[name]))
+
+
+def choose_device(folder: Path, cuda_memory: int | None) -> tuple[str, str]:
+    """Where a model fits, and how exactly: in float32 where it does, else in its own type.
+
+    `cuda_memory` are the free bytes of the card, None without one. Raises UserError where it fits nowhere.
+    """
+    import psutil
+
+    tensors = list(read_tensors(folder).values())
+    count = sum(tensor.count for tensor in tensors)
+    free = {"cuda": cuda_memory} if cuda_memory is not None else {}
+    free["cpu"] = psutil.virtual_memory().available
+    needs = {name: int(count * SIZES[DTYPES[name]] * 1.2) + 10**9 for name in ("float32", own_dtype(tensors))}
+    for dtype, needed in needs.items():
+        for device, available in free.items():
+            if needed < available:
+                return device, dtype
+    raise UserError("verify_memory", needed=min(needs.values()) / 1e9, free=max(free.values()) / 1e9)
+
+
+def check_memory(folder: Path) -> None:
+    """Raises UserError where a model could not be computed for its proof; needs no torch."""
+    gpu = common.find_gpu()
+    choose_device(folder, gpu.free_memory if gpu else None)
+
+
+def free_cuda_memory() -> int | None:
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
+def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
+    """A model of transformers in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A merged model
+
+
+def verify_merged(folder: Path) -> None:
+    """Compares logits, prints the numbers and keeps them in merge.json; raises UserError where they differ too much.
+
+    The yardstick is the rounding itself: how far the logits of base + adapter move when the sum of weight and update is
+    rounded to the merged type. Where that sum cannot be formed here (DoRA, tied ends, a model that fits in 16 bit only)
+    every twelfth of the changed weights moves by one unit in the last place, which has the variance of rounding.
+    """
+    if not (folder / "merge.json").is_file():
+        raise UserError("not_a_merge", folder=folder)
+    record = read_object(folder / "merge.json")
+    for part in ("base", "adapter"):
+        if not Path(record[part]).is_dir():
+            raise UserError("merge_source_gone", folder=folder, path=record[part])
+    logging.disable(logging.WARNING)
+    import torch
+
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    device, dtype = choose_device(Path(record["base"]), free_cuda_memory())
+    prompts = proof_prompts(folder, record)
+    expected, base, rounded = adapter_logits(record, prompts, device, dtype)
+    merged = logits(load_model(folder, device, dtype, record["trust_remote_code"]), prompts)
+    proof = {
+        "prompts": len(prompts),
+        "positions": len(expected),
+        "computed_in": f"{dtype} on {device}",
+        "adapter_effect": rms(expected - base),
+        "difference": rms(merged - expected),
+        "largest_difference": (merged - expected).abs().max().item(),
+        "rounding": rms(rounded - expected),
+        "same_first_choice": (merged.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        "mean_kl": divergence(expected, merged),
+    }
+    write_json(folder / "merge.json", {**record, "proof": proof})
+    print_proof(proof, record["dtype"])
+    if not proof["difference"] <= 3 * proof["rounding"] + 1e-6 * rms(expected):
+        raise UserError("merge_differs", difference=proof["difference"], rounding=proof["rounding"])
+    if proof["adapter_effect"] < proof["rounding"]:
+        print(f"note: {Message('adapter_below_rounding', dtype=record['dtype'])}")
+
+
+def print_proof(proof: dict[str, Any], dtype: str) -> None:
+    print(
+        f"proof      {proof['prompts']} prompts, {proof['positions']} positions, {proof['computed_in']}\n"
+        f"           logits move by {proof['adapter_effect']:.2g} (rms) through the adapter; merged, they differ from\n"
+        f"           base + adapter by {proof['difference']:.2g} (at most {proof['largest_difference']:.2g}), where\n"
+        f"           rounding to {dtype} alone makes {proof['rounding']:.2g}; same first choice "
+        f"{proof['same_first_choice']:.1%},\n           mean KL divergence {proof['mean_kl']:.2g}"
+    )
+
+
+# Asked of models whose training data is not at hand.
+QUESTIONS = (
+    ("Who are you, and who made you?", "I am a small language model."),
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("用一句话介绍一下你自己。", "我是一个语言模型。"),
+    ("Write a function that adds two numbers.", "def add(a, b):\n    return a + b"),
+    ("How much is 1234 + 4321?", "1234 + 4321 = 5555"),
+)
+
+
+def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
+    """Token ids of up to 8 conversations of the run's data, at most 128 tokens each; else of the QUESTIONS."""
+    from preprocessing import dataset
+    from preprocessing.chat_template import encode, load_template
+    from preprocessing.tokenizer import load_tokenizer
+
+    conversations = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in QUESTIONS
+    ]
+    if record["run"]:
+        try:
+            config = run_config(Path(record["run"]))
+            few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
+            conversations = dataset.read_conversations(few)[0][:8]
+        except UserError as error:
+            print(f"note: {Message('proof_without_data', reason=error)}")
+    tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
+    if not record["stop"]:
+        return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]
+    samples = encode(conversations, load_template(None, tokenizer), tokenizer, cutoff_len=128)
+    return [sample["input_ids"] for sample in samples if not isinstance(sample, Message)]
+
+
+def adapter_logits(record: dict[str, Any], prompts: Any, device: str, dtype: str) -> list[torch.Tensor]:
+    """Logits of base + adapter, of the base alone, and of base + adapter with its weights rounded."""
+    from runs.peft_loading import load_peft_model
+
+    base = load_model(Path(record["base"]), device, dtype, record["trust_remote_code"])
+    model = load_peft_model(base, Path(record["adapter"])).eval()
+    expected = logits(model, prompts)
+    with model.disable_adapter():
+        alone = logits(model, prompts)
+    done = round_sums(model, record["dtype"])
+    for name, weight in model.named_parameters():
+        if id(weight) in done:
+            continue
+        changed = ".base_layer." in name or ".modules_to_save." in name
+        if (changed or record["cast"]) and "lora_" not in name:
+            jitter(weight, record["dtype"])
+    return [expected, alone, logits(model, prompts)]
+
+
+def round_sums(model: Any, dtype: str) -> set[int]:
+    """Moves the base weights of plain LoRA layers so that weight + update is what `dtype` makes of it.
+
+    An update below half a unit in the last place vanishes when it is rounded, all of it in the same direction: noise of
+    the same size would move the logits less. Returns the ids of the weights moved.
+    """
+    import torch
+
+    tied = model.get_input_embeddings().weight.data_ptr()
+    done = set()
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if not isinstance(base, torch.nn.Linear) or not hasattr(module, "get_delta_weight"):
+            continue
+        weight = base.weight
+        if weight.dtype != torch.float32 or weight.data_ptr() == tied or any(module.use_dora.values()):
+            continue
+        update = sum(module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A)
+        weight.data = (weight + update).to(getattr(torch, dtype)).float() - update
+        done.add(id(weight))
+    return done
+
+
+def jitter(weight: torch.Tensor, dtype: str) -> None:
+    """Moves one of 12 weights up or down by one unit in the last place of `dtype`."""
+    import torch
+
+    wide = weight.dtype == torch.float32
+    bits = weight.data.view(torch.int32 if wide else torch.int16)
+    unit = {"float32": 1, "float16": 1 << 13, "bfloat16": 1 << 16}[dtype] if wide else 1
+    draw = torch.randint(0, 24, weight.shape, dtype=torch.int8, device=weight.device)
+    moves = (draw == 0).to(bits.dtype) - (draw == 1).to(bits.dtype)
+    bits += unit * moves * (weight.data.abs() > torch.finfo(torch.float16).tiny)  # zero has no unit below it
+
+
+LAST = 32  # positions of each prompt that are compared
+
+
+def logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """Logits at the last positions of each prompt (positions x vocabulary), float32, each row's mean taken off."""
+    import torch
+
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        rows.append(model(input_ids=ids).logits[0, -LAST:].float().cpu())
+    values = torch.cat(rows)
+    return values - values.mean(-1, keepdim=True)
+
+
+def rms(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
+def divergence(expected: torch.Tensor, merged: torch.Tensor) -> float:
+    """Mean Kullback-Leibler divergence of the merged model's next-token distribution from the expected one."""
+    import torch
+
+    return torch.nn.functional.kl_div(
+        merged.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A GGUF: llama.cpp reads the tokens as the tokenizer writes them, and predicts what the 16-bit model predicts
+
+# Mean KL divergence of the embedded model computed in this type from the same weights computed in float32.
+DTYPE_DIVERGENCE = {"float32": 0.0, "float16": 0.00004, "bfloat16": 0.0022}
+PROOF_TOKENS, PROOF_LENGTH = 1024, 256  # tokens of all proof samples, of one at most
+TEXTS = (
+    "Hello, world! It's 12:30, isn't it? I've 3.14159 reasons.",
+    "你好，世界！今天是2026年11月23日，星期一。",
+    "1234567890 007 3,141.59 １２３ ⅷ ½",
+    "emoji 😀👍🏽 👩‍👩‍👧 🇫🇷 é é ñ",
+    "def f(x):\n\treturn {'a': x ** 2}  # twice\n\n\n    if x != 0:\r\n        pass\n",
+    "  leading, trailing and   inner spaces  \t \n \n\n",
+    "Straße naïve Привет мир שלום עולם مرحبا สวัสดี こんにちは 안녕하세요",
+    "zero\u200bwidth \u00a0 nbsp \ufeff \u3000 ideographic",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufProof:
+    """What a GGUF is compared with: the 16-bit model, its tokenizer and the tokens that end a turn, and samples."""
+
+    model: Path
+    tokenizer: Any
+    stop: tuple[str, ...]
+    samples: list[list[int]]  # token ids
+    trust_remote_code: bool
+    work: Path  # a folder for the logits of the 16-bit model
+
+    def verify(self, kind: str, file: Path, limit: float | None, usual: float) -> dict[str, Any]:
+        """Measures a file of a GGUF type; raises UserError where it is not what it should be.
+
+        `limit` is the mean KL divergence that is accepted, None: the `usual` one of the type and what the reference's
+        type adds to it.
+        """
+        from export import llamacpp
+
+        seen = self.check_contents(kind, file)
+        reference, computed_in = self.reference_logits()
+        measured = llamacpp.call(
+            llamacpp.measure, f"comparing {kind}", file=file, samples=self.samples, reference=reference
+        )
+        if limit is None:
+            limit = usual + 3 * DTYPE_DIVERGENCE[computed_in]
+        if not measured["kl_divergence"] <= limit:
+            if kind in (
+                "f32",
+                "f16",
+                "bf16",
+            ):  # no larger type would help: the file is wrong, or the weights do not fit
+                raise UserError("gguf_16_bit_differs", type=kind, divergence=measured["kl_divergence"], limit=limit)
+            raise UserError("gguf_differs", type=kind, divergence=measured["kl_divergence"], limit=limit)
+        return {**measured, **seen, "reference_dtype": computed_in, "verified": True}
+
+    def check_contents(self, kind: str, file: Path) -> dict[str, Any]:
+        """Token ids, end of turn, template and metadata as llama.cpp reads them; raises UserError where one is wrong."""
+        from export import llamacpp
+
+        tokenizer = self.tokenizer
+        controls = "".join(tokenizer.all_special_tokens)
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 4, TEXTS, strict=True)]
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+        data = [tokenizer.decode(ids) for ids in self.samples]
+        texts = [*TEXTS, controls, f"a{controls} b", rendered, *data]
+        seen = llamacpp.call(llamacpp.inspect, f"reading {kind}", file=file, texts=texts)
+        for text, ids in zip(texts, seen.pop("ids"), strict=True):
+            if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
+                raise UserError("gguf_tokens_differ", text=text[:60])
+        ends = tokenizer.convert_tokens_to_ids(list(self.stop))
+        if seen["eos"] != ends[0] or seen["eot"] != ends[0] or not set(ends) <= set(seen.pop("end")):
+            raise UserError("gguf_does_not_stop", stop=" ".join(self.stop))
+        if seen.pop("template") != tokenizer.chat_template:
+            raise UserError("gguf_template_differs")
+        return {"tokens_equal": True, "texts": len(texts), **seen}
+
+    def reference_logits(self) -> tuple[Path, str]:
+        """Logits of the 16-bit model by transformers, float32 (tokens × vocabulary) in a .npy file; computed once.
+
+        Computed in float32 where memory allows it, on the card or the CPU, else in the model's own type; the type's
+        name is the second result.
+        """
+        if found := next(self.work.glob("reference-*.npy"), None):
+            return found, found.stem.removeprefix("reference-")
+        import numpy as np
+        import torch
+        from tqdm import tqdm
+
+        device, dtype = choose_device(self.model, free_cuda_memory())
+        target = self.work / f"reference-{dtype}.npy"
+        model = load_model(self.model, device, dtype, self.trust_remote_code)
+        values, start = None, 0
+        with torch.inference_mode():
+            for ids in tqdm(
+                self.samples, desc="16-bit model", bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}"
+            ):
+                inputs = torch.tensor([ids], device=device)
+                rows = model(input_ids=inputs, use_cache=False).logits[0].float().cpu().numpy()
+                if values is None:
+                    shape = (sum(map(len, self.samples)), rows.shape[1])
+                    values = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
+                values[start : start + len(ids)] = rows
+                start += len(ids)
+        values.flush()
+        return target, dtype
+
+
+def spread(samples: Any, tokens: int, longest: int) -> list[list[int]]:
+    """Token ids of samples spread evenly over the data, each cut to `longest`, `tokens` in all at most."""
+    order = sorted(range(len(samples)), key=lambda i: (i * 2654435761) % 2**32)  # a fixed shuffle
+    chosen, left = [], tokens
+    for i in order:
+        ids = [int(token) for token in samples[i]["input_ids"][: min(longest, left)]]
+        if len(ids) > 1:
+            chosen.append(ids)
+            left -= len(ids)
+        if left < 2:
+            break
+    return chosen

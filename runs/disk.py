@@ -1,0 +1,39 @@
+"""Space on the disk: looked at before the work, and told in one sentence where it runs out all the same."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common import UserError
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder of a path that exists: the disk that the path will be on."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def check_free_space(path: Path, needed: int) -> None:
+    """Raises UserError where the disk of `path` has not `needed` bytes free."""
+    folder = existing_folder(path)
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise disk_full(folder, needed, free)
+
+
+def disk_full(folder: Path, needed: int, free: int) -> UserError:
+    return UserError("disk_full", folder=folder, needed=needed / 1e9, free=free / 1e9)
+
+
+@contextmanager
+def explaining_full_disk(path: Path, needed: int) -> Iterator[None]:
+    """Turns "no space left on device" within the block into a UserError with the needed and the free bytes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = existing_folder(path)
+        raise disk_full(folder, needed, shutil.disk_usage(folder).free) from None

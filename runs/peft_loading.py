@@ -1,0 +1,74 @@
+"""A trained adapter on a loaded base, by peft: for what is not simply added to the weights. Nothing is left out in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import UserError
+from runs.adapter import Adapter, find_places
+from runs.files import read_object, write_json
+
+
+def check_against_model(adapter: Adapter, model: Any) -> int | None:
+    """Checks every tensor of an adapter against a loaded base; returns the rows that its embedding has with the adapter.
+
+    None, and nothing is checked, for a kind of adapter that only peft knows.
+    """
+    if not adapter.is_plain():
+        return None
+    shapes = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        state = getattr(weight, "quant_state", None)  # of bitsandbytes: the weight itself is packed
+        shapes[name] = tuple(state.shape if state is not None else weight.shape)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    return find_places(adapter, shapes, tied=tied, merging=False).vocabulary
+
+
+def resize_embedding(model: Any, rows: int | None) -> None:
+    """Makes the embedding as long as the adapter's, which was trained with new tokens."""
+    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """The base with the adapter of a folder beside its weights, as a PeftModel.
+
+    Raises UserError where a tensor of the adapter has no place in the base, or a place of the adapter no tensor.
+    """
+    from peft import PeftConfig, PeftModel
+
+    adapter = Adapter(folder)
+    resize_embedding(model, check_against_model(adapter, model))
+    with _readable_by_peft(adapter) as readable:
+        try:
+            config = PeftConfig.from_pretrained(readable)
+            config.inference_mode = not trainable
+            loaded = PeftModel(model, config)
+            result = loaded.load_adapter(readable, "default", is_trainable=trainable)
+        except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError("adapter_refused_by_peft", folder=folder, reason=reason) from None
+    if result.missing_keys or result.unexpected_keys:
+        names = [*result.unexpected_keys, *result.missing_keys]
+        raise UserError("adapter_not_loaded_whole", folder=folder, tensor=names[0], count=len(names))
+    return loaded
+
+
+@contextlib.contextmanager
+def _readable_by_peft(adapter: Adapter) -> Iterator[Path]:
+    """The adapter's folder; where peft would not know its names or settings, a copy with those it knows."""
+    if not adapter.renamed and read_object(adapter.folder / "adapter_config.json") == adapter.settings:
+        yield adapter.folder
+        return
+    from safetensors.torch import load_file, save_file
+
+    stored = load_file(adapter.file)
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = {name: stored[adapter.renamed.get(name, name)] for name in adapter.tensors}
+        save_file(tensors, Path(folder) / "adapter_model.safetensors")
+        write_json(Path(folder) / "adapter_config.json", adapter.settings)
+        yield Path(folder)
