@@ -163,7 +163,7 @@ class MemoryView:
 
 
 def view_as_in_memory(base: dict[str, Tensor], adapter: Adapter) -> MemoryView:
-    """The base as the adapter was trained on it: as on the disk, unless it has experts that the adapter names as one."""
+    """The base as the adapter was trained on it: as on the disk, except for experts that are one tensor in memory."""
     view = MemoryView({name: tensor.shape for name, tensor in base.items()})
     singles = {name: match for name in base if (match := EXPERT.fullmatch(name))}
     if not singles or any(re.search(r"\.experts\.\d+\.", module) for module in adapter.parts):
@@ -309,7 +309,7 @@ def read_expert_inputs(a: Tensor, experts: int, expert: int) -> np.ndarray:
 
 
 def write_at(file: int, data: bytes | memoryview, start: int) -> int:
-    """Writes all of `data` into the open file at `start`; returns where it ends. A nearly full disk takes it in parts."""
+    """Writes all of `data` into the open file at `start`, in parts if need be; returns where it ends."""
     while data:
         written = os.pwrite(file, data, start)
         start += written
@@ -331,7 +331,7 @@ def copy(tensor: Tensor, file: int, start: int) -> None:
 
 
 def write_shards(plan: Plan, folder: Path, largest: int) -> None:
-    """Writes all tensors into files of at most `largest` bytes (or one tensor), and an index where there are several."""
+    """Writes all tensors into files of at most `largest` bytes (or one tensor), with an index for several files."""
     from tqdm import tqdm
 
     shards: list[list[OutputTensor]] = [[]]

@@ -209,6 +209,7 @@ def write_small_files(job: MergeJob, plan: Plan, template: TrainedTemplate | Non
     """Everything beside the weights that transformers and vLLM read."""
     for source, patterns in ((job.tokenizer, TOKENIZER), (job.base, FROM_BASE)):
         for path in (path for pattern in patterns for path in source.glob(pattern)):
+            check_links(path)
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
     suit_transformers_4(folder)
     if template:
@@ -218,6 +219,18 @@ def write_small_files(job: MergeJob, plan: Plan, template: TrainedTemplate | Non
             write_json(folder / "tokenizer_config.json", settings)
     write_generation_config(job, template, folder)
     write_config(job, plan, folder)
+
+
+def check_links(path: Path) -> None:
+    """Raises UserError for a link to a file of another name and folder, which --push would publish.
+
+    The hub's cache links into its blobs/; a link to a file of the same name elsewhere is a way to save space.
+    """
+    for file in (path, *(path.rglob("*") if path.is_dir() else ())):
+        real = file.resolve()
+        inside = real.parent.is_relative_to(path.parent.resolve()) or real.parent.name == "blobs"
+        if file.is_symlink() and not inside and real.name != file.name:
+            raise UserError("link_leaves_folder", link=file, target=real)
 
 
 def write_generation_config(job: MergeJob, template: TrainedTemplate | None, folder: Path) -> None:

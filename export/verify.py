@@ -294,7 +294,7 @@ class GgufProof:
         return {**measured, **seen, "reference_dtype": computed_in, "verified": True}
 
     def check_contents(self, kind: str, file: Path) -> dict[str, Any]:
-        """Token ids, end of turn, template and metadata as llama.cpp reads them; raises UserError where one is wrong."""
+        """Token ids, end of turn, template and metadata as llama.cpp reads them; raises UserError for a wrong one."""
         from export import llamacpp
 
         tokenizer = self.tokenizer

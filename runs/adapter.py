@@ -231,8 +231,8 @@ def find_places(
 ) -> Places:
     """The place of each of the adapter's tensors in a base with tensors of these names and shapes.
 
-    `tied`: the output layer is the embedding. `merging`: a bias needs one of the base that it is added to. Raises UserError, by name, where a tensor has no place, is used twice, or
-    has a shape or rank that does not fit.
+    `tied`: the output layer is the embedding. `merging`: a bias needs one of the base that it is added to. Raises
+    UserError, by name, where a tensor has no place, is used twice, or has a shape or rank that does not fit.
     """
     adapter.check_mergeable()
     base = dict(shapes)

@@ -1,4 +1,4 @@
-"""A trained adapter on a loaded base, by peft: for what is not simply added to the weights. Nothing is left out in silence."""
+"""A trained adapter on a loaded base, by peft; nothing of it is left out in silence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from runs.files import read_object, write_json
 
 
 def check_against_model(adapter: Adapter, model: Any) -> int | None:
-    """Checks every tensor of an adapter against a loaded base; returns the rows that its embedding has with the adapter.
+    """Checks every tensor of an adapter against a loaded base; returns the rows of the embedding with the adapter.
 
     None, and nothing is checked, for a kind of adapter that only peft knows.
     """

@@ -55,8 +55,8 @@ class Target:
 def find_target(target: str | None, settings: Sequence[str], wants: Literal["any", "adapter"] = "any") -> Target:
     """Reads a target (None: the newest run) and settings, `key=value`.
 
-    A path may be a run, a checkpoint, an adapter, a model's folder, a hub name, a GGUF or a recipe. `wants="adapter"` is
-    for merging: a model, which has none, is an error. Raises UserError where the target is not there or not whole.
+    A path may be a run, a checkpoint, an adapter, a model's folder, a hub name, a GGUF or a recipe. `wants="adapter"`
+    is for merging: a model, which has none, is an error. Raises UserError where the target is not there or not whole.
     """
     path = Path(target).expanduser() if target else None
     is_recipe = path is not None and path.suffix in RECIPE_SUFFIXES and not path.is_dir()
@@ -287,7 +287,7 @@ def whole_model(name: str, adapter: Path | None = None) -> Path:
 
 
 def find_16_bit_base(target: Target) -> tuple[Path, str, dict[str, Any]]:
-    """Folder, name and config.json of the base to merge into: for one quantized by bitsandbytes, what it was made of."""
+    """Folder, name and config.json of the base to merge into: of one in 4 or 8 bit, the model it was made of."""
     name = target.base
     if name is None:
         raise UserError("base_unnamed", folder=target.path)

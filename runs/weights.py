@@ -88,7 +88,7 @@ def _read_entry(file: Path, name: str, entry: Any, first: int, expected: int) ->
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a model's weight files: those of its index, or model.safetensors. Raises UserError for a bad index."""
+    """The names of a model's weight files: those of its index, or model.safetensors; UserError for a bad index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file() or (folder / "model.safetensors").is_file():
         return ["model.safetensors"]

@@ -157,7 +157,7 @@ def test_uploads_every_byte_into_a_private_repository_once(standin: Hub, folder:
     (folder / "README.md").write_text("changed")
     again = push(standin, folder, "me/merged")
     assert again.returncode == 2
-    assert "holds 2 files already; add --overwrite" in again.stderr
+    assert (again.error.code, again.error.fields["count"]) == ("push_repo_not_empty", 2)
     assert sent["README.md"] != b"changed"
     sent |= {"model-00001-of-00002.safetensors": b"of an earlier upload", "LICENSE": b"the user's"}
     assert push(standin, folder, "me/merged", overwrite=True).returncode == 0
@@ -167,19 +167,19 @@ def test_uploads_every_byte_into_a_private_repository_once(standin: Hub, folder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("repo", "token", "said"),
+    ("repo", "token", "code"),
     [
-        ("you/merged", "right", "you may write below me, us; name it me/NAME"),
-        ("merged", "right", "name it me/NAME"),
-        ("me/mer ged", "right", "name it ORG/NAME"),
-        ("me/merged", "wrong", "the hub answered 401"),
-        ("me/merged", None, "hf auth login"),
+        ("you/merged", "right", "push_namespace"),
+        ("merged", "right", "push_namespace"),
+        ("me/mer ged", "right", "push_bad_name"),
+        ("me/merged", "wrong", "push_refused"),
+        ("me/merged", None, "push_no_login"),
     ],
 )
-def test_refused_in_one_sentence(standin: Hub, folder: Path, repo: str, token: str | None, said: str) -> None:
+def test_refused_in_one_sentence(standin: Hub, folder: Path, repo: str, token: str | None, code: str) -> None:
     result = push(standin, folder, repo, token=token)
     assert (result.returncode, result.stdout) == (2, "")
-    assert said in result.stderr
+    assert result.error.code == code
     assert "Traceback" not in result.stderr
     assert standin.repos == {}
 
@@ -189,8 +189,8 @@ def test_hub_that_fails_or_is_not_there(standin: Hub, folder: Path) -> None:
     standin.broken = True
     result = push(standin, folder, "us/merged")
     assert result.returncode == 2
-    assert "the hub answered 418 (out of order)" in result.stderr
+    assert (result.error.code, result.error.fields["status"]) == ("push_failed", 418)
     standin.url = "http://127.0.0.1:9"
     result = push(standin, folder, "us/merged")
     assert result.returncode == 2
-    assert "cannot be reached" in result.stderr
+    assert result.error.code == "push_unreachable"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,8 @@ import test_hub
 from conftest import ROOT, make_run, run, user_error, write_jsonl
 
 import quantize
-from common import Config, Message, UserError, dump_config
-from export import llamacpp
+from common import Config, Message, UserError, dump_config, load_config
+from export import gguf, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_library
 from preprocessing.chat_template import TEMPLATES, load_template
@@ -38,36 +39,42 @@ ROWS = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "code", "sentence"),
     [
-        (["--type", "q4_k_n"], "--type q4_k_n (did you mean 'q4_k_m'?) is not known; use f32, f16,"),
-        (["--type", ","], "--type  is not known"),
-        (["no/such/folder"], "there is no recipe no/such/folder"),
-        ([".", "tests"], "are two folders; give one run or model"),
-        (["data"], "data holds neither a finished run nor a model; give saves/NAME, or a model's folder"),
+        (
+            ["--type", "q4_k_n"],
+            "gguf_type_unknown",
+            "--type q4_k_n (did you mean 'q4_k_m'?) is not known; use f32, f16,",
+        ),
+        (["--type", ","], "gguf_type_unknown", "--type  is not known"),
+        (["no/such/folder"], "model_not_found", "there is no model no/such/folder; fetch it"),
+        ([".", "tests"], "two_targets", ". and tests are two targets; give one"),
+        (["data"], "folder_without_model", "data is neither a run, an adapter nor a model"),
     ],
 )
-def test_what_is_asked_wrongly_is_one_sentence(arguments, words):
+def test_what_is_asked_wrongly_is_one_sentence(arguments, code, sentence):
     started = time.monotonic()
     result = run("quantize.py", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
-    assert words in result.stderr
+    assert result.stderr.startswith(f"error: {sentence}") and "Traceback" not in result.stderr
+    assert result.error.code == code
     assert time.monotonic() - started < 10
 
 
 def test_help_names_every_type():
     result = run("quantize.py", "--help")
     assert result.returncode == 0
-    assert all(f"{kind}," in result.stdout + "," or f"{kind}\n" in result.stdout for kind in quantize.TYPES)
+    assert all(f"{kind}," in result.stdout + "," or f"{kind}\n" in result.stdout for kind in gguf.TYPES)
     assert "--max-divergence" in result.stdout and "--push REPO" in result.stdout
 
 
 def make_model(folder: Path, dtype: str = "F16", shape: tuple[int, ...] = (4, 2)) -> Path:
-    """A folder with a config and a safetensors header, enough for what is asked before the converter."""
+    """A folder with a config and weights of zeros, enough for what is asked before the converter."""
     folder.mkdir(parents=True)
-    header = json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    size = math.prod(shape) * {"F32": 4, "U8": 1}.get(dtype, 2)
+    header = json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(folder / "model.safetensors", 8 + len(header) + size)  # takes no space on the disk
     (folder / "config.json").write_text('{"vocab_size": 8}')
     return folder
 
@@ -87,17 +94,19 @@ def test_a_disk_without_room_is_told_before_the_work(tmp_path):
     model = make_model(tmp_path / "m", shape=(10**12,))
     result = run("quantize.py", str(model), "--type", "f16", "--no-verify")
     assert result.returncode == 2
-    assert re.search(r"has [\d.]+ GB of free disk space, 2000\.00 are needed \(f16 2000\.00 GB, and", result.stderr)
-    assert "and 0.00 GB on the way" in result.stderr  # the converter writes it at once
+    assert result.error.code == "disk_full"
+    assert result.error.fields["needed"] == pytest.approx(2000, abs=0.01)  # the converter writes it at once
     assert not (model / "gguf").exists()
 
 
 def test_a_large_model_s_files_are_not_thought_larger_than_they_are(tmp_path):
-    model = make_model(tmp_path / "m", shape=(8 * 10**12,))
+    model = make_model(tmp_path / "m", shape=(4 * 10**12,))
     (model / "gguf" / f".work-{2**22 + 1}-x").mkdir(parents=True)  # no process has this number
-    job = quantize.Job(None, model, model, ("q4_k_m", "f16"))
-    with pytest.raises(UserError, match=r"q4_k_m 5400\.00 GB, f16 16000\.00 GB, and 0\.00 GB on the way"):
-        quantize.check_disk(job)
+    job = gguf.GgufJob(None, model, model, ("q4_k_m", "f16"))
+    needed, sizes = gguf.space_needed(job)
+    assert {kind: round(size / 1e9) for kind, size in sizes.items()} == {"q4_k_m": 2700, "f16": 8000}
+    assert round(needed / 1e9) == 10700
+    gguf.remove_leftovers(job)
     assert list((model / "gguf").iterdir()) == []  # what a kill left takes no room
 
 
@@ -106,7 +115,8 @@ def test_a_merge_counts_before_it_is_made(tmp_path):
     result = run("quantize.py", str(run_folder), "--type", "q8_0", "--no-verify")
     assert result.returncode == 2
     assert "merging first" not in result.stdout
-    assert re.search(r"\(q8_0 1125\.00 GB, and 2000\.00 GB on the way\)", result.stderr)
+    assert result.error.code == "disk_full"
+    assert result.error.fields["needed"] == pytest.approx(1125 + 2000, abs=0.01)
 
 
 def make_run_folder(folder: Path, base: Path, **settings) -> Path:
@@ -125,14 +135,14 @@ def test_what_the_training_said_of_its_output_is_not_about_the_files(tmp_path):
     base = make_model(tmp_path / "base")
     folder = make_run_folder(tmp_path, base, overwrite_output_dir=True, export_dir=str(tmp_path / "other"))
     for arguments in ([str(folder)], [str(folder / "config.yaml"), "export_dir="]):
-        job = quantize.find_job("q8_0", arguments)
+        job = gguf.find_job("q8_0", arguments[0], arguments[1:])
         assert job.config.overwrite_output_dir is False
         assert job.model == folder / "merged"
-        assert job.base == str(base)
-    job = quantize.find_job("q8_0", [str(folder), "overwrite_output_dir=true", f"export_dir={tmp_path / 'x'}"])
+        assert job.adapter.base == str(base)
+    job = gguf.find_job("q8_0", str(folder), ["overwrite_output_dir=true", f"export_dir={tmp_path / 'x'}"])
     assert job.config.overwrite_output_dir is True
     assert (job.model, job.home) == (tmp_path / "x", folder)
-    assert quantize.find_job("q8_0", [str(folder / "config.yaml")]).model == tmp_path / "other"
+    assert gguf.find_job("q8_0", str(folder / "config.yaml"), []).model == tmp_path / "other"
 
 
 def test_a_merged_folder_is_proven_on_the_data_of_its_run(tmp_path):
@@ -142,39 +152,42 @@ def test_a_merged_folder_is_proven_on_the_data_of_its_run(tmp_path):
     recipe = tmp_path / "merge.yaml"
     recipe.write_text(f"adapter_name_or_path: {folder}\ntemplate: llama3\nexport_dir: {tmp_path / 'to come'}\n")
     for argument, template in ((merged, "qwen"), (recipe, "llama3")):
-        config = quantize.find_job("q8_0", [str(argument)]).config
+        config = gguf.find_job("q8_0", str(argument), []).config
         assert (config.dataset, config.template) == (("mine",), template)
-    assert quantize.find_job("q8_0", [str(merged), "dataset=other"]).config.dataset == ("other",)
+    assert gguf.find_job("q8_0", str(merged), ["dataset=other"]).config.dataset == ("other",)
 
 
 def test_files_are_proven_as_long_as_nothing_has_changed(tmp_path):
     model = make_model(tmp_path / "m")
-    job = quantize.find_job("q8_0,f16", [str(model)])
+    job = gguf.find_job("q8_0,f16", str(model), [])
     job.output.mkdir()
     entries = {}
     for kind in job.types:
-        assert not quantize.are_proven(job)
+        assert not gguf.are_proven(job)
         job.file(kind).write_bytes(b"whole")
         entries[job.file(kind).name] = {"bytes": 5, "verified": True, "adapter_sha256": None}
         (job.output / "gguf.json").write_text(json.dumps({"files": entries}))
-    assert quantize.are_proven(job)
+    assert gguf.are_proven(job)
     (model / "merge.json").write_text('{"adapter_sha256": "of another training"}')
-    assert not quantize.are_proven(job)
+    assert not gguf.are_proven(job)
 
 
 def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypatch):
     model = make_model(tmp_path / "m", "BF16", (10**9,))
-    job = quantize.Job(None, model, model, ("f16",))
+    job = gguf.GgufJob(None, model, model, ("f16",))
+    proof = verify.GgufProof(model, None, (), [], False, tmp_path)
     measured = dict.fromkeys(("top1_agreement", "perplexity", "tokens_per_second", "prompt_tokens_per_second"), 1.0)
     measured |= {"reference_perplexity": 1.0, "kl_divergence": 0.004}
-    monkeypatch.setattr(quantize, "check_contents", lambda *_: {})
-    monkeypatch.setattr(quantize.Job, "samples", ([], []))
+    monkeypatch.setattr(verify.GgufProof, "check_contents", lambda *_: {})
     monkeypatch.setattr(llamacpp, "call", lambda *_, **__: measured)
     (tmp_path / "reference-float32.npy").write_bytes(b"")
-    with pytest.raises(UserError, match=r"f16 usually stays below 0\.002"):
-        quantize.verify(job, "f16", tmp_path, tmp_path, None)
+    usual = gguf.TYPES["f16"].limits[0]
+    with user_error("gguf_16_bit_differs", type="f16", divergence=0.004, limit=0.002):  # no larger type would help
+        proof.verify("f16", tmp_path, None, usual)
+    with user_error("gguf_differs", type="q8_0", limit=0.002):
+        proof.verify("q8_0", tmp_path, None, usual)
     (tmp_path / "reference-float32.npy").rename(tmp_path / "reference-bfloat16.npy")
-    result = quantize.verify(job, "f16", tmp_path, tmp_path, None)
+    result = proof.verify("f16", tmp_path, None, usual)
     text = quantize.table(job, {"f16": {"bytes": 2 * 10**9, **result}})
     assert "16-bit model, in bfloat16" in text
     assert "a divergence of about 0.0022: three times that is allowed on top" in text
@@ -182,12 +195,12 @@ def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("dtype", "own"), [("F16", "f16"), ("BF16", "bf16"), ("F32", "f32")])
 def test_weights_are_counted_from_the_headers(tmp_path, dtype, own):
-    assert quantize.weights_of(make_model(tmp_path / "m", dtype)) == (8, own)
+    assert gguf.weights_of(make_model(tmp_path / "m", dtype)) == (8, own)
 
 
 def test_quantized_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has no 16-bit or 32-bit safetensors"):
-        quantize.weights_of(make_model(tmp_path / "m", "U8"))
+    with user_error("model_is_quantized"):
+        gguf.weights_of(make_model(tmp_path / "m", "U8"))
 
 
 def test_a_stale_merge_is_refused(tmp_path):
@@ -195,31 +208,31 @@ def test_a_stale_merge_is_refused(tmp_path):
     model = make_model(adapter / "merged")
     (adapter / "adapter_model.safetensors").write_bytes(b"new")
     (model / "merge.json").write_text(json.dumps({"adapter": str(adapter), "adapter_sha256": "of the old one"}))
-    job = quantize.Job(None, model, adapter, ("f16",))
-    with pytest.raises(UserError, match=r"merged from another state.*python merge.py .*run --overwrite"):
-        quantize.merge_first(job, proving=True)
+    job = gguf.GgufJob(None, model, adapter, ("f16",))
+    with user_error("merge_is_stale", model=model):
+        gguf.check_merge(job)
 
 
 def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, capsys):
     monkeypatch.setattr(llamacpp_library, "_found", lambda: None)
     monkeypatch.setattr(llamacpp_library, "_cmake", lambda: None)
-    job = quantize.Job(None, Path(), Path(), ("q8_0", "bf16"))
-    assert quantize.can_prove(job) is False
+    job = gguf.GgufJob(None, Path(), Path(), ("q8_0", "bf16"))
+    assert gguf.can_prove(job) is False
     assert "nothing will be proven: quantizing and checking a GGUF need" in capsys.readouterr().out
-    k_quant, matrix = (quantize.Job(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
+    k_quant, matrix = (gguf.GgufJob(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
     for job in (k_quant, matrix):
-        with pytest.raises(UserError, match="install them"):
-            quantize.can_prove(job)
+        with user_error("llamacpp_no_compiler"):
+            gguf.can_prove(job)
     monkeypatch.setattr(llamacpp_library, "quantizer", lambda: "llama-quantize")  # the user's own
-    assert quantize.can_prove(k_quant) is False
-    with pytest.raises(UserError, match="install them"):
-        quantize.can_prove(matrix)
+    assert gguf.can_prove(k_quant) is False
+    with user_error("llamacpp_no_compiler"):
+        gguf.can_prove(matrix)
     called = []
-    monkeypatch.setattr(child_process, "run_child", lambda command, _: called.append(command))
-    quantize.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
+    monkeypatch.setattr(gguf, "run_child", lambda command, _: called.append(command))
+    gguf.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
     assert called == [["llama-quantize", "f16.gguf", "q4_k_m.gguf", "Q4_K_M"]]
-    with pytest.raises(UserError, match="--push uploads only what is proven"):
-        quantize.check_push("me/it", job, proving=False)
+    with user_error("push_needs_proof"):
+        gguf.check_push("me/it", job, proving=False)
 
 
 def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
@@ -258,10 +271,10 @@ def test_a_child_that_dies_is_one_sentence():
 
 def test_samples_are_spread_and_cut():
     rows = [{"input_ids": [i] * 10} for i in range(100)]
-    chosen = quantize.spread(rows, 25, 8)
+    chosen = verify.spread(rows, 25, 8)
     assert [len(ids) for ids in chosen] == [8, 8, 8]
     assert len({ids[0] for ids in chosen}) == 3
-    assert quantize.spread(rows, 25, 8) == chosen
+    assert verify.spread(rows, 25, 8) == chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -354,7 +367,7 @@ def test_a_template_that_ollama_cannot_write_is_told(capsys):
     assert template_shape(tokenizer) is None
     text = modelfile("m.gguf", "m", tokenizer, ("<e>",), adds_bos=False)
     assert 'TEMPLATE """' not in text and 'PARAMETER stop "<e>"' in text
-    assert "beyond Ollama's template language" in capsys.readouterr().out
+    assert "cannot be written in Ollama's template language" in capsys.readouterr().out
 
 
 def test_braces_of_a_template_are_no_code():
@@ -453,19 +466,19 @@ def test_the_embedded_model_keeps_its_answers(embedded_model, tmp_path):
 def test_the_types_numbers_are_llama_cpp_s():
     text = (llamacpp_library.source() / "llama_cpp" / "llama_cpp.py").read_text(encoding="utf-8")
     numbers = {name.lower(): int(n) for name, n in re.findall(r"^LLAMA_FTYPE_(?:MOSTLY|ALL)_(\w+) = (\d+)", text, re.M)}
-    assert {kind: settings.number for kind, settings in quantize.TYPES.items()}.items() <= numbers.items()
+    assert {kind: settings.number for kind, settings in gguf.TYPES.items()}.items() <= numbers.items()
 
 
 @pytest.mark.slow
 def test_every_kind_of_type_is_what_it_says(model, rows):
-    types = [kind for kind in quantize.TYPES if not kind.startswith("iq")]  # those: in the next test
+    types = [kind for kind in gguf.TYPES if not kind.startswith("iq")]  # those: in the next test
     result = run("quantize.py", str(model), "--type", ",".join(types), f"dataset={rows}", "--no-verify")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("not verified") == len(types)
     sizes = {}
     for kind in types:
         file = model / "gguf" / f"small-{kind}.gguf"
-        assert gguf_fields(file)["general.file_type"] == quantize.TYPES[kind].number, kind
+        assert gguf_fields(file)["general.file_type"] == gguf.TYPES[kind].number, kind
         sizes[kind] = file.stat().st_size
     assert (
         sizes["f32"] > sizes["f16"] == sizes["bf16"] > sizes["q8_0"] > sizes["q6_k"] > sizes["q4_k_m"] > sizes["q2_k"]
@@ -491,7 +504,7 @@ def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, s
     environment = test_hub.hub_environment(standin, tmp_path / "hub")
     standin.broken = True
     result = run("quantize.py", *arguments, env=environment)
-    assert result.returncode == 2 and "try again later with --push" in result.stderr
+    assert (result.returncode, result.error.code) == (2, "push_failed")
     assert "merging first\n" in result.stdout
     file = folder / "gguf" / "talker-q8_0.gguf"
     before, standin.broken = file.stat().st_ino, False
@@ -506,7 +519,7 @@ def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, s
     assert fields["tokenizer.chat_template"] == (folder / "merged" / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(b"trained on")
     again = run("quantize.py", str(folder), "--type", "f16")
-    assert again.returncode == 2 and "was merged from another state of its adapter" in again.stderr
+    assert (again.returncode, again.error.code) == (2, "merge_is_stale")
 
 
 @pytest.mark.slow
@@ -546,7 +559,7 @@ def test_the_importance_matrix_is_the_mean_square_of_each_input(small_model, tmp
 def test_a_file_off_its_usual_divergence_is_an_error_and_not_kept(model, rows):
     result = run("quantize.py", str(model), "--type", "q2_k", f"dataset={rows}", "--max-divergence", "0.00001")
     assert result.returncode == 2
-    assert re.search(r"q2_k answers differently from the 16-bit model: mean KL divergence \d\.\d{4},", result.stderr)
+    assert (result.error.code, result.error.fields["type"]) == ("gguf_differs", "q2_k")
     assert list((model / "gguf").iterdir()) == []
 
 
@@ -559,12 +572,12 @@ def test_the_user_s_own_quantizer_is_called_as_llama_cpp_s(small_model, rows, tm
         f"""#!{sys.executable}
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import llamacpp, quantize
+from export import gguf, llamacpp
 matrix = sys.argv[2] if sys.argv[1] == "--imatrix" else None
 source, target, kind = sys.argv[-3:]
 assert kind.isupper()
 open({str(tmp_path / "called")!r}, "a").write(f"{{kind}} {{matrix is not None}}\\n")
-number = quantize.TYPES[kind.lower()].number
+number = gguf.TYPES[kind.lower()].number
 llamacpp.call(llamacpp.quantize, "x", source=source, target=target, ftype=number, matrix=matrix)
 """
     )
@@ -599,20 +612,19 @@ def test_other_tokens_than_the_tokenizer_s_are_found(model, rows, tmp_path):
         "use_regex": True,
     }  # no single digits
     (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    loaded = quantize.common.load_config([f"dataset={rows}"]).config
-    job = quantize.Job(loaded, model, model, ("q8_0",))
-    with pytest.raises(UserError, match="into other tokens than the model's tokenizer"):
-        quantize.check_contents(job, "q8_0", start)
+    job = gguf.GgufJob(load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
+    with user_error("gguf_tokens_differ"):
+        job.proof(tmp_path).check_contents("q8_0", start)
 
 
 @pytest.mark.slow
 def test_a_wrong_end_of_turn_is_found(model, rows, tmp_path):
     start = tmp_path / "x.gguf"
     llamacpp.call(llamacpp.convert, "converting", folder=model, target=start, kind="q8_0", card={}, name="x", end=1)
-    job = quantize.Job(quantize.common.load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
+    job = gguf.GgufJob(load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
     assert load_template(None, job.tokenizer).stop == ("<|im_end|>",)
-    with pytest.raises(UserError, match=r"llama.cpp would not stop at <\|im_end\|>"):
-        quantize.check_contents(job, "q8_0", start)
+    with user_error("gguf_does_not_stop", stop="<|im_end|>"):
+        job.proof(tmp_path).check_contents("q8_0", start)
 
 
 @pytest.mark.slow

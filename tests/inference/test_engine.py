@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import queue
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TALK, make_run, run, save_adapter, user_error
 
-from common import UserError
+from common import Message, UserError
 from inference import sampling, transformers_engine
 from inference.engine import Settings
 from inference.load import load
@@ -540,53 +539,57 @@ def test_llama_factory_chat_file(parrot: Path, tmp_path: Path, monkeypatch: pyte
     plain = find(None, [f"model_name_or_path={parrot}", "template=chatml"])
     assert (plain.adapter, plain.model, plain.template) == (None, str(parrot), "chatml")
     assert plain.notes == ()
-    assert "needs a GPU" in find(str(parrot), ["quantization_bit=4"]).notes[0]
+    assert find(str(parrot), ["quantization_bit=4"]).notes == (Message("quantization_needs_gpu"),)
 
 
 def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
-    def fault(target: str | None = None, *settings: str) -> str:
-        with pytest.raises(UserError) as caught:
-            find(target, settings)
-        return str(caught.value)
-
-    assert "no finished run" in fault()
-    assert fault("nobody/nothing") == (
-        "there is no model nobody/nothing; fetch it (python download.py nobody/nothing), or name its folder"
+    with pytest.raises(UserError):
+        find()
+    with user_error("model_not_found", model="nobody/nothing") as caught:
+        find("nobody/nothing")
+    assert str(caught.value) == (
+        f"there is no model nobody/nothing; fetch it (python {ROOT / 'download.py'} nobody/nothing), or name its folder"
     )
-    assert "there is no file x.gguf" in fault("x.gguf")
+    with user_error("gguf_not_found", path="x.gguf"):
+        find("x.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"PK and more")
-    assert "not a GGUF" in fault("bad.gguf")
+    with user_error("not_a_gguf", path="bad.gguf"):
+        find("bad.gguf")
     (tmp_path / "empty").mkdir()
-    assert "neither a run, an adapter nor a model" in fault("empty")
+    with user_error("folder_without_model", folder="empty"):
+        find("empty")
     recipe = tmp_path / "new.yaml"
     recipe.write_text("dataset: identity\n")
-    assert f"has not been trained yet; train it: python {ROOT / 'train.py'} new.yaml" in fault("new.yaml")
+    with user_error("recipe_not_trained", command=f"python {ROOT / 'train.py'} new.yaml"):
+        find("new.yaml")
 
     half = shutil.copytree(parrot, tmp_path / "half")
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-9])
-    assert "is not whole: it lacks model.safetensors" in fault("half")
+    with user_error("model_not_whole", missing=["model.safetensors"]):
+        find("half")
 
     folder = make_run(parrot, tmp_path / "saves" / "mine")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/gone/base"}))
-    assert fault("saves/mine") == (
-        "the base model of saves/mine, /gone/base, is not on this disk; say where it is now: model_name_or_path=FOLDER"
-    )
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(parrot), "/gone/base"))
+    with user_error("base_not_found", base="/gone/base", adapter="saves/mine"):
+        find("saves/mine")
     assert find("saves/mine", [f"model_name_or_path={parrot}"]).model == str(parrot)
     (folder / "adapter_model.safetensors").unlink()
-    assert "lacks adapter_model.safetensors" in fault("saves/mine")
+    with user_error("adapter_without_weights", folder="saves/mine"):
+        find("saves/mine")
     (folder / "adapter_config.json").unlink()
     (folder / "run.json").write_text('{"status": "running"}')
-    assert "saves/mine holds no trained adapter (its training is running)" in fault("saves/mine")
+    with user_error("run_without_adapter", folder="saves/mine", status="running"):
+        find("saves/mine")
 
 
 def test_template_beside_a_gguf_is_noted(tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF")
     assert find(str(file)).notes == ()
-    assert "the chat template in its file" in find(str(file), ["template=qwen"]).notes[0]
+    assert find(str(file), ["template=qwen"]).notes == (Message("gguf_has_its_template"),)
 
 
 def test_layers_of_a_gguf_on_a_card(
