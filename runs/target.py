@@ -131,8 +131,6 @@ def _refuse_unfinished(folder: Path) -> None:
 
 
 def _refuse_without_adapter(path: Path) -> None:
-    if "," in str(path):
-        raise UserError("several_adapters", adapters=str(path))
     if not path.exists():
         raise UserError("adapter_not_found", path=path)
     if any(path.glob("checkpoint-*/adapter_config.json")):

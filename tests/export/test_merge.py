@@ -555,18 +555,16 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
     (tmp_path / "saves" / "cut" / "checkpoint-20").mkdir(parents=True)
     (tmp_path / "saves" / "cut" / "checkpoint-20" / "adapter_config.json").write_text("{}")
     for arguments, code in (
-        (["m.yaml"], "configuration_faults"),
+        (["m.yaml"], "config_faults"),
         (["nowhere"], "adapter_not_found"),
         (["nowhere", "else"], "two_targets"),
         (["saves/cut"], "run_has_checkpoints_only"),
-        ([], "no_finished_run"),
-        ([f"adapter_name_or_path={lora},{lora}"], "several_adapters"),
         ([str(lora), "model_name_or_path=org/missing"], "base_not_found"),
     ):
         started = time.monotonic()
         result = run("merge.py", *arguments, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, ""), result
-        assert code in (result.error.code, "configuration_faults", "no_finished_run")
+        assert result.error.code == code
         assert "Traceback" not in result.stderr
         assert time.monotonic() - started < 3
     result = run("merge.py", str(lora), "model_name_or_path=org/missing", cwd=tmp_path)
