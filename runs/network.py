@@ -1,0 +1,71 @@
+"""What the environment says of the network: proxies, certificates, tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import ssl
+
+from common import UserError
+
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN")
+
+
+def check_environment() -> None:
+    """Raises UserError that names the variable by which no connection could be made: httpx would end in a traceback.
+
+    To be called before anything asks a hub or starts a server. Asks nobody, takes milliseconds.
+    """
+    for name in (*PROXIES, *map(str.lower, PROXIES)):
+        _check_proxy(name, os.environ.get(name, "").strip())
+    for name in TOKENS:
+        token = os.environ.get(name, "").strip()
+        if not token.isascii() or any(character.isspace() for character in token):
+            raise UserError("token_not_ascii", variable=name)
+    _check_certificates()
+    _check_client()
+
+
+def _check_proxy(name: str, proxy: str) -> None:
+    import httpx
+
+    if not proxy:
+        return
+    scheme = proxy.partition("://")[0].lower() if "://" in proxy else "http"
+    if scheme not in PROXY_SCHEMES:
+        raise UserError("proxy_scheme_unknown", variable=name, proxy=proxy, schemes=PROXY_SCHEMES)
+    if scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+        raise UserError("proxy_needs_socksio", variable=name, proxy=proxy)
+    try:
+        host = httpx.URL(proxy if "://" in proxy else f"http://{proxy}").host
+    except httpx.InvalidURL:
+        host = ""
+    if not host:
+        raise UserError("proxy_not_an_address", variable=name, proxy=proxy)
+
+
+def _check_certificates() -> None:
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if file:
+        try:
+            ssl.create_default_context(cafile=file)
+        except OSError as error:  # an SSLError is one
+            problem = error.strerror or str(error)
+            raise UserError("certificates_unreadable", variable="SSL_CERT_FILE", path=file, problem=problem) from None
+    elif folder and not os.path.isdir(folder):
+        problem = os.strerror(2 if not os.path.exists(folder) else 20)
+        raise UserError("certificates_unreadable", variable="SSL_CERT_DIR", path=folder, problem=problem)
+
+
+def _check_client() -> None:
+    """Makes a client as the libraries do; what still fails lies in NO_PROXY, or in several variables together."""
+    import httpx
+
+    try:
+        httpx.Client().close()
+    except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
+        known = [*PROXIES, "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"]
+        variables = [name for name in (*known, *map(str.lower, known)) if os.environ.get(name)]
+        raise UserError("network_environment", variables=variables, problem=str(error)) from None
