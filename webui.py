@@ -26,6 +26,7 @@ from typing import Any
 
 import common
 from common import UserError
+from runs import network
 from runs.target import Source, find
 from web import theme
 
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
         print(common.help_text(__doc__, ("model", "chat")))
         return
     args = parse(argv)
+    network.check_environment()  # Gradio asks its own server through httpx
     password = read_password(args)
     source = find(args.chat or None, args.settings) if args.chat is not None else None
     listener = listen(args.host, args.port)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import UserError
+from runs import network
 
 
 def check_access(repo: str, overwrite: bool) -> None:
@@ -17,6 +18,7 @@ def check_access(repo: str, overwrite: bool) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    network.check_environment()
     api = HfApi()
     with hub_errors_explained(repo):
         user = api.whoami()

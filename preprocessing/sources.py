@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from common import Config, Message, UserError
 from preprocessing.faults import Fault
 from preprocessing.registry import EXTENSIONS, Entry
+from runs import network
 from runs.files import sha256
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def _fetch(entry: Entry) -> datasets.Dataset:
     """A dataset of the Hugging Face hub (HF_ENDPOINT is honoured) or of ModelScope."""
     import datasets
 
+    network.check_environment()
     options = {"data_dir": entry.folder, "split": entry.split}
     place = "ModelScope" if entry.hub == "ms" else os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:

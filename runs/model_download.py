@@ -9,7 +9,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from common import Message, UserError, nearest_word
+from runs.disk import check_free_space
 from runs.files import read_json, sha256, write_json
 from runs.network import check_environment
 from runs.target import missing_from_model
@@ -89,7 +89,7 @@ def download(
         print(Message("downloading", model=model, revision=found, files=len(files), size=human(total), source=source))
         if here:
             print(Message("download_goes_on", size=human(here)))
-        check_disk(folder, total - here)
+        check_free_space(folder, total - here)
         fetch_all(files, headers, partial)
     for path in {*partial.iterdir()} - {partial / file.name for file in files}:
         path.unlink()  # of an earlier revision
@@ -261,14 +261,6 @@ def human(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises UserError where the disk of `folder` (which need not exist yet) has no room for `needed` more bytes."""
-    disk = next(path for path in folder.absolute().parents if path.exists())
-    free = shutil.disk_usage(disk).free
-    if needed > free:
-        raise UserError("disk_too_small", needed=human(needed), disk=disk, free=human(free))
-
-
 def move_into_place(new: Path, folder: Path) -> None:
     """Renames a finished folder to its name, where nothing or an empty folder stands."""
     try:
@@ -320,7 +312,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError("disk_full") from None
+            raise UserError("disk_full_on_download") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise UserError("folder_not_writable", folder=folder, problem=error.strerror) from None
         raise
