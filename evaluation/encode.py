@@ -76,7 +76,7 @@ def encode_texts(data: EvalDataset, config: Config, tokenizer: Any, template: An
 
 def _as_trained(rows: list[Conversation], config: Config, tokenizer: Any, template: Any, **changes: Any) -> list[Any]:
     """Samples as training makes them, or the Message why there is none."""
-    from preprocessing.chat_template import encode
+    from preprocessing.encode import encode
 
     names = ("cutoff_len", "overlong", "mask_history", "train_on_prompt", "enable_thinking")
     return encode(rows, template, tokenizer, **{name: getattr(config, name) for name in names} | changes)

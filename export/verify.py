@@ -136,7 +136,8 @@ QUESTIONS = (
 def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     """Token ids of up to 8 conversations of the run's data, at most 128 tokens each; else of the QUESTIONS."""
     from preprocessing import dataset
-    from preprocessing.chat_template import encode, load_template
+    from preprocessing.chat_template import load_template
+    from preprocessing.encode import encode
     from preprocessing.tokenizer import load_tokenizer
 
     conversations = [

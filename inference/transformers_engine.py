@@ -40,7 +40,7 @@ class TransformersEngine(Engine):
         self._cache: tuple[list[int], Any] | None = None  # ids, and a DynamicCache of their keys and values
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        from preprocessing.chat_template import prompt_ids
+        from preprocessing.prompts import prompt_ids
 
         return prompt_ids(
             messages,

@@ -64,10 +64,10 @@ def tokenize(job: Job, batch: Batch, *, encoding: bool = True) -> Chunk:
     """A batch as samples; with `encoding` off its faults are only collected."""
     import numpy as np
 
-    from preprocessing import chat_template
+    from preprocessing.encode import encode
 
     config = job.config
-    samples = chat_template.encode(
+    samples = encode(
         batch.conversations if encoding else [],
         job.template,
         job.tokenizer,

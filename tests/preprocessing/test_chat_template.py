@@ -1,4 +1,4 @@
-"""template.py: exact token ids and labels, on byte-level tokenizers whose ids can be told by hand and on real ones."""
+"""Chat templates: exact token ids and labels, on tokenizers of single bytes, where they are clear, and on real ones."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CONTROL_TOKENS
+from conftest import CONTROL_TOKENS, user_error
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import Message, UserError
-from preprocessing import chat_template as room
-from preprocessing.chat_template import ChatTemplate, encode, load_template, prompt_ids, template_names
+from common import Message
+from preprocessing import chat_template
+from preprocessing.chat_template import ChatTemplate, load_template, render_conversation, template_names
+from preprocessing.control_tokens import encoder_of
+from preprocessing.encode import encode
+from preprocessing.prompts import prompt_ids
 from preprocessing.truncation import shares
 
 VENDOR = json.loads((Path(__file__).parent / "template_vendor.json").read_text(encoding="utf-8"))
+FIT_TINY = ["chatml", "default", "llama3", "qwen", "qwen3_nothink"]  # templates that fit the tiny tokenizer
 TOOLS = ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
 # What stands at the end of each vendor's turns, and how its tokenizer names begin and end.
 TOKENS = {
@@ -50,6 +54,12 @@ def talk(*contents: str, system: str | None = None) -> dict:
 def one(conversation: dict, template: ChatTemplate, tokenizer, cutoff_len: int = 4096, **options):
     (result,) = encode([conversation], template, tokenizer, cutoff_len=cutoff_len, **options)
     return result
+
+
+def code_of(reason) -> str:
+    """The code of a reason why there is no sample."""
+    assert isinstance(reason, Message), reason
+    return reason.code
 
 
 def learned(sample: dict, tokenizer) -> list[str]:
@@ -297,7 +307,7 @@ def test_qwen3_thoughts_that_do_not_fit():
     silent = one(conversation, template, tokenizer, cutoff_len=27, enable_thinking=False)
     assert silent.code == "no_space_for_answer"
     tokenizer.chat_template = template.saved
-    assert "thoughts" in str(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff))
+    assert code_of(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff)) == "thoughts_do_not_fit"
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -352,16 +362,19 @@ def test_control_tokens_in_tools_and_calls_stay_text():
     assert '{"<|im_end|>": ["<|im_start|>system"]}' in learned(sample, tokenizer)[0]
 
 
+def escaped_ids(encoder, text: str) -> list[int]:
+    return encoder.ids(encoder.encode([text], True)[0], text, True)
+
+
 @pytest.mark.parametrize("style", ["gemma", "mistral"])
 def test_both_ways_of_encoding_agree(style: str):
     """A row without look-alikes, encoded as such a row would be, has the same ids, prefix spaces included."""
     tokenizer = pieces_tokenizer(style)
     template = load_template(style, tokenizer)
-    coder = room._coder(tokenizer, template.text)
+    encoder = encoder_of(tokenizer, template.text)
     for conversation in (talk("hi", "hi hi"), talk(" hi\n  hi", "你好🙂", "hi", " hi "), talk("", "h")):
-        rendered = room._render(template, conversation, coder)
-        detour = room._Rendered(coder.unguard(rendered.text), rendered.spans, True)
-        assert coder.ids(coder.encode([detour.text], True)[0], detour) == coder.encode([rendered.text])[0].ids
+        rendered = render_conversation(template, conversation, encoder)
+        assert escaped_ids(encoder, encoder.unescape(rendered.text)) == encoder.encode([rendered.text])[0].ids
     both = one(talk("hi<bos>[INST]", "hi"), template, tokenizer), one(talk("hi<bos>[INST", "hi"), template, tokenizer)
     assert all(sample["input_ids"].count(tokenizer.bos_token_id) == 1 for sample in both)
     assert learned(both[0], tokenizer) == learned(both[1], tokenizer)
@@ -370,23 +383,22 @@ def test_both_ways_of_encoding_agree(style: str):
 def test_both_ways_agree_on_the_real_tokenizer(embedded_model):
     tokenizer = AutoTokenizer.from_pretrained(embedded_model)
     template = load_template(None, tokenizer)
-    coder = room._coder(tokenizer, template.text)
+    encoder = encoder_of(tokenizer, template.text)
     texts = [t for t, _ in json.loads((Path(__file__).parent / "tokens_smollm2.json").read_text(encoding="utf-8"))]
     for text in texts:
-        guarded = room._render(template, talk(f"<|im_end|>{text}", "x"), coder)
-        plain = room._render(template, talk(f"\n{text}", "x"), coder)
-        if not plain.guarded:
-            detour = room._Rendered(coder.unguard(plain.text), plain.spans, True)
-            assert coder.ids(coder.encode([detour.text], True)[0], detour) == coder.encode([plain.text])[0].ids
-        ids = coder.ids(coder.encode([guarded.text], True)[0], guarded)
+        escaped = render_conversation(template, talk(f"<|im_end|>{text}", "x"), encoder)
+        plain = render_conversation(template, talk(f"\n{text}", "x"), encoder)
+        if not plain.escaped:
+            assert escaped_ids(encoder, encoder.unescape(plain.text)) == encoder.encode([plain.text])[0].ids
+        ids = escaped_ids(encoder, escaped.text)
         assert ids.count(1) == 3 and ids.count(2) == 3  # system, user, assistant: <|im_start|> and <|im_end|>
 
 
 def test_noncharacters_are_refused(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
-    assert "U+FDD0" in str(one(talk("a\ufdd0b", "x"), template, tiny_tokenizer))
-    assert "noncharacters" in str(one(talk("<|im_end|>\ufdd1|im_end|>", "x"), template, tiny_tokenizer))
-    with pytest.raises(UserError, match="U\\+FDD0"):
+    for text in ("a\ufdd0b", "<|im_end|>\ufdd1|im_end|>"):
+        assert code_of(one(talk(text, "x"), template, tiny_tokenizer)) == "text_has_noncharacters"
+    with user_error("messages_do_not_suit_template", reason=Message("text_has_noncharacters")):
         prompt_ids([user("\ufdd0")], tiny_tokenizer)
 
 
@@ -395,18 +407,20 @@ def test_noncharacters_are_refused(tiny_tokenizer):
 
 
 def test_lacking_control_tokens_are_named(tiny_tokenizer):
-    with pytest.raises(UserError) as error:
+    lacking = ["bos_token", "<start_of_turn>", "<end_of_turn>"]
+    with user_error("template_lacks_tokens", name="gemma", tokens=lacking) as raised:
         load_template("gemma", tiny_tokenizer)
-    assert "lacks: bos_token, <start_of_turn>, <end_of_turn>." in str(error.value)
-    assert "Templates that fit it: chatml, default, llama3, qwen" in str(error.value)
-    with pytest.raises(UserError, match=r"no template 'lama3' \(did you mean 'llama3'\?\)"):
+    assert raised.value.fields["advice"] == Message("templates_that_fit_or_own", names=FIT_TINY)
+    with user_error("template_unknown", name="lama3", near="llama3", names=template_names()):
         load_template("lama3", tiny_tokenizer)
-    with pytest.raises(UserError, match=r"no chat template of its own\.\nTemplates that fit it: default\."):
+    with user_error("tokenizer_has_no_template", advice=Message("templates_that_fit", names=["default"])) as raised:
         load_template(None, for_template("default"))
+    sentence = "this model's tokenizer has no chat template of its own.\nTemplates that fit it: default."
+    assert str(raised.value) == sentence
 
 
 def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "TEMPLATES", tmp_path)
+    monkeypatch.setattr(chat_template, "TEMPLATES", tmp_path)
     text = """{#- My format. tokens: <|im_start|> <|eot_id|> eos_token -#}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
@@ -425,13 +439,14 @@ def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatc
     sample = one(talk("Hi", "Yo"), template, tiny_tokenizer)
     assert sample["input_ids"] == [262, *b("Hi"), 257, *b("Yo"), 258]
     assert sample["labels"] == [-100] * 4 + [*b("Yo"), 258]
-    with pytest.raises(UserError, match=r"lacks: <\|other\|>\.\nTemplates that fit it: mine, or leave template out"):
+    advice = Message("templates_that_fit_or_own", names=["mine"])
+    with user_error("template_lacks_tokens", name="other", tokens=["<|other|>"], advice=advice):
         load_template("other", tiny_tokenizer)
 
 
 def test_tools_need_a_template_that_has_them(tiny_tokenizer):
     conversation = {**talk("a", "b"), "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert "tools" in str(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer))
+    assert code_of(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer)) == "template_has_no_tools"
     assert not load_template("chatml", tiny_tokenizer).has_tools and load_template("qwen", tiny_tokenizer).has_tools
 
 
@@ -439,15 +454,18 @@ def test_what_no_template_can_render_is_a_reason(tiny_tokenizer):
     """Content in parts is refused (its text would slip past the guard); null beside a tool call is no content."""
     template = load_template("qwen", tiny_tokenizer)
     parts = {"messages": [user([{"type": "text", "text": "<|im_end|>"}]), assistant("a")]}
-    assert "is list, not text" in str(one(parts, template, tiny_tokenizer))
+    assert one(parts, template, tiny_tokenizer) == Message("content_is_not_text", kind="list")
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     sample = one({"messages": [user("q"), assistant(None, tool_calls=[call])]}, template, tiny_tokenizer)
     assert learned(sample, tiny_tokenizer) == [
         '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     ]
     call["function"]["arguments"] = "{"
-    assert "no JSON" in str(one({"messages": [user("q"), assistant("", tool_calls=[call])]}, template, tiny_tokenizer))
-    assert "no answer" in str(one({"messages": [user("q")]}, template, tiny_tokenizer))
+    calling = {"messages": [user("q"), assistant("", tool_calls=[call])]}
+    assert code_of(one(calling, template, tiny_tokenizer)) == "call_arguments_are_no_json"
+    call["function"]["arguments"] = ""  # as many servers write a call without arguments
+    assert '"arguments": {}' in learned(one(calling, template, tiny_tokenizer), tiny_tokenizer)[0]
+    assert code_of(one({"messages": [user("q")]}, template, tiny_tokenizer)) == "no_answer_to_learn"
 
 
 def test_a_row_that_the_template_refuses_is_a_reason():
@@ -455,7 +473,7 @@ def test_a_row_that_the_template_refuses_is_a_reason():
     template = load_template("gemma", tokenizer)
     good, bad = talk("a", "b"), {"messages": [assistant("b")]}
     first, reason, last = encode([good, bad, good], template, tokenizer, cutoff_len=100)
-    assert "alternate" in str(reason) and first == last
+    assert code_of(reason) == "template_refuses" and "alternate" in reason.fields["reason"] and first == last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,17 +616,18 @@ def test_own_template_with_tools():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "does not end every answer"),
-        (ROLES.replace("m.content", "m.content | upper") + PROMPT, "does not end every answer|for certain"),
-        (ROLES.replace("m.content", "m.content | lower | replace('w', '')") + PROMPT, "does not end|for certain"),
-        ("{% for m in messages[:1] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "does not end every answer"),
-        ("{% for m in %}", "cannot be used"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "answer_end_is_no_control_token"),
+        (ROLES.replace("m.content", "m.content | upper") + PROMPT, "answer_end_is_no_control_token"),
+        (ROLES.replace("m.content", "m.content | lower | replace('x', '')") + PROMPT, "answers_uncertain"),
+        ("{% for m in messages[:1] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "template_leaves_message_out"),
+        ("{% for m in %}", "template_syntax"),
     ],
 )
 def test_own_template_that_cannot_be_followed_is_refused(tiny_tokenizer, text: str, reason: str):
-    with pytest.raises(UserError, match=reason) as error:
+    advice = Message("templates_that_fit", names=FIT_TINY)
+    with user_error("template_unusable", template=Message("own_template"), advice=advice) as raised:
         load_template(None, with_own(tiny_tokenizer, text))
-    assert str(error.value).endswith("Templates that fit it: chatml, default, llama3, qwen, qwen3_nothink.")
+    assert code_of(raised.value.fields["reason"]) == reason
 
 
 def test_own_template_that_rewrites_one_row_gives_a_reason(tiny_tokenizer):
@@ -618,12 +637,12 @@ def test_own_template_that_rewrites_one_row_gives_a_reason(tiny_tokenizer):
     tokenizer = with_own(tiny_tokenizer, text + PROMPT)
     template = load_template(None, tokenizer)
     assert learned(one(talk("q", "a"), template, tokenizer), tokenizer) == ["a<|im_end|>"]
-    assert "cannot be told for certain" in str(one(talk("q", "drop"), template, tokenizer))
+    assert code_of(one(talk("q", "drop"), template, tokenizer)) == "answers_uncertain"
     text = ROLES.replace("<|im_start|>", "<|im_start|>{{ 'A' if m.content == 'pick' else 'B' }}")  # of the same length
     tokenizer = with_own(tiny_tokenizer, text + PROMPT.replace("<|im_start|>", "<|im_start|>B"))
     template = load_template(None, tokenizer)
     assert learned(one(talk("q", "a"), template, tokenizer), tokenizer) == ["a<|im_end|>"]
-    assert "cannot be told for certain" in str(one(talk("q", "pick"), template, tokenizer))
+    assert code_of(one(talk("q", "pick"), template, tokenizer)) == "answers_uncertain"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,7 +664,7 @@ def test_an_answer_of_weight_0_is_read_but_not_learned(tiny_tokenizer, own: bool
     cut = one(conversation, template, tiny_tokenizer, cutoff_len=len(whole["input_ids"]) - 1)  # without the first turn
     assert learned(cut, tiny_tokenizer) == ["a3<|im_end|>"]
     last = {"messages": [*conversation["messages"][:5], {**conversation["messages"][5], "learned": False}]}
-    assert "nothing" in str(one(last, template, tiny_tokenizer, mask_history=True))
+    assert code_of(one(last, template, tiny_tokenizer, mask_history=True)) == "no_answer_to_learn"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_samples_are_what_the_template_makes_and_the_report_counts_them(tmp_path: Path, tiny_tokenizer) -> None:
-    from preprocessing import chat_template
+    from preprocessing import chat_template, encode
 
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(5), {"instruction": "q0", "output": "a0"}])
     made = prepare(tiny_tokenizer, path)
     chatml = chat_template.load_template("chatml", tiny_tokenizer)
-    expected = chat_template.encode(conversations(path), chatml, tiny_tokenizer, cutoff_len=256)
+    expected = encode.encode(conversations(path), chatml, tiny_tokenizer, cutoff_len=256)
     assert [row["input_ids"] for row in made.train] == [sample["input_ids"] for sample in expected]
     assert [row["labels"] for row in made.train] == [sample["labels"] for sample in expected]
     assert str(made.train.features["input_ids"].feature.dtype) == "int32" == made.train.features["labels"].feature.dtype
