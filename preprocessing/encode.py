@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from common import Message, UserError
+from common import Message
 from preprocessing.answer_spans import Span
 from preprocessing.chat_template import ChatTemplate, Rendered, plain_conversation, render_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
@@ -170,9 +170,7 @@ def _shortened(
         rendered = render_conversation(template, {**conversation, "messages": messages}, encoder, rules.enable_thinking)
         return rendered, encoder.encode([rendered.text], rendered.escaped)[0]
 
-    whole, kept, rendered, encoding = shorten(
-        conversation["messages"], measure, encoder.token_starts, rules.cutoff_len
-    )
+    whole, kept, rendered, encoding = shorten(conversation["messages"], measure, encoder.token_starts, rules.cutoff_len)
     answers = [i for i, message in enumerate(whole) if message["role"] == "assistant"]
     cut = frozenset(number for number, i in enumerate(answers) if kept[i] is not whole[i])
     open_ended = any("</think>" in whole[i]["content"] and "</think>" not in kept[i]["content"] for i in answers)

@@ -307,7 +307,10 @@ def test_qwen3_thoughts_that_do_not_fit():
     silent = one(conversation, template, tokenizer, cutoff_len=27, enable_thinking=False)
     assert silent.code == "no_space_for_answer"
     tokenizer.chat_template = template.saved
-    assert code_of(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff)) == "thoughts_do_not_fit"
+    assert (
+        code_of(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff))
+        == "thoughts_do_not_fit"
+    )
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -446,7 +449,9 @@ def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatc
 
 def test_tools_need_a_template_that_has_them(tiny_tokenizer):
     conversation = {**talk("a", "b"), "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert code_of(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer)) == "template_has_no_tools"
+    assert (
+        code_of(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer)) == "template_has_no_tools"
+    )
     assert not load_template("chatml", tiny_tokenizer).has_tools and load_template("qwen", tiny_tokenizer).has_tools
 
 
@@ -618,7 +623,7 @@ def test_own_template_with_tools():
     [
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "answer_end_is_no_control_token"),
         (ROLES.replace("m.content", "m.content | upper") + PROMPT, "answer_end_is_no_control_token"),
-        (ROLES.replace("m.content", "m.content | lower | replace('x', '')") + PROMPT, "answers_uncertain"),
+        (ROLES.replace("m.content", "m.content | lower | replace('x', '')") + PROMPT, "answer_end_is_no_control_token"),
         ("{% for m in messages[:1] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "template_leaves_message_out"),
         ("{% for m in %}", "template_syntax"),
     ],
