@@ -24,8 +24,9 @@ from jinja2.visitor import NodeTransformer
 
 from preprocessing.faults import Fault
 
-CPU_SECONDS = 5.0  # of one rendering, or of one compilation; an ordinary one takes a thousandth
-STEPS = 5_000_000  # rounds of loops, and calls, in one rendering
+CPU_SECONDS = 2.0  # of one rendering, or of one compilation; an ordinary one takes a thousandth
+STEPS = 5_000_000  # rounds of loops in one rendering
+CALL = 5  # steps that a call costs
 CHARACTERS = 64_000_000  # of one text, and of all that one rendering writes
 ITEMS = 1_000_000  # of one list, and bits of one number
 TEMPLATE_CHARACTERS = 1_000_000
@@ -195,7 +196,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _budget.step()
+        _budget.step(CALL)
         method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
