@@ -1,16 +1,17 @@
-"""Measures what a model learned: it predicts held-out data, before and after training, and says how well.
+"""Evaluates a model on data that it was not trained on, before and after its training.
 
 python evaluate.py                     the newest run, on the data it held out
-python evaluate.py saves/NAME          a run, its merged folder, a FILE.gguf of it, a model's folder or hub name, or the
-                                       recipe of a run
+python evaluate.py saves/NAME          a run, its merged folder, a FILE.gguf of it, a model's folder or hub name, or a
+                                       recipe: of a run, or one of LLaMA-Factory with do_predict or do_eval
     dataset=NAME    on this data instead; rows that the run was trained on are left out
-    labels=0,1      the answers to choose from (of two, the last is the positive one); unset: told from the data
+    labels=0,1      the answers to choose from (of two, the last is the positive one); unset: found in the data
     --base          only the model before training
     --no-base       not the model before training
 python evaluate.py --runs              all runs with their key figures
 python evaluate.py --compare A B       what differs between two runs, and which predicts the same rows better
 
-Everything is in eval/ of the run folder. Ctrl-C ends it; the same command goes on.
+All results are in eval/ of the run folder; those of LLaMA-Factory's do_predict and do_eval (predict_results.json,
+generated_predictions.jsonl, eval_results.json) in the recipe's output_dir. Ctrl-C stops; the same command continues.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import argparse
 from pathlib import Path
 
 import common
+from evaluation import llamafactory
 from evaluation.compare import describe_two_runs, runs_table
 from evaluation.job import describe, find_job
 from evaluation.predict import predict
-from evaluation.results import describe_results, write_as_llamafactory, write_results
+from evaluation.results import describe_results, write_results
 from preprocessing.data_report import format_table
 from runs import report
 from runs.target import read_arguments
@@ -50,8 +52,8 @@ def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str])
         predict(job, model)
     for data in job.datasets:
         print(describe_results(write_results(job, data), data.folder))
-    if (job.config.do_predict or job.config.predict_with_generate) and (folder := write_as_llamafactory(job)):
-        print(f"\nas LLaMA-Factory writes them: {folder}/generated_predictions.jsonl, {folder}/predict_results.json")
+    if files := llamafactory.write_files(job):
+        print(f"\nas LLaMA-Factory writes them: {', '.join(map(str, files))}")
     if job.run:
         print(f"\nthe report: {report.write(job.run)}")
 

@@ -61,7 +61,9 @@ def find_datasets(
     if not names and own is None:
         raise UserError("eval_data_unknown", target=target)
     names, held_out = names or own.eval_dataset, None
-    if not names and (held_out := held_out_by(run, own)):
+    if own is None and config.val_size:  # LLaMA-Factory evaluates the part that this recipe's training would hold out
+        held_out = set(map(fingerprint, dataset.read_conversations(config)[1]))
+    elif not names and (held_out := held_out_by(run, own)):
         config, names = own, own.dataset
     elif not names:
         names, held_out = registered_test_sets(own), None
@@ -73,7 +75,7 @@ def find_datasets(
         for name, folder in result_folders(home, names).items()
     ]
     found = [data for data in made if data]
-    if config.labels and all(data.labels != config.labels for data in found):
+    if config.labels and not wants_only_losses(config) and all(data.labels != config.labels for data in found):
         answer = labels.unknown_label(config.labels, [answer_of(row) for row in found[0].rows])
         raise UserError("eval_label_unknown", dataset=found[0].name, answer=answer, labels=list(config.labels))
     if any(data.name == GENERAL for data in found):
@@ -111,6 +113,8 @@ def make_dataset(
         return None
     if not kept:
         raise UserError("eval_all_rows_trained", dataset=name)
+    if wants_only_losses(config):
+        return EvalDataset(name, kept, folder, "loss", left_out=sum(wanted) - len(kept))
     answers, trained = [answer_of(row) for row in kept], trained_answers(name, trainings)
     unknown = labels.unknown_label(config.labels, answers) if config.labels else None
     if unknown is not None:
@@ -120,6 +124,12 @@ def make_dataset(
         notes.append(Message("eval_exceptional_answer", dataset=name, answer=exceptions[0]))
     task = "classification" if chosen else "text"
     return EvalDataset(name, kept, folder, task, chosen, trained, sum(wanted) - len(kept))
+
+
+def wants_only_losses(config: Config) -> bool:
+    """Whether only the loss is asked for: do_eval as LLaMA-Factory means it, without do_predict or a training."""
+    predicts = config.do_predict or config.predict_with_generate
+    return config.do_eval and not predicts and not common.asks_for_training(config)
 
 
 def general_knowledge(config: Config, trainings: list[Training], home: Path) -> list[EvalDataset]:

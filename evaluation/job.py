@@ -20,8 +20,9 @@ MIN_REPLY_LIMIT = 64  # tokens that a reply may always have
 DATA = {"dataset", "eval_dataset"}
 FIXED = {"val_size", "output_dir"}  # what a training has decided
 # What a recipe that is the target may say otherwise than the run that it belongs to.
-RECIPE_SETTINGS = DATA | {"dataset_dir", "max_samples", "cutoff_len", "labels", "do_predict", "predict_with_generate"}
-RECIPE_SETTINGS |= {"max_new_tokens"}
+RECIPE_SETTINGS = DATA | {"dataset_dir", "max_samples", "cutoff_len", "labels", "max_new_tokens"}
+# What to do: given together by the command line or the recipe, never mixed with the run's own.
+ACTIONS = {"do_train", "do_eval", "do_predict", "predict_with_generate"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Job:
     datasets: list[EvalDataset]
     notes: list[Message]
     given: set[str]  # settings that were asked for
-    output: Path | None  # where a recipe of LLaMA-Factory wants its predictions
+    output: Path | None  # where a recipe of LLaMA-Factory wants its results
     encoded: dict[str, Encoded] = dataclasses.field(default_factory=dict)  # by name of the dataset
 
 
@@ -63,7 +64,7 @@ def find_job(target: str | None, settings: Sequence[str], *, only_base: bool = F
 def _find_config(
     source: Source, run: Path | None, target: str | None, settings: Sequence[str]
 ) -> tuple[Config, set[str], Path | None]:
-    """The settings of an evaluation; those among them that were asked for; and a recipe's own folder for predictions.
+    """The settings of an evaluation; those among them that were asked for; and a recipe's own folder for results.
 
     A run's settings, before them what its recipe says of data and evaluation, and before all the command line. The
     datasets of a recipe are asked for where they are others than the run's: a training's recipe is a target, too.
@@ -71,6 +72,7 @@ def _find_config(
     typed = common.load_config(list(settings))
     config, given, output = run_config(run) if run else source.config, set(typed.given), None
     values = {key: getattr(typed.config, key) for key in given}
+    asks = typed if given & ACTIONS else None
     if target and Path(target).suffix in (".yaml", ".yml", ".json"):
         recipe = common.load_config([target])
         asked = recipe.given & RECIPE_SETTINGS - (DATA if given & DATA else set())
@@ -79,8 +81,10 @@ def _find_config(
         }
         values = {key: getattr(recipe.config, key) for key in asked} | values
         given |= asked
+        asks = asks or recipe
         if "output_dir" in recipe.given and not is_run(Path(recipe.config.output_dir)):
             output = Path(recipe.config.output_dir)
+    values |= {key: getattr(asks.config, key) for key in ACTIONS} if asks else {}
     return dataclasses.replace(config, **values), given, output
 
 

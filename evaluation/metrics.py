@@ -275,27 +275,3 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
         "perplexity_interval": [float(value) for value in np.exp(np.percentile(means, [2.5, 97.5]))],
         "tokens": int(tokens.sum()),
     }
-
-
-def as_llamafactory(predictions: Sequence[str], truth: Sequence[str], seconds: float, batches: int) -> dict[str, float]:
-    """The figures of LLaMA-Factory's predict_results.json: means over rows, from 0 to 100; BLEU-4 over characters.
-
-    Its steps are batches.
-    """
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-
-    smoothing = SmoothingFunction().method3
-    bleu = [
-        sentence_bleu([list(t)], list(p), smoothing_function=smoothing) if p else 0.0
-        for p, t in zip(predictions, truth, strict=True)
-    ]
-    scores = rouge(predictions, truth)
-    return {
-        "predict_bleu-4": round(100 * sum(bleu) / len(bleu), 4),
-        "predict_rouge-1": round(100 * scores["rouge1"], 4),
-        "predict_rouge-2": round(100 * scores["rouge2"], 4),
-        "predict_rouge-l": round(100 * scores["rougeL"], 4),
-        "predict_runtime": round(seconds, 4),
-        "predict_samples_per_second": round(len(truth) / seconds, 3) if seconds else 0.0,
-        "predict_steps_per_second": round(batches / seconds, 3) if seconds else 0.0,
-    }

@@ -1,4 +1,4 @@
-"""What the predictions amount to: metrics.json, pictures, tables, and LLaMA-Factory's files."""
+"""What the predictions amount to: metrics.json, pictures and tables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from common import Message
 from evaluation import metrics
 from evaluation.data import GENERAL, EvalDataset
-from evaluation.job import Job, encoded, tokenizer_of
+from evaluation.job import Job, encoded
 from evaluation.predict import predictions_file, read_predictions, read_state
 from preprocessing.data_report import format_table
 from runs import charts
-from runs.files import write_json, write_jsonl
+from runs.files import write_json
 from runs.metric_names import METRICS
 
 Predictions = dict[str, list[dict[str, Any]]]  # the lines of predictions.jsonl, by model
@@ -149,33 +149,3 @@ def side_by_side(predictions: Predictions, count: int = 10) -> list[dict[str, An
         | {"predictions": {label: lines[i]["prediction"] for label, lines in predictions.items()}}
         for i in positions
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# LLaMA-Factory's files
-
-
-def write_as_llamafactory(job: Job) -> Path | None:
-    """Writes generated_predictions.jsonl and predict_results.json of the target as LLaMA-Factory does.
-
-    Returns their folder, or None where no dataset has predictions.
-    """
-    label = job.models[-1].label
-    tokenizer, _ = tokenizer_of(job)
-    lines, seconds, batches = [], 0.0, 0
-    for data in (data for data in job.datasets if data.task != "loss"):
-        predictions = {line["row"]: line for line in read_predictions(predictions_file(data, label))}
-        rows = encoded(job, data)
-        for row, ids in zip(rows.rows, rows.prompts, strict=True):
-            texts = {"predict": predictions[row]["prediction"], "label": predictions[row]["label"]}
-            lines.append({"prompt": tokenizer.decode(ids, skip_special_tokens=False), **texts})
-        state = read_state(data)[label]
-        seconds, batches = seconds + state["seconds"], batches + state["batches"]
-    if not lines:
-        return None
-    folder = job.output or job.run or job.datasets[0].folder.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "generated_predictions.jsonl", lines)
-    predicted, truth = ([line[key] for line in lines] for key in ("predict", "label"))
-    write_json(folder / "predict_results.json", metrics.as_llamafactory(predicted, truth, seconds, batches))
-    return folder

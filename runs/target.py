@@ -79,16 +79,16 @@ def find_target(target: str | None, settings: Sequence[str], wants: Literal["any
 
 
 def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
-    """The run of a recipe; the adapter that it names where it is a merge file or the command line names one."""
+    """The run of a recipe; or the adapter that it names, where it merges or evaluates, or the command line names one."""
     config, output = loaded.config, Path(loaded.config.output_dir)
     is_merge_file = config.export_dir and "export_dir" not in loaded.typed  # else training began with the adapter
-    named = config.adapter_name_or_path and (is_merge_file or "adapter_name_or_path" in loaded.typed)
+    trains = common.asks_for_training(config)  # else output_dir is where the results of the evaluation are wanted
+    named = config.adapter_name_or_path and (is_merge_file or not trains or "adapter_name_or_path" in loaded.typed)
     if not named and (is_adapter(output) or is_run(output)):
         return output
     if config.adapter_name_or_path:
         return Path(config.adapter_name_or_path)
-    is_training = loaded.given & {"dataset", "output_dir"} and common.asks_for_training(config)
-    if wants == "adapter" or is_training:
+    if wants == "adapter" or (trains and loaded.given & {"dataset", "output_dir"}):
         train = common.command("train.py", loaded.recipe)
         raise UserError("recipe_not_trained", recipe=loaded.recipe, folder=output, command=train)
     return Path(config.model_name_or_path)

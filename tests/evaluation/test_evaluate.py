@@ -23,6 +23,7 @@ from runs.folder import TRAINED, run_config
 ODD = [{"instruction": f"is {i} odd? {'x' * (7 * i % 40)}", "output": str(i % 2)} for i in range(60)]
 SAID = [{"instruction": f"say {i}{'!' * (i % 9)}", "output": f"你好 number {i}"} for i in range(12)]
 QUIET = ("infer_dtype=float32",)
+EVAL_KEYS = ("loss", "perplexity", "runtime", "samples_per_second", "steps_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +254,51 @@ def test_several_tokens_padding_and_greedy_text(trained: Path) -> None:
         assert count == 2 and nats / 2 == pytest.approx(float(model.model(**inputs).loss), abs=1e-5)
     greedy = dataclasses.replace(engine.Settings(temperature=0), max_new_tokens=16)
     assert scorer.replies(prompts, 16) == ["".join(model.stream(talk, greedy)) for talk in talks]
+
+
+@pytest.mark.slow
+def test_recipes_of_llamafactory_name_model_data_and_what_to_do(trained: Path, tmp_path: Path) -> None:
+    """As older and newer examples of LLaMA-Factory are written; the keys that only a training needs do not matter."""
+    home = trained.parent.parent
+    base = run_config(trained).model_name_or_path
+    for data in (f"dataset: {home}/say.jsonl", f"eval_dataset: {home}/say.jsonl"):
+        for more in ("do_predict: true", "do_predict: true\ndo_train: false", "do_eval: true", "do_train: 0"):
+            text = f"stage: SFT\nfinetuning_type: lora\n{data}\n{more}\noutput_dir: {tmp_path}/out\n"
+            recipe = tmp_path / "llamafactory.yaml"
+            recipe.write_text(f"model_name_or_path: {base}\nadapter_name_or_path: {trained}\n{text}")
+            job = job_of(str(recipe))
+            assert (job.run, job.output, [model.label for model in job.models]) == (
+                trained,
+                tmp_path / "out",
+                ["base", "trained"],
+            )
+            assert (job.datasets[0].name, len(job.datasets[0].rows)) == (f"{home}/say.jsonl", 12)
+            assert job.datasets[0].task == ("loss" if "do_eval" in more else "text")
+            recipe.write_text(f"model_name_or_path: {base}\n{text}overwrite_output_dir: true\n")
+            job = job_of(str(recipe))  # the model itself, without an adapter
+            assert (job.run, job.models[0].source.name, len(job.models)) == (None, base, 1)
+    recipe.write_text(f"model_name_or_path: {base}\n{text}val_size: 0.25\n".replace("eval_dataset", "dataset"))
+    assert len(job_of(str(recipe)).datasets[0].rows) == 3  # the part that LLaMA-Factory would split off
+    other = make_run(Path(base), tmp_path / "out")
+    recipe.write_text(f"model_name_or_path: {base}\nadapter_name_or_path: {trained}\n{text}")
+    assert job_of(str(recipe)).run == trained and other.exists()  # its output_dir may be a run, too
+
+
+@pytest.mark.slow
+def test_do_eval_measures_the_loss_alone(trained: Path, tmp_path: Path) -> None:
+    home = trained.parent.parent
+    recipe = tmp_path / "eval.yaml"
+    lines = [f"adapter_name_or_path: {trained}", f"model_name_or_path: {run_config(trained).model_name_or_path}"]
+    lines += [f"eval_dataset: {home}/say.jsonl,{home}/odd_test.jsonl", "do_eval: true", f"output_dir: {tmp_path}/out"]
+    recipe.write_text("\n".join(lines))
+    result = run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home)
+    assert result.returncode == 0, result.stderr
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["all_results.json", "eval_results.json"]
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert found.keys() == {f"eval_{key}" for key in EVAL_KEYS}
+    nats = [line for name in ("say", "odd_test") for line in read(trained / f"eval/{name}/predictions.jsonl")]
+    mean = sum(line["nats"] for line in nats) / sum(line["tokens"] for line in nats)
+    assert len(nats) == 32 and found["eval_loss"] == pytest.approx(mean)
 
 
 @pytest.mark.slow
