@@ -68,8 +68,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
     which.add_argument("--compare", nargs=2, metavar=("A", "B"))
     parser.add_argument("rest", nargs="*")
     flags, unknown = parser.parse_known_args(argv)
-    target, settings = read_arguments(flags.rest)
-    return flags, target, unknown + settings
+    return flags, *read_arguments([*flags.rest, *unknown])
 
 
 if __name__ == "__main__":

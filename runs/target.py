@@ -79,7 +79,7 @@ def find_target(target: str | None, settings: Sequence[str], wants: Literal["any
 
 
 def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
-    """The run of a recipe; or the adapter that it names, where it merges or evaluates, or the command line names one."""
+    """The run of a recipe; the adapter that it names, where it merges, evaluates, or the command line names one."""
     config, output = loaded.config, Path(loaded.config.output_dir)
     is_merge_file = config.export_dir and "export_dir" not in loaded.typed  # else training began with the adapter
     trains = common.asks_for_training(config)  # else output_dir is where the results of the evaluation are wanted
