@@ -1,6 +1,6 @@
-"""A conversation as the chat page keeps it: what the model hears, what the page shows, what becomes training data.
+"""A conversation as the chat page keeps it: what the model reads, what the page shows, what becomes training data.
 
-A turn is {"role": "user" or "tool", "text": what was said, "trained": the answer, "base": that of the model before
+A turn is {"role": "user" or "tool", "text": the message, "trained": the answer, "base": that of the model before
 training}; an answer is the model's own text, thoughts and tool calls included, and is missing until it has come.
 """
 
@@ -12,28 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError
-from runs.files import write_json, write_text
+from runs.files import read_json, write_json, write_text
 
 Turn = dict[str, str]
-Part = tuple[str, str]  # "thought", "call" or "text", and its words without the tags around them
+Part = tuple[str, str]  # "thought", "call" or "text", and its text without the tags around it
 
 TAGGED = re.compile(r"<(think|tool_call)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 KINDS = {"think": "thought", "tool_call": "call"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the model hears
+# What the model reads
 
 
 def messages(turns: list[Turn], voice: str, system: str = "") -> list[dict[str, Any]]:
     """The conversation for the voice "trained" or "base"; where that has no answer yet, the trained one's stands in."""
-    said: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
     for turn in turns:
-        said.append({"role": turn["role"], "content": turn["text"]})
+        messages.append({"role": turn["role"], "content": turn["text"]})
         answer = turn.get(voice, turn.get("trained"))
         if answer is not None:
-            said.append(_answer(answer))
-    return said
+            messages.append(_answer(answer))
+    return messages
 
 
 def _answer(text: str) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def read_tools(text: str | None) -> list[dict[str, Any]] | None:
     try:
         given = json.loads(text)
     except ValueError as error:
-        raise UserError(f"the tools are not JSON ({error}); write a list of functions") from None
+        raise UserError("tools_not_json", problem=str(error)) from None
     tools = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in _listed(given)]
     if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
-        raise UserError('a tool has no name; write [{"name": "...", "description": "...", "parameters": {...}}]')
+        raise UserError("tool_without_name")
     return [{"type": "function", "function": tool} for tool in tools] or None
 
 
@@ -87,19 +87,19 @@ def parts(text: str) -> list[Part]:
 def calls(text: str) -> list[dict[str, Any]]:
     """The tool calls of an answer, {"name", "arguments"}; one that is not whole JSON is none."""
     found = []
-    for kind, words in parts(text):
+    for kind, content in parts(text):
         if kind == "call":
-            found += _bare_calls(words)
+            found += _bare_calls(content)
     return found
 
 
-def _bare_calls(words: str) -> list[dict[str, Any]]:
+def _bare_calls(text: str) -> list[dict[str, Any]]:
     """Tool calls written as JSON alone: an object (Llama 3, Qwen) or a list of them (Mistral)."""
-    words = words.removeprefix("[TOOL_CALLS]").strip()
-    if not words.startswith(("{", "[")):
+    text = text.removeprefix("[TOOL_CALLS]").strip()
+    if not text.startswith(("{", "[")):
         return []
     try:
-        given = _listed(json.loads(words))
+        given = _listed(json.loads(text))
     except ValueError:
         return []
     made = []
@@ -112,18 +112,18 @@ def _bare_calls(words: str) -> list[dict[str, Any]]:
 
 
 def _tagged(part: Part) -> str:
-    kind, words = part
-    return {"thought": f"<think>\n{words}\n</think>\n\n", "call": f"<tool_call>\n{words}\n</tool_call>\n"}.get(
-        kind, words
-    )
+    kind, text = part
+    if kind == "thought":
+        return f"<think>\n{text}\n</think>\n\n"
+    return f"<tool_call>\n{text}\n</tool_call>\n" if kind == "call" else text
 
 
-def with_part(text: str, number: int, words: str) -> str:
-    """The answer with its part `number` (see `parts`) replaced; without words the part is left out."""
+def with_part(text: str, number: int, new: str) -> str:
+    """The answer with its part `number` (see `parts`) replaced; an empty one is left out."""
     cut = parts(text) or [("text", "")]
     if [kind for kind, _ in cut] == ["call"] and not TAGGED.search(text):
-        return words.strip()  # a call without tags stays without
-    cut[number] = (cut[number][0], words.strip())
+        return new.strip()  # a call without tags stays without
+    cut[number] = (cut[number][0], new.strip())
     return "".join(_tagged(part) for part in cut if part[1]).strip()
 
 
@@ -137,18 +137,18 @@ def shown(turns: list[Turn], voice: str, titles: dict[str, str], streaming: bool
         if voice not in turn:
             continue
         cut = parts(turn[voice]) or [("text", "")]
-        for number, (kind, words) in enumerate(cut):
-            message: dict[str, Any] = {"role": "assistant", "content": words or titles["empty"]}
+        for number, (kind, content) in enumerate(cut):
+            message: dict[str, Any] = {"role": "assistant", "content": content or titles["empty"]}
             if kind != "text":
                 going_on = streaming and turn is turns[-1] and number == len(cut) - 1
                 message["metadata"] = {"title": titles[kind], "status": "pending" if going_on else "done"}
-            if not words and streaming:
+            if not content and streaming:
                 message["content"] = "…"
             made.append(message)
     return made
 
 
-def place(turns: list[Turn], voice: str, index: int) -> tuple[int, int | None]:
+def find_message(turns: list[Turn], voice: str, index: int) -> tuple[int, int | None]:
     """Which turn the message `index` of `shown` belongs to, and which part of its answer it is (None: the question)."""
     for number, turn in enumerate(turns):
         count = 1 + (len(parts(turn[voice]) or [""]) if voice in turn else 0)
@@ -180,10 +180,10 @@ def row(turns: list[Turn], system: str, tools: list[dict[str, Any]] | None, form
     """The trained voice's conversation as one row of a dataset; raises UserError where nothing can be learned."""
     answered = [turn for turn in turns if "trained" in turn]
     if not answered:
-        raise UserError("nothing has been said yet; say something first")
+        raise UserError("chat_empty")
     for number, turn in enumerate(turns, 1):
         if not turn.get("trained", "").strip():
-            raise UserError(f"turn {number} has no answer, and training needs one; edit it, or delete the turn")
+            raise UserError("turn_without_answer", number=number)
     made: dict[str, Any] = {}
     if form == "openai":
         made["messages"] = [_openai(message) for message in messages(answered, "trained", system)]
@@ -212,7 +212,7 @@ def _sharegpt(message: dict[str, Any]) -> dict[str, Any]:
         return {"from": role, "value": message["content"]}
     thought, _, rest = message["content"].rpartition("</think>")
     if rest.strip():
-        raise UserError("an answer says something beside its tool call, which sharegpt cannot hold; choose openai")
+        raise UserError("sharegpt_text_beside_call")
     made = [call["function"] for call in message["tool_calls"]]
     text = json.dumps(made[0] if len(made) == 1 else made, ensure_ascii=False)
     return {"from": "function_call", "value": f"{thought}</think>\n{text}" if thought else text}
@@ -240,35 +240,26 @@ def add_to_data(made: dict[str, Any], name: str, form: str, folder: Path) -> int
 
     Raises UserError where the name is another dataset's, or the file holds something else.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f"{name!r} is no name of a dataset; use letters, digits, - and _")
+    if not re.fullmatch(r"[\w-]{1,60}", name):
+        raise UserError("dataset_name_invalid", name=name)
     registry, file = folder / "dataset_info.json", folder / f"{name}.json"
-    known = _read(registry, {})
+    known = read_json(registry, {})
     if not isinstance(known, dict):
-        raise UserError(f"{registry} is not an object of datasets; mend it first")
+        raise UserError("registry_not_object", file=registry)
     registered = known.get(name)
     if registered and (registered.get("file_name"), registered.get("formatting")) != (file.name, form):
-        raise UserError(f"{registry} has another dataset {name} already; give another name")
+        raise UserError("dataset_name_taken", file=registry, name=name)
     if file.exists() and not registered:
-        raise UserError(f"{file} is there already, and is no dataset of conversations; give another name")
-    rows = _read(file, [])
+        raise UserError("data_file_exists", file=file)
+    rows = read_json(file, [])
     if not isinstance(rows, list):
-        raise UserError(f"{file} is not a list of conversations; give another name")
+        raise UserError("data_file_not_list", file=file)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, [*rows, made])
     wanted = entry(file.name, form, "tools" in made or "tools" in (registered or {}).get("columns", {}))
     if registered != wanted:
         _register(registry, known, name, wanted)
     return len(rows) + 1
-
-
-def _read(file: Path, otherwise: Any) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return otherwise
-    except ValueError as error:
-        raise UserError(f"{file} is broken ({error}); mend it first") from None
 
 
 def _register(registry: Path, known: dict[str, Any], name: str, wanted: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""Scripts that a page starts, each in a session of its own: it outlives the page, the browser and the server.
+"""Commands that a page starts, each in a session of its own: it outlives the page, the browser and the server.
 
-A job is a folder: `job.json` (command, process, time), `log` (all that the script prints) and, once it has ended,
-`status` (its exit status). Whoever reads the folder knows how it went; nothing is kept in memory.
+A job is a folder: `job.json` (command, process, time), `log` (all that the command prints), `error.json` (the message
+that ended it, where it says one) and, once it has ended, `status` (its exit status). Whoever reads the folder knows the
+state of the job; nothing is kept in memory.
 """
 
 from __future__ import annotations
@@ -15,27 +16,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 import common
-from common import UserError
+from common import Message, UserError
 from runs.files import write_json
 from runs.process import is_alive
 
-# The shell only waits and notes the exit status. Its traps keep it alive through a Ctrl-C that is meant for the script.
+# The shell only waits and writes the exit status. Its traps keep it alive through a Ctrl-C that is meant for the command.
 _WAIT = 'trap : INT TERM; "$@"; status=$?; echo $status > "$0.new"; mv "$0.new" "$0"'
-ABORTED = "aborted"  # the file in a job's folder that tells that its end was asked for
+# A server that was started by `nohup ... &` ignores Ctrl-C, and its children inherit that; a shell cannot undo it.
+_DEFAULT_SIGNALS = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "signal.signal(signal.SIGTERM, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+)
+ABORTED = "aborted"  # the file in a job's folder that says that its end was asked for
+ERROR = "error.json"  # see ONECARD_ERROR_FILE in common.py
 _TAIL = 1 << 17  # bytes of a log that are looked at, from its end
 _BAR = re.compile(r"^(?P<what>[^|\r\n]*?):?\s*(?P<percent>\d+)%\|[^|]*\|\s*(?P<rest>[^\r\n]*)$")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A script that was started; `process` is the number of its session, `created` that process's start in seconds."""
+    """A command that was started; `process` is the id of its session, `created` that process's start in seconds."""
 
     folder: Path
     command: tuple[str, ...]
@@ -47,30 +53,35 @@ class Job:
         return self.folder / "log"
 
     @property
-    def shown(self) -> str:
+    def shell_line(self) -> str:
         """The command as one types it."""
-        return shown(list(self.command))
+        return shell_line(list(self.command))
 
 
-def shown(command: list[str]) -> str:
+def shell_line(command: list[str]) -> str:
     """`train.py a=b` as a line for a shell."""
     return shlex.join(["python", *command])
 
 
-def start(folder: Path, command: list[str], t: Callable[..., str] = str.format) -> Job:
-    """Starts `python SCRIPT ...` from the working directory; raises UserError where the folder's job still runs."""
+def start(folder: Path, command: list[str], language: str = "en") -> Job:
+    """Starts `python SCRIPT ...` in the working directory; it prints in `language`.
+
+    Raises UserError where the folder's job still runs.
+    """
     earlier = find(folder)
     if earlier and state(earlier) == "running":
-        raise UserError(t("{script} is still at work; wait for it, or stop it", script=earlier.shown))
+        raise UserError("job_running", command=earlier.shell_line)
     folder.mkdir(parents=True, exist_ok=True)
-    status = folder / "status"
-    for old in (status, folder / ABORTED):
+    status, error = folder / "status", folder / ERROR
+    for old in (status, error, folder / ABORTED):
         old.unlink(missing_ok=True)
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "ONECARD_LANG": language}
+    environment["ONECARD_ERROR_FILE"] = str(error.absolute())
     script = [sys.executable, str(common.ROOT / command[0]), *command[1:]]
     with open(folder / "log", "wb") as log:
         child = subprocess.Popen(
-            ["/bin/sh", "-c", _WAIT, str(status.absolute()), *script],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            ["/bin/sh", "-c", _WAIT, str(status.absolute()), sys.executable, "-ISc", _DEFAULT_SIGNALS, *script],
+            env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -87,17 +98,21 @@ def find(folder: Path) -> Job | None:
     try:
         record = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         return Job(folder, tuple(record["command"]), record["process"], record["created"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
 def state(job: Job) -> str:
-    """`running`, `done`, `failed`, `stopped` (by Ctrl-C), or `killed` where it ended without a word."""
+    """`running`, `done`, `failed`, `stopped` (by Ctrl-C), or `killed` where it ended without an exit status."""
     try:
         status = int((job.folder / "status").read_text())
     except (FileNotFoundError, ValueError):
         return "running" if is_alive(job.process, job.created) else "killed"
     return {0: "done", 130: "stopped", -signal.SIGINT: "stopped"}.get(status, "failed")
+
+
+def is_running(job: Job | None) -> bool:
+    return job is not None and state(job) == "running"
 
 
 def interrupt(job: Job) -> None:
@@ -117,21 +132,21 @@ def _signal(job: Job, number: signal.Signals) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a script says
+# What a command prints
 
 
 def lines(log: Path) -> list[str]:
-    """The last lines of a log as a terminal would show them: of a bar that was drawn many times, its last state."""
+    """The last lines of a log as a terminal would show them: of a progress bar, its last state."""
     try:
         with open(log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
             text = file.read().decode("utf-8", errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    shown_lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    found = shown_lines[1:] if size > _TAIL else shown_lines
-    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) for line in found]
+    visible = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
+    whole = visible[1:] if size > _TAIL else visible
+    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) for line in whole]
 
 
 def tail(log: Path, count: int = 200) -> str:
@@ -139,27 +154,27 @@ def tail(log: Path, count: int = 200) -> str:
     return "\n".join(lines(log)[-count:]).strip("\n")
 
 
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty."""
+    return next((line for line in reversed(lines(log)) if line.strip()), "")
+
+
 def progress(log: Path) -> tuple[int, str] | None:
-    """Percent and wording of the progress bar that the log ends with, or None where it does not end with one."""
-    for line in reversed(lines(log)):
-        if line.strip():
-            match = _BAR.match(line)
-            return (min(100, int(match["percent"])), f"{match['what']}: {match['rest']}") if match else None
-    return None
+    """Percent and text of the progress bar that the log ends with, or None where it does not end with one."""
+    match = _BAR.match(last_line(log))
+    return (min(100, int(match["percent"])), f"{match['what']}: {match['rest']}") if match else None
 
 
-def fault(job: Job, t: Callable[..., str] = str.format) -> str:
-    """Why a job failed, in the script's own sentence, or in ours by `t`; empty where it did not fail."""
-    if state(job) not in ("failed", "killed"):
-        return ""
-    said = [line for line in lines(job.log) if line.strip() and not _BAR.match(line)]
-    for index in range(len(said) - 1, -1, -1):
-        if said[index].startswith("error: "):
-            return "\n".join([said[index].removeprefix("error: "), *said[index + 1 :]])
-    if state(job) == "killed":
-        return t(
-            "{script} was ended from outside (killed, out of memory, or the machine was switched off)", script=job.shown
-        )
-    if not said:
-        return t("{script} failed and said nothing", script=job.shown)
-    return t("{script} failed: {said}; its log below says more", script=job.shown, said=said[-1])
+def error(job: Job) -> Message | None:
+    """Why a job failed: the command's own message, or one about its end; None where it did not fail."""
+    ended = state(job)
+    if ended not in ("failed", "killed"):
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Message.from_json(json.loads((job.folder / ERROR).read_text(encoding="utf-8")))
+    if ended == "killed":
+        return Message("job_killed", command=job.shell_line)
+    printed = [line for line in lines(job.log) if line.strip() and not _BAR.match(line)]
+    if not printed:
+        return Message("job_failed_silently", command=job.shell_line)
+    return Message("job_failed", command=job.shell_line, line=printed[-1])

@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Config, Message, UserError
+from common import Config, UserError
 from preprocessing import dataset
 from preprocessing.faults import fault_messages
 from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
 from runs.target import missing_from_model
 from training import preflight
-from web import jobs, theme, widgets
-from web.widgets import Translate
+from web import control, jobs, settings, widgets
+from web.imports import import_libraries
+from web.texts import Translator
+from web.widgets import fault, note
 
 UPLOADS = common.SAVES / "uploads"
 DOWNLOADS = common.SAVES / "downloads"
@@ -49,59 +51,50 @@ def templates() -> list[str]:
     return sorted(path.stem for path in (common.ROOT / "templates").glob("*.jinja"))
 
 
-def model_facts(name: str, t: Translate) -> str:
+def model_facts(name: str, t: Translator) -> str:
     """What is known of a model, as HTML; what is missing of it where it is not whole."""
     folder = Path(name)
     missing = missing_from_model(folder)
     if missing and name == common.EMBEDDED_MODEL:
-        return theme.note(t("Comes in a Python package (93 MB); the first training fetches it, without a hub."))
+        return note(t("Comes in a Python package (93 MB); the first training fetches it, without a hub."))
     if missing and folder.is_dir():
-        return theme.fault(t("{name} is not a whole model; it lacks {what}.", name=name, what=", ".join(missing)))
+        return fault(t("{name} is not a whole model; it lacks {what}.", name=name, what=", ".join(missing)), t)
     if missing:
-        return theme.fault(t("{name} is not on this disk; fetch it below, or choose another.", name=name))
+        return fault(t("{name} is not on this disk; fetch it below, or choose another.", name=name), t)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        said = t("{file} is broken ({error}); fetch the model again.", file=folder / "config.json", error=error)
-        return theme.fault(said)
+        text = t("{file} is broken ({error}); fetch the model again.", file=folder / "config.json", error=error)
+        return fault(text, t)
     config = config.get("text_config", config)  # of a model that also sees
-    parameters = sum(_product(shape) for shape in preflight.tensor_shapes(folder).values())
     facts = [
-        t("{n} parameters", n=count(parameters)),
+        t("{n} parameters", n=widgets.count(settings.parameters(folder))),
         widgets.size(preflight.model_bytes(folder)),
-        t("reads {n} tokens", n=f"{config.get('max_position_embeddings', 0):,}"),
+        t("context of {n} tokens", n=f"{config.get('max_position_embeddings', 0):,}"),
         config.get("model_type", "?"),
     ]
-    return theme.note(" · ".join(facts))
-
-
-def _product(shape: list[int]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
-
-def count(number: int) -> str:
-    """`135 M`, `8.0 B`."""
-    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M" if number >= 1e6 else f"{number:,}"
+    return note(" · ".join(facts))
 
 
 def download_folder(model: str) -> Path:
-    return DOWNLOADS / re.sub(r"[^\w.-]+", "--", model)
+    """The folder of a download's job; any name gives one directly below DOWNLOADS."""
+    return DOWNLOADS / (re.sub(r"[^\w.-]+", "--", model).lstrip(".")[:60] or "model")
 
 
-def lacks_embedded(model: str | None) -> bool:
+def is_embedded_missing(model: str | None) -> bool:
     """Whether the embedded model is chosen and not on this disk yet: it needs no hub, only download.py."""
     return model == common.EMBEDDED_MODEL and bool(missing_from_model(Path(model)))
 
 
-def start_download(model: str, source: str, t: Translate) -> jobs.Job:
+def start_download(model: str, source: str, language: str) -> jobs.Job:
     """Fetches the embedded model, or one of a hub, with download.py; raises UserError for an empty name."""
     model = model.strip()
     if model == common.EMBEDDED_MODEL:
-        return jobs.start(download_folder(model), ["download.py"], t)
+        return jobs.start(download_folder(model), ["download.py"], language)
     if not model or model.startswith("-"):
-        raise UserError(t("give the model's name on the hub: ORG/NAME"))
+        raise UserError("no_hub_name")
     options = {"modelscope": ["--modelscope"], "mirror": ["--mirror", "https://hf-mirror.com"]}.get(source, [])
-    return jobs.start(download_folder(model), ["download.py", model, *options], t)
+    return jobs.start(download_folder(model), ["download.py", model, *options], language)
 
 
 def newest_download() -> jobs.Job | None:
@@ -118,20 +111,35 @@ def datasets(dataset_dir: str = Config.dataset_dir) -> list[str]:
     try:
         registry = json.loads((Path(dataset_dir) / "dataset_info.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
-        registry = {}  # what is wrong with it is told where it is used
+        registry = {}  # what is wrong with it is said where it is used
     return [*registry, *(path.as_posix() for path in sorted(UPLOADS.glob("*")) if path.suffix.lower() in EXTENSIONS)]
 
 
-def keep_upload(file: Path, check: Callable[[Path], None], t: Translate) -> Path:
+def with_upload(chosen: list[str], upload: str) -> list[str]:
+    """The selection after an upload: added to what the visitor chose, or in place of the demonstration data."""
+    kept = [] if sorted(chosen) == sorted(Config.dataset) else [name for name in chosen if name != upload]
+    return [*kept, upload]
+
+
+def upload_name(name: str) -> str:
+    """The name under which an uploaded file is kept: no path, not hidden, and not run.json, which would look like a
+    run. Raises UserError for a type of file that holds no data."""
+    clean = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "data.json"
+    stem, suffix = Path(clean).stem, Path(clean).suffix
+    if suffix.lower() not in EXTENSIONS:
+        raise UserError("upload_unknown_type", file=name, types=EXTENSIONS)
+    short = stem.encode()[: control.MAX_NAME_BYTES].decode(errors="ignore")
+    return f"{'data' if clean == 'run.json' else short}{suffix}"
+
+
+def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
     """Copies an uploaded file to saves/uploads under its own name, in place of an earlier one of that name.
 
-    Only one that `check` lets pass gets there; what it raises is told of the file's own place.
+    Only one that `check` lets pass gets there; what it raises names the file's own place.
     """
-    name = re.sub(r"[^\w.-]+", "_", file.name).lstrip(".") or "data.json"
-    name = "data.json" if name == "run.json" else name  # which would look like a run
-    if Path(name).suffix.lower() not in EXTENSIONS:
-        known = ", ".join(EXTENSIONS)
-        raise UserError(t("{file} is of an unknown type; known are {types}", file=file.name, types=known))
+    name = upload_name(file.name)
+    if not control.is_below(UPLOADS, common.SAVES):
+        raise UserError("uploads_outside", folder=UPLOADS, real=UPLOADS.resolve())
     UPLOADS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=UPLOADS) as hidden:
         beside = Path(hidden) / name
@@ -139,9 +147,22 @@ def keep_upload(file: Path, check: Callable[[Path], None], t: Translate) -> Path
         try:
             check(beside)
         except UserError as error:
-            raise UserError(str(error).replace(str(beside), str(UPLOADS / name))) from None
-        os.replace(beside, UPLOADS / name)
+            raise _renamed(error, str(beside), str(UPLOADS / name)) from None
+        os.replace(beside, UPLOADS / name)  # a symbolic link of that name is replaced, and not followed
     return UPLOADS / name
+
+
+def _renamed(error: UserError, old: str, new: str) -> UserError:
+    """The same error with another path of the file, wherever it stands in the fields."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(old, new)
+        if isinstance(value, list):
+            return [rename(item) for item in value]
+        return {key: rename(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return UserError.from_message(common.Message.from_json(rename(error.message.to_json())))
 
 
 def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
@@ -149,8 +170,9 @@ def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
     dataset.check(config)
     entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir)
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for e in entries for file in e.files)
-    ours = ("model", "data")
-    chosen = {name: getattr(config, name) for name in options_of(*ours) if name != "quantization_bit"}
+    names = settings.options_of("model", "data")
+    chosen = {name: getattr(config, name) for name in names if name != "quantization_bit"}
+    import_libraries()
     with _preparing:
         return _prepared(Config(**chosen, seed=config.seed, eval_strategy=config.eval_strategy), stamps)
 
@@ -159,9 +181,8 @@ def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
 def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.Prepared]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
     from preprocessing.chat_template import load_template
-    from preprocessing.tokenizer import load_base_tokenizer
 
-    tokenizer = load_base_tokenizer(config)
+    tokenizer = dataset.load_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
     _longest[config.model_name_or_path, config.dataset] = int(prepared.train_lengths.max())
     return tokenizer, prepared
@@ -175,46 +196,39 @@ def longest_sample(config: Config) -> int | None:
     return _longest.get((config.model_name_or_path, config.dataset))
 
 
-@functools.cache
-def options_of(*groups: str) -> list[str]:
-    """The names of the options in groups of Config, in the order of `--help`."""
-    names, title = [], ""
-    for field in dataclasses.fields(Config):
-        title = field.metadata.get("group", title)
-        if "help" in field.metadata and title in groups:
-            names.append(field.name)
-    return names
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown of prepared data
 
 
-def report_html(report: dict[str, Any], t: Translate) -> str:
-    """dataset.py's report as a table, with its notes and the rows that are left out."""
+def report_html(report: dict[str, Any], t: Translator) -> str:
+    """The report of the data as a table, with its notes and the rows that are left out."""
     head = [t("dataset"), t("rows"), t("samples"), t("tokens"), t("median"), t("longest"), t("learned")]
     head += [t("truncated"), t("duplicates"), t("skipped")]
     every = report["datasets"] + report["eval_datasets"]
     rows = []
     for item in every:
-        plain = [f"{item[name]:,}" for name in ("rows", "samples", "tokens", "median", "longest")]
+        counts = [f"{item[name]:,}" for name in ("rows", "samples", "tokens", "median", "longest")]
         share = f"{item['learned'] / max(1, item['tokens']):.0%}"
         rest = [f"{item[name]:,}" for name in ("truncated", "duplicates", "skipped")]
-        rows.append([escape(item["name"]), *plain, share, *rest])
+        rows.append([escape(item["name"]), *counts, share, *rest])
     for part, name in (("train", t("= to train")), ("eval", t("= held out"))):
         if part in report and (len(every) > 1 or "eval" in report):
-            plain = [f"{report[part][key]:,}" for key in ("samples", "tokens", "median", "longest")]
-            rows.append([name, "", *plain, "", "", "", ""])
-    notes = [theme.note(f"{item['name']}: {Message.from_json(note)}") for item in every for note in item["notes"]]
-    skipped = [str(message) for item in every for message in fault_messages(item["faults"])]
+            counts = [f"{report[part][key]:,}" for key in ("samples", "tokens", "median", "longest")]
+            rows.append([name, "", *counts, "", "", "", ""])
+    notes = [note(f"{item['name']}: {t.recorded(text)}") for item in every for text in item["notes"]]
+    skipped = [t.message(message) for item in every for message in fault_messages(item["faults"])]
     left_out = [t("Rows that are left out:"), *skipped] if skipped else []
-    return widgets.table(head, rows) + "".join(notes) + theme.fault("\n".join(left_out))
+    return widgets.table(head, rows) + "".join(notes) + fault("\n".join(left_out), t)
 
 
-def lengths_html(prepared: dataset.Prepared, cutoff_len: int, t: Translate) -> str:
+def lengths_html(prepared: dataset.Prepared, cutoff_len: int, t: Translator) -> str:
     lengths = [int(n) for n in prepared.train_lengths]
-    said = t("{count} samples of {low} to {high} tokens")
+    label = t("{count} samples of {low} to {high} tokens")
     mark = (cutoff_len, f"cutoff_len {cutoff_len:,}")
-    return charts.histogram(t("How long the samples are"), t("tokens"), lengths, said, mark)
+    return charts.histogram(t("Lengths of the samples"), t("tokens"), lengths, label, mark)
 
 
-def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Translate) -> str:
+def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Translator) -> str:
     """A sample as the model reads it: learned tokens coloured, control tokens small."""
     controls = set(tokenizer.all_special_ids)
     kinds = [
@@ -232,7 +246,7 @@ def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Tr
     return f'<div class="sample"><div class="sample-head"><b>{head}</b><span>{tail}</span></div>{"".join(parts)}</div>'
 
 
-def samples_html(tokenizer: Any, prepared: dataset.Prepared, page: int, t: Translate) -> tuple[str, int, int]:
+def samples_html(tokenizer: Any, prepared: dataset.Prepared, page: int, t: Translator) -> tuple[str, int, int]:
     """A page of samples (from 0) with the page's number and how many there are; a number beyond the end is the last."""
     total = len(prepared.train)
     pages = max(1, -(-total // SAMPLES))
@@ -245,174 +259,186 @@ def samples_html(tokenizer: Any, prepared: dataset.Prepared, page: int, t: Trans
 # The page
 
 
-def page(t: Translate, options: dict[str, Any], read: Callable[..., Config]) -> Callable[[Any], None]:
-    """The components inside an open gr.Tab; adds the options that stand here to `options` (name → component).
+class DataPage:
+    """The components, inside an open gr.Tab, and what they do; adds its options to `options` (name → component).
 
-    `read(*values)` makes a Config of all options' values in their order. The function that is returned connects the
-    events; call it when every page has added its options.
+    `read(*values)` makes a Config of all options' values in their order. Call `connect` once every page has added its
+    options.
     """
-    import gradio as gr
 
-    with gr.Row(equal_height=False):
-        with gr.Column(min_width=330):
-            gr.HTML(f"<h3>{t('Model')}</h3>", padding=False)
-            model = gr.Dropdown(
-                models(),
-                value=common.EMBEDDED_MODEL,
-                allow_custom_value=True,
-                label=t("Model on this disk"),
-                info=t("one found in models/, or the path of any folder"),
-                elem_id="option-model_name_or_path",
-            )
-            facts = gr.HTML(model_facts(common.EMBEDDED_MODEL, t), elem_id="model-facts", padding=False)
-            fetch_embedded = gr.Button(
-                t("Fetch it now"), visible=lacks_embedded(common.EMBEDDED_MODEL), elem_id="fetch-embedded"
-            )
-            template = gr.Dropdown(
-                [(t("the model's own"), ""), *templates()],
-                value="chatml",  # of the embedded model
-                label=t("Chat template"),
-                info=t("what surrounds the words; must be the one the model was made with"),
-                elem_id="option-template",
-            )
-            with gr.Accordion(t("Fetch a model from a hub"), open=False, elem_id="fetch") as fold:
-                hub_name = gr.Textbox(label=t("Name on the hub"), placeholder="ORG/NAME", elem_id="hub-name")
-                sources = [(t("Hugging Face"), "hub"), (t("mirror"), "mirror"), ("ModelScope", "modelscope")]
-                source = gr.Radio(sources, value="hub", label=t("From"))
-                with gr.Row():
-                    fetch = gr.Button(t("Fetch"), variant="primary", elem_id="fetch-start")
-                    stop = gr.Button(t("Stop"), elem_id="fetch-stop")
-                fetching = gr.HTML(elem_id="fetch-state", padding=False)
-        with gr.Column(min_width=330):
-            gr.HTML(f"<h3>{t('Data')}</h3>", padding=False)
-            names = gr.Dropdown(
-                datasets(),
-                value=list(Config.dataset),
-                multiselect=True,
-                allow_custom_value=True,
-                label=t("Datasets"),
-                info=t("of data/dataset_info.json, uploaded, or the path of a file; several are mixed"),
-                elem_id="option-dataset",
-            )
-            upload = gr.UploadButton(
-                t("Upload a file (JSON, JSON lines, CSV, Parquet)"), file_types=list(EXTENSIONS), elem_id="upload"
-            )
-            uploaded = gr.HTML(elem_id="upload-state", padding=False)
-            look = gr.Button(t("Check the data"), variant="primary", elem_id="check-data")
-    report = gr.HTML(
-        theme.empty(t("Check the data to see its tokens, and what is learned of them.")),
-        elem_id="report",
-        padding=False,
-    )
-    with gr.Column(visible=False) as details:
-        lengths = gr.HTML(elem_id="lengths", padding=False)
-        with gr.Row(elem_classes="pager"):
-            legend = theme.note(t("Coloured: learned by the model. Plain: only read."))
-            gr.HTML(f"<h3>{t('What is learned')}</h3>{legend}", padding=False)
-            back = gr.Button("‹", min_width=40, scale=0, elem_id="samples-back")
-            where = gr.HTML(elem_id="samples-where", elem_classes="pager-where", padding=False)
-            forth = gr.Button("›", min_width=40, scale=0, elem_id="samples-forth")
-        samples = gr.HTML(elem_id="samples", padding=False)
-        gr.HTML(widgets.next_steps(t, (t("Train"), "train")), padding=False)
-    number = gr.State(0)
-    seen = gr.State(dict)
-    timer = gr.Timer(2)
-    options |= {"model_name_or_path": model, "template": template, "dataset": names}
+    def __init__(self, t: Translator, options: dict[str, Any], read: Callable[..., Config]) -> None:
+        import gradio as gr
 
-    def show(page: int, *values: Any) -> list[Any]:
+        self.t, self.options, self.read = t, options, read
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=330):
+                self.place_model()
+            with gr.Column(min_width=330):
+                self.place_data()
+        self.place_report()
+        self.number, self.seen, self.timer = gr.State(0), gr.State(dict), gr.Timer(2)
+        options |= {"model_name_or_path": self.model, "template": self.template, "dataset": self.names}
+
+    def place_model(self) -> None:
+        import gradio as gr
+
+        t, embedded = self.t, common.EMBEDDED_MODEL
+        gr.HTML(widgets.heading(t("Model")), padding=False)
+        self.model = gr.Dropdown(
+            models(),
+            value=embedded,
+            allow_custom_value=True,
+            label=t("Model on this disk"),
+            info=t("one found in models/, or the path of any folder"),
+            elem_id="option-model_name_or_path",
+        )
+        self.facts = gr.HTML(model_facts(embedded, t), elem_id="model-facts", padding=False)
+        self.fetch_embedded = gr.Button(
+            t("Fetch it now"), visible=is_embedded_missing(embedded), elem_id="fetch-embedded"
+        )
+        self.template = gr.Dropdown(
+            [(t("the model's own"), ""), *templates()],
+            value="chatml",  # of the embedded model
+            label=t("Chat template"),
+            info=t("marks who says what; must be the one that the model was trained with"),
+            elem_id="option-template",
+        )
+        with gr.Accordion(t("Fetch a model from a hub"), open=False, elem_id="fetch") as self.fold:
+            self.hub_name = gr.Textbox(label=t("Name on the hub"), placeholder="ORG/NAME", elem_id="hub-name")
+            sources = [(t("Hugging Face"), "hub"), (t("mirror"), "mirror"), ("ModelScope", "modelscope")]
+            self.source = gr.Radio(sources, value="hub", label=t("From"))
+            with gr.Row():
+                self.fetch = gr.Button(t("Fetch"), variant="primary", elem_id="fetch-start")
+                self.stop = gr.Button(t("Stop"), elem_id="fetch-stop")
+            self.fetching = gr.HTML(elem_id="fetch-state", padding=False)
+
+    def place_data(self) -> None:
+        import gradio as gr
+
+        t = self.t
+        gr.HTML(widgets.heading(t("Data")), padding=False)
+        self.names = gr.Dropdown(
+            datasets(),
+            value=list(Config.dataset),
+            multiselect=True,
+            allow_custom_value=True,
+            label=t("Datasets"),
+            info=t("of data/dataset_info.json, uploaded, or the path of a file; several are mixed"),
+            elem_id="option-dataset",
+        )
+        label = t("Upload a file (JSON, JSON lines, CSV, Parquet)")
+        self.upload = gr.UploadButton(label, file_types=list(EXTENSIONS), elem_id="upload")
+        self.uploaded = gr.HTML(elem_id="upload-state", padding=False)
+        self.check = gr.Button(t("Check the data"), variant="primary", elem_id="check-data")
+
+    def place_report(self) -> None:
+        import gradio as gr
+
+        t = self.t
+        nothing = widgets.empty(t("Check the data to see its tokens, and what is learned of them."))
+        self.report = gr.HTML(nothing, elem_id="report", padding=False)
+        with gr.Column(visible=False) as self.details:
+            self.lengths = gr.HTML(elem_id="lengths", padding=False)
+            with gr.Row(elem_classes="pager"):
+                legend = note(t("Coloured: learned by the model. Plain: only read."))
+                gr.HTML(widgets.heading(t("What is learned"), legend), padding=False)
+                self.back = gr.Button("‹", min_width=40, scale=0, elem_id="samples-back")
+                self.where = gr.HTML(elem_id="samples-where", elem_classes="pager-where", padding=False)
+                self.forth = gr.Button("›", min_width=40, scale=0, elem_id="samples-forth")
+            self.samples = gr.HTML(elem_id="samples", padding=False)
+            gr.HTML(widgets.next_steps(t, (t("Train"), "train")), padding=False)
+
+    def show(self, page: int, *values: Any) -> list[Any]:
+        """The report of the data and a page of samples: report, lengths, details, samples, where, number."""
+        import gradio as gr
+
+        t, hidden = self.t, gr.update(visible=False)
         try:
-            config = read(*values)
+            config = self.read(*values)
             if missing_from_model(Path(config.model_name_or_path)):
                 dataset.check(config)
-                said = t("The rows are well-formed. Their tokens can be counted once the model is on this disk.")
-                return [theme.note(said), gr.skip(), gr.Column(visible=False), "", "", 0]
+                text = t("The rows are well-formed. Their tokens can be counted once the model is on this disk.")
+                return [note(text), gr.skip(), hidden, "", "", 0]
             tokenizer, prepared = prepare(config)
         except UserError as error:
-            return [theme.fault(error), gr.skip(), gr.Column(visible=False), "", "", 0]
+            return [fault(error, t), gr.skip(), hidden, "", "", 0]
         html, page, pages = samples_html(tokenizer, prepared, page, t)
-        shown = t("page {n} of {total}", n=f"{page + 1:,}", total=f"{pages:,}")
-        lengths_now = lengths_html(prepared, config.cutoff_len, t)
-        return [report_html(prepared.report, t), lengths_now, gr.Column(visible=True), html, shown, page]
+        where = t("page {n} of {total}", n=f"{page + 1:,}", total=f"{pages:,}")
+        lengths = lengths_html(prepared, config.cutoff_len, t)
+        return [report_html(prepared.report, t), lengths, gr.update(visible=True), html, where, page]
 
-    def take(file: str, chosen: list[str], *values: Any) -> list[Any]:
+    def take_upload(self, file: str, chosen: list[str], *values: Any) -> list[Any]:
+        """Keeps an uploaded file, chooses it, and shows the report."""
+        import gradio as gr
+
+        t = self.t
+
         def check(path: Path) -> None:
-            settings = [
-                [str(path)] if option is names else v for option, v in zip(options.values(), values, strict=True)
-            ]
-            dataset.check(dataclasses.replace(read(*settings), eval_dataset=()))
+            config = self.read(*self.with_names([str(path)], values))
+            dataset.check(dataclasses.replace(config, eval_dataset=()))
 
         try:
-            kept = keep_upload(Path(file), check, t).as_posix()
+            kept = keep_upload(Path(file), check).as_posix()
         except UserError as error:
-            said = t("It is not used. Mend the file and upload it again.")
-            return [theme.fault(error) + theme.note(said), *[gr.skip()] * 7]
-        chosen = [*(name for name in chosen if name != kept), kept]
-        said = t("{file} is well-formed and was added to the datasets.", file=Path(kept).name)
-        now = [chosen if option is names else value for option, value in zip(options.values(), values, strict=True)]
-        return [theme.note(said), gr.Dropdown(choices=datasets(), value=chosen), *show(0, *now)]
+            refused = note(t("It is not used. Correct the file and upload it again."))
+            return [fault(error, t) + refused, *[gr.skip()] * 7]
+        names = with_upload(chosen, kept)
+        if chosen and names == [kept] and kept not in chosen:
+            text = t("{file} is well-formed and replaces the demonstration data.", file=Path(kept).name)
+        else:
+            text = t("{file} is well-formed and was added to the datasets.", file=Path(kept).name)
+        dropdown = gr.update(choices=datasets(), value=names)
+        return [note(text), dropdown, *self.show(0, *self.with_names(names, values))]
 
-    def begin(name: str, origin: str) -> tuple[str, Any]:
+    def with_names(self, names: list[str], values: tuple[Any, ...]) -> list[Any]:
+        """The values of all options, with other datasets."""
+        return [names if o is self.names else v for o, v in zip(self.options.values(), values, strict=True)]
+
+    def begin_download(self, name: str, source: str) -> tuple[str, Any]:
+        import gradio as gr
+
         try:
-            job = start_download(name, origin, t)
+            html = widgets.job_box(start_download(name, source, self.t.language), self.t)
         except UserError as error:
-            return theme.fault(error), gr.Accordion(open=True)
-        return widgets.job_box(job, t), gr.Accordion(open=True)
+            html = fault(error, self.t)
+        return html, gr.update(open=True)
 
-    def end() -> None:
+    def end_download(self) -> None:
         if job := newest_download():
             jobs.interrupt(job)
 
-    def watch(chosen: str | None, shown: dict[str, Any]) -> list[Any]:
+    def watch(self, model: str | None, shown: dict[str, Any]) -> list[Any]:
+        """What has changed on the disk, for the components of `connect`."""
         now = {
-            "job": widgets.job_box(newest_download(), t),
-            "facts": model_facts(chosen or "", t),
-            "fetch": lacks_embedded(chosen),
+            "job": widgets.job_box(newest_download(), self.t),
+            "facts": model_facts(model or "", self.t),
+            "fetch": is_embedded_missing(model),
             "models": models(),
             "datasets": datasets(),
         }
-        sent = dict(zip(now, widgets.only_changes(shown, **now), strict=True))
-        if isinstance(sent["fetch"], bool):
-            sent["fetch"] = gr.Button(visible=sent["fetch"])
-        for name in ("models", "datasets"):
-            if isinstance(sent[name], list):
-                sent[name] = gr.Dropdown(choices=sent[name])
+        sent = widgets.changes(shown, now, choices=("models", "datasets"), visible=("fetch",))
         return [*sent.values(), shown]
 
-    def connect(tab: gr.Tab) -> None:
+    def connect(self, tab: Any) -> None:
+        """Connects the events; the page looks at the disk every two seconds and when `tab` is opened."""
+        import gradio as gr
         from gradio.context import Context
 
-        settings = list(options.values())
-        shown = [report, lengths, details, samples, where, number]
-        look.click(show, [gr.State(0), *settings], shown, show_progress="minimal", show_progress_on=report)
-        back.click(lambda page, *values: show(page - 1, *values), [number, *settings], shown, show_progress="hidden")
-        forth.click(lambda page, *values: show(page + 1, *values), [number, *settings], shown, show_progress="hidden")
-        upload.upload(
-            take,
-            [upload, names, *settings],
-            [uploaded, names, *shown],
-            show_progress="minimal",
-            show_progress_on=uploaded,
+        values = list(self.options.values())
+        shown = [self.report, self.lengths, self.details, self.samples, self.where, self.number]
+        hidden = {"show_progress": "hidden"}
+        self.check.click(
+            self.show, [gr.State(0), *values], shown, show_progress="minimal", show_progress_on=self.report
         )
-        fetch.click(begin, [hub_name, source], [fetching, fold], show_progress="hidden")
-        fetch_embedded.click(begin, [model, source], [fetching, fold], show_progress="hidden")
-        stop.click(end, show_progress="hidden")
-        watched = [fetching, facts, fetch_embedded, model, names, seen]
-        moments = [Context.root_block.load, timer.tick, tab.select, model.change]
-        gr.on(moments, watch, [model, seen], watched, trigger_mode="always_last", show_progress="hidden")
-
-    return connect
-
-
-CSS = """
-.sample { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--block-border-color);
-  border-radius: 8px; padding: 10px 14px 12px; margin-bottom: 10px; line-height: 1.65; max-height: 360px;
-  overflow-y: auto; font-size: 14px; background: var(--block-background-fill); }
-.sample-head { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 12px; font-size: 13px;
-  color: var(--body-text-color-subdued); white-space: normal; margin-bottom: 4px; }
-.sample .learned { background: #cdeee6; color: #064e45; border-radius: 3px; padding: 1px 0; }
-.dark .sample .learned { background: #134e47; color: #b6f5ea; }
-.sample .control { font-family: var(--font-mono); font-size: 11px; opacity: .75; }
-.pager { align-items: center; gap: 8px !important; } .pager .pager-where { flex: 0 0 auto !important; font-size: 14px;
-  width: auto !important; min-width: 84px !important; text-align: center; }
-@media (max-width: 640px) { .pager > :first-child { flex: 1 0 100% !important; } }
-"""
+        self.back.click(lambda page, *rest: self.show(page - 1, *rest), [self.number, *values], shown, **hidden)
+        self.forth.click(lambda page, *rest: self.show(page + 1, *rest), [self.number, *values], shown, **hidden)
+        taken = [self.uploaded, self.names, *shown]
+        progress = {"show_progress": "minimal", "show_progress_on": self.uploaded}
+        self.upload.upload(self.take_upload, [self.upload, self.names, *values], taken, **progress)
+        self.fetch.click(self.begin_download, [self.hub_name, self.source], [self.fetching, self.fold], **hidden)
+        begun = [self.fetching, self.fold]
+        self.fetch_embedded.click(self.begin_download, [self.model, self.source], begun, **hidden)
+        self.stop.click(self.end_download, **hidden)
+        watched = [self.fetching, self.facts, self.fetch_embedded, self.model, self.names, self.seen]
+        moments = [Context.root_block.load, self.timer.tick, tab.select, self.model.change]
+        gr.on(moments, self.watch, [self.model, self.seen], watched, trigger_mode="always_last", **hidden)

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from common import UserError
-from web import jobs, theme, widgets
+from runs.files import read_jsonl
+from web import control, jobs, widgets
+from web.control import read_json, run_folder
 from web.pages import data as data_page
-from web.pages import export as export_page
-from web.pages import train as train_page
-from web.widgets import Translate, address, link, table
+from web.texts import Translator
+from web.widgets import address, link, table
 
 SHOWN = 5  # predictions on a page
-LONG = 600  # characters of a text that are shown of it
+MAX_TEXT = 600  # characters of a text that are shown
 FIRST = ("majority vote", "base")  # these stand left of the trained model
 LAST = ("seconds",)
-TOLD = ("rows", "support", "curves")  # of these the heading tells, or a picture
+NOT_FIGURES = ("rows", "support", "curves")  # shown in the heading, or in a picture
 
 
-def start(name: str | None, data: Sequence[str], base: bool, t: Translate) -> None:
+def start(name: str | None, data: Sequence[str], base: bool, t: Translator) -> None:
     """Starts evaluate.py for a run; raises UserError where there is none."""
     if not name:
-        raise UserError(t("No trained run yet. Train one first."))
-    folder = widgets.run_folder(name)
+        raise UserError("no_trained_run")
+    folder = run_folder(name)
     command = ["evaluate.py", str(folder), *([f"dataset={','.join(data)}"] if data else [])]
-    widgets.start_script(train_page.job_folder(folder, "evaluate"), command + ([] if base else ["--no-base"]), t)
+    command += [] if base else ["--no-base"]
+    control.start_command(control.job_folder(folder, "evaluate"), command, t.language)
 
 
 def evaluations(name: str | None) -> list[Path]:
-    """The folders with figures of a run, newest first; what was forgotten comes after what was learned."""
+    """The folders with figures of a run, newest first; those of general knowledge come last."""
     if not name:
         return []
-    found = (widgets.run_folder(name) / "eval").glob("*/metrics.json")
+    found = (run_folder(name) / "eval").glob("*/metrics.json")
 
     def rank(path: Path) -> tuple[bool, float]:
-        return export_page.read_json(path).get("task") == "loss", -path.stat().st_mtime
+        return read_json(path).get("task") == "loss", -path.stat().st_mtime
 
     return [path.parent for path in sorted(found, key=rank)]
 
 
-def figure_names(t: Translate) -> dict[str, str]:
+def figure_names(t: Translator) -> dict[str, str]:
     """Names of figures for people; one that is not here keeps its own."""
     return {
         "accuracy": t("accuracy"),
@@ -76,7 +76,7 @@ def figure_names(t: Translate) -> dict[str, str]:
 
 def flat(figures: dict[str, Any]) -> dict[str, Any]:
     """The plain numbers of a model's figures, those one level below among them."""
-    kept = {name: value for name, value in figures.items() if name not in TOLD}
+    kept = {name: value for name, value in figures.items() if name not in NOT_FIGURES}
     inner = {k: v for part in kept.values() if isinstance(part, dict) for k, v in part.items()}
     return {k: v for k, v in {**kept, **inner}.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
@@ -87,7 +87,7 @@ def figure(key: str, value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
-def figures_html(found: dict[str, Any], t: Translate) -> str:
+def figures_html(found: dict[str, Any], t: Translator) -> str:
     """The figures of metrics.json, one a row, with their intervals; a model a column, the base before the trained."""
     models = found.get("models", {})
     order = sorted(models, key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0))
@@ -111,23 +111,12 @@ def figures_html(found: dict[str, Any], t: Translate) -> str:
     return table([t("figure"), *(escape(words.get(name, name)) for name in order)], rows)
 
 
-def read_predictions(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of predictions so far."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def clip(text: str) -> str:
-    return escape(text if len(text) <= LONG else text[:LONG] + " …")
+    return escape(text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …")
 
 
-def said(line: dict[str, Any], t: Translate) -> str:
-    """What a model said to a row: its choice with the probability, its text, or how well it foresaw the answer."""
+def answer(line: dict[str, Any], t: Translator) -> str:
+    """A model's answer to a row: its choice with the probability, its text, or its perplexity on the right answer."""
     if "probabilities" in line:
         return f"{clip(line['prediction'])} · {line['probabilities'].get(line['prediction'], 0):.0%}"
     if "prediction" in line:
@@ -135,18 +124,18 @@ def said(line: dict[str, Any], t: Translate) -> str:
     return f"{t('perplexity')} {math.exp(line['nats'] / max(1, line['tokens'])):.2f}" if "nats" in line else "–"
 
 
-def predictions_html(folder: Path, page: int, t: Translate) -> tuple[str, int, int]:
+def predictions_html(folder: Path, page: int, t: Translator) -> tuple[str, int, int]:
     """A page of predictions beside what was right and what the base said; with its number (from 0) and their count."""
-    lines = read_predictions(folder / "predictions.jsonl")
-    before = {line["row"]: line for line in read_predictions(folder / "predictions.base.jsonl")}
+    lines = read_jsonl(folder / "predictions.jsonl")
+    before = {line["row"]: line for line in read_jsonl(folder / "predictions.base.jsonl")}
     pages = max(1, -(-len(lines) // SHOWN))
     page = min(max(page, 0), pages - 1)
     rows = []
     for line in lines[page * SHOWN : (page + 1) * SHOWN]:
         right = line.get("prediction", "").strip() == line["label"].strip()
         mark = ' <span class="right">✓</span>' if right else ""
-        base = said(before.get(line["row"], {}), t)
-        cells = [clip(line["prompt"]), clip(line["label"]), base, said(line, t) + mark]
+        base = answer(before.get(line["row"], {}), t)
+        cells = [clip(line["prompt"]), clip(line["label"]), base, answer(line, t) + mark]
         rows.append([f'<div class="words">{cell}</div>' for cell in cells])
     if not rows:
         return "", 0, 1
@@ -162,122 +151,117 @@ def pictures_html(folder: Path) -> str:
     return f'<div class="pictures">{"".join(parts)}</div>' if parts else ""
 
 
-def results_html(name: str | None, t: Translate) -> str:
+def results_html(name: str | None, t: Translator) -> str:
     """Everything that was measured of a run, the newest first, with a link to its report."""
     if not name:
         return widgets.train_first(t)
-    report = widgets.run_folder(name) / "report.html"
+    report = run_folder(name) / "report.html"
     parts = [f"<p>{link(report, t('The whole report of this run, one page'))}</p>"] if report.is_file() else []
     for folder in evaluations(name):
-        found = export_page.read_json(folder / "metrics.json")
+        found = read_json(folder / "metrics.json")
         count = f"{found.get('rows', 0):,}"
         head = f"{folder.name}: {t('{n} rows', n=count)}"
         parts.append(f"<h3>{escape(head)}</h3>{figures_html(found, t)}{pictures_html(folder)}")
     if not evaluations(name):
-        parts.append(theme.empty(t("Not evaluated yet. Press Evaluate: it asks the model what it has never seen.")))
+        parts.append(widgets.empty(t("Not evaluated yet. Press Evaluate: it asks the model what it has never seen.")))
     return "".join(parts)
 
 
-def page(t: Translate) -> Callable[[Any], None]:
-    """The components inside an open gr.Tab. Returns what connects the events, given the tab."""
-    import gradio as gr
+class EvaluatePage:
+    """The components, inside an open gr.Tab, and what they do."""
 
-    with gr.Row(equal_height=False):
-        run = gr.Dropdown([], label=t("Run"), elem_id="eval-run", min_width=240)
-        data = gr.Dropdown(
-            data_page.datasets(),
-            multiselect=True,
-            allow_custom_value=True,
-            label=t("Data (empty: what the run held out)"),
-            elem_id="eval-data",
-            min_width=240,
-        )
-        with gr.Column(min_width=200):
-            base = gr.Checkbox(True, label=t("the base model too"), container=False)
-            with gr.Row():
-                go = gr.Button(t("Evaluate"), variant="primary", elem_id="eval-start", min_width=80)
-                stop = gr.Button(t("Stop"), variant="stop", elem_id="eval-stop", min_width=60, visible=False)
-    told = gr.HTML(elem_id="eval-fault", padding=False)
-    doing = gr.HTML(elem_id="eval-state", padding=False)
-    results = gr.HTML(elem_id="eval-results", padding=False)
-    with gr.Column(visible=False) as fold:
+    def __init__(self, t: Translator) -> None:
+        import gradio as gr
+
+        self.t = t
+        self.place_start()
+        self.fault = gr.HTML(elem_id="eval-fault", padding=False)
+        self.job = gr.HTML(elem_id="eval-state", padding=False)
+        self.results = gr.HTML(elem_id="eval-results", padding=False)
+        with gr.Column(visible=False) as self.fold:
+            self.place_predictions()
+        self.seen, self.page, self.acted, self.timer = gr.State(dict), gr.State(0), gr.State(0.0), gr.Timer(2)
+
+    def place_start(self) -> None:
+        import gradio as gr
+
+        t = self.t
+        with gr.Row(equal_height=False):
+            self.run = gr.Dropdown([], label=t("Run"), elem_id="eval-run", min_width=240)
+            self.data = gr.Dropdown(
+                data_page.datasets(),
+                multiselect=True,
+                allow_custom_value=True,
+                label=t("Data (empty: what the run held out)"),
+                elem_id="eval-data",
+                min_width=240,
+            )
+            with gr.Column(min_width=200):
+                self.base = gr.Checkbox(True, label=t("the base model too"), container=False)
+                with gr.Row():
+                    self.go = gr.Button(t("Evaluate"), variant="primary", elem_id="eval-start", min_width=80)
+                    self.stop = gr.Button(t("Stop"), variant="stop", elem_id="eval-stop", min_width=60, visible=False)
+
+    def place_predictions(self) -> None:
+        import gradio as gr
+
         with gr.Row(elem_classes="pager"):
-            gr.HTML(f"<h3>{t('Predictions')}</h3>", padding=False)
-            which = gr.Dropdown([], show_label=False, container=False, elem_id="eval-which", min_width=240, scale=0)
-            back = gr.Button("‹", min_width=40, scale=0, elem_id="eval-back")
-            where = gr.HTML(elem_id="eval-where", elem_classes="pager-where", padding=False)
-            forth = gr.Button("›", min_width=40, scale=0, elem_id="eval-forth")
-        predictions = gr.HTML(elem_id="eval-predictions", padding=False)
-    seen, asked_for, acted, timer = gr.State(dict), gr.State(0), gr.State(0.0), gr.Timer(2)
+            gr.HTML(widgets.heading(self.t("Predictions")), padding=False)
+            plain = {"show_label": False, "container": False}
+            self.which = gr.Dropdown([], elem_id="eval-which", min_width=240, scale=0, **plain)
+            self.back = gr.Button("‹", min_width=40, scale=0, elem_id="eval-back")
+            self.where = gr.HTML(elem_id="eval-where", elem_classes="pager-where", padding=False)
+            self.forth = gr.Button("›", min_width=40, scale=0, elem_id="eval-forth")
+        self.predictions = gr.HTML(elem_id="eval-predictions", padding=False)
 
-    def watch(name: str | None, held: str | None, wanted: int, shown: dict[str, Any]) -> list[Any]:
-        names, chosen = export_page.chosen_run(name)
+    def watch(self, name: str | None, held: str | None, wanted: int, shown: dict[str, Any]) -> list[Any]:
+        """What has changed of the run's evaluations, for the components of `connect`."""
+        import gradio as gr
+
+        t = self.t
+        names, chosen = control.choose_trained(name)
         parts = [folder.name for folder in evaluations(chosen)]
         part = held if held in parts else next(iter(parts), None)
         html, number, pages = ("", 0, 1)
         if part:
-            html, number, pages = predictions_html(widgets.run_folder(chosen) / "eval" / part, wanted, t)
-        job = export_page.newest_job(chosen, ("evaluate",))
+            html, number, pages = predictions_html(run_folder(chosen) / "eval" / part, wanted, t)
+        job = control.newest_job(chosen, ("evaluate",))
         now = {
             "run": (names, chosen),
             "data": data_page.datasets(),
-            "told": widgets.at_work(t),
-            "doing": widgets.job_box(job, t),
+            "fault": control.device_user(),
+            "job": widgets.job_box(job, t),
             "results": results_html(chosen, t),
             "fold": bool(html),
             "which": (parts, part),
             "where": t("page {n} of {total}", n=f"{number + 1:,}", total=f"{pages:,}"),
             "predictions": html,
-            "stop": bool(job) and jobs.state(job) == "running",
+            "stop": jobs.is_running(job),
         }
-        sent = dict(zip(now, widgets.only_changes(shown, **now), strict=True))
-        if isinstance(sent["data"], list):
-            sent["data"] = gr.Dropdown(choices=sent["data"])
-        sent["told"] = widgets.outdated(sent["told"])
+        sent = widgets.changes(shown, now, choices=("data",), visible=("fold", "stop"))
+        sent["fault"] = widgets.outdated(sent["fault"])
         for key, before in (("run", name), ("which", held)):
             if isinstance(sent[key], tuple):
                 sent[key] = widgets.offer(*now[key], before)
-        if isinstance(sent["fold"], bool):
-            sent["fold"] = gr.Column(visible=sent["fold"])
-        if isinstance(sent["stop"], bool):
-            sent["stop"] = gr.Button(visible=sent["stop"])
         return [*sent.values(), gr.skip() if number == wanted else number, shown]
 
-    def begin(name: str | None, names: list[str] | None, too: bool) -> tuple[str, float]:
-        try:
-            start(name, names or [], too, t)
-        except UserError as error:
-            return theme.fault(error), time.time()
-        return "", time.time()
+    def begin(self, name: str | None, data: list[str] | None, base: bool) -> tuple[str, float]:
+        return widgets.run_now(start, self.t, name, data or [], base, self.t)
 
-    def end(name: str | None) -> None:
-        if job := export_page.newest_job(name, ("evaluate",)):
-            jobs.interrupt(job)
-
-    def connect(tab: gr.Tab) -> None:
+    def connect(self, tab: Any) -> None:
+        """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
+        import gradio as gr
         from gradio.context import Context
 
         quiet = {"show_progress": "hidden"}
-        go.click(begin, [run, data, base], [told, acted], **quiet)
-        stop.click(end, run, **quiet)
-        back.click(lambda n: n - 1, asked_for, asked_for, **quiet)
-        forth.click(lambda n: n + 1, asked_for, asked_for, **quiet)
-        watched = [run, data, told, doing, results, fold, which, where, predictions, stop, asked_for, seen]
+        self.go.click(self.begin, [self.run, self.data, self.base], [self.fault, self.acted], **quiet)
+        self.stop.click(lambda name: control.stop_newest(name, ("evaluate",)), self.run, **quiet)
+        self.back.click(lambda n: n - 1, self.page, self.page, **quiet)
+        self.forth.click(lambda n: n + 1, self.page, self.page, **quiet)
+        watched = [self.run, self.data, self.fault, self.job, self.results, self.fold, self.which, self.where]
+        watched += [self.predictions, self.stop, self.page, self.seen]
         # one event for all: of two at a time the older answer could come last
-        moments = [Context.root_block.load, tab.select, timer.tick, run.change, which.change, asked_for.change]
-        moments.append(acted.change)
-        gr.on(moments, watch, [run, which, asked_for, seen], watched, trigger_mode="always_last", **quiet)
-
-    return connect
-
-
-CSS = """
-.words { max-height: 120px; overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
-.right { color: var(--c0); font-weight: 600; }
-table.figures small { color: var(--body-text-color-subdued); margin-left: 6px; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 12px;
-  margin: 12px 0; }
-.pictures a:has([alt="confusion"]) { grid-column: 1 / -1; order: 1; } /* a matrix a model, side by side */
-.pictures img[alt="confusion"] { width: auto; max-width: 100%; max-height: 380px; }
-.pictures img { width: 100%; border-radius: 8px; border: 1px solid var(--block-border-color); background: #fff; }
-"""
+        moments = [Context.root_block.load, tab.select, self.timer.tick]
+        moments += [self.run.change, self.which.change, self.page.change, self.acted.change]
+        looked_at = [self.run, self.which, self.page, self.seen]
+        gr.on(moments, self.watch, looked_at, watched, trigger_mode="always_last", **quiet)

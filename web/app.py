@@ -1,0 +1,177 @@
+"""The web application: the board's pages or the chat page alone, each in every language, and how it is served.
+
+A page of the board writes a recipe, starts a command as a process of its own and reads the run folder; nothing is
+trained here, and nothing that matters is kept here.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection
+from typing import Any
+
+from common import Config, UserError
+from runs import charts
+from runs.target import Source
+from web import settings, theme, widgets
+from web.security import language_of, protect
+from web.texts import LANGUAGES, Translator
+from web.theme import static
+
+LOCALES = {"en": "en", "zh": "zh-CN"}
+MAX_UPLOAD = "4gb"  # of a data file; a larger one is named by its path
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on the address, taken before anything slow starts; raises UserError where it cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except socket.gaierror:
+        raise UserError("web_host_unknown", host=host) from None
+    except OSError as error:
+        raise UserError("web_address_taken", host=host, port=port, problem=error.strerror, other=port + 1) from None
+    return listener
+
+
+def build(source: Source | None, password: str | None, host: str, names: Collection[str] = ()) -> Any:
+    """The application: every page once in each language, behind the password where there is one.
+
+    `source`: only the chat page, for this model. `names`: see `security.protect`.
+    """
+    import fastapi
+    import gradio as gr
+    from starlette.responses import RedirectResponse
+
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_route("/", lambda request: RedirectResponse(f"{language_of(request)}/"))
+    if source is None:
+        app.add_route("/files/{path:path}", widgets.serve_file)
+    css = static("page.css") + static("chat.css")
+    css += charts.css() + static("board.css") if source is None else ""
+    for language in LANGUAGES:
+        t = Translator(language)
+        gr.mount_gradio_app(
+            app,
+            chat_blocks(t, source) if source else board_blocks(t),
+            f"/{language}",
+            footer_links=[],
+            run_history=False,
+            allowed_paths=[],
+            max_file_size=MAX_UPLOAD,
+            ssr_mode=False,
+            theme=theme.gradio_theme(),
+            css=css,
+        )
+    app.add_middleware(PageScript)
+    protect(app, password, host, names)
+    return app
+
+
+def board_blocks(t: Translator) -> Any:
+    """Every page of the board, each in its tab."""
+    import gradio as gr
+    from gradio.context import Context
+
+    from web.pages import chat
+
+    with gr.Blocks(title="onecard", analytics_enabled=False) as blocks:
+        widgets.header(t, "onecard", t("Fine-tune a language model on one card"))
+        with gr.Tabs():
+            place_tabs(t)
+        # see static/page.js
+        open_tab = "() => document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click()"
+        Context.root_block.load(js=open_tab)
+        blocks.unload(chat.stop)
+    return blocks
+
+
+def place_tabs(t: Translator) -> None:
+    """The tabs of the board, inside an open gr.Tabs."""
+    import gradio as gr
+
+    from web.pages.chat import ChatPage
+    from web.pages.data import DataPage
+    from web.pages.evaluate import EvaluatePage
+    from web.pages.export import ExportPage
+    from web.pages.train import TrainPage
+
+    options: dict[str, Any] = {}  # the name of a setting → the component that holds it, on whatever page it stands
+
+    def read(*values: Any) -> Config:
+        return settings.read_settings(dict(zip(options, values, strict=True)), "checked").config
+
+    def tab(name: str, title: str) -> Any:
+        return gr.Tab(title, id=name, elem_id=f"tab-{name}", elem_classes="board" if name != "chat" else None)
+
+    pages: list[tuple[Any, Any]] = []
+    with tab("data", t("Model and data")) as opened:
+        pages.append((opened, DataPage(t, options, read)))
+    with tab("train", t("Train")) as opened:
+        pages.append((opened, TrainPage(t, options)))
+    with tab("evaluate", t("Evaluate")) as opened:
+        pages.append((opened, EvaluatePage(t)))
+    with tab("chat", t("Chat")) as opened:
+        ChatPage(t, None, opened)
+    with tab("export", t("Export")) as opened:
+        pages.append((opened, ExportPage(t)))
+    for opened, page in pages:  # once every option has its field
+        page.connect(opened)
+
+
+def chat_blocks(t: Translator, source: Source) -> Any:
+    """Only the chat, with one target."""
+    import gradio as gr
+
+    from web.pages import chat
+
+    title = t("Chat with {name}", name=source.name)
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+        widgets.header(t, title)
+        chat.ChatPage(t, source)
+        blocks.unload(chat.stop)
+    return blocks
+
+
+class PageScript:
+    """Puts static/page.js at the head of the pages; Gradio itself would run it only after its own scripts."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        language = scope.get("path", "").strip("/")
+        if scope["type"] != "http" or language not in LANGUAGES:
+            return await self.app(scope, receive, send)
+        # the page must come as it is, and not compressed
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
+        script = static("page.js").replace("LOCALE", LOCALES[language]).replace("LANGUAGE", language)
+        opening: dict[str, Any] = {}
+        body = b""
+
+        async def send_with_script(message: dict[str, Any]) -> None:
+            nonlocal opening, body
+            if message["type"] == "http.response.start":
+                opening = message
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                whole = body.replace(b"<head>", f"<head><script>{script}</script>".encode(), 1)
+                kept = [pair for pair in opening["headers"] if pair[0] != b"content-length"]
+                await send({**opening, "headers": [*kept, (b"content-length", str(len(whole)).encode())]})
+                await send({"type": "http.response.body", "body": whole})
+
+        await self.app(scope, receive, send_with_script)
+
+
+def serve(app: Any, listener: socket.socket) -> None:
+    """Prints the address and answers until Ctrl-C."""
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    print(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.Server(config).run(sockets=[listener])

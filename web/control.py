@@ -1,0 +1,291 @@
+"""A run as the board sees it: its name, its folder, its state; and how runs are started, paused, continued, aborted."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+import common
+from common import OPTIONS, Config, Message, UserError
+from runs import folder as folders
+from runs.files import write_text
+from runs.folder import left_by_training, run_folders
+from web import chat_model, jobs
+
+BOARD = ".web"  # the board's folder within a run folder
+STATUSES = ("running", "finished", "interrupted", "failed")  # what train.py writes into run.json
+MAX_NAME_BYTES = 200  # of a part of a run's name: file systems take 255, and a GGUF's name is the run's and more
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and folders
+
+
+def can_be_name(name: str) -> bool:
+    """Whether a run may be called so: its folder must stay below saves/, also through links, and not be hidden."""
+    parts = Path(name.strip()).parts
+    unfit = any(p in ("/", "uploads") or p[0] == "." or len(p.encode()) > MAX_NAME_BYTES for p in parts)
+    if not parts or unfit or "\\" in name or not name.strip().isprintable():
+        return False
+    return is_below(common.SAVES.joinpath(*parts), common.SAVES)
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether a path lies in a folder when all symbolic links are followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run; raises UserError for what cannot be the name of one."""
+    if not can_be_name(name):
+        raise UserError("run_name_invalid", name=repr(name))
+    return common.SAVES.joinpath(*Path(name.strip()).parts)
+
+
+def name_of(folder: Path) -> str:
+    return folder.relative_to(common.SAVES).as_posix()
+
+
+def job_folder(folder: Path, kind: str = "train") -> Path:
+    return folder / BOARD / kind
+
+
+def _begun_runs() -> list[str]:
+    """The runs below saves/ that have a run.json, newest first."""
+    return [name for name in map(name_of, run_folders()) if can_be_name(name)]
+
+
+def run_names() -> list[str]:
+    """The runs below saves/ with those that the board has only just started, newest first."""
+    started = {name_of(path.parents[2]) for path in common.SAVES.rglob(f"{BOARD}/train/job.json")}
+
+    def born(name: str) -> float:
+        folder = run_folder(name)
+        found = [path for path in (folder / "run.json", job_folder(folder) / "job.json") if path.exists()]
+        return max((path.stat().st_mtime for path in found), default=0.0)
+
+    return sorted({*_begun_runs(), *filter(can_be_name, started)}, key=born, reverse=True)
+
+
+def trained_runs() -> list[str]:
+    """The runs that have an adapter, newest first."""
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    return [name for name in _begun_runs() if all((run_folder(name) / file).is_file() for file in files)]
+
+
+def choose_trained(name: str | None) -> tuple[list[str], str | None]:
+    """The runs that have an adapter, and the one that is looked at: `name`, or the newest."""
+    names = trained_runs()
+    return names, name if name in names else next(iter(names), None)
+
+
+def exists(name: str) -> bool:
+    """Whether there is a run of that name, or what another program has left of one, which a new one would replace."""
+    return can_be_name(name) and bool(left_by_training(run_folder(name)))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A record that a command has left, or nothing where there is none yet."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# States
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a run folder, or None where there is none that train.py has written."""
+    try:
+        run = folders.read_run(folder)
+        datetime.fromisoformat(run["started"])
+        return run if run["status"] in STATUSES else None
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+
+
+def is_training(run: dict[str, Any] | None) -> bool:
+    """Whether the process that run.json names is at work; another program that has its id by now is not it."""
+    if not run or run["status"] != "running" or not jobs.is_alive(run.get("pid", 0), run.get("created")):
+        return False
+    try:
+        return any("train.py" in part for part in psutil.Process(run["pid"]).cmdline())
+    except psutil.Error:
+        return False
+
+
+def run_state(folder: Path) -> str:
+    """`running`, `starting`, `finished`, `interrupted`, `failed`, `killed`, `aborted`, or `none`: never started."""
+    state = _run_state(folder)
+    return "aborted" if state == "killed" and was_aborted(folder) else state
+
+
+def _run_state(folder: Path) -> str:
+    run, job = read_run(folder), jobs.find(job_folder(folder))
+    if is_training(run):
+        return "running"
+    state = jobs.state(job) if job else "none"
+    latest = job and run and datetime.fromisoformat(run["started"]).timestamp() >= job.created - 2
+    if latest and state == "running":
+        return "running"  # it has written how it ended, and is about to
+    if run and (latest or not job or state == "done"):
+        return "killed" if run["status"] == "running" else run["status"]
+    if state == "running":
+        return "starting"
+    if run:
+        return "killed" if run["status"] == "running" else run["status"]
+    return {"stopped": "interrupted", "done": "none"}.get(state, state)
+
+
+def was_aborted(folder: Path) -> bool:
+    """Whether the last training that was started in a run folder was ended by `abort`."""
+    try:
+        asked = (job_folder(folder) / jobs.ABORTED).stat().st_mtime
+    except FileNotFoundError:
+        return False
+    run = read_run(folder)  # which a terminal may have started since
+    return not run or asked >= datetime.fromisoformat(run["started"]).timestamp()
+
+
+def training_now() -> str | None:
+    """The name of the run that is training now."""
+    return next((n for n in run_names() if run_state(run_folder(n)) in ("running", "starting")), None)
+
+
+def device_user() -> Message | None:
+    """What uses the device's memory now: a training, also one of a terminal, or a command that a page started."""
+    for path in common.SAVES.rglob(f"{BOARD}/*/job.json"):
+        job = jobs.find(path.parent)
+        if jobs.is_running(job):
+            if path.parent.name == "train":
+                return Message("run_training", name=name_of(path.parents[2]))
+            return Message("job_running", command=job.shell_line)
+    running = (name for name in _begun_runs() if is_training(read_run(run_folder(name))))
+    return next((Message("run_training", name=name) for name in running), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting and ending
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Lets one board at a time look whether the device is free and start a command: there may be two on one folder."""
+    common.SAVES.mkdir(parents=True, exist_ok=True)
+    with open(common.SAVES / ".board.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def start_command(folder: Path, command: list[str], language: str) -> jobs.Job:
+    """Starts a command that needs all of the device's memory, also what the chat's model holds; see jobs.start.
+
+    Raises UserError where another such command is at work.
+    """
+    with _starting():
+        return _start_command(folder, command, language)
+
+
+def _start_command(folder: Path, command: list[str], language: str) -> jobs.Job:
+    _check_device()
+    chat_model.stop_and_free()
+    return jobs.start(folder, command, language)
+
+
+def _check_device() -> None:
+    """Raises UserError where something has the device's memory: two of a kind would not fit on one card."""
+    if user := device_user():
+        raise UserError.from_message(user)
+
+
+def differing(config: Config) -> dict[str, Any]:
+    """The options that differ from their defaults, as a recipe has them."""
+    chosen = {
+        name: getattr(config, name) for name, option in OPTIONS.items() if getattr(config, name) != option.default
+    }
+    return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in chosen.items()}
+
+
+def recipe_text(config: Config) -> str:
+    return yaml.safe_dump(differing(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def train_command(config: Config) -> list[str]:
+    """The command that trains this configuration without a recipe."""
+    texts = {name: str(v).lower() if isinstance(v, bool) else v for name, v in differing(config).items()}
+    return ["train.py", *(f"{name}={text}" for name, text in texts.items())]
+
+
+def start_run(config: Config, overwrite: bool, language: str) -> Path:
+    """Writes the recipe into the run folder and starts train.py with it; raises UserError where it cannot be."""
+    folder = Path(config.output_dir)
+    with _starting():
+        _check_device()
+        if left_by_training(folder) and not overwrite:
+            raise UserError("run_exists", folder=folder)
+        recipe = folder / BOARD / "recipe.yaml"  # in the board's own folder: saves/NAME/recipe.yaml may be the user's
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, recipe_text(config))
+        again = ["overwrite_output_dir=true"] if overwrite else []
+        _start_command(job_folder(folder), ["train.py", str(recipe), *again], language)
+    return folder
+
+
+def go_on(folder: Path, language: str) -> None:
+    """Starts an interrupted run again, which goes on from its newest checkpoint."""
+    recipe = next((folder / n for n in ("config.yaml", f"{BOARD}/recipe.yaml") if (folder / n).exists()), None)
+    if recipe is None:
+        raise UserError("run_without_recipe", folder=folder)
+    start_command(job_folder(folder), ["train.py", str(recipe), "overwrite_output_dir=false"], language)
+
+
+def pause(folder: Path) -> None:
+    """What Ctrl-C does: a checkpoint after the step, then the end. Also for a run that a terminal has started."""
+    _end(folder, jobs.interrupt, lambda process: process.send_signal(2))
+
+
+def abort(folder: Path) -> None:
+    """Ends a run at once; its newest checkpoint stays. A file in the folder says that it was asked for."""
+    if run_state(folder) in ("running", "starting"):
+        job_folder(folder).mkdir(parents=True, exist_ok=True)
+        (job_folder(folder) / jobs.ABORTED).touch()
+    _end(folder, jobs.kill, lambda process: process.kill())
+
+
+def _end(folder: Path, end_job: Callable[[jobs.Job], None], end: Callable[[psutil.Process], None]) -> None:
+    run, job = read_run(folder), jobs.find(job_folder(folder))
+    if job and jobs.is_running(job):
+        end_job(job)
+    elif is_training(run):
+        end(psutil.Process(run["pid"]))
+
+
+def newest_job(name: str | None, kinds: Sequence[str]) -> jobs.Job | None:
+    """The command of `kinds` that was started last for a run."""
+    if not name:
+        return None
+    found = [job for kind in kinds if (job := jobs.find(job_folder(run_folder(name), kind)))]
+    return max(found, key=lambda job: job.created, default=None)
+
+
+def stop_newest(name: str | None, kinds: Sequence[str]) -> None:
+    """Interrupts the command of `kinds` that was started last for a run."""
+    if job := newest_job(name, kinds):
+        jobs.interrupt(job)
+
+
+def changed_at() -> float:
+    """A value that is new each time: where it is an output of an event, what shows the runs is brought up to date."""
+    return time.time()

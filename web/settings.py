@@ -1,0 +1,193 @@
+"""The settings of a training: options of common.Config as fields of the page, and the configuration that they make.
+
+Nothing here knows a single group or option that is not treated specially: a new option of Config appears by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+from common import OPTIONS, Config, Loaded, Message, UserError
+from training import preflight
+from web import control
+from web.texts import Translator
+from web.theme import static
+
+# The settings that decide over a run, in the order of the page; all others are folded by their groups.
+FIRST = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+FIRST += ("cutoff_len", "lora_rank", "quantization_bit", "val_size", "name", "author", "packing")
+NOT_TRAINING = ("chat", "export", "evaluation")  # groups of options that a training does not read
+DECIDED_BY_PAGE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "use_unsloth")
+QUICKSTART = common.ROOT / "configs" / "quickstart.yaml"
+SMALL = 10**9  # parameters below which a model needs the high learning rate of QUICKSTART
+PRESET = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+PRESET += ("cutoff_len", "lora_rank", "warmup_steps", "template")
+TRUE_FALSE = ("true", "false")
+
+
+@functools.cache
+def groups() -> dict[str, list[str]]:
+    """The titles of the groups of Config with the names of their options, in the order of `--help`."""
+    found: dict[str, list[str]] = {}
+    title = ""
+    for field in dataclasses.fields(Config):
+        title = field.metadata.get("group", title)
+        if "help" in field.metadata:
+            found.setdefault(title, []).append(field.name)
+    return found
+
+
+def options_of(*titles: str) -> list[str]:
+    """The names of the options in some groups."""
+    return [name for title in titles for name in groups()[title]]
+
+
+def choices_of(name: str) -> list[str]:
+    return [str(choice) for choice in OPTIONS[name].metadata["choices"]]
+
+
+def folded_groups() -> dict[str, list[str]]:
+    """The groups of a training's options, without those of one choice or that the page decides."""
+    shown = {
+        title: [n for n in names if n not in DECIDED_BY_PAGE and len(choices_of(n)) != 1]
+        for title, names in groups().items()
+        if title not in NOT_TRAINING
+    }
+    return {title: names for title, names in shown.items() if names}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields
+
+
+def is_text(name: str) -> bool:
+    """Whether an option is typed, and not ticked or chosen."""
+    return not OPTIONS[name].metadata["choices"] and "bool" not in str(OPTIONS[name].type)
+
+
+def field_value(name: str, value: Any) -> Any:
+    """An option's value as its field on the page holds it."""
+    if OPTIONS[name].type == "bool":
+        return bool(value)
+    if name == "dataset":
+        return list(value)
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def make_field(name: str, label: str, help: str | None, t: Translator, *, filled: bool = False) -> Any:
+    """The Gradio component of an option: `filled` shows the quickstart's value, otherwise empty means the default."""
+    import gradio as gr
+
+    option = OPTIONS[name]
+    default = field_value(name, option.default)
+    first = preset(small=True).get(name, default if filled else "")
+    common_part = {"label": label, "info": help, "elem_id": f"option-{name}"}
+    if option.type == "bool":
+        return gr.Checkbox(default, **common_part)
+    if not is_text(name):
+        unset = [(t("no") if filled else t("unset"), "")] if option.default is None else []
+        return gr.Dropdown([*unset, *(choices_of(name) or TRUE_FALSE)], value=default, **common_part)
+    placeholder = default or (t("automatic") if filled else t("unset"))
+    return gr.Textbox(first, max_lines=1, placeholder=placeholder, **common_part)
+
+
+def storage_scripts(options: dict[str, Any]) -> tuple[str, str]:
+    """JavaScript functions that fill the fields from the browser's storage, and that keep there what was set."""
+    initial = {name: component.value for name, component in options.items()}
+    limited = {name: ["", *choices_of(name)] for name in options if choices_of(name)}
+    restore = static("restore_settings.js").replace("INITIAL", json.dumps(initial))
+    restore = restore.replace("CHOICES", json.dumps(limited))
+    return restore, static("keep_settings.js").replace("NAMES", json.dumps(list(options)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fields ↔ configuration
+
+
+def read_settings(fields: dict[str, Any], name: str, others: dict[str, str] | None = None) -> Loaded:
+    """The configuration of what stands in the fields, for a run called `name`; raises UserError with every fault.
+
+    `others` is what `without_field` found in a loaded recipe.
+    """
+    faults: list[Message] = []
+    arguments = [f"{n}={text}" for n, text in (others or {}).items() if n in OPTIONS]  # one may be of an older kit
+    try:
+        arguments.append(f"output_dir={control.run_folder(name)}")
+    except UserError as error:
+        faults.append(error.message)
+        arguments.append(f"output_dir={common.SAVES}")
+    for option, value in fields.items():
+        text = ",".join(value) if isinstance(value, list) else value
+        if text not in (None, "", field_value(option, OPTIONS[option].default)):
+            arguments.append(f"{option}={text}")
+        elif text in (None, "") and option == "dataset":
+            faults.append(Message("no_dataset_chosen"))
+    try:
+        loaded = common.load_config(arguments)
+    except UserError as error:
+        faults.append(error.message)
+    if faults:
+        raise UserError("settings_faults", faults=faults)
+    return loaded
+
+
+def fields_of(loaded: Loaded, names: Sequence[str]) -> dict[str, Any]:
+    """What the fields must hold for a loaded recipe; a folded one that has its default stays empty."""
+    values = {name: field_value(name, getattr(loaded.config, name)) for name in names}
+    folded = {n for n in names if is_text(n) and n not in (*FIRST, "model_name_or_path", "dataset")}
+    return {n: "" if n in folded and v == field_value(n, OPTIONS[n].default) else v for n, v in values.items()}
+
+
+def without_field(loaded: Loaded, names: Sequence[str]) -> dict[str, str]:
+    """What a loaded recipe sets and no field of `names` holds, as `key=value` would have it: it must not get lost."""
+    known = (*names, "output_dir", "overwrite_output_dir")  # the last two are decided by the page
+    rest = {n: v for n, v in control.differing(loaded.config).items() if n not in known}
+    return {n: str(v).lower() if isinstance(v, bool | None) else str(v) for n, v in rest.items()}
+
+
+def run_name_of(loaded: Loaded) -> str:
+    """The name of a loaded recipe's run: its folder below saves/, or only its last part where it lies elsewhere."""
+    folder = Path(loaded.config.output_dir)
+    return (folder.relative_to(common.SAVES) if folder.is_relative_to(common.SAVES) else Path(folder.name)).as_posix()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Good values for a model
+
+
+@functools.cache
+def preset(small: bool) -> dict[str, Any]:
+    """Good values of the settings PRESET: the quickstart's for a small model, else the kit's defaults."""
+    config = common.load_config([str(QUICKSTART)]).config if small else Config()
+    return {name: field_value(name, getattr(config, name)) for name in PRESET}
+
+
+def parameters(model: Path) -> int:
+    """The number of parameters of a model on the disk; 0 where it has no safetensors files."""
+    return sum(math.prod(shape) for shape in preflight.tensor_shapes(model).values())
+
+
+def is_small(model: str) -> bool:
+    folder = Path(model)
+    return model == common.EMBEDDED_MODEL or (folder.is_dir() and 0 < parameters(folder) < SMALL)
+
+
+def fitting(model: str, shown: dict[str, Any]) -> dict[str, Any]:
+    """What to change of PRESET's fields for another model: nothing where the visitor has changed one of them."""
+    wanted = preset(is_small(model))
+    with_defaults = {n: v or field_value(n, OPTIONS[n].default) for n, v in shown.items()}
+    untouched = any(with_defaults == preset(small) for small in (True, False))
+    return {n: wanted[n] for n in PRESET if untouched and wanted[n] != shown[n]}
