@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def read_password(args: argparse.Namespace) -> str | None:
     """The password that visitors need, or None where only this machine can visit; raises UserError if it is missing."""
-    password = os.environ.get("WEBUI_PASSWORD") or None
+    password = os.environ.pop("WEBUI_PASSWORD", None) or None  # the commands that a page starts need not know it
     if args.password:
         password = getpass.getpass("password for the page: ") if sys.stdin.isatty() else sys.stdin.readline().strip()
         if not password:

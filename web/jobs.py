@@ -26,7 +26,7 @@ from common import Message, UserError
 from runs.files import write_json
 from runs.process import is_alive
 
-# The shell only waits and writes the exit status. Its traps keep it alive through a Ctrl-C that is meant for the command.
+# The shell only waits and writes the exit status. Its traps keep it alive through a Ctrl-C meant for the command.
 _WAIT = 'trap : INT TERM; "$@"; status=$?; echo $status > "$0.new"; mv "$0.new" "$0"'
 # A server that was started by `nohup ... &` ignores Ctrl-C, and its children inherit that; a shell cannot undo it.
 _DEFAULT_SIGNALS = (

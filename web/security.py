@@ -136,7 +136,9 @@ class Login:
         if self.blocked.get(address, 0) > now:  # also requests sent at once are tried one a second
             return HTMLResponse(login_page(language, wrong=True), status_code=429)
         if not hmac.compare_digest(given.encode(), self.password.encode()):
-            self.blocked = {a: until for a, until in self.blocked.items() if until > now} | {address: now + WAIT_SECONDS}
+            self.blocked = {a: until for a, until in self.blocked.items() if until > now} | {
+                address: now + WAIT_SECONDS
+            }
             return HTMLResponse(login_page(language, wrong=True), status_code=403)
         response = RedirectResponse("./", status_code=303)
         response.set_cookie(SESSION, self.token, httponly=True, samesite="strict")

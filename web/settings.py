@@ -138,10 +138,17 @@ def read_settings(fields: dict[str, Any], name: str, others: dict[str, str] | No
     try:
         loaded = common.load_config(arguments)
     except UserError as error:
-        faults.append(error.message)
+        found = error.fields["faults"] if error.code == "config_faults" else [error.message]
+        faults += [_on_this_page(fault) for fault in found]
     if faults:
         raise UserError("settings_faults", faults=faults)
     return loaded
+
+
+def _on_this_page(fault: Message) -> Message:
+    """A fault of a setting with this page as its place, and not the command line."""
+    place = {"place": Message("this_page")} if "place" in fault.fields else {}
+    return Message(fault.code, **{**fault.fields, **place})  # a copy: fault.code stands where it was made
 
 
 def fields_of(loaded: Loaded, names: Sequence[str]) -> dict[str, Any]:

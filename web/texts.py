@@ -56,3 +56,16 @@ class Translator:
         """What an option means; English where it has no Chinese help yet."""
         english = OPTIONS[option].metadata["help"]
         return chinese()["options"].get(option, english) if self.language == "zh" else english
+
+
+def with_other_path(error: UserError, old: str, new: str) -> UserError:
+    """The same error with another path of the file, wherever that stands in its fields: that of a copy says nothing."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(old, new)
+        if isinstance(value, list):
+            return [rename(item) for item in value]
+        return {key: rename(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return UserError.from_message(Message.from_json(rename(error.message.to_json())))

@@ -211,8 +211,7 @@ def changes(
 
 
 def outdated(was_busy: Any) -> Any:
-    """What to send to the place of a refusal, given what `changes` made of the device's user: nothing once that ended.
-    """
+    """What to send to the place of a refusal, given what `changes` made of the device's user: it goes with that."""
     import gradio as gr
 
     return "" if was_busy is None else gr.skip()

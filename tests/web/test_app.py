@@ -1,8 +1,7 @@
-"""The door and the chat page of webui.py: the conversation as data, refusals, and what a person does in a browser."""
+"""webui.py and its chat page: the conversation as data, refusals, security, and what a person does in a browser."""
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import socket
@@ -12,10 +11,9 @@ from typing import Any
 
 import pytest
 from browser import Browser, Server, browsing, serving
-from conftest import ROOT, make_run, run
+from conftest import ROOT, make_run, run, user_error
 
 import common
-from common import UserError
 from preprocessing import formats, registry, sources
 from web import conversation as talk
 
@@ -29,13 +27,13 @@ TALK = [
 
 
 def test_a_model_that_is_not_whole_yet_is_not_offered(tmp_path, monkeypatch):
-    from web.pages import chat as chat_page
+    from web import chat_model
 
     monkeypatch.chdir(tmp_path)
     for name in ("whole", ".whole.new.7.tmp"):
         (Path("models") / name).mkdir(parents=True)
         (Path("models") / name / "config.json").write_text("{}")
-    assert chat_page.targets() == [("models/whole", "models/whole")]
+    assert chat_model.targets() == [("models/whole", "models/whole")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,15 +69,15 @@ def test_every_message_on_the_page_knows_its_turn() -> None:
     shown = talk.shown(TALK, "trained", TITLES)
     folded = [message.get("metadata", {}).get("title") for message in shown]
     assert folded == [None, "Thinking", "Tool call", "Result", None]
-    places = [talk.place(TALK, "trained", index) for index in range(len(shown))]
+    places = [talk.find_message(TALK, "trained", index) for index in range(len(shown))]
     assert places == [(0, None), (0, 0), (0, 1), (1, None), (1, 0)]
 
 
-def test_the_model_hears_tool_calls_in_the_form_that_templates_take() -> None:
-    heard = talk.messages(TALK, "trained", "Be brief.")
-    assert [message["role"] for message in heard] == ["system", "user", "assistant", "tool", "assistant"]
-    assert heard[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "北京"}}
-    assert heard[2]["content"].startswith("<think>")
+def test_the_model_reads_tool_calls_in_the_form_that_templates_take() -> None:
+    sent = talk.messages(TALK, "trained", "Be brief.")
+    assert [message["role"] for message in sent] == ["system", "user", "assistant", "tool", "assistant"]
+    assert sent[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "北京"}}
+    assert sent[2]["content"].startswith("<think>")
 
 
 @pytest.mark.parametrize("form", talk.FORMS)
@@ -92,8 +90,8 @@ def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: 
     rows = [row for _, row in sources.read_rows(entry.files[0])]
     layout = formats.find_layout(entry, rows[0])
     conversation = formats.to_conversation(rows[1], layout, common.load_config([]).config)
-    heard = talk.messages(TALK, "trained", "Be brief.")
-    assert [message["role"] for message in conversation["messages"]] == [message["role"] for message in heard]
+    sent = talk.messages(TALK, "trained", "Be brief.")
+    assert [message["role"] for message in conversation["messages"]] == [message["role"] for message in sent]
     assert conversation["messages"][0]["content"] == "Be brief."
     assert conversation["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"city": "北京"}
     assert "Ask the tool." in json.dumps(conversation["messages"][2], ensure_ascii=False)
@@ -114,76 +112,60 @@ def test_registering_leaves_the_other_lines_of_the_registry_alone(tmp_path: Path
 def test_no_other_dataset_is_touched(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}', encoding="utf-8")
     (tmp_path / "loose.json").write_text("[]", encoding="utf-8")
-    for name, reason in [("mine", "another dataset mine"), ("loose", "is there already"), ("../x", "no name")]:
-        with pytest.raises(UserError, match=reason):
+    refused = [("mine", "dataset_name_taken"), ("loose", "data_file_exists"), ("../x", "dataset_name_invalid")]
+    for name, code in refused:
+        with user_error(code):
             talk.add_to_data({"messages": []}, name, "openai", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset_info.json", "loose.json"]
 
 
-@pytest.mark.parametrize(("text", "reason"), [("{", "not JSON"), ('[{"x": 1}]', "no name"), ("3", "no name")])
-def test_faulty_tools_are_named(text: str, reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
+@pytest.mark.parametrize(
+    ("text", "code"), [("{", "tools_not_json"), ('[{"x": 1}]', "tool_without_name"), ("3", "tool_without_name")]
+)
+def test_faulty_tools_are_refused(text: str, code: str) -> None:
+    with user_error(code) as error:
         talk.read_tools(text)
+    assert error.value.message.text("zh") != error.value.message.text("en") != code
 
 
 def test_a_turn_without_an_answer_is_no_training_data() -> None:
-    with pytest.raises(UserError, match="turn 2 has no answer"):
+    with user_error("turn_without_answer", number=2):
         talk.row([*TALK[:1], {"role": "user", "text": "hi", "trained": " "}], "", None, "openai")
-    with pytest.raises(UserError, match="nothing has been said"):
+    with user_error("chat_empty"):
         talk.row([], "", None, "openai")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The door
+# Arguments
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "code"),
     [
-        (["--host", "0.0.0.0"], "give a password"),
-        (["--port", "x"], "is not a port"),
-        (["learning_rate=1"], "is not for the board"),
-        (["--chat", "nowhere"], "there is no model nowhere"),
-        (["--chat", "x.gguf"], "there is no file x.gguf"),
-        (["--host", "256.1.1.1", "--password"], "is no address"),
+        (["--host", "0.0.0.0"], "web_password_needed"),
+        (["--port", "x"], "web_not_a_port"),
+        (["learning_rate=1"], "web_setting_for_board"),
+        (["--host", "256.1.1.1", "--password"], "web_host_unknown"),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_once(arguments: list[str], reason: str) -> None:
+def test_what_cannot_be_served_is_refused_at_once(arguments: list[str], code: str) -> None:
     result = run("webui.py", *arguments, input="secret\n")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert reason in result.stderr
+    assert (result.returncode, result.stdout, result.error.code) == (2, "", code)
+    assert result.stderr == f"error: {result.error}\n"
+
+
+@pytest.mark.parametrize("target", ["nowhere", "x.gguf"])
+def test_a_model_that_is_not_there_is_refused_at_once(target: str) -> None:
+    result = run("webui.py", "--chat", target)
+    assert (result.returncode, result.stdout) == (2, "") and target in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("webui.py", "--port", str(taken.getsockname()[1]))
-    assert result.returncode == 2
-    assert "choose another" in result.stderr
-
-
-@pytest.mark.parametrize(("file", "table"), [("web/pages/chat.py", "web/pages/chat.py"), ("webui.py", "webui.py")])
-def test_every_text_of_a_page_has_its_chinese(file: str, table: str) -> None:
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    [words] = [
-        ast.literal_eval(node.value)
-        for node in ast.walk(ast.parse((ROOT / table).read_text(encoding="utf-8")))
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "WORDS"
-    ]
-    strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    asked = {
-        node.args[0].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and (getattr(node.func, "id", "") == "t" or getattr(node.func, "attr", "") == "t")
-        and isinstance(node.args[0], ast.Constant)
-    }
-    assert asked <= words.keys()
-    assert words.keys() <= strings, "a text that no page shows"
-    for english, chinese in words.items():
-        assert re.findall(r"{(\w+)", english) == re.findall(r"{(\w+)", chinese) or set(
-            re.findall(r"{(\w+)", english)
-        ) == set(re.findall(r"{(\w+)", chinese)), english
+    assert (result.returncode, result.error.code) == (2, "web_address_taken")
+    assert "choose another port: --port" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +292,7 @@ def test_a_conversation_is_led_mended_and_saved(page: Any, desk: Path) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
     page.locator("#chat-new").click()
-    page.get_by_text("Say something").wait_for()
+    page.get_by_text("Write something").wait_for()
     assert said(page, "user") == []
 
 
@@ -335,7 +317,7 @@ def test_a_new_conversation_ends_the_reply_of_the_old(page: Any) -> None:
     start(page, "Tell me a very long story about the sea.")
     page.locator("#chat-trained [data-testid=bot]").wait_for()
     page.locator("#chat-new").click()
-    page.get_by_text("Say something").wait_for()
+    page.get_by_text("Write something").wait_for()
     page.locator("#chat-box button", has_text="Send").wait_for()
     page.wait_for_timeout(500)  # in which the old reply's last words would have come
     assert said(page, "user") == []
@@ -387,21 +369,21 @@ def test_what_is_wrong_is_told_and_the_message_is_not_lost(page: Any) -> None:
 def test_the_page_speaks_chinese_and_knows_the_dark(page: Any) -> None:
     """The language and the colours are kept when the page is loaded again."""
     page.locator("a.language").click()
-    page.get_by_text("说点什么").wait_for()
+    page.get_by_text("输入消息，或").wait_for()
     page.get_by_text("你是谁？").click()
     page.locator("#chat-remark", has_text="个词元").wait_for()
     page.get_by_role("button", name="重试").wait_for()  # Gradio's own words, too, though the browser is English
     page.get_by_role("button", name="新对话").click()
-    page.get_by_text("说点什么").wait_for()
+    page.get_by_text("输入消息，或").wait_for()
     assert page.title().startswith("与 ")
     page.locator("button.theme").click()
     assert "dark" in page.locator("body").get_attribute("class")
     page.reload()
-    page.get_by_text("说点什么").wait_for()
+    page.get_by_text("输入消息，或").wait_for()
     assert "dark" in page.locator("body").get_attribute("class")
     english = page.locator("a.language")
     english.click()
-    page.get_by_text("Say something").wait_for()
+    page.get_by_text("Write something").wait_for()
 
 
 @pytest.mark.slow
@@ -416,7 +398,7 @@ def test_without_the_password_nobody_gets_in(tiny_model: Path, browser: Browser)
         assert page.url.endswith("/login")
         page.locator("#password").fill("guess")
         page.locator("button").click()
-        page.get_by_text("That is not the password.").wait_for()
+        page.get_by_text("The password is wrong.").wait_for()
         page.locator("#password").fill("门 secret")
         page.locator("button").click()
         page.locator("#chat-box textarea").wait_for()

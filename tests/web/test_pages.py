@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,25 +18,26 @@ from typing import Any
 import psutil
 import pytest
 from browser import Server, browsing, end, serving
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, user_error, write_jsonl
 
 import common
-from common import UserError
+from common import Message, UserError
 from preprocessing import dataset
 from runs import charts
 from runs.files import write_json
-from web import jobs, theme, widgets, words
+from web import control, jobs, settings, widgets
 from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
 from web.pages import export as export_page
 from web.pages import train as train_page
+from web.texts import Translator, chinese
 
-ROOMS = ("board", "pages/data", "pages/train", "pages/evaluate", "pages/export", "widgets", "jobs")
-t = theme.translator("en", words.WORDS)
+t = Translator("en")
+zh = Translator("zh")
 
 
 @pytest.fixture
-def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -65,48 +67,66 @@ def ended(job: jobs.Job) -> str:
 # Scripts that outlive the page
 
 
-def test_a_job_is_known_by_its_folder_alone(room: Path) -> None:
-    jobs.start(room / "job", [script(room, "print('中文', flush=True)"), "a=b c"])
-    job = jobs.find(room / "job")
-    assert ended(job) == "done" and jobs.fault(job) == ""
+def test_a_job_is_known_by_its_folder_alone(workdir: Path) -> None:
+    jobs.start(workdir / "job", [script(workdir, "print('中文', flush=True)"), "a=b c"])
+    job = jobs.find(workdir / "job")
+    assert ended(job) == "done" and jobs.error(job) is None
     assert jobs.tail(job.log) == "中文"
-    assert job.shown.endswith("script.py 'a=b c'")
+    assert job.shell_line.endswith("script.py 'a=b c'")
 
 
-def test_a_job_lives_in_a_session_of_its_own(room: Path) -> None:
-    job = jobs.start(room / "job", [script(room, "import time; time.sleep(60)")])
+def test_a_job_lives_in_a_session_of_its_own(workdir: Path) -> None:
+    job = jobs.start(workdir / "job", [script(workdir, "import time; time.sleep(60)")])
     assert os.getsid(job.process) == job.process != os.getsid(0)
-    with pytest.raises(UserError, match="still at work"):
-        jobs.start(room / "job", job.command)
+    with user_error("job_running", command=job.shell_line):
+        jobs.start(workdir / "job", job.command)
     jobs.kill(job)
-    assert ended(job) == "killed" and "ended from outside" in jobs.fault(job)
+    assert ended(job) == "killed" and jobs.error(job) == Message("job_killed", command=job.shell_line)
 
 
-def test_an_interrupted_job_can_save_before_it_ends(room: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interrupted_job_can_save_before_it_ends(workdir: Path, handler: Any) -> None:
+    """Also where the board ignores Ctrl-C, as one that `nohup ... &` started does."""
     text = "import time\nprint('ready', flush=True)\n"
     text += "try: time.sleep(60)\nexcept KeyboardInterrupt: print('saved'); exit(130)"
-    job = jobs.start(room / "job", [script(room, text)])
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        job = jobs.start(workdir / "job", [script(workdir, text)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(lambda: jobs.tail(job.log) == "ready")
     jobs.interrupt(job)
-    assert ended(job) == "stopped" and jobs.fault(job) == ""
+    assert ended(job) == "stopped" and jobs.error(job) is None
     assert jobs.tail(job.log) == "ready\nsaved"
 
 
-def test_a_failed_job_tells_the_scripts_own_sentence(room: Path) -> None:
-    job = jobs.start(room / "job", ["train.py", "no-such.yaml", "lerning_rate=1"])
+def test_a_failed_job_has_the_commands_own_message_in_the_language_of_the_page(workdir: Path) -> None:
+    text = "import sys; sys.path.insert(0, '{root}'); import common\n"
+    text += "def main(argv): raise common.UserError('run_exists', folder='saves/x')\ncommon.run_script(main)"
+    job = jobs.start(workdir / "job", [script(workdir, text.format(root=ROOT))], "zh")
     assert ended(job) == "failed"
-    assert jobs.fault(job) == "there is no recipe no-such.yaml; the recipes of this kit are in configs/"
-    job = jobs.start(room / "job", ["train.py", "lerning_rate=1"])
+    assert jobs.error(job) == Message("run_exists", folder="saves/x")
+    assert "saves/x 已有训练结果" in widgets.job_box(job, zh) and "已有训练结果" in jobs.tail(job.log)
+    assert "saves/x holds a run already" in widgets.job_box(job, t)
+    job = jobs.start(workdir / "job", ["train.py", "lerning_rate=1"])
     assert ended(job) == "failed"
-    assert "did you mean 'learning_rate'" in jobs.fault(job) and "Traceback" not in jobs.fault(job)
+    assert "did you mean 'learning_rate'" in t.message(jobs.error(job))
 
 
-def test_a_bar_is_shown_in_its_last_state(room: Path) -> None:
-    (room / "log").write_bytes(b"start\n\rtrain:  10%|#    | 1/10\rtrain:  50%|#####| 5/10 [00:05, loss=1.2]")
-    assert jobs.progress(room / "log") == (50, "train: 5/10 [00:05, loss=1.2]")
-    assert jobs.lines(room / "log") == ["start", "train:  50%|#####| 5/10 [00:05, loss=1.2]"]
-    (room / "log").write_text("train: 100%|#####| 10/10\nfinished\n")
-    assert jobs.progress(room / "log") is None
+def test_a_job_that_fails_otherwise_shows_its_last_line(workdir: Path) -> None:
+    job = jobs.start(workdir / "job", [script(workdir, "print('error: no message'); exit(1)")])
+    assert ended(job) == "failed"
+    assert jobs.error(job) == Message("job_failed", command=job.shell_line, line="error: no message")
+    job = jobs.start(workdir / "job", [script(workdir, "exit(1)")])
+    assert ended(job) == "failed" and jobs.error(job) == Message("job_failed_silently", command=job.shell_line)
+
+
+def test_a_bar_is_shown_in_its_last_state(workdir: Path) -> None:
+    (workdir / "log").write_bytes(b"start\n\rtrain:  10%|#    | 1/10\rtrain:  50%|#####| 5/10 [00:05, loss=1.2]")
+    assert jobs.progress(workdir / "log") == (50, "train: 5/10 [00:05, loss=1.2]")
+    assert jobs.lines(workdir / "log") == ["start", "train:  50%|#####| 5/10 [00:05, loss=1.2]"]
+    (workdir / "log").write_text("train: 100%|#####| 10/10\nfinished\n")
+    assert jobs.progress(workdir / "log") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,31 +135,39 @@ def test_a_bar_is_shown_in_its_last_state(room: Path) -> None:
 
 def fields(**changes: Any) -> dict[str, Any]:
     """The fields as the page has them when nothing was touched, with changes."""
-    names = [n for n in common.OPTIONS if n not in train_page.HIDDEN]
-    plain = {n: "" if train_page.is_text(n) else train_page.field_value(n, common.OPTIONS[n].default) for n in names}
+    names = [n for n in common.OPTIONS if n not in settings.DECIDED_BY_PAGE]
+    plain = {n: "" if settings.is_text(n) else settings.field_value(n, common.OPTIONS[n].default) for n in names}
     return {**plain, "dataset": ["identity"], **changes}
 
 
-def test_a_recipe_lists_only_what_differs_and_means_the_same(room: Path) -> None:
+def test_a_recipe_lists_only_what_differs_and_means_the_same(workdir: Path) -> None:
     chosen = fields(learning_rate="1e-3", packing=True, val_size="0.1", quantization_bit="4", lora_rank="8")
-    config = train_page.settle(chosen, "mine", t).config
-    text = train_page.recipe_text(config)
+    config = settings.read_settings(chosen, "mine").config
+    text = control.recipe_text(config)
     assert {line.split(":")[0] for line in text.splitlines()} == {
         "dataset", "learning_rate", "packing", "val_size", "quantization_bit", "output_dir"
     }  # fmt: skip
-    (room / "recipe.yaml").write_text(text, encoding="utf-8")
+    (workdir / "recipe.yaml").write_text(text, encoding="utf-8")
     assert common.load_config(["recipe.yaml"]).config == config
-    assert common.load_config(train_page.command(config)[1:]).config == config
+    assert common.load_config(control.train_command(config)[1:]).config == config
 
 
-def test_all_faults_of_the_fields_are_told_at_once() -> None:
-    with pytest.raises(UserError) as error:
-        train_page.settle(fields(learning_rate="fast", lora_rank="0"), "..", t)
-    assert "learning_rate: 'fast' must be a number" in str(error.value)
-    assert "lora_rank: '0' must be at least 1" in str(error.value)
-    assert "'..' cannot be the name of a run" in str(error.value)
-    with pytest.raises(UserError, match="no dataset is chosen"):
-        train_page.settle(fields(dataset=[]), "mine", t)
+def test_all_faults_of_the_fields_are_given_at_once() -> None:
+    with user_error("settings_faults") as error:
+        settings.read_settings(fields(learning_rate="fast", lora_rank="0"), "..")
+    assert error.value.fields["faults"][0] == Message("run_name_invalid", name="'..'")
+    shown = t.message(error.value)
+    assert "learning_rate" in shown and "'fast'" in shown and "lora_rank" in shown
+    with user_error("settings_faults", faults=[Message("no_dataset_chosen")]):
+        settings.read_settings(fields(dataset=[]), "mine")
+
+
+def test_every_option_of_a_training_has_a_field_in_its_group() -> None:
+    """New options of Config appear by themselves; those with one choice, and what the page decides, do not."""
+    shown = [name for names in settings.folded_groups().values() for name in names]
+    hidden = {n for n in settings.options_of(*settings.groups()) if len(settings.choices_of(n)) == 1}
+    hidden |= {*settings.DECIDED_BY_PAGE, *settings.options_of(*settings.NOT_TRAINING)}
+    assert set(shown) == set(common.OPTIONS) - hidden and len(shown) == len(set(shown))
 
 
 @pytest.mark.parametrize(
@@ -147,29 +175,32 @@ def test_all_faults_of_the_fields_are_told_at_once() -> None:
 )
 def test_a_loaded_recipe_fills_the_fields_and_comes_out_the_same(recipe: Path) -> None:
     loaded = common.load_config([str(recipe)])
-    filled = train_page.fields_of(loaded, list(fields()))
-    others = train_page.without_field(loaded, list(fields()))
-    assert train_page.settle(filled, train_page.run_name_of(loaded), t, others).config == loaded.config
+    filled = settings.fields_of(loaded, list(fields()))
+    others = settings.without_field(loaded, list(fields()))
+    assert settings.read_settings(filled, settings.run_name_of(loaded), others).config == loaded.config
 
 
-def test_settings_of_a_recipe_that_have_no_field_are_kept(room: Path) -> None:
-    (room / "my.yaml").write_text(
+def test_settings_of_a_recipe_that_have_no_field_are_kept(workdir: Path) -> None:
+    (workdir / "my.yaml").write_text(
         "dataset: identity\ntemperature: 0.3\nresume_from_checkpoint: saves/x/checkpoint-5\ndo_sample: false\n"
         "output_dir: saves/mine\nlearning_rate: 1e-3\n"
     )
     loaded = common.load_config(["my.yaml"])
     shown = ["dataset", "learning_rate"]
-    others = train_page.without_field(loaded, shown)
+    others = settings.without_field(loaded, shown)
     assert others == {"temperature": "0.3", "resume_from_checkpoint": "saves/x/checkpoint-5", "do_sample": "false"}
-    assert train_page.settle(train_page.fields_of(loaded, shown), "mine", t, others).config == loaded.config
+    assert settings.read_settings(settings.fields_of(loaded, shown), "mine", others).config == loaded.config
 
 
-def test_a_run_cannot_be_put_outside_saves() -> None:
-    for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads", "a\\b", "a\nb", "训" * 67):
-        with pytest.raises(UserError, match="不能作任务名称"):
-            widgets.run_folder(name, theme.translator("zh", words.WORDS))
-        assert not train_page.is_there(name)
-    assert widgets.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
+@pytest.mark.usefixtures("workdir")
+def test_a_run_cannot_be_put_outside_saves(tmp_path_factory: pytest.TempPathFactory) -> None:
+    common.SAVES.mkdir()
+    (common.SAVES / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads", "a\\b", "a\nb", "训" * 67, "link", "link/x"):
+        with user_error("run_name_invalid", name=repr(name)):
+            control.run_folder(name)
+        assert not control.exists(name)
+    assert control.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,88 +218,87 @@ def make_folder(name: str, status: str | None, pid: int = 0, lines: int = 0) -> 
     return folder
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("workdir")
 def test_the_state_of_a_run_is_read_from_its_folder() -> None:
-    assert train_page.run_state(make_folder("done", "finished")) == "finished"
-    assert train_page.run_state(make_folder("half", "interrupted")) == "interrupted"
+    assert control.run_state(make_folder("done", "finished")) == "finished"
+    assert control.run_state(make_folder("half", "interrupted")) == "interrupted"
     # the number belongs to another program by now: this one
-    assert train_page.run_state(make_folder("gone", "running", os.getpid())) == "killed"
-    assert train_page.run_state(make_folder("nothing", None)) == "none"
-    assert train_page.run_names() == ["gone", "half", "done"]
-    assert train_page.at_work() is None
+    assert control.run_state(make_folder("gone", "running", os.getpid())) == "killed"
+    assert control.run_state(make_folder("nothing", None)) == "none"
+    assert control.run_names() == ["gone", "half", "done"]
+    assert control.training_now() is None
 
 
-def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(room: Path) -> None:
-    (room / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
-    job = jobs.start(room / "elsewhere", [str(room / "train.py")])
+def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(workdir: Path) -> None:
+    (workdir / "train.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    job = jobs.start(workdir / "elsewhere", [str(workdir / "train.py")])
     # before that its child may still be a fork of the shell, or a Python that is not yet up: Ctrl-C is lost on both
     wait_for(lambda: jobs.tail(job.log) == "ready")
     (child,) = psutil.Process(job.process).children()
     folder = make_folder("terminal", "running", child.pid)
-    wait_for(lambda: train_page.run_state(folder) == "running")
-    assert train_page.at_work() == "terminal"
-    with pytest.raises(UserError, match="one run at a time"):
-        train_page.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
-    train_page.pause(folder)
+    wait_for(lambda: control.run_state(folder) == "running")
+    assert control.training_now() == "terminal"
+    with user_error("run_training", name="terminal"):
+        control.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, "en")
+    control.pause(folder)
     ended(job)
-    assert train_page.run_state(folder) == "killed"  # it had no time to say that it was interrupted
+    assert control.run_state(folder) == "killed"  # it had no time to say that it was interrupted
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("workdir")
 def test_odd_folders_below_saves_spoil_no_page() -> None:
     foreign = make_folder("LLaMA3/lora/sft", None)  # of LLaMA-Factory
     write_jsonl(foreign / "trainer_log.jsonl", [{"current_steps": 5, "total_steps": 100, "loss": 1.2, "lr": 1e-4}])
-    train_page.job_folder(foreign).mkdir(parents=True)
-    write_json(train_page.job_folder(foreign) / "job.json", {"command": ["train.py"], "process": 0, "created": 0})
+    control.job_folder(foreign).mkdir(parents=True)
+    write_json(control.job_folder(foreign) / "job.json", {"command": ["train.py"], "process": 0, "created": 0})
     for name in ("uploads/x", ".trash/old", "a\\b"):
         make_folder(name, "finished")
     for number, text in enumerate(['{"id": 3}', "[1]", '{"status": "finished", "started": 3}', "{"]):
         (make_folder(f"odd{number}", None) / "run.json").write_text(text)
-    assert train_page.run_names()[-1:] + sorted(train_page.run_names())[1:] == [
+    assert control.run_names()[-1:] + sorted(control.run_names())[1:] == [
         "LLaMA3/lora/sft", "odd0", "odd1", "odd2", "odd3"
     ]  # fmt: skip
     assert train_page.runs_html(t).count("<tr>") == 6
-    for name in train_page.run_names():
+    for name in control.run_names():
         assert name in train_page.status_html(name, t)
-        assert train_page.is_there(name)
+        assert control.exists(name)
     assert "starts with the first step" in train_page.plots_html(["LLaMA3/lora/sft"], t)[0]
-    with pytest.raises(UserError, match="LLaMA3/lora/sft holds a run already"):
-        train_page.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, t)
-    assert export_page.chosen_run(None) == ([], None)
+    with user_error("run_exists", folder="saves/LLaMA3/lora/sft"):
+        control.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, "en")
+    assert control.choose_trained(None) == ([], None)
 
 
-def test_one_script_at_a_time_has_the_memory(room: Path) -> None:
+def test_one_script_at_a_time_has_the_memory(workdir: Path) -> None:
     folder = make_folder("one", "finished")
-    job = jobs.start(train_page.job_folder(folder, "evaluate"), [script(room, "import time; time.sleep(60)")])
-    said = f"^{re.escape(job.shown)} is still at work; wait for it, or stop it$"
-    with pytest.raises(UserError, match=said):
-        train_page.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, t)
-    with pytest.raises(UserError, match=said):
-        export_page.start_export("one", "merge", [], False, True, t)
+    job = jobs.start(control.job_folder(folder, "evaluate"), [script(workdir, "import time; time.sleep(60)")])
+    with user_error("job_running", command=job.shell_line):
+        control.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, "en")
+    with user_error("job_running", command=job.shell_line):
+        export_page.start_export("one", "merge", [], False, True, "en")
     assert not (common.SAVES / "other").exists()
     jobs.kill(job)
     ended(job)
-    assert widgets.at_work(t) == ""
+    assert control.device_user() is None
 
 
-def test_what_was_aborted_was_no_accident(room: Path) -> None:
+def test_what_was_aborted_was_no_accident(workdir: Path) -> None:
     folder = common.SAVES / "mine"
-    job = jobs.start(train_page.job_folder(folder), [script(room, "import time; time.sleep(60)")])
-    assert widgets.at_work(t).startswith("mine is training")
-    train_page.abort(folder)
+    job = jobs.start(control.job_folder(folder), [script(workdir, "import time; time.sleep(60)")])
+    assert control.device_user() == Message("run_training", name="mine")
+    control.abort(folder)
     ended(job)
-    assert train_page.run_state(folder) == "aborted"
+    assert control.run_state(folder) == "aborted"
     assert ">aborted</span>" in train_page.status_html("mine", t) and "ended" not in train_page.status_html("mine", t)
-    job = jobs.start(train_page.job_folder(folder), [script(room, "import os; os.kill(os.getppid(), 9)")])
+    job = jobs.start(control.job_folder(folder), [script(workdir, "import os; os.kill(os.getppid(), 9)")])
     ended(job)
-    assert train_page.run_state(folder) == "killed"
+    assert control.run_state(folder) == "killed"
 
 
 @pytest.fixture
-def started(room: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:  # noqa: ARG001
+def started(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:  # noqa: ARG001
     """The commands that a page starts, none of which is run."""
     commands: list[list[str]] = []
-    monkeypatch.setattr(jobs, "start", lambda _folder, command, _t: commands.append(command))
+    monkeypatch.setattr(jobs, "start", lambda _folder, command, _language: commands.append(command))
     return commands
 
 
@@ -276,8 +306,8 @@ def test_a_users_own_recipe_in_the_folder_is_left_alone(started: list[list[str]]
     folder = make_folder("mine", None)
     (folder / "trainer_log.jsonl").unlink()
     (folder / "recipe.yaml").write_text("mine")
-    train_page.start_run(dataclasses.replace(common.Config(), output_dir=str(folder)), False, t)
-    train_page.go_on(folder, t)
+    control.start_run(dataclasses.replace(common.Config(), output_dir=str(folder)), False, "en")
+    control.go_on(folder, "en")
     assert (folder / "recipe.yaml").read_text() == "mine"
     assert [command[1] for command in started] == ["saves/mine/.web/recipe.yaml"] * 2
 
@@ -296,7 +326,7 @@ def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
     assert (tmp_path / name / callbacks.PICTURE).stat().st_size > 1000
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("workdir")
 def test_several_runs_stand_on_one_plot() -> None:
     make_folder("one", "finished", lines=12)
     make_folder("two", "interrupted", lines=7)
@@ -324,13 +354,13 @@ def test_plots_place_points_and_say_where_nothing_is() -> None:
     assert sum(int(count) for _, count in bars) == 5 and max(float(height) for height, _ in bars) == 100
 
 
-def test_only_files_of_runs_are_served(room: Path) -> None:
+def test_only_files_of_runs_are_served(workdir: Path) -> None:
     folder = make_folder("mine", "finished")
     (folder / "report.html").write_text("<p>")
     (folder / ".web").mkdir()
     (folder / ".web" / "job.json").write_text("{}")
-    (room / "secret.html").write_text("no")
-    (folder / "link.html").symlink_to(room / "secret.html")
+    (workdir / "secret.html").write_text("no")
+    (folder / "link.html").symlink_to(workdir / "secret.html")
     assert widgets.servable("saves/mine/report.html")
     for path in (
         "saves/../secret.html",
@@ -363,37 +393,37 @@ def test_samples_are_escaped_and_what_is_learned_is_marked(tiny_tokenizer: Any) 
     assert f"{count} of {len(sample['labels'])} tokens are learned" in html
 
 
-def test_an_upload_keeps_its_name_and_replaces_its_forerunner(room: Path) -> None:
-    sent = room / "我的 数据.jsonl"
+def test_an_upload_keeps_its_name_and_replaces_its_forerunner(workdir: Path) -> None:
+    sent = workdir / "我的 数据.jsonl"
     for text in ("1", "2"):
         sent.write_text(text)
-        kept = data_page.keep_upload(sent, lambda _: None, t)
+        kept = data_page.keep_upload(sent, lambda _: None)
     assert kept == Path("saves/uploads/我的_数据.jsonl") and kept.read_text() == "2"
     assert data_page.datasets() == [str(kept)]
-    with pytest.raises(UserError, match="unknown type"):
-        data_page.keep_upload(room / "program.exe", lambda _: None, t)
+    with user_error("upload_unknown_type", file="program.exe"):
+        data_page.keep_upload(workdir / "program.exe", lambda _: None)
 
 
-def test_a_refused_upload_leaves_the_file_that_is_there(room: Path) -> None:
+def test_a_refused_upload_leaves_the_file_that_is_there(workdir: Path) -> None:
     good, faulty = [{"instruction": "a", "output": "b"}], [{"instruction": "a", "output": None}]
 
     def check(path: Path) -> None:
         dataset.check(common.load_config([f"dataset={path}"]).config)
 
-    kept = data_page.keep_upload(write_jsonl(room / "mine.jsonl", good), check, t)
+    kept = data_page.keep_upload(write_jsonl(workdir / "mine.jsonl", good), check)
     before = kept.read_text()
     with pytest.raises(UserError, match=r" saves/uploads/mine\.jsonl, row 1: output is null"):
-        data_page.keep_upload(write_jsonl(room / "mine.jsonl", faulty), check, t)
+        data_page.keep_upload(write_jsonl(workdir / "mine.jsonl", faulty), check)
     with pytest.raises(UserError):
-        data_page.keep_upload(write_jsonl(room / "other.jsonl", faulty), check, t)
+        data_page.keep_upload(write_jsonl(workdir / "other.jsonl", faulty), check)
     assert kept.read_text() == before and data_page.datasets() == [str(kept)]
     assert list(data_page.UPLOADS.iterdir()) == [kept]
 
 
 def test_the_embedded_model_is_fetched_without_a_hub(started: list[list[str]]) -> None:
-    assert data_page.lacks_embedded(common.EMBEDDED_MODEL) and not data_page.lacks_embedded("org/model")
-    data_page.start_download(common.EMBEDDED_MODEL, "hub", t)
-    data_page.start_download("org/model", "modelscope", t)
+    assert data_page.is_embedded_missing(common.EMBEDDED_MODEL) and not data_page.is_embedded_missing("org/model")
+    data_page.start_download(common.EMBEDDED_MODEL, "hub", "en")
+    data_page.start_download("org/model", "modelscope", "en")
     assert started == [["download.py"], ["download.py", "org/model", "--modelscope"]]
 
 
@@ -412,7 +442,7 @@ def test_odd_models_are_told_of(tiny_model: Path, tmp_path: Path) -> None:
     inner = json.loads((model / "config.json").read_text())
     write_json(model / "config.json", {"model_type": "gemma3", "text_config": inner})
     assert "at the peak" in train_page.memory_html(chosen, t)
-    assert "reads 8,192 tokens" in data_page.model_facts(str(model), t)
+    assert "context of 8,192 tokens" in data_page.model_facts(str(model), t)
     (model / "config.json").write_text("{broken")
     assert "cannot be estimated" in train_page.memory_html(chosen, t)
     assert "config.json is broken" in data_page.model_facts(str(model), t)
@@ -422,25 +452,22 @@ def test_odd_models_are_told_of(tiny_model: Path, tmp_path: Path) -> None:
 # Words
 
 
-def test_every_word_of_the_pages_is_there_in_chinese() -> None:
+def test_every_text_of_the_pages_has_its_chinese() -> None:
     used = set()
-    for room in ROOMS:
-        for node in ast.walk(ast.parse((ROOT / "web" / f"{room}.py").read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "t":
-                assert isinstance(node.args[0], ast.Constant), f"{room}, line {node.lineno}"
+    for file in [*(ROOT / "web").rglob("*.py"), ROOT / "webui.py"]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and "t" in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
+                assert isinstance(node.args[0], ast.Constant), f"{file}, line {node.lineno}"
                 used.add(node.args[0].value)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
-                own = isinstance(node.args[0], ast.Constant | ast.JoinedStr)
-                assert not own, f"{room}, line {node.lineno}: a refusal of the page's own, and not by t"
-    assert used == set(words.WORDS)
-    for english, chinese in words.WORDS.items():
-        assert set(re.findall(r"{\w+}", english)) == set(re.findall(r"{\w+}", chinese)), english
+    assert used == set(chinese()["texts"])
+    for english, text in chinese()["texts"].items():
+        assert set(re.findall(r"{(\w+)", english)) == set(re.findall(r"{(\w+)", text)), english
 
 
 def test_every_option_of_the_page_is_explained_in_chinese() -> None:
-    shown = [n for group in train_page.FOLDED for n in data_page.options_of(group) if n not in train_page.HIDDEN]
-    assert [name for name in shown if name not in words.HELP] == []
-    assert set(train_page.FOLDED) == set(words.GROUPS)
+    shown = [name for names in settings.folded_groups().values() for name in names]
+    assert [name for name in shown if name not in chinese()["options"]] == []
+    assert [title for title in settings.folded_groups() if title not in chinese()["groups"]] == []
 
 
 def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:
@@ -449,7 +476,7 @@ def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:
     assert {kind: quantize.TYPES[kind].bits for kind in export_page.TYPES} == export_page.TYPES
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("workdir")
 def test_rows_that_do_not_divide_make_the_sizes_a_lower_bound(tiny_model: Path) -> None:
     folder = make_folder("mine", "finished")
     run = {"status": "finished", "started": "2026-11-23T10:00:00+00:00", "model": str(tiny_model)}
@@ -472,7 +499,7 @@ def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -
     assert cells[6:] == ["calibration error (lower is better)", "0.200", "0.100"]
 
 
-@pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("workdir")
 def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
     folder = make_folder("mine", "finished")
     (folder / "adapter_config.json").write_text("{}")
@@ -540,7 +567,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, tin
     (folder / "models" / "tiny").symlink_to(tiny_model)
     yield folder
     for run in (folder / "saves").iterdir():
-        train_page.abort(run)
+        control.abort(run)
 
 
 @pytest.fixture(scope="module")
@@ -718,7 +745,7 @@ def test_a_training_outlives_browser_and_server(
     end(server.process)
     steps = len(train_page.read_log(folder))
     wait_for(lambda: len(train_page.read_log(folder)) > steps, 60)
-    assert train_page.at_work() == "long"
+    assert control.training_now() == "long"
 
     with serving(cwd=workshop) as again, browsing() as browser:
         page = browser.page(again.url + "/zh/", language="zh-CN")
@@ -736,5 +763,5 @@ def test_a_training_outlives_browser_and_server(
         page.click("#train-abort")
         wait_for_state(page, "aborted")
         assert "可从最近的检查点继续" in page.inner_text("#status")
-        assert not train_page.at_work()
+        assert not control.training_now()
         assert browser.foreign == [] and browser.faults == []

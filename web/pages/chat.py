@@ -240,7 +240,11 @@ class ChatPage(ChatLayout):
             raise UserError("chat_base_missing", name=source.name)
         while not chat_model.busy.acquire(timeout=0.3):
             loading = not chat_model.is_any_loaded()
-            text = t("loading {name} ...", name=source.name) if loading else t("another page is being answered; waiting ...")
+            text = (
+                t("loading {name} ...", name=source.name)
+                if loading
+                else t("another page is being answered; waiting ...")
+            )
             yield turns, text
             if waiting.stopped:
                 return

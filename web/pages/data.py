@@ -26,7 +26,7 @@ from runs.target import missing_from_model
 from training import preflight
 from web import control, jobs, settings, widgets
 from web.imports import import_libraries
-from web.texts import Translator
+from web.texts import Translator, with_other_path
 from web.widgets import fault, note
 
 UPLOADS = common.SAVES / "uploads"
@@ -147,22 +147,9 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
         try:
             check(beside)
         except UserError as error:
-            raise _renamed(error, str(beside), str(UPLOADS / name)) from None
+            raise with_other_path(error, str(beside), str(UPLOADS / name)) from None
         os.replace(beside, UPLOADS / name)  # a symbolic link of that name is replaced, and not followed
     return UPLOADS / name
-
-
-def _renamed(error: UserError, old: str, new: str) -> UserError:
-    """The same error with another path of the file, wherever it stands in the fields."""
-
-    def rename(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace(old, new)
-        if isinstance(value, list):
-            return [rename(item) for item in value]
-        return {key: rename(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return UserError.from_message(common.Message.from_json(rename(error.message.to_json())))
 
 
 def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
@@ -181,8 +168,9 @@ def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
 def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.Prepared]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
     from preprocessing.chat_template import load_template
+    from preprocessing.tokenizer import load_base_tokenizer
 
-    tokenizer = dataset.load_tokenizer(config)
+    tokenizer = load_base_tokenizer(config)
     prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
     _longest[config.model_name_or_path, config.dataset] = int(prepared.train_lengths.max())
     return tokenizer, prepared

@@ -10,6 +10,7 @@ from typing import Any
 
 from common import UserError
 from runs.files import read_jsonl
+from runs.metric_names import METRICS
 from web import control, jobs, widgets
 from web.control import read_json, run_folder
 from web.pages import data as data_page
@@ -45,33 +46,10 @@ def evaluations(name: str | None) -> list[Path]:
     return [path.parent for path in sorted(found, key=rank)]
 
 
-def figure_names(t: Translator) -> dict[str, str]:
-    """Names of figures for people; one that is not here keeps its own."""
-    return {
-        "accuracy": t("accuracy"),
-        "balanced_accuracy": t("balanced accuracy"),
-        "precision": t("precision"),
-        "recall": t("recall"),
-        "f1": "F1",
-        "roc_auc": "ROC AUC",
-        "average_precision": t("average precision"),
-        "tpr_at_fpr_10": t("true positives at 10 % false ones"),
-        "tpr_at_fpr_1": t("true positives at 1 % false ones"),
-        "brier": t("Brier score (lower is better)"),
-        "ece": t("calibration error (lower is better)"),
-        "exact_match": t("exact match"),
-        "bleu": "BLEU",
-        "chrf": "chrF",
-        "rouge1": "ROUGE-1",
-        "rouge2": "ROUGE-2",
-        "rougeL": "ROUGE-L",
-        "perplexity": t("perplexity"),
-        "loss": t("loss"),
-        "tokens": t("tokens"),
-        "log_loss": t("log loss"),
-        "seconds": t("seconds"),
-        "mass": t("share of the model's words that are one of the answers"),
-    }
+def metric_title(key: str, t: Translator) -> str:
+    """The name of a figure for people; one that is not in METRICS keeps its own."""
+    name = METRICS.get(key)
+    return key.replace("_", " ") if name is None else name.zh if t.language == "zh" else name.en
 
 
 def flat(figures: dict[str, Any]) -> dict[str, Any]:
@@ -94,10 +72,7 @@ def figures_html(found: dict[str, Any], t: Translator) -> str:
     numbers = {name: flat(models[name]) for name in order}
     names = list(dict.fromkeys(key for figures in numbers.values() for key in figures))
     names = [key for key in names if key not in LAST] + [key for key in names if key in LAST]
-    titles, words = (
-        figure_names(t),
-        {"base": t("base model"), "trained": t("trained"), "majority vote": t("majority vote")},
-    )
+    words = {"base": t("base model"), "trained": t("trained"), "majority vote": t("majority vote")}
     rows = []
     for key in names:
         cells = []
@@ -107,7 +82,7 @@ def figures_html(found: dict[str, Any], t: Translator) -> str:
             if interval and value is not None:
                 shown += f" <small>{interval[0]:.3f}–{interval[1]:.3f}</small>"
             cells.append(shown)
-        rows.append([escape(titles.get(key, key.replace("_", " "))), *cells])
+        rows.append([escape(metric_title(key, t)), *cells])
     return table([t("figure"), *(escape(words.get(name, name)) for name in order)], rows)
 
 

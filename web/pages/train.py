@@ -21,7 +21,7 @@ from training import preflight
 from web import control, jobs, settings, widgets
 from web.control import run_folder
 from web.pages import data as data_page
-from web.texts import Translator
+from web.texts import Translator, with_other_path
 from web.widgets import fault, note
 
 LOGGED = {"step", "total_steps", "tokens_per_second", "elapsed", "remaining"}  # what every line of our log has
@@ -351,9 +351,7 @@ class TrainPage:
         t = self.t
         with gr.Row(elem_classes="when-run"):
             self.run = gr.Dropdown([], label=t("Run"), elem_id="run", min_width=200)
-            self.compare = gr.Dropdown(
-                [], multiselect=True, label=t("Compare with"), elem_id="compare", min_width=200
-            )
+            self.compare = gr.Dropdown([], multiselect=True, label=t("Compare with"), elem_id="compare", min_width=200)
         self.status = gr.HTML(elem_id="status", padding=False)
         with gr.Row():
             self.pause = gr.Button(t("Pause"), elem_id="train-pause", visible=False)
@@ -396,13 +394,14 @@ class TrainPage:
         try:
             loaded = common.load_config([path])
         except UserError as error:
-            return [fault(error, t), *([gr.skip()] * (len(self.options) + 2))]
+            shown = fault(with_other_path(error, path, Path(path).name), t)
+            return [shown, *([gr.skip()] * (len(self.options) + 2))]
         names = list(self.options)
         name, others = settings.run_name_of(loaded), settings.without_field(loaded, names)
         notes = [t("{file} is loaded.", file=Path(path).name), *map(t.message, loaded.notes)]
         if common.SAVES / name != Path(loaded.config.output_dir):
-            text = "Runs of this page lie below saves/: {name} there, not {folder}."
-            notes.append(t(text, name=name, folder=loaded.config.output_dir))
+            folder = loaded.config.output_dir
+            notes.append(t("Runs of this page lie below saves/: {name} there, not {folder}.", name=name, folder=folder))
         return ["".join(map(note, notes)), name, others, *settings.fields_of(loaded, names).values()]
 
     def fit_model(self, model: str, *values: Any) -> list[Any]:
