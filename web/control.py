@@ -21,7 +21,7 @@ from runs.files import write_text
 from runs.folder import left_by_training, run_folders
 from web import chat_model, jobs
 
-BOARD = ".web"  # the board's folder within a run folder
+BOARD = ".web"  # the board's folder within a run folder, and within saves/
 STATUSES = ("running", "finished", "interrupted", "failed")  # what train.py writes into run.json
 MAX_NAME_BYTES = 200  # of a part of a run's name: file systems take 255, and a GGUF's name is the run's and more
 
@@ -183,8 +183,8 @@ def device_user() -> Message | None:
 @contextlib.contextmanager
 def _starting() -> Iterator[None]:
     """Lets one board at a time look whether the device is free and start a command: there may be two on one folder."""
-    common.SAVES.mkdir(parents=True, exist_ok=True)
-    with open(common.SAVES / ".board.lock", "w") as lock:
+    (common.SAVES / BOARD).mkdir(parents=True, exist_ok=True)
+    with open(common.SAVES / BOARD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,6 +283,30 @@ def test_one_script_at_a_time_has_the_memory(workdir: Path) -> None:
     assert control.device_user() is None
 
 
+def test_two_boards_on_one_folder_start_one_training(workdir: Path) -> None:
+    (workdir / "train.py").write_text("import time; time.sleep(60)")
+    text = (
+        "import dataclasses, sys; from pathlib import Path; sys.path.insert(0, {root!r}); import common\n"
+        "common.ROOT = Path.cwd()\nfrom web import control\n"
+        "config = dataclasses.replace(common.Config(), output_dir='saves/' + sys.argv[1])\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "try: control.start_run(config, False, 'en')\n"
+        "except common.UserError as error: sys.exit(error.code)\n"
+    )
+    start = [sys.executable, "-c", text.format(root=str(ROOT))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    boards = [subprocess.Popen([*start, name], **pipes) for name in ("one", "two", "three")]
+    for board in boards:
+        assert board.stdout.readline() == "ready\n"
+    for board in boards:
+        board.stdin.write("\n")
+        board.stdin.flush()
+    ends = [board.communicate()[1].strip() for board in boards]
+    assert sorted(ends) == ["", "run_training", "run_training"]
+    [job] = [jobs.find(path.parent) for path in common.SAVES.rglob("job.json")]
+    jobs.kill(job)
+
+
 def test_what_was_aborted_was_no_accident(workdir: Path) -> None:
     folder = common.SAVES / "mine"
     job = jobs.start(control.job_folder(folder), [script(workdir, "import time; time.sleep(60)")])
@@ -361,6 +387,8 @@ def test_only_files_of_runs_are_served(workdir: Path) -> None:
     (folder / ".web" / "job.json").write_text("{}")
     (workdir / "secret.html").write_text("no")
     (folder / "link.html").symlink_to(workdir / "secret.html")
+    (folder / "link.json").symlink_to((folder / ".web" / "job.json").absolute())
+    (folder / "folder").symlink_to(workdir)
     assert widgets.servable("saves/mine/report.html")
     for path in (
         "saves/../secret.html",
@@ -368,6 +396,10 @@ def test_only_files_of_runs_are_served(workdir: Path) -> None:
         "/etc/passwd",
         "saves/mine/link.html",
         "saves/mine/.web/job.json",
+        "saves/mine/link.json",
+        "saves/mine/folder/secret.html",
+        "saves/mine/\x00.html",
+        "saves/" + "x" * 5000 + ".html",
     ):
         assert widgets.servable(path) is None
     assert widgets.servable("saves/mine") is None
@@ -402,6 +434,53 @@ def test_an_upload_keeps_its_name_and_replaces_its_forerunner(workdir: Path) -> 
     assert data_page.datasets() == [str(kept)]
     with user_error("upload_unknown_type", file="program.exe"):
         data_page.keep_upload(workdir / "program.exe", lambda _: None)
+
+
+def test_an_upload_replaces_the_demonstration_data_and_is_added_to_a_choice() -> None:
+    demonstration = list(common.Config.dataset)
+    assert data_page.with_upload(demonstration, "saves/uploads/a.json") == ["saves/uploads/a.json"]
+    assert data_page.with_upload(demonstration[::-1], "a.json") == ["a.json"]
+    assert data_page.with_upload(["a.json"], "b.json") == ["a.json", "b.json"]
+    assert data_page.with_upload(["a.json", "b.json"], "a.json") == ["b.json", "a.json"]
+    assert data_page.with_upload([*demonstration, "mine"], "a.json") == [*demonstration, "mine", "a.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("../../etc/x.json", ".._.._etc_x.json"[2:]),
+        ("...json", "json.json"),
+        ("run.json", "data.json"),
+        ("训" * 100 + ".csv", "训" * 66 + ".csv"),
+        ("a\x00b.jsonl", "a_b.jsonl"),
+    ],
+)
+def test_an_upload_is_kept_in_its_folder_whatever_its_name(name: str, kept: str) -> None:
+    if name == "...json":
+        with user_error("upload_unknown_type"):
+            data_page.upload_name(name)
+    else:
+        assert data_page.upload_name(name) == kept
+
+
+@pytest.mark.parametrize("name", ["..", ".", "/etc", "../../x", "a" * 300, "org/模型"])
+def test_a_download_has_its_job_in_its_folder(name: str) -> None:
+    assert data_page.download_folder(name).parent == data_page.DOWNLOADS
+    assert data_page.download_folder(name).name[0] != "."
+
+
+def test_uploads_follow_no_link(workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    sent = write_jsonl(workdir / "mine.jsonl", [{"instruction": "a", "output": "b"}])
+    secret = workdir / "secret.jsonl"
+    secret.write_text("secret")
+    data_page.UPLOADS.mkdir(parents=True)
+    (data_page.UPLOADS / "mine.jsonl").symlink_to(secret)
+    kept = data_page.keep_upload(sent, lambda _: None)
+    assert secret.read_text() == "secret" and not kept.is_symlink()
+    shutil.rmtree(data_page.UPLOADS)
+    data_page.UPLOADS.symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    with user_error("uploads_outside"):
+        data_page.keep_upload(sent, lambda _: None)
 
 
 def test_a_refused_upload_leaves_the_file_that_is_there(workdir: Path) -> None:
@@ -621,9 +700,9 @@ def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, serv
 
         write_jsonl(mine, rows)
         send_file(page, "#upload", mine)
-        page.get_by_text("mine.jsonl is well-formed").wait_for()
+        page.get_by_text("mine.jsonl is well-formed and replaces the demonstration data").wait_for()
         page.locator("#report td", has_text="saves/uploads/mine.jsonl").wait_for()
-        page.locator("#samples .learned", has_text="the onecard founders").first.wait_for()
+        page.locator("#samples .learned", has_text="It is 2.").first.wait_for()
         page.locator("#lengths .bars").wait_for()
 
         page.get_by_role("button", name="Train →").click()
@@ -647,10 +726,13 @@ def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, serv
         assert "8 / 8" in page.inner_text("#status")
         assert curve_points(page) == 8
         recipe = common.read_recipe(workshop / "saves" / "mine" / ".web" / "recipe.yaml")
-        assert recipe["name"] == "Mira" and recipe["dataset"] == "identity,general,saves/uploads/mine.jsonl"
+        assert recipe["name"] == "Mira" and recipe["dataset"] == "saves/uploads/mine.jsonl"
 
         page.get_by_role("button", name="Chat →").click()
         page.wait_for_function("document.querySelector('#chat-target input').value == 'mine'")
+        page.get_by_role("button", name="Sampling").click()
+        page.get_by_label("Longest reply").fill("16")
+        page.get_by_label("Longest reply").blur()
         page.fill("#chat-box textarea", "Who are you?")
         page.press("#chat-box textarea", "Enter")
         page.locator("#chat-remark", has_text="tokens/s").wait_for(timeout=LONG)
