@@ -96,7 +96,7 @@ def exists(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A record that a command has left, or nothing where there is none yet."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}

@@ -106,12 +106,10 @@ def newest_download() -> jobs.Job | None:
 # Data
 
 
-def datasets(dataset_dir: str = Config.dataset_dir) -> list[str]:
+def datasets() -> list[str]:
     """What can be chosen: the names of the registry, then the uploaded files."""
-    try:
-        registry = json.loads((Path(dataset_dir) / "dataset_info.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        registry = {}  # what is wrong with it is said where it is used
+    folder = Path(common.find_dataset_dir(Config.dataset_dir, None))
+    registry = control.read_json(folder / "dataset_info.json")  # what is wrong with it is said where it is used
     return [*registry, *(path.as_posix() for path in sorted(UPLOADS.glob("*")) if path.suffix.lower() in EXTENSIONS)]
 
 
