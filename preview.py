@@ -2,7 +2,7 @@
 
 python preview.py [DATASETS] [RECIPE] [key=value ...]
 
-DATASETS are names of dataset_info.json or files, with commas; without them the recipe's.
+DATASETS are names of dataset_info.json or files, with commas; without them the recipe's. RECIPE is a YAML file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from preprocessing.data_report import format_report, show_sample
 def main(argv: list[str]) -> None:
     """Prints the report of DATASETS and a few samples."""
     if "--help" in argv or "-h" in argv:
-        print(common.help_text(__doc__))
+        print(common.help_text(__doc__, ("model", "data")))
         return
-    plain = [a for a in argv if "=" not in a and not a.startswith("-")]
-    if plain and Path(plain[0]).suffix not in (".yaml", ".yml"):
-        argv = [a for a in argv if a != plain[0]] + [f"dataset={plain[0]}"]
-    config = common.load_config(argv).config
+    config = common.load_config(name_datasets(argv)).config
     dataset.check(config)
     from preprocessing.chat_template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
@@ -33,6 +30,15 @@ def main(argv: list[str]) -> None:
     count = len(prepared.train)
     for index in sorted({0, count // 2, count - 1}):
         print(f"\n--- sample {index + 1} of {count:,} ---\n{show_sample(tokenizer, prepared.train[index])}")
+
+
+def name_datasets(argv: list[str]) -> list[str]:
+    """The arguments with DATASETS, the first that is neither a setting nor a recipe, as a setting."""
+    for index, argument in enumerate(argv):
+        is_setting = argument.startswith("-") or ("=" in argument and not Path(argument).exists())
+        if not is_setting and Path(argument).suffix.lower() not in (".yaml", ".yml"):
+            return [*argv[:index], *argv[index + 1 :], f"dataset={argument}"]
+    return argv
 
 
 if __name__ == "__main__":

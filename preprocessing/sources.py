@@ -365,10 +365,16 @@ def _arrow_rows(path: Path) -> NumberedRows:
                 source.seek(0)
                 file = pyarrow.ipc.open_file(source)
                 reader = map(file.get_batch, range(file.num_record_batches))
-            for number, row in _numbered(reader):
+            for number, row in _numbered(map(_validated, reader)):
                 yield number, row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         yield number + 1, Fault("file_not_of_type", type="Arrow", problem=_first_line(error), final=True)
+
+
+def _validated(batch: Any) -> Any:
+    """The batch itself; raises ArrowInvalid for one that is damaged, reading which would end the process."""
+    batch.validate(full=True)
+    return batch
 
 
 def _first_line(error: Exception) -> str:

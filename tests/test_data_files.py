@@ -455,7 +455,7 @@ def test_a_broken_file_is_told(table: list[str], tmp_path: Path):
         (
             "tx.csv",
             HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"),
-            "line 2, byte 1 is not UTF-8; save the file as CSV",
+            "line 2, byte 1 is not UTF-8; save the file as UTF-8",
         ),
     ):
         (tmp_path / name).write_bytes(content)

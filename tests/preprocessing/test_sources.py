@@ -188,6 +188,20 @@ def test_what_is_wrong_with_a_file(
         dataset.check(config(tmp_path / name))
 
 
+def test_a_damaged_arrow_file_is_a_fault_and_not_the_end_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "rows.arrow"
+    table = pa.table({"instruction": ["q"], "output": ["a"]})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    offsets = (0).to_bytes(4, "little") + (1).to_bytes(4, "little")
+    content = path.read_bytes()
+    assert content.count(offsets) >= 2
+    at = content.rindex(offsets)
+    path.write_bytes(content[: at + 4] + (1 << 30).to_bytes(4, "little") + content[at + 8 :])
+    with faulty("file_not_of_type", row=1, type="Arrow"):
+        dataset.check(config(path))
+
+
 def test_a_pipe_or_a_device_ends_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     (tmp_path / "null.json").symlink_to("/dev/zero")
