@@ -10,7 +10,6 @@ import os
 import random
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,11 @@ from common import Message, UserError
 from inference.engine import ChatMessage, Engine, Reply, Settings, TokenLogprob
 from inference.kv_cache import MIN_SHARED, common_prefix
 from inference.sampling import Sampler
-from preprocessing.chat_template import ChatTemplate
+from preprocessing.chat_template import plain_conversation
+from preprocessing.control_tokens import NONCHARACTERS, Marker, any_of, map_texts, render
+from preprocessing.faults import Fault
+from preprocessing.jinja_sandbox import compile_template, without_generation_tags
+from preprocessing.prompts import complete_prompt
 from runs.target import Source
 
 MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the whole context at the start
@@ -29,7 +32,6 @@ COMPUTE_BYTES = 512 << 20  # of the card, for what llama.cpp computes with
 LOG_ERROR = 4  # ggml_log_level
 SHARED_CONTEXTS = 2  # contexts of memory that the rows of a batch share
 MAX_STEP = 2048  # tokens of prompts in one step of a batch
-RESERVED = re.compile("[\ufdd0-\ufdef]")  # noncharacters, as preprocessing/chat_template.py refuses them
 
 
 class LlamaCppEngine(Engine):
@@ -65,48 +67,31 @@ class LlamaCppEngine(Engine):
     def _is(self, token: int, kind: str) -> bool:
         return getattr(self._lib, f"llama_vocab_is_{kind}")(self._vocabulary, token)
 
-    def _compile(self, text: str | None, file: str) -> Any:
-        """The chat template, with what chat templates may call (the same as in transformers)."""
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+    def _compile(self, text: str | None, file: str) -> str:
+        """The chat template as plain Jinja, without generation tags; raises UserError where it is none."""
         if text is None:
             raise UserError("gguf_without_template", file=file)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = time.strftime
+        text = without_generation_tags(text)
         try:
-            return environment.from_string(ChatTemplate(file, text, (), False).saved)  # without generation tags
-        except TemplateError as error:
-            raise UserError("gguf_template_unusable", file=file, reason=error) from None
+            compile_template(text)
+        except Fault as fault:
+            raise UserError("gguf_template_unusable", file=file, reason=fault.message) from None
+        return text
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """As with transformers: only the template's own control tokens are control tokens, a message's text is text.
 
         In the messages each look-alike is a number between two Unicode noncharacters while the template renders.
-        Raises UserError where the template refuses the messages.
+        Raises UserError where the template refuses the messages or would leave a part of them out.
         """
-        from jinja2 import TemplateError
-
-        if RESERVED.search(json.dumps([messages, tools], ensure_ascii=False)):
-            raise UserError("gguf_prompt_noncharacters")
         names = sorted(self.control_tokens, key=len, reverse=True)
-        control = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        messages, tools = _map_texts(
-            [messages, tools], lambda text: control.sub(lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", text)
-        )
-        spelled = {f"{kind}_token": self._spelled(kind) for kind in ("bos", "eos")}
-        thinking = self.config.enable_thinking
+        control = any_of(names)
         try:
-            text = self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=True, enable_thinking=thinking, **spelled
-            )
-        except TemplateError as error:
-            raise UserError("gguf_prompt_refused", reason=error) from None
-        except TypeError as error:  # a template that adds up None and text
-            raise UserError("gguf_prompt_not_rendered", reason=error) from None
+            if NONCHARACTERS.search(json.dumps([messages, tools], ensure_ascii=False)):
+                raise Fault("text_has_noncharacters")
+            text = self._prompt_text(messages, tools, lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", control)
+        except Fault as fault:
+            raise UserError("messages_do_not_suit_template", reason=fault.message) from None
         ids: list[int] = []
         for part in re.split(f"({control.pattern})", text):
             if part in self.control_tokens:
@@ -115,6 +100,25 @@ class LlamaCppEngine(Engine):
                 part = re.sub("\ufdd0(\\d+)\ufdd1", lambda m: names[int(m[1])], part)
                 ids += self.model.tokenize(part.encode(), add_bos=False, special=False)
         return ids
+
+    def _prompt_text(
+        self,
+        messages: list[ChatMessage],
+        tools: list[dict[str, Any]] | None,
+        escape: Callable[[re.Match[str]], str],
+        control: re.Pattern[str],
+    ) -> str:
+        """The prompt, with every look-alike of a control token escaped."""
+        conversation = plain_conversation({"messages": messages, "tools": tools})
+        conversation = map_texts(conversation, lambda text: control.sub(escape, text))
+        spelled = {f"{kind}_token": self._spelled(kind) for kind in ("bos", "eos")}
+
+        def write(some: list[ChatMessage], header: bool) -> str:
+            changed = {**conversation, "messages": some}
+            thinking = self.config.enable_thinking
+            return render(self._template, changed, spelled, thinking=thinking, prompt=header)
+
+        return complete_prompt(conversation["messages"], write, Marker(self.added_tokens), control.search)
 
     def text_ids(self, text: str) -> list[int]:
         return self.model.tokenize(
@@ -332,18 +336,3 @@ def _cache_bytes(about: dict[str, str], cells: int) -> int:
     size = known("embedding_length") // most
     sizes = (known("attention.key_length") or size) + (known("attention.value_length") or size)
     return shared * sizes * 2 * cells
-
-
-def _refuse(reason: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(reason)
-
-
-def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` (as in JSON) with `change` applied to every string in it."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, list):
-        return [_map_texts(item, change) for item in value]
-    return {change(key): _map_texts(item, change) for key, item in value.items()} if isinstance(value, dict) else value

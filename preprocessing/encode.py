@@ -1,4 +1,4 @@
-"""Conversations, preference pairs and documents → token ids and labels."""
+"""Conversations → token ids and labels."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _sample(
         learn(start, stop, False)
     for number in cut:  # a cut answer must not teach to stop there
         start, stop = rendered.spans[number]
-        learn(_end_of_turn(rendered, start, stop, encoder), stop, False)
+        learn(end_of_turn(rendered, start, stop, encoder), stop, False)
     if max(labels, default=-100) == -100:
         if truncated:
             raise Fault("no_space_for_answer", cutoff_len=rules.cutoff_len, tokens=len(ids))
@@ -151,7 +151,7 @@ def _token_from(encoding: Any, position: int, stop: int) -> int:
     return len(encoding)
 
 
-def _end_of_turn(rendered: Rendered, start: int, stop: int, encoder: TextEncoder) -> int:
+def end_of_turn(rendered: Rendered, start: int, stop: int, encoder: TextEncoder) -> int:
     """Where the control token that ends the answer [start, stop) starts."""
     answer = rendered.text[start:stop]
     if rendered.escaped:

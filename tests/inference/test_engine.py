@@ -639,19 +639,20 @@ def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) ->
     piece, ids = model.detokenizer(), exact.text_ids(ruled)
     assert "".join(map(piece, ids)) == model.text_of(ids) == ruled
     for noncharacters in ("\ufdd099999\ufdd1", "\ufdd03\ufdd1"):  # what stands for control tokens while rendering
-        with user_error("gguf_prompt_noncharacters"):
+        with user_error("messages_do_not_suit_template", reason=Message("text_has_noncharacters")):
             model.prompt_ids([user(noncharacters)])
     own, lines = model._template, "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
     model._template = model._compile(lines, "x.gguf")
     assert model.text_of(model.prompt_ids([user("as it is")])) == "as it is"
     for fault, code in (
-        ("messages[0]['content'] + messages[0]['x']", "gguf_prompt_refused"),
-        ("none + 'x'", "gguf_prompt_not_rendered"),
-        ("raise_exception('no')", "gguf_prompt_refused"),
+        ("messages[0]['content'] + messages[0]['x']", "template_refuses"),
+        ("none + 'x'", "template_fails"),
+        ("raise_exception('no')", "template_refuses"),
     ):
         model._template = model._compile(f"{{{{ {fault} }}}}", "x.gguf")
-        with user_error(code):
+        with user_error("messages_do_not_suit_template") as raised:
             model.prompt_ids([user("x")])
+        assert raised.value.fields["reason"].code == code
     with user_error("gguf_template_unusable", file="x.gguf"):
         model._compile("{% if %}", "x.gguf")
     model._template = own

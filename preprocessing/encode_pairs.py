@@ -1,0 +1,172 @@
+"""Preference pairs and raw documents → token ids, by the same rules as conversations (encode.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from common import Message, UserError
+from preprocessing.chat_template import ChatTemplate, plain_conversation, render_conversation
+from preprocessing.control_tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
+from preprocessing.encode import Messages, end_of_turn, token_span
+from preprocessing.faults import Fault
+from preprocessing.truncation import shorten
+
+# {"prompt_ids", "chosen_ids", "rejected_ids": list[int], "truncated": bool}
+Pair = dict[str, Any]
+
+
+def encode_pair(
+    conversation: Conversation,
+    chosen: dict[str, Any],
+    rejected: dict[str, Any],
+    template: ChatTemplate,
+    tokenizer: Any,
+    *,
+    cutoff_len: int,
+    overlong: str = "truncate",
+    enable_thinking: bool = True,
+) -> Pair | Message:
+    """The token ids of a prompt and two answers to it, or the reason why there are none.
+
+    `conversation` ends with what is answered; `chosen` and `rejected` are messages of the assistant. Prompt and answer
+    are together what `encode` makes of the whole conversation, up to the end of the last turn; a token that holds the
+    end of the prompt and the start of an answer belongs to both answers. Where the longer one does not fit into
+    `cutoff_len` tokens, turns of the prompt are left out, the oldest first, then both sides are cut as truncation.py
+    says, both answers at the same length; an answer that was cut has no end of its turn.
+    """
+    encoder = encoder_of(tokenizer, template.text)
+    writer = _PairWriter(conversation, template, encoder, enable_thinking)
+    try:
+        prompt, answers = _plain_pair(conversation, chosen, rejected)
+        pair = _joined(*(writer.encode(prompt, answer) for answer in answers))
+        length = len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        if pair["chosen_ids"] == pair["rejected_ids"]:
+            raise Fault("pair_answers_are_equal")
+        if length <= cutoff_len:
+            return pair
+        if overlong != "truncate":
+            raise Fault("longer_than_cutoff_len", tokens=length, cutoff_len=cutoff_len)
+        return _shortened_pair(prompt, answers, writer, cutoff_len)
+    except Fault as fault:
+        return fault.message
+
+
+def _plain_pair(
+    conversation: Conversation, chosen: dict[str, Any], rejected: dict[str, Any]
+) -> tuple[Messages, list[dict[str, Any]]]:
+    """The prompt's messages and the two answers, with contents that are strings; raises Fault for an empty answer."""
+    messages = plain_conversation({"messages": [*conversation["messages"], chosen, rejected]})["messages"]
+    for kind, answer in zip(("chosen", "rejected"), messages[-2:], strict=True):
+        if answer["role"] != "assistant":
+            raise Fault("pair_answer_of_wrong_role", kind=kind, role=answer["role"])
+        if not answer["content"].strip() and not answer.get("tool_calls"):
+            raise Fault("pair_answer_is_empty", kind=kind)
+    return messages[:-2], messages[-2:]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Ids up to the end of the answer; the answer starts at `start`, the end of its turn at `turn_end`."""
+
+    ids: list[int]
+    start: int
+    turn_end: int
+
+
+@dataclass(frozen=True)
+class _PairWriter:
+    """Renders and encodes a prompt with one of its answers."""
+
+    conversation: Conversation
+    template: ChatTemplate
+    encoder: TextEncoder
+    thinking: bool
+
+    def encode(self, prompt: Messages, answer: dict[str, Any]) -> _Encoded:
+        whole = {**self.conversation, "messages": [*prompt, answer]}
+        rendered = render_conversation(self.template, whole, self.encoder, self.thinking)
+        encoding = self.encoder.encode([rendered.text], rendered.escaped)[0]
+        ids = self.encoder.ids(encoding, rendered.text, rendered.escaped)
+        if not rendered.spans:
+            raise Fault("no_answer_to_learn")
+        start, stop = rendered.spans[-1]
+        first, end = token_span(encoding, start, stop, len(rendered.text))
+        turn_end, _ = token_span(encoding, end_of_turn(rendered, start, stop, self.encoder), stop, len(rendered.text))
+        return _Encoded(ids[:end], first, turn_end)
+
+
+def _joined(chosen: _Encoded, rejected: _Encoded) -> Pair:
+    """The two as a pair with one prompt; raises Fault where the template writes different prompts."""
+    start = min(chosen.start, rejected.start)
+    if chosen.ids[:start] != rejected.ids[:start]:
+        raise Fault("pair_prompts_differ")
+    return {
+        "prompt_ids": chosen.ids[:start],
+        "chosen_ids": chosen.ids[start:],
+        "rejected_ids": rejected.ids[start:],
+        "truncated": False,
+    }
+
+
+def _shortened_pair(prompt: Messages, answers: list[dict[str, Any]], writer: _PairWriter, cutoff_len: int) -> Pair:
+    """The pair in at most `cutoff_len` tokens; raises Fault where the answers would be equal."""
+
+    def measure(messages: Messages) -> tuple[None, range]:
+        return None, range(len(writer.encode(messages[:-1], messages[-1]).ids))
+
+    token_starts = writer.encoder.token_starts
+    longer = max(answers, key=lambda answer: len(writer.encode(prompt, answer).ids))
+    kept, cut, _, _ = shorten([*prompt, longer], measure, token_starts, cutoff_len)
+    most = None if cut[-1] is kept[-1] else len(token_starts(cut[-1]["content"]))
+    encoded = []
+    for answer in answers:
+        starts = token_starts(answer["content"])
+        if most is None or len(starts) <= most:
+            encoded.append(writer.encode(cut[:-1], answer))
+            continue
+        part = {**answer, "content": answer["content"][: starts[most]]}
+        if "</think>" in answer["content"] and "</think>" not in part["content"] and not writer.template.tagged:
+            raise Fault("thoughts_do_not_fit")
+        whole = writer.encode(cut[:-1], part)
+        encoded.append(_Encoded(whole.ids[: whole.turn_end], whole.start, whole.turn_end))
+    pair = _joined(*encoded)
+    space = cutoff_len - len(pair["prompt_ids"])
+    pair |= {name: pair[name][:space] for name in ("chosen_ids", "rejected_ids")} | {"truncated": True}
+    if pair["chosen_ids"] == pair["rejected_ids"]:
+        raise Fault("pair_is_equal_when_cut", cutoff_len=cutoff_len)
+    return pair
+
+
+def encode_documents(texts: list[str], tokenizer: Any, *, cutoff_len: int) -> list[list[dict[str, Any]] | Message]:
+    """For each raw text its samples, or the reason why there are none: every token is learned.
+
+    An end of sequence follows each document, and the tokenizer's start of sequence precedes it where the tokenizer
+    itself puts one. What looks like a control token stays text. A document of more than `cutoff_len` tokens becomes
+    several samples of about equal length. Raises UserError where the tokenizer has no end of sequence.
+    """
+    encoder = encoder_of(tokenizer, "")
+    if tokenizer.eos_token_id is None:
+        raise UserError("tokenizer_has_no_end_of_sequence")
+    begin = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    results: list[Any] = []
+    for text in texts:
+        try:
+            ids = [*begin, *_document_ids(text, encoder), tokenizer.eos_token_id]
+        except Fault as fault:
+            results.append(fault.message)
+            continue
+        parts = -(-len(ids) // cutoff_len)
+        size = -(-len(ids) // parts)
+        pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+        results.append([{"input_ids": piece, "labels": list(piece)} for piece in pieces])
+    return results
+
+
+def _document_ids(text: str, encoder: TextEncoder) -> list[int]:
+    if not text.strip():
+        raise Fault("document_is_empty")
+    escaped = encoder.has_lookalikes({"messages": [{"content": text}]})
+    if escaped and NONCHARACTERS.search(text):
+        raise Fault("text_has_noncharacters")
+    return encoder.ids(encoder.encode([text], escaped)[0], text, escaped)
