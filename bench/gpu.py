@@ -127,7 +127,7 @@ def matrix_weights(folder: Path) -> int:
     """How many weights a token is multiplied with: all but the table of embeddings."""
     import math
 
-    from training.preflight import tensor_shapes
+    from training.memory import tensor_shapes
 
     shapes = tensor_shapes(folder)
     tied = "lm_head.weight" not in shapes

@@ -10,10 +10,16 @@ from common import SAVES, Config, UserError, load_config
 from runs.files import write_json
 
 TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
+# Patterns of all that a training, and what comes after it, leaves in a run folder.
+LEFT_BY_TRAINING = (
+    *("checkpoint-[0-9]*", ".saving", ".replaced-*", "adapter_*", "tokenizer*", "special_tokens_map.json"),
+    *("chat_template.jinja", "trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md"),
+    *("merged", "gguf", "eval", "report.html", "runs", TRAINED),
+)
 
 
 def suit_transformers_4(folder: Path) -> None:
-    """Rewrites in tokenizer_config.json what only transformers 5 can read; it reads the older words as well."""
+    """Rewrites in tokenizer_config.json what only transformers 5 can read; it reads the older names as well."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -24,17 +30,15 @@ def suit_transformers_4(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a run folder, or None where there is none."""
+    """run.json of a run folder, or None where there is none; raises UserError where it is broken."""
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(run, dict) or not isinstance(run.get("status"), str):
-            raise ValueError("it does not say how the run stands")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError(
-            f"{folder / 'run.json'} is broken ({error}); delete it, or train with overwrite_output_dir=true"
-        ) from None
+        raise UserError("run_json_broken", file=folder / "run.json", problem=str(error)) from None
+    if not isinstance(run, dict) or not isinstance(run.get("status"), str):
+        raise UserError("run_json_broken", file=folder / "run.json", problem="status")
     return run
 
 
@@ -49,7 +53,7 @@ def newest_run(saves: Path = SAVES) -> Path:
     for folder in run_folders(saves):
         if (folder / "adapter_config.json").exists():
             return folder
-    raise UserError(f"there is no finished run in {saves}/; train one first: make train")
+    raise UserError("no_finished_run", saves=saves)
 
 
 def is_run(path: Path) -> bool:
@@ -59,17 +63,7 @@ def is_run(path: Path) -> bool:
 
 def left_by_training(folder: Path) -> list[Path]:
     """What a training has left in `folder`: all that a new one there would delete."""
-    names = (
-        "checkpoint-[0-9]*",
-        ".saving",
-        "adapter_*",
-        "tokenizer*",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    )
-    names += ("trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md", "merged", "gguf")
-    names += ("eval", "report.html", "runs", TRAINED)
-    return [path for name in names for path in folder.glob(name)]
+    return [path for name in LEFT_BY_TRAINING for path in folder.glob(name)] if folder.is_dir() else []
 
 
 def run_config(folder: Path) -> Config:

@@ -217,11 +217,11 @@ def test_the_trained_model_knows_its_name_and_forgot_nothing(journey):
 @pytest.mark.slow
 def test_memory_estimate_matches_measured_peak(journey):
     from runs.folder import run_config
-    from training import preflight
+    from training import memory
 
     folder, _ = journey
     config = run_config(folder / "saves" / "quickstart")
     tokens = config.per_device_train_batch_size * 56  # the longest sample of identity and general
-    parts = preflight.estimate_memory(config, folder / config.model_name_or_path, tokens, None)
+    parts = memory.estimate_memory(config, memory.read_model(folder / config.model_name_or_path), tokens, None)
     used = json.loads((folder / "saves/quickstart/run.json").read_text())["peak_memory"]
     assert used == pytest.approx(sum(parts.values()), rel=0.35)

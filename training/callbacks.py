@@ -1,51 +1,41 @@
-"""What a training reports as it goes: trainer_log.jsonl, training_loss.png, the progress bar; and how it is stopped."""
+"""What happens around the steps of a training: the log and the progress bar, saves, an interruption, the end."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common import Config, UserError
+from common import Config, Message, UserError
 from runs.charts import draw_loss
-from runs.files import read_jsonl, write_text
+from runs.log import append_line, keep_lines, read_log
 from training import early_stopping
+from training.plan import TrainingPlan
 
-LOG = "trainer_log.jsonl"
 PICTURE = "training_loss.png"
+DRAW_EVERY = 15  # seconds; a picture costs a third of a second
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's trainer_log.jsonl; a last line cut off by a kill is left out."""
-    return read_jsonl(folder / LOG)
-
-
-def mean_loss(lines: list[dict[str, Any]]) -> float | None:
-    """The training loss over all steps of a log: each line's loss stands for the steps since the line before."""
-    total, seen = 0.0, 0
-    for line in lines:
-        if "loss" in line:
-            total += line["loss"] * (line["step"] - seen)
-            seen = line["step"]
-    return total / seen if seen else None
+class EvaluationInterrupted(Exception):
+    """Ctrl-C or SIGTERM in the middle of an evaluation, which is done again when the run goes on."""
 
 
 class Progress(TrainerCallback):
-    """Writes the log, draws the loss, shows the bar."""
+    """Writes the log, draws the loss, shows the progress bar, and ends a run whose loss is no number."""
 
     def __init__(self, folder: Path, plot_loss: bool) -> None:
         self.folder, self.plot_loss = folder, plot_loss
         self.earlier_seconds = 0.0  # of the same run before it was interrupted
         self.bar: Any = None
-        self.drawn = 0.0
+        self.drawn_at = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,8 +43,11 @@ class Progress(TrainerCallback):
         from tqdm import tqdm
 
         # a resumed run goes on from its checkpoint: what was logged after that will be logged again
-        kept = [line for line in read_log(self.folder) if line["step"] <= state.global_step]
-        write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        evaluated = {line["step"] for line in state.log_history if "eval_loss" in line}
+        kept = keep_lines(
+            self.folder,
+            lambda line: line["step"] <= state.global_step and ("eval_loss" not in line or line["step"] in evaluated),
+        )
         self.earlier_seconds = kept[-1]["elapsed"] if kept else 0.0
         self.started, self.first_step = time.monotonic(), state.global_step
         self.first_tokens = state.num_input_tokens_seen
@@ -78,10 +71,20 @@ class Progress(TrainerCallback):
         logs = logs or {}
         if "loss" not in logs and "eval_loss" not in logs:
             return
+        line = self._line(state, logs)
+        append_line(self.folder, line)
+        shown = {key: f"{logs[key]:.4f}" for key in ("loss", "eval_loss") if key in logs}
+        self.bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise UserError("loss_not_finite", what=key, value=str(logs[key]), step=state.global_step)
+        if self.plot_loss and time.monotonic() - self.drawn_at > DRAW_EVERY:
+            self.draw()
+
+    def _line(self, state: TrainerState, logs: dict[str, float]) -> dict[str, Any]:
         seconds = time.monotonic() - self.started
-        steps = state.global_step - self.first_step
-        tokens = state.num_input_tokens_seen
-        line = {
+        steps, tokens = state.global_step - self.first_step, state.num_input_tokens_seen
+        return {
             "step": state.global_step,
             "total_steps": state.max_steps,
             "epoch": round(state.epoch or 0.0, 4),
@@ -91,18 +94,6 @@ class Progress(TrainerCallback):
             "elapsed": round(self.earlier_seconds + seconds, 1),
             "remaining": round(seconds / max(steps, 1) * (state.max_steps - state.global_step), 1),
         }
-        with open(self.folder / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        shown = {key: f"{logs[key]:.4f}" for key in ("loss", "eval_loss") if key in logs}
-        self.bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)
-        for key in ("loss", "eval_loss"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise UserError(
-                    f"the {key} became {logs[key]} at step {state.global_step}; "
-                    "start over with a lower learning_rate (a tenth), overwrite_output_dir=true"
-                )
-        if self.plot_loss and time.monotonic() - self.drawn > 15:  # a picture costs a third of a second
-            self.draw()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,11 +105,14 @@ class Progress(TrainerCallback):
     def draw(self) -> None:
         """Draws training_loss.png from the log."""
         draw_loss(read_log(self.folder), self.folder / PICTURE)
-        self.drawn = time.monotonic()
+        self.drawn_at = time.monotonic()
 
 
 class Interruption(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) saves a checkpoint after the step and stops; the second ends at once."""
+    """The first Ctrl-C (or SIGTERM) saves a checkpoint after the step and stops; the second ends at once.
+
+    An evaluation is given up where it stands: `training.resume` repeats it when the run goes on.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -127,7 +121,7 @@ class Interruption(TrainerCallback):
         if self.asked:
             os._exit(128 + number)
         self.asked = True
-        print("\nsaving a checkpoint after this step; once more to end at once", file=sys.stderr)
+        print(f"\n{Message('saving_then_stopping')}", file=sys.stderr)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,25 +129,77 @@ class Interruption(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.asked:
+            raise EvaluationInterrupted
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
-            control.should_training_stop = True
-            control.should_save = control.should_log = True
+            control.should_training_stop = control.should_save = True
             control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.asked:
+            control.should_evaluate = control.should_save = False
+
+
+class Saves(TrainerCallback):
+    """Saves at the steps of `save_steps` that are not evaluated; transformers saves at those that are."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.plan = plan
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
+            control.should_save = control.should_save or self.plan.saves_at(state.global_step)
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends the training when `early_stopping.why_stop` has a reason, which it keeps.
+    """Ends the training when `early_stopping.stop_reason` has a reason, which it keeps.
 
     It looks at the whole log each time and has no state of its own, so a resumed run stops where an uninterrupted one
     would.
     """
 
-    def __init__(self, config: Config, plan: early_stopping.Plan) -> None:
+    def __init__(self, config: Config, plan: TrainingPlan) -> None:
         self.config, self.plan = config, plan
-        self.reason: str | None = None
+        self.reason: Message | None = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.reason = self.reason or early_stopping.why_stop(state.log_history, self.config, self.plan)
+        self.reason = self.reason or early_stopping.stop_reason(state.log_history, self.config, self.plan.epoch_steps)
         if self.reason:
             control.should_training_stop = True
+
+
+class FiniteGradients(TrainerCallback):
+    """Ends a run before a gradient that is no number reaches the weights, whatever the loss is.
+
+    `last_norm` gives the gradients' norm of this step. With float16's loss scaling an overflow is expected now and
+    then, and the scaler leaves that step out: there the weights are looked at, after each step.
+    """
+
+    def __init__(self, last_norm: Callable[[], float]) -> None:
+        self.last_norm = last_norm
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.fp16 and not math.isfinite(norm := self.last_norm()):
+            raise UserError("gradient_not_finite", value=str(norm), step=state.global_step + 1)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if args.fp16:
+            check_finite_weights(model, state.global_step + 1)
+
+
+def check_finite_weights(model: Any, step: int) -> None:
+    """Raises UserError where a trained weight is no number."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise UserError("weights_not_finite", name=name, step=step)

@@ -12,12 +12,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import Config, Message
+
 if TYPE_CHECKING:
     import datasets
     import numpy as np
     import torch
-
-    from common import Config
 
 IGNORED = -100  # the label of a token that is not learned, as in transformers
 ATTENTION = "sample_sdpa"  # the name under which `sample_attention` is registered
@@ -39,7 +39,7 @@ def mixes_samples(folder: Path) -> bool:
     return settings.get("model_type") == "gemma2"
 
 
-def fitted(config: Config) -> tuple[Config, str | None]:
+def fit_batches(config: Config) -> tuple[Config, Message | None]:
     """The configuration for the model on the disk, and what was changed: one sample a forward pass if it mixes them.
 
     An optimizer step still sees as many samples, except that packed rows held several.
@@ -58,9 +58,7 @@ def fitted(config: Config) -> tuple[Config, str | None]:
         for name in ("packing", "per_device_train_batch_size", "gradient_accumulation_steps")
         if getattr(one, name) != getattr(config, name)
     ]
-    if not changed:
-        return one, None
-    return one, f"this model's layers would mix the samples of a batch, so they go one by one: {' '.join(changed)}"
+    return one, Message("samples_one_by_one", changed=changed) if changed else None
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -93,11 +91,12 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return rows
 
 
-def packed(dataset: datasets.Dataset, lengths: np.ndarray, capacity: int) -> datasets.Dataset:
-    """`dataset` with several samples a row; `seq_lengths` holds their lengths. Samples are read when a row is."""
-    import datasets
+def packed(dataset: datasets.Dataset, rows: list[list[int]]) -> datasets.Dataset:
+    """`dataset` with the samples of each of `rows` (from `pack`) in one row; `seq_lengths` holds their lengths.
 
-    rows = datasets.Dataset.from_dict({"members": pack(lengths, capacity)})
+    Samples are read when a row is: nothing is copied.
+    """
+    import datasets
 
     def read(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         found: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
@@ -109,7 +108,7 @@ def packed(dataset: datasets.Dataset, lengths: np.ndarray, capacity: int) -> dat
             found["seq_lengths"].append([len(sample["input_ids"]) for sample in samples])
         return found
 
-    return rows.with_transform(read)
+    return datasets.Dataset.from_dict({"members": rows}).with_transform(read)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

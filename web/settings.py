@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 from common import OPTIONS, Config, Loaded, Message, UserError
-from training import preflight
+from training import memory
 from web import control
 from web.texts import Translator
 from web.theme import static
@@ -184,7 +184,7 @@ def preset(small: bool) -> dict[str, Any]:
 
 def parameters(model: Path) -> int:
     """The number of parameters of a model on the disk; 0 where it has no safetensors files."""
-    return sum(math.prod(shape) for shape in preflight.tensor_shapes(model).values())
+    return sum(math.prod(shape) for shape in memory.tensor_shapes(model).values())
 
 
 def is_small(model: str) -> bool:

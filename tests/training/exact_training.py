@@ -2,9 +2,9 @@
 
     python tests/training/exact_training.py MODEL      the folder of a model; a small one, as it is trained three times
 
-Through the code that trains: train.load_model and train.make_trainer, Unsloth's loss, TRL's compute_loss. In float32 on
-a CPU, in the card's own precision on a card. test_training.py runs it in a process of its own: Unsloth patches
-transformers.
+Through the code that trains: load_model and make_trainer of training/trainer.py, Unsloth's loss, TRL's compute_loss.
+In float32 on a CPU, in the card's own precision on a card. test_training.py runs it in a process of its own: Unsloth
+patches transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import common
-import train
+from training import trainer as training
 
 LENGTHS = ((9, 2), (31, 30), (17, 5), (40, 11))  # tokens, and how many of them are learned
 
@@ -50,13 +50,14 @@ def plain_loss(model_folder: str) -> float:
 
 
 def measure(model_folder: str, folder: str) -> dict[str, float | str]:
-    train.import_unsloth()
+    training.import_unsloth()
     import datasets
     import numpy as np
     import torch
     from transformers import AutoTokenizer
 
     from training import packing
+    from training.plan import make_plan
 
     settings = [f"model_name_or_path={model_folder}", "cutoff_len=64", "lora_rank=4", f"output_dir={folder}/run"]
     settings += ["learning_rate=0.1", "max_steps=1", "max_grad_norm=0", "optim=sgd", "lr_scheduler_type=constant"]
@@ -65,17 +66,17 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     lengths = np.array([length for length, _ in LENGTHS])
     data = SimpleNamespace(train=table, train_lengths=lengths, eval=None, eval_lengths=None)
     on_card = torch.cuda.is_available()
-    precision = train.choose_precision(common.Config()) if on_card else train.Precision(torch.float32, None)
+    precision = training.choose_precision(common.Config()) if on_card else training.Precision(torch.float32, None)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 
     def trainer(*more: str):
         config = common.load_config([*settings, *more]).config
-        model = train.load_model(config, precision, model_folder)
+        model = training.load_model(config, precision)
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:  # PEFT starts it at zero, where most gradients vanish
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                 parameter.data.copy_(0.02 * noise)
-        return train.make_trainer(config, precision, model, tokenizer, data)[0]
+        return training.make_trainer(config, precision, model, tokenizer, data, make_plan(config, data))[0]
 
     def loss_of(made, rows: list[dict], items: int):
         count = torch.tensor(items, device=made.args.device)
@@ -95,7 +96,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     items = sum(label != -100 for sample in samples for label in sample["labels"][1:])
     together, gradients = loss_and_gradients(made, samples, items)
     alone = [loss_and_gradients(made, [sample], items) for sample in samples]
-    row = packing.packed(table, data.train_lengths, int(lengths.sum()))[0]
+    row = packing.packed(table, packing.pack(lengths, int(lengths.sum())))[0]
     packed, packed_gradients = loss_and_gradients(made, [row], items)
     sums = [sum(parts) for parts in zip(*(one[1] for one in alone), strict=True)]
 
@@ -120,7 +121,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     for size, accumulation in ((4, 1), (2, 2), (1, 4)):
         made = trainer(f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulation}")
         before = [p.detach().clone() for p in made.model.parameters() if p.requires_grad]
-        made.train()
+        made.train_from(None)
         after = [p.detach() for p in made.model.parameters() if p.requires_grad]
         steps[size] = [a - b for a, b in zip(after, before, strict=True)]
     report["step"] = max(change.abs().max().item() for change in steps[4])

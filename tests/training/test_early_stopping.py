@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TALK, run, write_jsonl
+from conftest import TALK, run, user_error, write_jsonl
 from test_training import read_run, train
 
-from common import Config, UserError, load_config
+from common import Config, Message, load_config
 from preprocessing import dataset
-from training import early_stopping
+from training import early_stopping, plan
+from training.plan import TrainingPlan
 
 
 @pytest.mark.parametrize(
@@ -27,16 +29,16 @@ from training import early_stopping
     ],
 )
 def test_planned_evaluations_cost_at_most_a_tenth(steps, epoch_steps, step_tokens, lengths):
-    every, samples = early_stopping.cheap_evaluations(steps, epoch_steps, step_tokens, np.array(lengths))
+    every, samples = plan.cheap_evaluations(steps, epoch_steps, step_tokens, np.array(lengths))
     evaluated = sum(lengths[:samples]) * (steps // every)
-    assert evaluated * early_stopping.FORWARD <= 0.101 * steps * step_tokens
+    assert evaluated * plan.EVAL_COST <= 0.101 * steps * step_tokens
     assert 1 <= samples <= len(lengths) and steps // every >= 1
     if samples < len(lengths):
-        assert samples >= early_stopping.FEWEST
+        assert samples >= plan.FEWEST_EVAL_SAMPLES
 
 
 def test_the_tutorials_run_is_evaluated_more_than_once_an_epoch_of_a_thousand():
-    every, samples = early_stopping.cheap_evaluations(5000, 18, 16 * 1500.0, np.array([1500] * 31))
+    every, samples = plan.cheap_evaluations(5000, 18, 16 * 1500.0, np.array([1500] * 31))
     assert (samples, every) == (31, 10)
 
 
@@ -56,7 +58,7 @@ def test_stalled(losses, patience, epoch_steps, stops_at):
     seen, stopped = [], None
     for number, loss in enumerate(losses, 1):
         seen.append((number * 10, loss))
-        if early_stopping.stalled(seen, patience, 0.001, epoch_steps):
+        if early_stopping.has_stalled(seen, patience, 0.001, epoch_steps):
             stopped = number * 10
             break
     assert stopped == stops_at
@@ -64,20 +66,20 @@ def test_stalled(losses, patience, epoch_steps, stops_at):
 
 def test_memorized_needs_three_passes_of_flat_loss_near_zero():
     flat = [(step, 0.01) for step in range(5, 205, 5)]
-    assert early_stopping.memorized(flat, 10)
-    assert not early_stopping.memorized(flat, 100)  # not three passes yet
-    assert not early_stopping.memorized([(step, 0.2) for step, _ in flat], 10)  # flat, but not near zero
-    assert not early_stopping.memorized([(step, 0.04 - step / 6000) for step, _ in flat], 60)  # still falling
-    assert not early_stopping.memorized(flat[:3], 1)
-    assert not early_stopping.memorized([], 1)
+    assert early_stopping.has_memorized(flat, 10)
+    assert not early_stopping.has_memorized(flat, 100)  # not three passes yet
+    assert not early_stopping.has_memorized([(step, 0.2) for step, _ in flat], 10)  # flat, but not near zero
+    assert not early_stopping.has_memorized([(step, 0.04 - step / 6000) for step, _ in flat], 60)  # still falling
+    assert not early_stopping.has_memorized(flat[:3], 1)
+    assert not early_stopping.has_memorized([], 1)
     rare = [(1, 2.0), *((step, 0.01) for step in range(100, 600, 100))]  # a line in more than three passes
-    assert early_stopping.memorized(rare, 5) and not early_stopping.memorized(rare[:-1], 5)
+    assert early_stopping.has_memorized(rare, 5) and not early_stopping.has_memorized(rare[:-1], 5)
 
 
 def test_the_reason_names_the_step_that_is_counted_from():
     log = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([2, 1, 0.9999, 0.9998, 0.9997], 1)]
-    reason = early_stopping.why_stop(log, load_config(["early_stopping_patience=3"]).config, plan_of())
-    assert reason == "eval_loss has not improved by more than 0.001 since step 20"
+    reason = early_stopping.stop_reason(log, load_config(["early_stopping_patience=3"]).config, 10)
+    assert reason == Message("stopped_eval_loss", threshold=0.001, step=20)
 
 
 def test_a_tenth_is_held_out_by_default_where_there_is_enough():
@@ -91,44 +93,70 @@ def test_a_tenth_is_held_out_by_default_where_there_is_enough():
     assert dataset.held_out_size(replace(config, eval_dataset=("other",)), 1000) == 0
 
 
-def plan_of(*settings: str, steps: int = 100, epoch: int = 10, held_out: int | None = 40) -> early_stopping.Plan:
-    config = load_config(list(settings)).config
-    return early_stopping.make_plan(
-        config, steps, epoch, 16_000, None if held_out is None else np.array([100] * held_out)
-    )
+def plan_of(
+    *settings: str, steps: int = 100, samples: int = 160, held_out: int | None = 40, tokens: int = 100
+) -> TrainingPlan:
+    """The plan of so many steps over samples of 100 tokens, 16 a step; ten steps an epoch unless told otherwise."""
+    config = load_config([*settings, f"max_steps={steps}"] if steps else list(settings)).config
+    lengths = np.full(samples, tokens)
+    eval_lengths = None if held_out is None else np.full(held_out, 100)
+    return plan.make_plan(config, SimpleNamespace(train_lengths=lengths, eval_lengths=eval_lengths))
+
+
+def saved_steps(*settings: str, **sizes: int | None) -> list[int]:
+    made = plan_of(*settings, **sizes)
+    return [step for step in range(1, made.steps + 1) if made.saves_at(step)]
 
 
 def test_a_checkpoint_is_kept_of_every_step_that_is_evaluated():
-    plan = plan_of()
-    assert plan.keeps_best and plan.save_steps == plan.eval_steps and plan.samples == 40
-    assert plan_of("eval_steps=7", "save_steps=100").save_steps == 7
-    by_epoch = plan_of("evaluation_strategy=epoch")
-    assert by_epoch.keeps_best and by_epoch.save_strategy == "epoch" and by_epoch.eval_steps is None
-    assert not plan_of("save_strategy=no").keeps_best
-    assert plan_of("eval_steps=7", "save_steps=100", "load_best_model_at_end=false").save_steps == 100
+    found = plan_of()
+    assert found.saves_evaluated and found.eval_samples == 40
+    assert all(found.saves_at(step) for step in range(1, 101) if found.evaluates_at(step))
+    by_epoch = plan_of("evaluation_strategy=epoch", "save_steps=1000")
+    assert by_epoch.saves_evaluated and by_epoch.eval_steps is None
+    assert [step for step in range(1, 101) if by_epoch.saves_at(step)] == list(range(10, 101, 10))
+    assert not plan_of("save_strategy=no").saves_evaluated
     nothing = plan_of(held_out=None)
-    assert (nothing.eval_strategy, nothing.samples, nothing.save_steps) == ("no", 0, 100)
-    with pytest.raises(UserError, match="needs held-out data; set val_size"):
+    assert (nothing.eval_strategy, nothing.eval_samples, nothing.save_steps) == ("no", 0, 100)
+    with user_error("nothing_held_out", strategy="steps"):
         plan_of("eval_strategy=steps", held_out=None)
 
 
-def test_the_two_classic_failures_are_told_with_a_way_out():
-    def told(*settings: str, samples: int, steps: int, epoch: int, held_out: int | None = None) -> str:
-        plan = plan_of(*settings, steps=steps, epoch=epoch, held_out=held_out)
-        return "\n".join(early_stopping.warnings(load_config(list(settings)).config, samples, steps, plan))
+def test_checkpoints_are_saved_at_both_save_steps_and_eval_steps():
+    assert saved_steps("save_steps=2", "eval_steps=6", steps=13) == [2, 4, 6, 8, 10, 12, 13]
+    assert saved_steps("save_steps=5", "eval_steps=6", steps=13) == [5, 6, 10, 12, 13]
+    assert saved_steps("save_strategy=epoch", "eval_steps=6", steps=13) == [6, 10, 12, 13]
+    assert saved_steps("save_steps=0.5", "eval_strategy=epoch", steps=25) == [10, 13, 20, 25]
+    assert saved_steps("save_steps=4", "eval_steps=3", "load_best_model_at_end=false", steps=10) == [4, 8, 10]
+    assert saved_steps("save_strategy=no", "eval_steps=3", steps=10) == []
 
-    few = told(samples=80, steps=15, epoch=5)
-    assert "only 15 optimizer steps" in few and "num_train_epochs: 12 or gradient_accumulation_steps: 2" in few
-    assert "max_steps: 60" in told("max_steps=3", samples=80, steps=3, epoch=5)
-    many = told("num_train_epochs=1000", samples=80, steps=5000, epoch=5)
-    assert "1,000 passes over 80 samples, 5,000 steps" in many and "val_size: 0.1" in many
-    assert "eval_loss no longer falls" in told("num_train_epochs=1000", samples=80, steps=5000, epoch=5, held_out=8)
-    assert "early_stopping: auto" in told("early_stopping=false", samples=80, steps=5000, epoch=5)
-    assert told(samples=1000, steps=186, epoch=62) == ""
-    sized = {"samples": 1000, "steps": 186, "epoch": 62, "held_out": 40}
-    assert told(**sized) == ""
-    assert "kept, not that of the lowest eval_loss; save_strategy: steps" in told("save_strategy=no", **sized)
-    assert "load_best_model_at_end: true keeps the best" in told("load_best_model_at_end=false", **sized)
+
+def test_probable_mistakes_are_warned_of_with_a_way_out():
+    def warned(*settings: str, **sizes: int | None) -> dict[str, dict]:
+        made = plan_of(*settings, **sizes)
+        config = load_config(list(settings)).config
+        return {message.code: message.fields for message in plan.find_warnings(config, made)}
+
+    few = warned(samples=80, steps=None, held_out=None)
+    assert few["too_few_steps_two_ways"] == {
+        "steps": 15, "setting": "num_train_epochs: 12", "other": "gradient_accumulation_steps: 2",
+    }  # fmt: skip
+    assert warned("max_steps=3", steps=3, held_out=None)["too_few_steps_two_ways"]["setting"] == "max_steps: 60"
+    many = ["num_train_epochs=1000"]
+    found = warned(*many, samples=80, steps=None, held_out=None)["too_many_epochs"]
+    assert (found["epochs"], found["samples"], found["steps"]) == (1000, 80, 5000)
+    assert found["ending"] == Message("ending_by_loss")
+    found = warned(*many, samples=80, steps=None, held_out=8)["too_many_epochs"]
+    assert found["ending"] == Message("ending_by_eval_loss")
+    found = warned(*many, "early_stopping=false", samples=80, steps=None)["too_many_epochs"]
+    assert found["ending"] == Message("ending_never")
+    usual = {"samples": 1000, "steps": None}
+    assert warned(**usual, held_out=None) == warned(**usual) == {}
+    assert set(warned("save_strategy=no", **usual)) == {"best_not_kept_without_saves"}
+    assert set(warned("load_best_model_at_end=false", **usual)) == {"best_not_kept"}
+    assert set(warned("learning_rate=0", **usual)) == {"learning_rate_is_zero"}
+    assert warned("warmup_steps=500", **usual) == {"warmup_too_long": {"warmup": 500, "steps": 189}}
+    assert warned("warmup_steps=20", **usual) == warned("warmup_ratio=0.5", **usual) == {}
 
 
 def test_llama_factorys_name_of_the_patience_is_known():
@@ -155,11 +183,13 @@ def test_training_stops_when_the_held_out_loss_rises_and_keeps_the_best(tiny_mod
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     measured = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
     assert state["status"] == "finished" and state["steps"] < state["total_steps"] == 300
-    assert state["stopped_early"] in result.stdout
+    assert str(Message.from_json(state["stopped_early"])) in result.stdout
     assert f"{state['steps']} of 300 steps" in result.stdout
     best = min(measured, key=lambda found: found[1])
     assert (state["best_step"], state["eval_loss"]) == best and state["best_step"] < state["steps"]
-    assert early_stopping.stalled(measured, 3, 0.001, 16) and not early_stopping.stalled(measured[:-1], 3, 0.001, 16)
+    assert early_stopping.has_stalled(measured, 3, 0.001, 16) and not early_stopping.has_stalled(
+        measured[:-1], 3, 0.001, 16
+    )
     kept = folder / f"checkpoint-{state['best_step']}" / "adapter_model.safetensors"
     assert kept.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
     again = train(tiny_model, guesses, folder, *more)
@@ -187,7 +217,7 @@ def test_training_stops_when_everything_is_known_by_heart(parrot, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "warning: 200 passes over 2 samples" in result.stdout
     state = read_run(tmp_path / "run")
-    assert state["steps"] == 30 and "known by heart" in state["stopped_early"]
+    assert state["steps"] == 30 and state["stopped_early"]["code"] == "stopped_memorized"
     assert state["last_loss"] < 0.05 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from common import load_config
+from common import Message, load_config
 from training import packing
 
 
@@ -48,7 +48,7 @@ def test_a_flat_batch_to_the_last_number():
 def test_packed_rows_give_the_same_batch():
     import datasets
 
-    packed = packing.packed(datasets.Dataset.from_list(SAMPLES), np.array([3, 2]), 5)
+    packed = packing.packed(datasets.Dataset.from_list(SAMPLES), packing.pack(np.array([3, 2]), 5))
     assert len(packed) == 1
     from_rows = packing.collate([packed[0]])
     for key, value in packing.collate(SAMPLES).items():
@@ -125,10 +125,11 @@ def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
     torch.manual_seed(0)
     Qwen3_5ForCausalLM(hybrid_config()).save_pretrained(tmp_path)
     given = load_config([f"model_name_or_path={tmp_path}", "packing=true", "per_device_train_batch_size=3"]).config
-    config, note = packing.fitted(given)
+    config, note = packing.fit_batches(given)
     assert (config.packing, config.per_device_train_batch_size, config.per_device_eval_batch_size) == (False, 1, 1)
     assert config.gradient_accumulation_steps == 24
-    assert note.endswith("packing=false per_device_train_batch_size=1 gradient_accumulation_steps=24")
+    changed = ["packing=false", "per_device_train_batch_size=1", "gradient_accumulation_steps=24"]
+    assert note == Message("samples_one_by_one", changed=changed)
     model, samples = flat_model(tmp_path), random_samples([7, 30, 12])
 
     def losses(size):
@@ -164,7 +165,7 @@ def test_models_that_mix_samples_are_told_from_their_config(tmp_path, settings, 
 
 def test_other_models_keep_their_batches(tiny_model):
     config = load_config([f"model_name_or_path={tiny_model}", "packing=true"]).config
-    assert packing.fitted(config) == (config, None)
+    assert packing.fit_batches(config) == (config, None)
 
 
 @pytest.mark.parametrize(

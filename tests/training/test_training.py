@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, run, write_jsonl
+from conftest import ROOT, Finished, run, user_error, write_jsonl
 
 import common
 import train as script
-from common import UserError, load_config
+from common import Message, load_config
 from preprocessing import dataset, formats
 from runs.files import write_json, write_text
 from runs.folder import run_config
-from training import starting
+from training import record, resume
+from training.preflight import Run, check_adapter, check_model
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,7 +40,7 @@ def data(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", ROWS)
 
 
-def train(model: Path, data: Path, folder: Path, *more: str, **kwargs) -> subprocess.CompletedProcess[str]:
+def train(model: Path, data: Path, folder: Path, *more: str, **kwargs) -> Finished:
     settings = [f"model_name_or_path={model}", f"dataset={data}", f"output_dir={folder}", *SETTINGS, *more]
     return run("train.py", *settings, cwd=data.parent, **kwargs)
 
@@ -147,10 +149,14 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny_mo
     before = (finished / "run.json").read_bytes()
     result = train(tiny_model, rows, finished, "save_steps=5")
     assert result.returncode == 0
-    assert "is finished" in result.stdout
+    assert str(Message("run_is_finished", folder=finished)) in result.stdout
     result = train(tiny_model, rows, finished, "save_steps=5", "lora_rank=8")
     assert result.returncode == 2
-    assert "lora_rank=4 then, 8 now" in result.stderr
+    assert result.error == Message(
+        "other_settings",
+        folder=str(finished),
+        changed=[Message("changed_setting", name="lora_rank", then="4", now="8")],
+    )
     assert (finished / "run.json").read_bytes() == before
 
 
@@ -226,34 +232,34 @@ def an_interrupted_run(folder: Path, *settings: str, **run) -> Path:
     return folder
 
 
-def start(folder: Path, recipe: str, *typed: str) -> starting.Start:
+def start(folder: Path, recipe: str, *typed: str) -> resume.ResumePlan:
     (folder.parent / "recipe.yaml").write_text(f"output_dir: {folder}\n{recipe}\n")
-    return starting.where_to_start(load_config([str(folder.parent / "recipe.yaml"), *typed]), folder)
+    return resume.plan_resume(load_config([str(folder.parent / "recipe.yaml"), *typed]), folder)
 
 
 def test_only_what_is_told_to_be_is_started_over(tmp_path):
     over, folder = "overwrite_output_dir: true", an_interrupted_run(tmp_path / "run")
-    newest = str(folder / "checkpoint-4")
-    assert (start(folder, "").checkpoint, start(folder, "").clears) == (newest, False)
+    newest = folder / "checkpoint-4"
+    assert (start(folder, "").checkpoint, start(folder, "").overwrite) == (newest, False)
     on = start(folder, over)
-    assert (on.checkpoint, on.clears) == (newest, False)
-    assert "overwrite_output_dir" in on.says
+    assert (on.checkpoint, on.overwrite) == (newest, False)
+    assert on.message == Message("going_on_not_over", checkpoint=newest)
     for recipe, typed in (
         (over, ["overwrite_output_dir=true"]),
         (over, ["resume_from_checkpoint=false"]),
     ):
         begun = start(folder, recipe, *typed)
-        assert (begun.checkpoint, begun.clears) == (None, True)
+        assert (begun.checkpoint, begun.overwrite) == (None, True)
     for recipe in ("seed: 1", f"seed: 1\n{over}"):
-        with pytest.raises(UserError, match=r"seed=42 then, 1 now.*overwrite_output_dir=true on the command line"):
+        with user_error("other_settings", changed=[Message("changed_setting", name="seed", then="42", now="1")]):
             start(folder, recipe)
     assert start(folder, "logging_steps: 1").checkpoint == newest  # nothing that is learned depends on it
     write_json(folder / "run.json", {"status": "finished"})
     assert start(folder, "").finished
-    assert start(folder, over).clears
+    assert start(folder, over).overwrite
     write_text(folder / "run.json", "[]")
-    assert start(folder, over).clears
-    with pytest.raises(UserError, match=r"run\.json is broken"):
+    assert start(folder, over).overwrite
+    with user_error("run_json_broken"):
         start(folder, "")
     assert start(tmp_path / "other", over).checkpoint is None
 
@@ -263,19 +269,19 @@ def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
     (folder / "checkpoint-8").mkdir()
     (folder / "checkpoint-8" / "trainer_state.json").write_text('{"global_step": 8}')
     named = f"resume_from_checkpoint: {folder / 'checkpoint-4'}"
-    kept = (str(folder / "checkpoint-4"), False)
+    kept = (folder / "checkpoint-4", False)
     for typed in ([], ["overwrite_output_dir=true"]):
         found = start(folder, named, *typed)
-        assert (found.checkpoint, found.clears) == kept
+        assert (found.checkpoint, found.overwrite) == kept
     (folder / "run.json").unlink()  # as LLaMA-Factory leaves its folders
     found = start(folder, f"{named}\noverwrite_output_dir: true")
-    assert (found.checkpoint, found.clears) == kept
+    assert (found.checkpoint, found.overwrite) == kept
     elsewhere = start(tmp_path / "new", named)
     assert elsewhere.checkpoint == kept[0]
-    starting.check_checkpoint(elsewhere, tmp_path / "new", 5)
-    with pytest.raises(UserError, match="stands at step 4 of 4"):
-        starting.check_checkpoint(elsewhere, tmp_path / "new", 4)
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    resume.check_steps_left(elsewhere, tmp_path / "new", SimpleNamespace(steps=5))
+    with user_error("no_steps_left", step=4, steps=4):
+        resume.check_steps_left(elsewhere, tmp_path / "new", SimpleNamespace(steps=4))
+    with user_error("not_a_checkpoint", path=str(tmp_path)):
         start(tmp_path / "new", f"resume_from_checkpoint: {tmp_path}")
 
 
@@ -338,7 +344,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
     (folder / "notes.txt").write_text("mine")
     result = train(tiny_model, data, folder)
     assert result.returncode == 2
-    assert "overwrite_output_dir=true" in result.stderr
+    assert result.error.code == "unknown_run"
     result = train(tiny_model, data, folder, "overwrite_output_dir=true", "max_steps=1", "use_dora=true")
     assert result.returncode == 0, result.stderr
     assert not (folder / "checkpoint-99").exists()
@@ -365,10 +371,12 @@ def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
 def test_a_loss_that_explodes_ends_the_run(tiny_model, data, tmp_path):
     result = train(tiny_model, data, tmp_path / "run", "learning_rate=1e38", "max_grad_norm=0", "optim=sgd")
     assert result.returncode == 2
-    assert "lower learning_rate" in result.stderr
+    assert result.error.code in ("loss_not_finite", "gradient_not_finite")
+    assert read_run(tmp_path / "run")["status"] == "failed"
+    assert not list((tmp_path / "run").rglob("adapter_model.safetensors"))
 
 
-def in_a_second(model: Path, data: Path, folder: Path, *more: str) -> str:
+def in_a_second(model: Path, data: Path, folder: Path, *more: str) -> Message:
     """The error of a run that must end with status 2 before anything heavy, having written nothing."""
     before = time.monotonic()
     used = os.times().children_user
@@ -377,20 +385,23 @@ def in_a_second(model: Path, data: Path, folder: Path, *more: str) -> str:
     assert "Traceback" not in result.stderr
     assert os.times().children_user - used < 1.5, f"{time.monotonic() - before:.1f} s"
     assert not folder.exists()
-    return result.stderr
+    assert result.error is not None, result.stderr
+    return result.error
 
 
 def test_bad_input_is_told_in_a_second(tiny_model, data, tmp_path):
     folder = tmp_path / "run"
     bad = write_jsonl(tmp_path / "bad.jsonl", [ROWS[0], {**ROWS[1], "output": None}])
-    message = in_a_second(tiny_model, bad, folder)
-    assert "bad.jsonl" in message
-    assert "2" in message
-    assert "there is no model" in in_a_second(tmp_path / "nothing", data, folder)
-    assert "reads at most 8192" in in_a_second(tiny_model, data, folder, "cutoff_len=10000")
-    assert "dataset" in in_a_second(tiny_model, tmp_path / "none.jsonl", folder)
-    assert "it has down_proj, gate_proj" in in_a_second(tiny_model, data, folder, "lora_target=q_proj,c_attn")
-    assert "did you mean 'llama3'?" in in_a_second(tiny_model, data, folder, "template=llama33")
+    message = str(in_a_second(tiny_model, bad, folder))
+    assert "bad.jsonl" in message and "2" in message
+    assert in_a_second(tmp_path / "nothing", data, folder).code == "model_not_on_disk"
+    message = in_a_second(tiny_model, data, folder, "cutoff_len=10000")
+    assert (message.code, message.fields["context"]) == ("cutoff_beyond_context", 8192)
+    in_a_second(tiny_model, tmp_path / "none.jsonl", folder)
+    message = in_a_second(tiny_model, data, folder, "lora_target=q_proj,c_attn")
+    assert message.code == "unknown_lora_target" and message.fields["targets"] == ["c_attn"]
+    assert message.fields["modules"] == sorted(PROJECTIONS)
+    in_a_second(tiny_model, data, folder, "template=llama33")
 
 
 def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
@@ -413,7 +424,7 @@ def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
 def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
     def trained(contents: list[int], resumed: str | None) -> list[int]:
         data = dataset.Prepared(None, None, None, None, np.array(contents), report={})
-        script.write_trained(tmp_path, data, resumed)
+        record.write_fingerprints(tmp_path, data, resumed and Path(resumed))
         return np.load(tmp_path / "trained.npy").tolist()
 
     assert trained([3, 5], None) == [3, 5]
@@ -427,13 +438,14 @@ def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
 def test_all_that_is_wrong_is_told_at_once(tiny_model, data, tmp_path):
     folder = an_interrupted_run(tmp_path / "run")
     more = ["cutoff_len=10000", "lora_target=c_attn", "template=llama33", f"adapter_name_or_path={tmp_path}"]
-    told = ["begun with other settings", "reads at most 8192", "no template 'llama33'", "has no adapter_config.json"]
     result = train(tiny_model, data, folder, *more)
-    assert (result.returncode, result.stderr.split("\n")[0]) == (2, "error: 4 faults:")
+    faults = result.error.fields["faults"]
+    assert (result.returncode, result.error.code, len(faults)) == (2, "several_faults", 4)
+    assert {"other_settings", "cutoff_beyond_context", "adapter_lacks_file"} < {fault.code for fault in faults}
     looked = train(tiny_model, data, folder, "--dry-run", *more)
-    assert (looked.returncode, looked.stdout.rstrip().split("\n")[-1]) == (2, "no: 4 faults, see above")
-    for sentence in told:
-        assert sentence in result.stderr and sentence in looked.stdout
+    assert (looked.returncode, looked.stdout.rstrip().split("\n")[-1]) == (2, str(Message("dry_run_no", count=4)))
+    for fault in faults:
+        assert str(fault) in result.stderr and str(fault) in looked.stdout
 
 
 def test_bad_input_deletes_nothing_of_an_earlier_run(tiny_model, data, tmp_path):
@@ -453,7 +465,7 @@ def test_a_held_out_part_that_is_not_there_deletes_nothing(tiny_model, data, tmp
     folder = an_interrupted_run(tmp_path / "run", status="finished")
     result = train(tiny_model, data, folder, "overwrite_output_dir=true", "eval_strategy=steps")
     assert result.returncode == 2
-    assert "needs held-out data" in result.stderr
+    assert result.error.code == "nothing_held_out"
     assert read_run(folder) == {"status": "finished"} and (folder / "checkpoint-4").is_dir()
 
 
@@ -463,12 +475,10 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    for owner, name in ((script, "import_unsloth"), (starting, "check_checkpoint"), (script, "choose_precision")):
-        monkeypatch.setattr(owner, name, lambda *_: None)
-    monkeypatch.setattr(script, "prepare_data", lambda _: (None, None, None))
-    monkeypatch.setattr(script.preflight, "measure", lambda *_: script.preflight.Samples(4, 4, 4, 4, 4))
-    monkeypatch.setattr(script.preflight, "make_plan", lambda *_: None)
-    monkeypatch.setattr(script, "load_model", out_of_memory)
+    monkeypatch.setattr(script.trainer, "import_unsloth", lambda: None)
+    monkeypatch.setattr(script, "prepare_data", lambda _: None)
+    monkeypatch.setattr(script.trainer, "choose_precision", lambda _: SimpleNamespace(note=None))
+    monkeypatch.setattr(script.trainer, "load_model", out_of_memory)
     settings = [f"model_name_or_path={tiny_model}", f"dataset={data}", f"output_dir={folder}"]
     with pytest.raises(RuntimeError):
         script.main([*settings, "overwrite_output_dir=true"])
@@ -481,31 +491,36 @@ def test_a_model_is_found_where_chat_finds_it(tiny_model, data, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("org/tiny", "models/tiny", "~/models/tiny"):
-        loaded = starting.locate_model(load_config([f"model_name_or_path={name}", f"dataset={data}"]))
+        loaded = resume.locate_model(load_config([f"model_name_or_path={name}", f"dataset={data}"]))
         assert Path(loaded.config.model_name_or_path).samefile(tiny_model)
-        starting.check_model(loaded.config)
+        assert [finding.level for finding in check_model(Run.of(loaded))] == ["ok"]
     run = an_interrupted_run(tmp_path / "run", "model_name_or_path=models/tiny")
-    found = starting.locate_model(load_config([f"output_dir={run}", "model_name_or_path=org/tiny"]))
-    assert starting.where_to_start(found, run).checkpoint == str(run / "checkpoint-4")
+    found = resume.locate_model(load_config([f"output_dir={run}", "model_name_or_path=org/tiny"]))
+    assert resume.plan_resume(found, run).checkpoint == run / "checkpoint-4"
 
 
 def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tmp_path):
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
     write_json(tmp_path / "adapter_config.json", settings)
-    adapter = f"adapter_name_or_path={tmp_path}"
-    (note,) = starting.adapter_notes(load_config([adapter, "lora_rank=16", "lora_target=q_proj", "lora_alpha=8"]))
-    assert note.startswith("lora_rank, lora_target: ") and "rank 4" in note
-    assert starting.adapter_notes(load_config([adapter, "lora_rank=4", "lora_target=all"])) == []
+    (tmp_path / "adapter_model.safetensors").touch()
+
+    def found(*more: str) -> list[Message]:
+        run = Run.of(load_config([f"adapter_name_or_path={tmp_path}", *more]))
+        return [finding.message for finding in check_adapter(run)]
+
+    (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
+    assert note == Message("adapter_settings_ignored", names=["lora_rank", "lora_target"], folder=tmp_path, rank=4)
+    assert found("lora_rank=4", "lora_target=all") == []
 
 
 def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
     folder = tmp_path / "run"
     message = in_a_second(tiny_model, data, folder, f"adapter_name_or_path={tmp_path}")
-    assert "adapter_config.json" in message
+    assert (message.code, message.fields["file"]) == ("adapter_lacks_file", "adapter_config.json")
     if importlib.util.find_spec("wandb") is None:
-        assert "pip install wandb" in in_a_second(tiny_model, data, folder, "report_to=wandb")
+        assert in_a_second(tiny_model, data, folder, "report_to=wandb").code == "tracker_not_installed"
     if common.find_gpu() is None:
-        assert "needs a GPU" in in_a_second(tiny_model, data, folder, "quantization_bit=8")
+        assert in_a_second(tiny_model, data, folder, "quantization_bit=8").code == "eight_bit_needs_card"
 
 
 def test_half_a_model_is_named(tiny_model, data, tmp_path):
@@ -514,7 +529,8 @@ def test_half_a_model_is_named(tiny_model, data, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (half / name).write_bytes((tiny_model / name).read_bytes())
     (half / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:5000])
-    assert "lacks model.safetensors" in in_a_second(half, data, tmp_path / "run")
+    message = in_a_second(half, data, tmp_path / "run")
+    assert (message.code, message.fields["missing"]) == ("model_not_whole", ["model.safetensors"])
 
 
 def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):
@@ -522,11 +538,11 @@ def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
     for more in ("seed=42", "overwrite_output_dir=true"):
         result = train(tiny_model, data, folder, more)
-        assert result.returncode == 2
-        assert f"process {os.getpid()}" in result.stderr
+        assert (result.returncode, result.error.code) == (2, "run_is_training")
+        assert result.error.fields["process"] == os.getpid()
 
 
 def test_another_process_of_the_same_number_blocks_no_run(tmp_path):
     created = psutil.Process().create_time() - 100
     folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
-    assert start(folder, "").checkpoint == str(folder / "checkpoint-4")
+    assert start(folder, "").checkpoint == folder / "checkpoint-4"

@@ -23,7 +23,7 @@ from preprocessing.faults import fault_messages
 from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
 from runs.target import missing_from_model
-from training import preflight
+from training import memory
 from web import control, jobs, settings, widgets
 from web.imports import import_libraries
 from web.texts import Translator, with_other_path
@@ -69,7 +69,7 @@ def model_facts(name: str, t: Translator) -> str:
     config = config.get("text_config", config)  # of a model that also sees
     facts = [
         t("{n} parameters", n=widgets.count(settings.parameters(folder))),
-        widgets.size(preflight.model_bytes(folder)),
+        widgets.size(memory.model_bytes(folder)),
         t("context of {n} tokens", n=f"{config.get('max_position_embeddings', 0):,}"),
         config.get("model_type", "?"),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import common
 from common import UserError
 from runs.target import missing_from_model
-from training import preflight
+from training import memory
 from web import control, jobs, widgets
 from web.control import read_json, run_folder
 from web.texts import Translator
@@ -30,7 +30,7 @@ def base_of(folder: Path) -> Path:
 def type_choices(name: str | None, t: Translator) -> list[tuple[str, str]]:
     """The GGUF types with their expected sizes and a word on each."""
     words = {"f16": t("16 bit, exact"), "q8_0": t("nearly exact"), USUAL: t("the usual choice"), "q2_k": t("coarse")}
-    shapes = preflight.tensor_shapes(base_of(run_folder(name))).values() if name else ()
+    shapes = memory.tensor_shapes(base_of(run_folder(name))).values() if name else ()
     count = sum(math.prod(shape) for shape in shapes)
     ragged = any(shape[-1] % BLOCK for shape in shapes if len(shape) > 1)
     labels = []
@@ -47,7 +47,7 @@ def files_html(name: str | None, t: Translator) -> str:
         return widgets.train_first(t)
     folder = run_folder(name)
     base, merged, ggufs = base_of(folder), folder / "merged", read_json(folder / "gguf" / "gguf.json").get("files", {})
-    whole = preflight.model_bytes(base)
+    whole = memory.model_bytes(base)
 
     def share(count: float) -> str:
         return f"{count / whole:.0%}" if whole else "–"
@@ -60,7 +60,7 @@ def files_html(name: str | None, t: Translator) -> str:
     rows.append([t("adapter"), link(adapter, adapter.name, download=True), size(count), share(count)])
     if missing_from_model(merged) == []:
         files = " ".join(link(f, f.name, download=True) for f in sorted(merged.glob("*.safetensors")))
-        count = preflight.model_bytes(merged)
+        count = memory.model_bytes(merged)
         rows.append([t("merged model"), f"<code>{escape(str(merged))}</code><br>{files}", size(count), share(count)])
     for file, record in sorted(ggufs.items(), key=lambda item: -item[1]["bytes"]):
         path = folder / "gguf" / file

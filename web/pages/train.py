@@ -17,7 +17,8 @@ from common import Config, Loaded, UserError
 from runs import charts
 from runs.files import read_jsonl
 from runs.target import missing_from_model
-from training import preflight
+from training.hardware import free_memory
+from training.memory import estimate_memory, read_model
 from web import control, jobs, settings, widgets
 from web.control import run_folder
 from web.pages import data as data_page
@@ -50,13 +51,13 @@ def memory_html(config: Config, t: Translator) -> str:
     tokens = min(longest, config.cutoff_len) if longest and not config.packing else config.cutoff_len
     gpu = find_gpu()
     try:
-        parts = preflight.estimate_memory(config, folder, config.per_device_train_batch_size * tokens, gpu)
+        parts = estimate_memory(config, read_model(folder), config.per_device_train_batch_size * tokens, gpu)
     except (KeyError, json.JSONDecodeError):
         return note(t("Memory: cannot be estimated for this kind of model."))
     if gpu:
         return memory_bar(parts, gpu.free_memory, gpu.total_memory, gpu.name, t)
     total = psutil.virtual_memory().total
-    return memory_bar(parts, preflight.free_memory(), total, t("main memory"), t)
+    return memory_bar(parts, free_memory(), total, t("main memory"), t)
 
 
 def memory_bar(parts: dict[str, float], free: int, total: int, device: str, t: Translator) -> str:

@@ -1,0 +1,219 @@
+"""The plan of a training: rows after packing, steps, evaluations, saves. Made once from settings and tokenized data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common import Config, Message, UserError
+from training import packing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from preprocessing.dataset import Prepared
+
+EVAL_SHARE = 0.1  # of the training time, at most, goes into evaluations that are planned here
+EVAL_COST = 0.5  # time of an evaluated token in trained ones: LoRA's backward pass costs about as much as its forward
+FEWEST_EVAL_SAMPLES = 32  # held-out samples below which a loss is too noisy to choose a step by
+EVALUATIONS = 20  # of a run at least, where they are cheap enough
+FEW_STEPS, MANY_EPOCHS = 30, 30  # below and above which a warning is due
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training does. Evaluations and saves come every so many steps, or after each epoch where that is None.
+
+    `eval_strategy` and `save_strategy` are "no", "steps" or "epoch"; `saves_evaluated` tells that there also is a
+    checkpoint of every step that is evaluated, so that the best one can be kept.
+    """
+
+    samples: int
+    tokens: int  # of one epoch
+    longest: int  # tokens of the longest sample
+    packed_rows: list[list[int]] | None  # with packing: the indices of each row's samples
+    epoch_steps: int  # optimizer steps of one epoch
+    steps: int  # optimizer steps in all
+    held_out: int | None  # samples
+    eval_samples: int  # of the held-out ones, the first, that an evaluation takes
+    eval_strategy: str
+    eval_steps: int | None
+    save_strategy: str
+    save_steps: int | None
+    saves_evaluated: bool
+
+    @property
+    def rows(self) -> int:
+        """Samples, or packed rows of several, that an epoch goes through."""
+        return self.samples if self.packed_rows is None else len(self.packed_rows)
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation is due after a step."""
+        return _is_due(self, step, self.eval_strategy, self.eval_steps)
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step."""
+        return (self.saves_evaluated and self.evaluates_at(step)) or _is_due(
+            self, step, self.save_strategy, self.save_steps
+        )
+
+    def count_saves(self) -> int:
+        """How many checkpoints are written in all, were none deleted."""
+        return sum(map(self.saves_at, range(1, self.steps + 1)))
+
+
+def _is_due(plan: TrainingPlan, step: int, strategy: str, every: int | None) -> bool:
+    if strategy == "no":
+        return False
+    if strategy == "steps":
+        return step % every == 0 or step == plan.steps
+    return step % plan.epoch_steps == 0 or step == plan.steps
+
+
+def make_plan(config: Config, data: Prepared) -> TrainingPlan:
+    """The plan of a run on tokenized data; raises UserError where evaluations are wanted and nothing is held out."""
+    lengths = data.train_lengths
+    packed_rows = packing.pack(lengths, config.cutoff_len) if config.packing else None
+    rows = len(lengths) if packed_rows is None else len(packed_rows)
+    epoch_steps, steps = packing.epoch_steps(config, rows), packing.total_steps(config, rows)
+    eval_strategy, eval_steps, eval_samples = plan_evaluations(
+        config, steps, epoch_steps, int(lengths.sum()), data.eval_lengths
+    )
+    save_steps = whole_steps(config.save_steps, steps) if config.save_strategy == "steps" else None
+    return TrainingPlan(
+        samples=len(lengths),
+        tokens=int(lengths.sum()),
+        longest=int(lengths.max()),
+        packed_rows=packed_rows,
+        epoch_steps=epoch_steps,
+        steps=steps,
+        held_out=None if data.eval_lengths is None else len(data.eval_lengths),
+        eval_samples=eval_samples,
+        eval_strategy=eval_strategy,
+        eval_steps=eval_steps,
+        save_strategy=config.save_strategy,
+        save_steps=save_steps,
+        saves_evaluated=config.load_best_model_at_end and eval_strategy != "no" and config.save_strategy != "no",
+    )
+
+
+def whole_steps(steps: float, total: int) -> int:
+    """A setting that is a count of steps, or below 1 a share of all, as a count."""
+    return math.ceil(steps * total) if steps < 1 else int(steps)
+
+
+def plan_evaluations(
+    config: Config, steps: int, epoch_steps: int, train_tokens: int, eval_lengths: np.ndarray | None
+) -> tuple[str, int | None, int]:
+    """Strategy ("no", "steps", "epoch"), steps between evaluations, and held-out samples that each takes.
+
+    `train_tokens` are those of one epoch. Raises UserError where evaluations are wanted and nothing is held out.
+    """
+    strategy = config.eval_strategy
+    if strategy == "auto":
+        strategy = "no" if eval_lengths is None else "steps"
+    if strategy == "no":
+        return "no", None, 0
+    if eval_lengths is None:
+        raise UserError("nothing_held_out", strategy=strategy)
+    if strategy == "epoch":
+        return "epoch", None, len(eval_lengths)
+    if config.eval_steps is None:
+        return "steps", *cheap_evaluations(steps, epoch_steps, train_tokens / epoch_steps, eval_lengths)
+    return "steps", whole_steps(config.eval_steps, steps), len(eval_lengths)
+
+
+def cheap_evaluations(steps: int, epoch_steps: int, step_tokens: float, lengths: np.ndarray) -> tuple[int, int]:
+    """Steps between evaluations, and how many held-out samples each takes: all cost at most EVAL_SHARE of the time.
+
+    Counted in tokens, not measured: the same recipe must evaluate at the same steps on every machine. Where the whole
+    held-out part would leave fewer than five evaluations, its first samples are taken.
+    """
+    import numpy as np
+
+    wanted = max(1, min(math.ceil(steps / EVALUATIONS), math.ceil(epoch_steps / 2)))
+    tokens = np.cumsum(lengths)
+    affordable = EVAL_SHARE / EVAL_COST * step_tokens  # evaluated tokens that a step of training pays for
+    every = max(wanted, math.ceil(tokens[-1] / affordable))
+    samples = len(lengths)
+    if every > steps / 5:
+        longest = max(wanted, math.ceil(steps / 5))
+        samples = int(np.searchsorted(tokens, affordable * longest, side="right"))
+        samples = min(len(lengths), max(FEWEST_EVAL_SAMPLES, samples))
+        every = max(wanted, math.ceil(tokens[samples - 1] / affordable))
+    return min(every, steps), samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan as messages
+
+
+def describe_steps(config: Config, plan: TrainingPlan) -> Message:
+    """How many optimizer steps of how many samples or packed rows."""
+    unit = Message("samples") if plan.packed_rows is None else Message("packed_rows")
+    return Message(
+        "plan_steps",
+        steps=plan.steps,
+        batch=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        unit=unit,
+        rate=config.learning_rate,
+        schedule=config.lr_scheduler_type,
+    )
+
+
+def describe_evaluations(config: Config, plan: TrainingPlan) -> Message:
+    """What is held out and how often it is evaluated."""
+    if plan.held_out is None:
+        return Message("plan_nothing_held_out")
+    if plan.eval_strategy == "no":
+        return Message("plan_not_evaluated", samples=plan.held_out)
+    often = Message("every_epoch") if plan.eval_steps is None else Message("every_steps", steps=plan.eval_steps)
+    part = Message("first_of_them", samples=plan.eval_samples) if plan.eval_samples < plan.held_out else ""
+    by_default = config.val_size is None and not config.eval_dataset
+    hint = Message("held_out_by_default") if by_default else ""
+    return Message("plan_held_out", samples=plan.held_out, part=part, often=often, hint=hint)
+
+
+def find_warnings(config: Config, plan: TrainingPlan) -> list[Message]:
+    """What of a plan is probably not meant: nothing changes, or the data is learned by heart."""
+    found = []
+    warmup = config.warmup_steps or config.warmup_ratio
+    if config.learning_rate == 0:
+        found.append(Message("learning_rate_is_zero"))
+    if warmup >= 1 and warmup >= plan.steps:
+        found.append(Message("warmup_too_long", warmup=int(warmup), steps=plan.steps))
+    if plan.eval_strategy != "no" and not plan.saves_evaluated:
+        if config.load_best_model_at_end:
+            found.append(Message("best_not_kept_without_saves"))
+        else:
+            found.append(Message("best_not_kept"))
+    if plan.steps < FEW_STEPS:
+        found.append(_too_few_steps(config, plan))
+    if plan.steps / plan.epoch_steps >= MANY_EPOCHS:
+        found.append(_too_many_epochs(config, plan))
+    return found
+
+
+def _too_few_steps(config: Config, plan: TrainingPlan) -> Message:
+    if config.max_steps < 0:
+        more = f"num_train_epochs: {math.ceil(2 * FEW_STEPS / plan.epoch_steps)}"
+    else:
+        more = f"max_steps: {2 * FEW_STEPS}"
+    smaller = max(1, config.gradient_accumulation_steps * plan.steps // (2 * FEW_STEPS))
+    if smaller < config.gradient_accumulation_steps:
+        other = f"gradient_accumulation_steps: {smaller}"
+        return Message("too_few_steps_two_ways", steps=plan.steps, setting=more, other=other)
+    return Message("too_few_steps", steps=plan.steps, setting=more)
+
+
+def _too_many_epochs(config: Config, plan: TrainingPlan) -> Message:
+    if config.early_stopping == "no":
+        ending = Message("ending_never")
+    elif plan.eval_strategy != "no":
+        ending = Message("ending_by_eval_loss")
+    else:
+        ending = Message("ending_by_loss")
+    epochs = round(plan.steps / plan.epoch_steps)
+    return Message("too_many_epochs", epochs=epochs, samples=plan.samples, steps=plan.steps, ending=ending)

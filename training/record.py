@@ -1,0 +1,123 @@
+"""What a run folder records of a training: config.yaml, run.json, and which conversations were learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+from common import Loaded, Message
+from runs.files import write_json, write_text
+from runs.folder import TRAINED, read_run
+from runs.log import last_value, mean_loss, read_log
+from training.hardware import peak_memory
+
+if TYPE_CHECKING:
+    from preprocessing.dataset import Prepared
+    from training.preflight import Run
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
+
+
+def begin_record(loaded: Loaded, folder: Path, data: Prepared, inputs: dict[str, Any], resumed: Path | None) -> None:
+    """Writes config.yaml and run.json, before the first step."""
+    import psutil
+
+    earlier = (read_run(folder) or {}) if resumed else {}
+    before = [*earlier.get("earlier_inputs", ()), earlier.get("inputs")]
+    write_text(folder / "config.yaml", common.dump_config(repeatable(loaded).config))
+    write_fingerprints(folder, data, resumed)
+    gpu = common.find_gpu()
+    run = {
+        "status": "running",
+        "pid": os.getpid(),
+        "created": psutil.Process().create_time(),  # of the process: another may have its number one day
+        "host": socket.gethostname(),
+        "started": _now(),
+        "resumed_from": str(resumed) if resumed else None,
+        "recipe": str(loaded.recipe) if loaded.recipe else None,
+        "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
+        "model": loaded.config.model_name_or_path,
+        "seed": loaded.config.seed,
+        "device": dataclasses.asdict(gpu) if gpu else {"name": "cpu", "cores": os.cpu_count()},
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
+        "commit": commit(),
+        "data": data.report,
+        "inputs": inputs,
+        "earlier_inputs": [found for found in before if found and found != inputs],
+    }
+    write_json(folder / "run.json", run)
+
+
+def repeatable(loaded: Loaded) -> Loaded:
+    """What config.yaml holds: that file is to train the same again, and to delete nothing."""
+    once = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "overwrite_cache": False}
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, **once))
+
+
+def write_fingerprints(folder: Path, data: Prepared, resumed: Path | None) -> None:
+    """Writes the fingerprints of the conversations that are trained on: evaluate.py never measures on them.
+
+    They are kept because data files change. A run that goes on keeps those of its beginning, too.
+    """
+    import numpy as np
+
+    file, contents = folder / TRAINED, data.contents
+    for earlier in {file, resumed.parent / TRAINED} if resumed else ():  # another run's checkpoint, too
+        if earlier.is_file():
+            contents = np.union1d(np.load(earlier), contents)
+    beside = folder / f".{TRAINED}"
+    with open(beside, "wb") as opened:
+        np.save(opened, contents)
+    os.replace(beside, file)
+
+
+def complete_record(folder: Path, status: str, **facts: Any) -> None:
+    """Completes run.json at the end: "finished", "interrupted" or "failed", and what came of it."""
+    run = read_run(folder) or {}
+    run.update(status=status, ended=_now(), **facts)
+    write_json(folder / "run.json", run)
+
+
+def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str, Any]:
+    """What run.json says of a training that has ended."""
+    state, lines = trainer.state, read_log(run.folder)
+    evaluations = [line for line in state.log_history if "eval_loss" in line]
+    best_is_kept = trainer.args.load_best_model_at_end and state.best_global_step
+    last_eval_loss = evaluations[-1]["eval_loss"] if evaluations else None
+    return {
+        "steps": state.global_step,
+        "total_steps": state.max_steps,
+        "stopped_early": stopped_early.to_json() if stopped_early else None,
+        "best_step": state.best_global_step if best_is_kept else state.global_step,  # whose adapter is kept
+        "stop": run.template.stop,  # what ends a turn: merge.py and quantize.py read it
+        "tokens": int(state.num_input_tokens_seen),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "seconds": lines[-1]["elapsed"] if lines else None,
+        "train_loss": mean_loss(lines),
+        "first_loss": next((line["loss"] for line in lines if "loss" in line), None),
+        "last_loss": last_value(lines, "loss"),
+        "eval_loss": state.best_metric if best_is_kept else last_eval_loss,
+        "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
+        "peak_memory": peak_memory(),
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> str | None:
+    """The commit of this kit, with a + where files differ from it; None outside git."""
+    command = ["git", "-C", str(common.ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

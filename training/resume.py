@@ -1,0 +1,160 @@
+"""What an earlier run has left in its folder, and what a start with the same folder makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+from common import Config, Loaded, Message, UserError
+from runs.files import read_json
+from runs.folder import left_by_training, read_run
+from runs.process import is_alive
+from runs.target import find_model
+from training import checkpoints
+from training.plan import TrainingPlan
+
+# Settings with which a run may be continued although it was begun with another value: none changes the result.
+WITHOUT_EFFECT = {
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "output_dir",
+    "plot_loss",
+    "save_total_limit",
+    "report_to",
+    "logging_steps",
+    "logging_first_step",
+    "save_steps",
+    *list(common.OPTIONS)[list(common.OPTIONS).index("do_sample") :],  # chat and export
+}
+LONGER_RUN = {"num_train_epochs", "max_steps"}
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """Where a training begins, and what is told of that."""
+
+    message: Message | None = None
+    checkpoint: Path | None = None  # to go on from
+    finished: bool = False  # nothing is left to do
+    overwrite: bool = False  # what the folder holds of an earlier run is deleted
+    damaged: tuple[Message, ...] = ()  # newer checkpoints that cannot be used
+
+
+def plan_resume(loaded: Loaded, folder: Path) -> ResumePlan:
+    """Looks at what an earlier run has left in `folder`, and changes nothing.
+
+    A recipe that says overwrite_output_dir (nearly every file of LLaMA-Factory does) means the runs before this one:
+    started again after an interruption it goes on. Only the command line starts an interrupted run over. Raises
+    UserError where the folder holds something that is neither to be continued nor to be overwritten.
+    """
+    config, typed = loaded.config, "overwrite_output_dir" in loaded.typed
+    named = checkpoints.named_checkpoint(config)
+    within = named is not None and named.resolve().is_relative_to(folder.resolve())
+    refuse_running(folder)
+    left = left_by_training(folder)
+    goes_on = within or (not typed and named is None and is_interrupted(config, folder))
+    if config.overwrite_output_dir and not goes_on:
+        return ResumePlan(Message("run_is_overwritten", folder=folder) if left else None, named, overwrite=True)
+    run = read_run(folder)
+    if run is None and left and not within:
+        raise UserError("unknown_run", folder=folder, file=left[0].name)
+    if run is None:
+        return ResumePlan(Message("going_on", checkpoint=named) if named else None, named)
+    refuse_changed_settings(config, folder, run, within)
+    if run["status"] == "finished":
+        return ResumePlan(Message("run_is_finished", folder=folder), finished=True)
+    newest, damaged = (named, []) if named else checkpoints.newest_whole(config, folder)
+    if newest is None:
+        return ResumePlan(Message("begins_again", folder=folder), damaged=tuple(damaged))
+    if config.overwrite_output_dir and within:
+        message = Message("going_on_named", checkpoint=newest)
+    elif config.overwrite_output_dir:
+        message = Message("going_on_not_over", checkpoint=newest)
+    else:
+        message = Message("going_on", checkpoint=newest)
+    return ResumePlan(message, newest, damaged=tuple(damaged))
+
+
+def refuse_running(folder: Path) -> None:
+    """Raises UserError where another process of this machine trains in `folder`, as run.json tells."""
+    try:
+        run = read_run(folder) or {}
+    except UserError:  # a broken run.json, which is looked at where it matters
+        return
+    host = run.get("host", socket.gethostname())
+    is_here = host == socket.gethostname()  # the processes of other machines are unknown: there the lock decides
+    if run.get("status") == "running" and is_here and is_alive(run.get("pid", 0), run.get("created")):
+        raise UserError("run_is_training", folder=folder, process=run["pid"], host=host)
+
+
+def is_interrupted(config: Config, folder: Path) -> bool:
+    """Whether `folder` holds an interrupted run that is to go on from a checkpoint."""
+    try:
+        run = read_run(folder)
+    except UserError:  # broken: nothing to go on from
+        return False
+    wanted = config.resume_from_checkpoint != "false"
+    return wanted and run is not None and run["status"] != "finished" and bool(checkpoints.all_checkpoints(folder))
+
+
+def refuse_changed_settings(config: Config, folder: Path, run: dict[str, Any], within: bool) -> None:
+    """Raises UserError where settings that change the result differ from those that the run was begun with."""
+    changed = changed_settings(config, folder)
+    if not changed:
+        return
+    if run["status"] == "finished" and {setting.fields["name"] for setting in changed} <= LONGER_RUN:
+        newest, _ = checkpoints.newest_whole(config, folder)
+        if newest:
+            raise UserError("finished_run_longer", folder=folder, changed=changed, checkpoint=newest)
+    if within:
+        raise UserError("other_settings_named", folder=folder, changed=changed)
+    raise UserError("other_settings", folder=folder, changed=changed)
+
+
+def changed_settings(config: Config, folder: Path) -> list[Message]:
+    """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
+    begun = locate_model(common.load_config([str(folder / "config.yaml")])).config
+    return [
+        Message("changed_setting", name=name, then=_shown(getattr(begun, name)), now=_shown(getattr(config, name)))
+        for name in common.OPTIONS
+        if name not in WITHOUT_EFFECT and getattr(begun, name) != getattr(config, name)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_steps_left(resume: ResumePlan, folder: Path, plan: TrainingPlan) -> None:
+    """Raises UserError where another run's checkpoint leaves nothing of the plan to train."""
+    if resume.checkpoint is None or resume.checkpoint.resolve().is_relative_to(folder.resolve()):
+        return
+    step = read_json(resume.checkpoint / "trainer_state.json")["global_step"]
+    if step >= plan.steps:
+        raise UserError("no_steps_left", checkpoint=resume.checkpoint, step=step, steps=plan.steps)
+
+
+def locate_model(loaded: Loaded) -> Loaded:
+    """With the folder of the model in place of another name of it: that is what is read, and recorded."""
+    folder = find_model(loaded.config.model_name_or_path)
+    if folder is None:
+        return loaded
+    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, model_name_or_path=str(folder)))
+
+
+def clear_old_run(resume: ResumePlan, folder: Path) -> None:
+    """Deletes what the new run replaces, and nothing else."""
+    if resume.overwrite:
+        for path in left_by_training(folder):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    checkpoints.remove_leftovers(folder)

@@ -1,0 +1,383 @@
+"""The model with its adapter, by Unsloth, and TRL's trainer on samples that are tokens already."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import common
+from common import Config, Message, UserError
+from runs.files import read_json
+from runs.folder import suit_transformers_4
+from training import checkpoints, packing
+from training.plan import TrainingPlan
+
+if TYPE_CHECKING:
+    from preprocessing.chat_template import ChatTemplate
+    from preprocessing.dataset import Prepared
+    from training.callbacks import EarlyStopping
+
+# The projections of the Llama family under the names that Unsloth's kernels know.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps what libraries print while they load from the terminal, unless they fail."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+    except BaseException as error:
+        if not isinstance(error, UserError | KeyboardInterrupt):
+            print(printed.getvalue(), file=sys.stderr)
+        raise
+
+
+def import_unsloth() -> None:
+    """Imports Unsloth, which must come before transformers, trl and peft."""
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub at every start
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(common.CACHE / "unsloth_compiled"))
+    print(Message("loading_unsloth"), flush=True)
+    with quietly():
+        import unsloth  # noqa: F401
+
+
+def load_model(config: Config, precision: Precision) -> Any:
+    """The model with its adapter, a new one or the one to go on with, by Unsloth on every device."""
+    with _folder_to_load(config) as folder, quietly():
+        return _load_from(folder, config, precision)
+
+
+def _load_from(folder: str, config: Config, precision: Precision) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    on_cpu = not torch.cuda.is_available()
+    checkpointing = checkpointing_setting(config, on_cpu)
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=folder,
+        max_seq_length=config.cutoff_len,
+        dtype=precision.weights,
+        load_in_4bit=config.quantization_bit == 4,
+        load_in_8bit=config.quantization_bit == 8,
+        full_finetuning=False,
+        use_gradient_checkpointing=checkpointing,
+        trust_remote_code=config.trust_remote_code,
+        local_files_only=True,
+        use_exact_model_name=True,
+        **({"attn_implementation": packing.register_sample_attention()} if on_cpu else {}),
+    )
+    if config.adapter_name_or_path:
+        return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))
+    try:
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=config.lora_rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.lora_dropout,
+            bias="none",
+            target_modules=PROJECTIONS if config.lora_target == ("all",) else list(config.lora_target),
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            use_gradient_checkpointing=checkpointing,
+            random_state=config.seed,
+            max_seq_length=config.cutoff_len,
+        )
+    except ValueError as error:
+        if "not found in the base model" not in str(error):
+            raise
+        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError("unknown_lora_target", targets=config.lora_target, modules=leaves) from None
+
+
+@contextlib.contextmanager
+def _folder_to_load(config: Config) -> Iterator[str]:
+    """What Unsloth is to load: the base model, or a copy of the adapter that names the base where it is now."""
+    base = str(Path(config.model_name_or_path).resolve())
+    if config.adapter_name_or_path is None:
+        yield base
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(Path(config.adapter_name_or_path) / name, copy)
+        description = Path(copy) / "adapter_config.json"
+        settings = read_json(description) | {"base_model_name_or_path": base}
+        description.write_text(json.dumps(settings), encoding="utf-8")
+        yield copy
+
+
+def checkpointing_setting(config: Config, on_cpu: bool) -> bool | str:
+    """The value for `use_gradient_checkpointing`; on a CPU it only costs time, a third of it."""
+    wanted = {"true": True, "false": False, "auto": not on_cpu}[config.gradient_checkpointing]
+    return ("unsloth" if not on_cpu else True) if wanted else False
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of the base's weights, and the one ("bf16", "fp16" or None) in which matrices are multiplied."""
+
+    weights: Any
+    mixed: str | None
+    note: Message | None = None
+
+
+def choose_precision(config: Config) -> Precision:
+    """bfloat16 wherever the device multiplies it fast, else float16 on a card and float32 on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported():
+            return Precision(torch.bfloat16, "bf16", Message("fp16_is_bf16_on_card") if config.fp16 else None)
+        if config.bf16:
+            raise UserError("card_without_bf16")
+        return Precision(torch.float16, "fp16")
+    from unsloth_zoo.cpu import cpu_bf16_supported
+
+    if not cpu_bf16_supported():
+        note = Message("fp16_is_float32_on_cpu") if config.fp16 else None
+        return Precision(torch.float32, None, Message("bf16_is_float32_on_cpu") if config.bf16 else note)
+    note = Message("fp16_is_bf16_on_cpu") if config.fp16 else None
+    return Precision(torch.float32, "bf16" if config.bf16 is not False else None, note)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The trainer
+
+
+def make_trainer(
+    config: Config, precision: Precision, model: Any, tokenizer: Any, data: Prepared, plan: TrainingPlan
+) -> tuple[Any, EarlyStopping]:
+    """TRL's SFTTrainer (which Unsloth has sped up by now), and the callback that knows why it stopped early."""
+    from transformers import PrinterCallback
+
+    from training import callbacks
+
+    train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
+    held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
+    early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption()
+    trainer = trainer_class()(
+        model=model,
+        args=training_arguments(config, precision, plan),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=packing.collate,
+        callbacks=[callbacks.Progress(Path(config.output_dir), config.plot_loss), callbacks.Saves(plan)],
+    )
+    trainer.plan, trainer.save_limit = plan, config.save_total_limit
+    if held_out:
+        eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
+        trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
+    for callback in (interruption, early, callbacks.FiniteGradients(lambda: trainer.last_grad_norm)):
+        trainer.add_callback(callback)
+    trainer.remove_callback(PrinterCallback)  # the log is ours
+    return trainer, early
+
+
+@functools.cache
+def trainer_class() -> type:
+    """SFTTrainer with checkpoints that appear whole, an exact mean of the evaluation loss, and exact resuming.
+
+    A function, because trl may be imported only after Unsloth.
+    """
+    import torch
+    from trl import SFTTrainer
+
+    from training.callbacks import EvaluationInterrupted
+
+    class Trainer(SFTTrainer):
+        plan: TrainingPlan
+        save_limit: int | None  # checkpoints that are kept
+        learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
+        last_grad_norm: float = 0.0
+        writing_to: Path | None = None  # where a checkpoint is being written
+        resumed_from: Path | None = None
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """TRL would write one into every checkpoint."""
+
+        def train_from(self, checkpoint: Path | None) -> None:
+            """Trains from the beginning or from a checkpoint to the end."""
+            self.resumed_from, self.saved = checkpoint, []
+            self.args.eval_on_start = checkpoint is not None and self._evaluation_is_missing(checkpoint)
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except EvaluationInterrupted:  # of the evaluation that the earlier part of the run left out
+                self.control.should_training_stop = True
+
+        def _evaluation_is_missing(self, checkpoint: Path) -> bool:
+            """Whether the run was interrupted before, or in, the evaluation of the checkpoint's step."""
+            state = read_json(checkpoint / "trainer_state.json")
+            evaluated = {line["step"] for line in state["log_history"] if "eval_loss" in line}
+            return self.plan.evaluates_at(state["global_step"]) and state["global_step"] not in evaluated
+
+        def _run_epoch(self, **kwargs: Any) -> None:
+            """An evaluation that was missing may have ended the training."""
+            if self.resumed_from:
+                self._restore_loss()
+            if not self.control.should_training_stop:
+                super()._run_epoch(**kwargs)
+
+        def _restore_loss(self) -> None:
+            """The losses since the last logged step, which the next logged one is a mean of."""
+            saved = read_json(self.resumed_from / LOSS_STATE, default=None)
+            self.resumed_from = None
+            if saved:
+                self._tr_loss.fill_(saved["loss"])
+                self._globalstep_last_logged = saved["last_logged_step"]
+
+        def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+            """Evaluates without using up random numbers: a run that repeats an evaluation goes on like any other."""
+            cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices=cuda):
+                metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+            if skip_scheduler:  # at the start, where transformers does not look for the best step
+                self._determine_best_metric(metrics, trial)
+                self._name_best_checkpoint()
+            return metrics
+
+        def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                super()._maybe_log_save_evaluate(*args, **kwargs)
+            except EvaluationInterrupted:
+                self._save_checkpoint(self.model, None)
+                self.control.should_training_stop, self.control.should_save = True, False
+
+        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+            self.last_grad_norm = float(norm)
+            return norm
+
+        def _name_best_checkpoint(self) -> None:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            folder, step = Path(self.args.output_dir), self.state.global_step
+            _check_weights(self.model, step)
+
+            def write(beside: Path) -> None:
+                self.writing_to = beside
+                try:
+                    super(Trainer, self)._save_checkpoint(model, trial)
+                finally:
+                    self.writing_to = None
+                if self.state.best_global_step:  # it has looked for the best one in `beside`
+                    best = folder / f"checkpoint-{self.state.best_global_step}"
+                    self.state.best_model_checkpoint = str(best)
+                    self.state.save_to_json(str(beside / f"checkpoint-{step}" / "trainer_state.json"))
+                since_log = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+                (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(since_log), encoding="utf-8")
+
+            checkpoints.save_whole(folder, step, write)
+            self.saved.append(step)
+            checkpoints.delete_old(folder, self.save_limit, self.saved, self.state.best_global_step)
+
+        def _get_output_dir(self, trial: Any) -> str:
+            return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
+            weight = int((inputs["labels"] != packing.IGNORED).sum()) / self.learned_a_batch
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            return (loss * weight, *rest)
+
+    return Trainer
+
+
+def _check_weights(model: Any, step: int) -> None:
+    from training.callbacks import check_finite_weights
+
+    check_finite_weights(model, step)
+
+
+def learned_tokens(samples: Any) -> int:
+    """How many tokens of tokenized samples are learned; the first of a sample has nothing to be predicted from."""
+    return sum(label != packing.IGNORED for row in samples["labels"] for label in row[1:])
+
+
+def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
+    """transformers' arguments; all whose default differs between Unsloth's backends are set."""
+    import torch
+    from trl import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
+    return SFTConfig(
+        output_dir=config.output_dir,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps or config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=precision.mixed == "bf16",
+        fp16=precision.mixed == "fp16",
+        gradient_checkpointing=bool(checkpointing_setting(config, not on_gpu)),
+        logging_steps=config.logging_steps,
+        logging_first_step=config.logging_first_step,
+        logging_nan_inf_filter=False,  # it would hide a NaN and go on
+        eval_strategy=plan.eval_strategy,
+        eval_steps=plan.eval_steps,
+        save_strategy=plan.eval_strategy if evaluated else plan.save_strategy,
+        save_steps=(plan.eval_steps if evaluated else plan.save_steps) or 500,
+        save_total_limit=None,  # checkpoints.delete_old
+        load_best_model_at_end=evaluated,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        include_num_input_tokens_seen="all",
+        report_to=[name for name in config.report_to if name != "none"],
+        run_name=Path(config.output_dir).name,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,  # ours, in packing.py, never lets samples see each other
+        padding_free=False,
+    )
+
+
+def count_trainable(model: Any) -> int:
+    """Trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
+    """Puts the adapter, the tokenizer and the chat template that was trained into the run folder, each file whole."""
+    _check_weights(trainer.model, trainer.state.global_step)
+    beside = folder / checkpoints.BESIDE
+    tokenizer = trainer.processing_class
+    tokenizer.chat_template = template.saved
+    tokenizer.save_pretrained(beside)
+    suit_transformers_4(beside)
+    trainer.model.save_pretrained(beside, safe_serialization=True)
+    (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    for file in beside.iterdir():
+        os.replace(file, folder / file.name)
+    beside.rmdir()
