@@ -81,16 +81,16 @@ def read(path: Path) -> Data:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it by data/make_diy.py") from None
+        raise UserError("baseline_unreadable", file=path, problem=str(error)) from None
     data = Data([], [])
     for number, row in enumerate(rows, 1):
         try:
             data.x.append(features(row["instruction"]))
             data.y.append({"0": 0, "1": 1}[row["output"]])
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}, row {number} is not of the fraud task; make it by data/make_diy.py") from None
+            raise UserError("baseline_other_task", file=path, row=number) from None
     if set(data.y) != {0, 1}:
-        raise UserError(f"{path} does not hold both classes; make it by data/make_diy.py")
+        raise UserError("baseline_one_class", file=path)
     return data
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if len(argv) not in (0, 2):
-        raise UserError("give two files, the training and the held-out part, or none for those of data/")
+        raise UserError("baseline_two_files")
     pairs = [argv] if argv else [[HERE / f"{name}.json", HERE / f"{name}_test.json"] for name in SHIPPED]
     for train_path, test_path in pairs:
         train, test = read(Path(train_path)), read(Path(test_path))
@@ -140,4 +140,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, takes_settings=False)

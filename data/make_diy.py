@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import UserError, nearest, run_script  # noqa: E402
+from common import Message, UserError, nearest_word, run_script  # noqa: E402
 from preprocessing.sources import not_utf8  # noqa: E402
 from runs.files import write_text  # noqa: E402
 
@@ -69,6 +69,7 @@ class Window(NamedTuple):
 
 
 Accounts = dict[str, list[Transaction]]
+Rows = Iterator[tuple[Message, dict[str, Any]]]  # where a row stands, and its values by their keys
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,12 +140,9 @@ def build(accounts: Accounts, labels: dict[str, int], args: argparse.Namespace) 
     for part in parts:
         draw.shuffle(part)
     train, test = balanced(parts[0], args.balance), parts[1]
-    for title, part in (("training", train), ("held-out", test)):
+    for title, part in ((Message("diy_training"), train), (Message("diy_held_out"), test)):
         if {w.label for w in part} != {0, 1}:
-            raise UserError(
-                f"the {title} part has {len(part)} samples and not both classes; change --split-time "
-                f"({show_time(args.split_time)}), --test-share or --min-transactions, or label more accounts"
-            )
+            raise UserError("diy_class_missing", part=title, samples=len(part), split_time=show_time(args.split_time))
     return train, test
 
 
@@ -159,7 +157,7 @@ def fit(transactions: list[Transaction], args: argparse.Namespace) -> list[Trans
 
     kept = bisect_left(range(1, len(transactions) + 1), True, key=is_too_long)
     if kept == 0:
-        raise UserError(f"--max-tokens {args.max_tokens} has no room for one transaction; it must be at least 256")
+        raise UserError("diy_max_tokens_too_small", max_tokens=args.max_tokens)
     return transactions[-kept:]
 
 
@@ -167,8 +165,8 @@ def balanced(windows: list[Window], balance: float | None) -> list[Window]:
     """At most `balance` normal windows for each fraudulent one; the order stays."""
     if balance is None:
         return windows
-    room = round(balance * sum(w.label for w in windows))
-    surplus = set([i for i, w in enumerate(windows) if w.label == 0][room:])
+    kept = round(balance * sum(w.label for w in windows))
+    surplus = set([i for i, w in enumerate(windows) if w.label == 0][kept:])
     return [w for i, w in enumerate(windows) if i not in surplus]
 
 
@@ -184,7 +182,7 @@ def token_counter(folder: str | None) -> Callable[[str], int]:
         return estimate_tokens
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"there is no {file}; give the folder of a model, or leave --tokenizer out")
+        raise UserError("diy_no_tokenizer", file=file)
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
@@ -195,51 +193,50 @@ def token_counter(folder: str | None) -> Callable[[str], int]:
 # A user's own table
 
 
-def rows_of(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file, line 7`, {"from": ..., ...}) of each row of a CSV or parquet file; `wanted` maps a key to its column."""
+def rows_of(path: Path, wanted: dict[str, str]) -> Rows:
+    """(place, {"from": ..., ...}) of each row of a CSV or parquet file; `wanted` maps a key to its column."""
     reader = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path} is neither .csv nor .parquet; save it as one of them")
+        raise UserError("diy_unknown_kind_of_file", file=path)
     if not path.is_file():
-        near = nearest(path.name, (p.name for p in path.parent.glob("*")))
-        raise UserError(f"there is no file {path}{near}; give the path of a .csv or .parquet file")
+        near = nearest_word(path.name, (p.name for p in path.parent.glob("*")))
+        raise UserError("diy_no_file", file=path, near=near)
     return reader(path, wanted)
 
 
-def csv_rows(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_rows(path: Path, wanted: dict[str, str]) -> Rows:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            places = check_columns(path, wanted, header)
+            columns = check_columns(path, wanted, header)
             for cells in reader:
+                place = Message("diy_line", file=path, line=reader.line_num)
                 if len(cells) != len(header) and cells:
-                    raise UserError(
-                        f"{path}, line {reader.line_num} has {len(cells)} values where the header has {len(header)}; "
-                        "mend the line, or quote the values that hold a comma"
-                    )
+                    raise UserError("diy_wrong_count", place=place, values=len(cells), columns=len(header))
                 if cells:
-                    yield f"{path}, line {reader.line_num}", {key: cells[i].strip() for key, i in places.items()}
+                    yield place, {key: cells[i].strip() for key, i in columns.items()}
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num} is broken CSV ({error}); mend its quotes") from None
+            place = Message("diy_line", file=path, line=reader.line_num)
+            raise UserError("diy_broken_csv", place=place, problem=str(error)) from None
         except UnicodeDecodeError:
-            raise UserError(f"{path}, {not_utf8(path)}") from None
+            raise UserError("diy_not_utf8", file=path, problem=not_utf8(path).message) from None
 
 
-def parquet_rows(path: Path, wanted: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: Path, wanted: dict[str, str]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a parquet file ({str(error).splitlines()[0]}); write it again") from None
+        raise UserError("diy_broken_parquet", file=path, problem=str(error).splitlines()[0]) from None
     check_columns(path, wanted, file.schema_arrow.names)
     number = 0
     for batch in file.iter_batches(columns=list(wanted.values())):
         for row in batch.to_pylist():
             number += 1
-            yield f"{path}, row {number}", {key: row[column] for key, column in wanted.items()}
+            yield Message("diy_row", file=path, row=number), {key: row[column] for key, column in wanted.items()}
 
 
 def check_columns(path: Path, wanted: dict[str, str], header: list[str]) -> dict[str, int]:
@@ -247,75 +244,73 @@ def check_columns(path: Path, wanted: dict[str, str], header: list[str]) -> dict
     header = [name.strip() for name in header]
     for key, column in wanted.items():
         if column not in header:
-            raise UserError(
-                f"{path} has no column '{column}'{nearest(column, header)}; it has {', '.join(header) or 'none'}: "
-                f"name yours by --columns {key}=NAME"
-            )
+            near = nearest_word(column, header)
+            raise UserError("diy_no_column", file=path, column=column, near=near, columns=header, key=key)
     return {key: header.index(column) for key, column in wanted.items()}
 
 
 def read_labels(path: Path, columns: dict[str, str]) -> dict[str, int]:
     """Account → 1 (fraud) or 0. Raises UserError with file and line at the first fault."""
     labels: dict[str, int] = {}
-    for where, row in rows_of(path, {key: columns[key] for key in ("account", "label")}):
-        name, value = account_name(where, "account", row["account"]), str(row["label"]).lower()
+    for place, row in rows_of(path, {key: columns[key] for key in ("account", "label")}):
+        name, value = account_name(place, "account", row["account"]), str(row["label"]).lower()
         label = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(value)
         if label is None:
-            raise UserError(f"{where}: the label {row['label']!r} is neither 0 nor 1; write 1 for fraud, 0 for normal")
+            raise UserError("diy_label_unknown", place=place, label=row["label"])
         if labels.setdefault(name, label) != label:
-            raise UserError(f"{where}: account {name} is 0 in one line and 1 in another; keep the right one")
+            raise UserError("diy_label_contradicts", place=place, account=name)
     return labels
 
 
 def read_table(path: Path, columns: dict[str, str], labels: dict[str, int]) -> Accounts:
     """The transactions of the labelled accounts, both as sender and as receiver, in the table's order."""
     accounts: Accounts = defaultdict(list)
-    for where, row in rows_of(path, {key: columns[key] for key in ("from", "to", "amount", "time")}):
-        sender, receiver = (account_name(where, key, row[key]) for key in ("from", "to"))
-        amount, moment = read_amount(where, row["amount"]), read_time(where, row["time"])
+    for place, row in rows_of(path, {key: columns[key] for key in ("from", "to", "amount", "time")}):
+        sender, receiver = (account_name(place, key, row[key]) for key in ("from", "to"))
+        amount, moment = read_amount(place, row["amount"]), read_time(place, row["time"])
         if sender in labels:
             accounts[sender].append(Transaction(moment, receiver, amount))
         if receiver in labels and receiver != sender:
             accounts[receiver].append(Transaction(moment, sender, amount))
     if not accounts:
-        raise UserError(f"no account of the labels is in {path}; write the accounts in both files the same way")
+        raise UserError("diy_no_account_labelled", file=path)
     return dict(accounts)
 
 
-def account_name(where: str, key: str, value: Any) -> str:
+def account_name(place: Message, key: str, value: Any) -> str:
     if value is None or str(value).strip() == "":
-        raise UserError(f"{where}: the {key} account is empty; fill it in or delete the row")
+        raise UserError("diy_account_empty", place=place, key=key)
     return str(value).strip()
 
 
-def read_amount(where: str, value: Any) -> float:
+def read_amount(place: Message, value: Any) -> float:
     try:
         amount = float(value)
     except (TypeError, ValueError):
         amount = math.nan
     if not 0 <= amount < math.inf:
-        raise UserError(f"{where}: the amount {value!r} is not a number of at least 0; mend it or delete the row")
+        raise UserError("diy_amount_wrong", place=place, amount=value)
     return amount
 
 
-def read_time(where: str, value: Any) -> float:
+def read_time(place: Message | str, value: Any) -> float:
     """Seconds since 1970 of an ISO 8601 time (UTC where it names no zone), a timestamp, or a number of seconds.
 
     Also of a date with slashes, as Excel writes it in Chinese: 2024/5/20 9:01.
     """
-    advice = "write it like 2024-05-17 09:01, or as seconds since 1970"
+    advice = Message("diy_how_to_write_times")
     try:
         if not isinstance(value, datetime):
             value = str(value).strip().replace("Z", "+00:00")
             if value.replace(".", "", 1).isdigit():
                 if float(value) > 1e11:  # the year 5138
-                    advice = "it looks like milliseconds since 1970: divide it by 1000"
+                    advice = Message("diy_milliseconds")
                 value = from_seconds(float(value))
             else:
                 value = datetime.fromisoformat(SLASHED.sub(dashed, value))
         return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise UserError(f"{where}: {str(value)!r} is not a time; {advice}") from None
+        raise UserError("diy_not_a_time", place=place, value=value, advice=advice) from None
 
 
 def dashed(date: re.Match[str]) -> str:
@@ -357,7 +352,7 @@ class Kind:
     spread: tuple[float, float]
 
 
-# Every range of one class overlaps those of the other: no habit alone tells fraud, and some accounts cannot be told.
+# Every range of one class overlaps those of the other: no habit alone reveals fraud, and some accounts stay unclear.
 NORMAL = (
     Kind((0.0, 0.3), (0.0, 0.3), (0.35, 0.9), (0.2, 0.6), (0.0, 0.2), (0.0, 0.05), (-2.0, 1.3), (0.5, 1.5)),  # person
     Kind((0.1, 0.55), (0.1, 0.6), (0.2, 0.7), (0.0, 0.3), (0.05, 0.4), (0.0, 0.08), (-0.8, 1.8), (0.7, 1.9)),  # trader
@@ -447,22 +442,22 @@ def check(args: argparse.Namespace) -> None:
     """Turns the arguments into what the functions above take; raises UserError at the first that makes no sense."""
     for name in ("accounts", "window", "windows", "min_transactions", "digits"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+            raise UserError("diy_must_be_at_least_1", flag=f"--{name.replace('_', '-')}", value=getattr(args, name))
     if args.min_transactions > args.window:
-        raise UserError(f"--min-transactions {args.min_transactions} is above --window {args.window}; lower it")
+        raise UserError("diy_window_too_small", least=args.min_transactions, window=args.window)
     if not 0 < args.test_share < 1:
-        raise UserError(f"--test-share {args.test_share} must be between 0 and 1, like 0.3")
+        raise UserError("diy_test_share_wrong", value=args.test_share)
     if args.balance is not None and not 0 < args.balance < math.inf:
-        raise UserError(f"--balance {args.balance} must be above 0, like 1")
+        raise UserError("diy_balance_wrong", value=args.balance)
     if (args.table is None) != (args.labels is None):
-        raise UserError("--table and --labels belong together; give both, or neither to draw accounts")
+        raise UserError("diy_table_without_labels")
     if args.table and not args.out:
-        raise UserError("--out is missing; give the dataset a name, like --out mydata")
+        raise UserError("diy_out_missing")
     known = {key: key for key in ("from", "to", "amount", "time", "account", "label")}
     for pair in args.columns:
         key, equals, name = pair.partition("=")
         if key not in known or not equals:
-            raise UserError(f"--columns {pair}{nearest(key, known)}: write KEY=NAME, KEY one of {', '.join(known)}")
+            raise UserError("diy_columns_wrong", pair=pair, near=nearest_word(key, known), keys=list(known))
         known[key] = name
     args.columns = known
     args.split_time = None if args.split_time is None else read_time("--split-time", args.split_time)
@@ -474,7 +469,7 @@ def make(args: argparse.Namespace) -> None:
     files = [args.out.with_name(args.out.name + end) for end in (".json", "_test.json")]
     for file in files:
         if file.exists() and not args.overwrite:
-            raise UserError(f"{file} is there already; choose another --out, or add --overwrite")
+            raise UserError("diy_file_exists", file=file)
     if args.table:
         labels = read_labels(args.labels, args.columns)
         accounts = read_table(args.table, args.columns, labels)
@@ -486,10 +481,7 @@ def make(args: argparse.Namespace) -> None:
     parts = build(accounts, labels, args)
     print(f"{len(labels)} labelled accounts, split at {show_time(args.split_time)}")
     if absent := [name for name in labels if name not in accounts]:
-        print(
-            f"{len(absent)} labelled accounts are not in the table (first: {absent[0]}); "
-            "write them the same way in both files"
-        )
+        print(Message("diy_accounts_absent", count=len(absent), first=absent[0]))
     left_out = len(labels) - len(absent) - len({window.account for part in parts for window in part})
     if left_out:
         print(f"left out: {left_out} accounts, with too few transactions in their part or above --balance")
@@ -530,4 +522,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, takes_settings=False)

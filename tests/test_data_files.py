@@ -12,14 +12,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, user_error
 
 sys.path.insert(0, str(ROOT / "data"))
 
 import baseline
 import make_diy
 
-from common import UserError
+from common import Message
 
 DATA = ROOT / "data"
 FRAUD = ("diy", "diy_small", "diy_words")
@@ -247,7 +247,8 @@ def test_features_of_a_prompt():
 def test_baseline_names_the_row_that_is_not_of_the_task():
     result = run("data/baseline.py", "data/identity.json", "data/diy_test.json")
     assert result.returncode == 2
-    assert result.stderr == ("error: data/identity.json, row 1 is not of the fraud task; make it by data/make_diy.py\n")
+    sentence = "data/identity.json, row 1 is not of the fraud task; make it with data/make_diy.py"
+    assert result.stderr == f"error: {sentence}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def test_labelled_accounts_that_the_table_writes_otherwise_are_told(table: list[
     labels.write_text(labels.read_text(encoding="utf-8").replace("0x000a", "0x000A"), encoding="utf-8")
     make_diy.main([*table, "--min-transactions", "1"])
     said = capsys.readouterr().out
-    assert "1 labelled accounts are not in the table (first: 0x000A); write them the same way in both files" in said
+    assert str(Message("diy_accounts_absent", count=1, first="0x000A")) in said
     assert "left out" not in said
 
 
@@ -401,87 +402,76 @@ ROW = "0x0000,0x0001,5,2024-03-01 00:00\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "fields"),
     [
-        ("", "tx.csv has no column 'from'; it has none: name yours by --columns from=NAME"),
-        ("form,to,amount,time\n", "tx.csv has no column 'from' (did you mean 'form'?); it has form, to, amount, time:"),
-        (HEADER, "no account of the labels is in "),
-        (HEADER + ROW + "0x0000,0x0001,5\n", "tx.csv, line 3 has 3 values where the header has 4;"),
-        (
-            HEADER + ROW + "0x0000,0x0001,-5,2024-03-01\n",
-            "tx.csv, line 3: the amount '-5' is not a number of at least 0;",
-        ),
-        (HEADER + "0x0000,0x0001,nan,2024-03-01\n", "tx.csv, line 2: the amount 'nan' is not a number of at least 0;"),
-        (HEADER + "0x0000,0x0001,,2024-03-01\n", "tx.csv, line 2: the amount '' is not a number of at least 0;"),
-        (HEADER + "0x0000,0x0001,5,yesterday\n", "tx.csv, line 2: 'yesterday' is not a time;"),
-        (HEADER + "0x0000,0x0001,5,20240301\n", "tx.csv, line 2: '20240301' is not a time;"),
-        (HEADER + "0x0000,0x0001,5,1709251200000\n", "'1709251200000' is not a time; it looks like milliseconds"),
-        (HEADER + "0x0000,,5,2024-03-01\n", "tx.csv, line 2: the to account is empty;"),
-        (HEADER + '0x0000,"0x0"01,5,2024-03-01\n', "tx.csv, line 2 is broken CSV"),
-        (HEADER + ROW, "the training part has "),
+        ("", "diy_no_column", {"column": "from", "columns": [], "near": None}),
+        ("form,to,amount,time\n", "diy_no_column", {"near": "form", "columns": ["form", "to", "amount", "time"]}),
+        (HEADER, "diy_no_account_labelled", {}),
+        (HEADER + ROW + "0x0000,0x0001,5\n", "diy_wrong_count", {"values": 3, "columns": 4, "line": 3}),
+        (HEADER + ROW + "0x0000,0x0001,-5,2024-03-01\n", "diy_amount_wrong", {"amount": "-5", "line": 3}),
+        (HEADER + "0x0000,0x0001,nan,2024-03-01\n", "diy_amount_wrong", {"amount": "nan", "line": 2}),
+        (HEADER + "0x0000,0x0001,,2024-03-01\n", "diy_amount_wrong", {"amount": "", "line": 2}),
+        (HEADER + "0x0000,0x0001,5,yesterday\n", "diy_not_a_time", {"value": "yesterday", "line": 2}),
+        (HEADER + "0x0000,0x0001,5,20240301\n", "diy_not_a_time", {"value": "20240301"}),
+        (HEADER + "0x0000,0x0001,5,1709251200000\n", "diy_not_a_time", {"advice": Message("diy_milliseconds")}),
+        (HEADER + "0x0000,,5,2024-03-01\n", "diy_account_empty", {"key": "to", "line": 2}),
+        (HEADER + '0x0000,"0x0"01,5,2024-03-01\n', "diy_broken_csv", {"line": 2}),
+        (HEADER + ROW, "diy_class_missing", {"part": Message("diy_training")}),
     ],
 )
-def test_faulty_table(table: list[str], tmp_path: Path, content: str, message: str):
-    (tmp_path / "tx.csv").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError) as error:
+def test_faulty_table(table: list[str], tmp_path: Path, content: str, code: str, fields: dict[str, object]):
+    file = tmp_path / "tx.csv"
+    file.write_text(content, encoding="utf-8")
+    if line := fields.pop("line", None):
+        fields["place"] = Message("diy_line", file=file, line=line)
+    with user_error(code, **fields):
         make_diy.main(table)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("my*"))
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "code", "fields"),
     [
-        ("account,lable\n", "labels.csv has no column 'label' (did you mean 'lable'?)"),
-        ("account,label\n0x0000,fraud\n", "labels.csv, line 2: the label 'fraud' is neither 0 nor 1;"),
-        (
-            "account,label\n0x0000,1\n0x0000,0\n",
-            "labels.csv, line 3: account 0x0000 is 0 in one line and 1 in another;",
-        ),
+        ("account,lable\n", "diy_no_column", {"column": "label", "near": "lable"}),
+        ("account,label\n0x0000,fraud\n", "diy_label_unknown", {"label": "fraud"}),
+        ("account,label\n0x0000,1\n0x0000,0\n", "diy_label_contradicts", {"account": "0x0000"}),
     ],
 )
-def test_faulty_labels(table: list[str], tmp_path: Path, content: str, message: str):
+def test_faulty_labels(table: list[str], tmp_path: Path, content: str, code: str, fields: dict[str, object]):
     (tmp_path / "labels.csv").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError) as error:
+    with user_error(code, **fields):
         make_diy.main(table)
-    assert message in str(error.value)
 
 
-def test_a_broken_file_is_told(table: list[str], tmp_path: Path):
-    for name, content, message in (
-        ("tx.parquet", b"PAR1", "tx.parquet is not a parquet file"),
-        ("tx.xlsx", b"", "tx.xlsx is neither .csv nor .parquet"),
-        (
-            "tx.csv",
-            HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"),
-            "line 2, byte 1 is not UTF-8; save the file as UTF-8",
-        ),
+def test_a_broken_file_is_named(table: list[str], tmp_path: Path):
+    for name, content, code in (
+        ("tx.parquet", b"PAR1", "diy_broken_parquet"),
+        ("tx.xlsx", b"", "diy_unknown_kind_of_file"),
+        ("tx.csv", HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"), "diy_not_utf8"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=re.escape(message)):
+        with user_error(code, file=tmp_path / name):
             make_diy.main(["--table", str(tmp_path / name), *table[2:]])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "fields"),
     [
-        (["--window", "0"], "--window 0 must be at least 1"),
-        (["--window", "3"], "--min-transactions 5 is above --window 3"),
-        (["--test-share", "1"], "--test-share 1.0 must be between 0 and 1"),
-        (["--balance", "0"], "--balance 0.0 must be above 0"),
-        (["--columns", "form=x"], "--columns form=x (did you mean 'from'?): write KEY=NAME"),
-        (["--split-time", "2024"], "--split-time: '2024' is not a time"),
-        (["--split-time", "2030-01-01"], "the held-out part has 0 samples and not both classes"),
-        (["--max-tokens", "150"], "--max-tokens 150 has no room for one transaction"),
-        (["--tokenizer", "nowhere"], "there is no nowhere/tokenizer.json"),
-        (["--labels", "labls.csv"], "there is no file labls.csv"),
+        (["--window", "0"], "diy_must_be_at_least_1", {"flag": "--window", "value": 0}),
+        (["--window", "3"], "diy_window_too_small", {"least": 5, "window": 3}),
+        (["--test-share", "1"], "diy_test_share_wrong", {"value": 1.0}),
+        (["--balance", "0"], "diy_balance_wrong", {"value": 0.0}),
+        (["--columns", "form=x"], "diy_columns_wrong", {"pair": "form=x", "near": "from"}),
+        (["--split-time", "2024"], "diy_not_a_time", {"place": "--split-time", "value": "2024"}),
+        (["--split-time", "2030-01-01"], "diy_class_missing", {"part": Message("diy_held_out"), "samples": 0}),
+        (["--max-tokens", "150"], "diy_max_tokens_too_small", {"max_tokens": 150}),
+        (["--tokenizer", "nowhere"], "diy_no_tokenizer", {"file": "nowhere/tokenizer.json"}),
+        (["--labels", "labls.csv"], "diy_no_file", {"file": "labls.csv"}),
     ],
 )
-def test_arguments_that_make_no_sense(table: list[str], arguments: list[str], message: str):
-    with pytest.raises(UserError) as error:
+def test_arguments_that_make_no_sense(table: list[str], arguments: list[str], code: str, fields: dict[str, object]):
+    with user_error(code, **fields):
         make_diy.main([*table, *arguments])
-    assert message in str(error.value)
 
 
 def test_an_error_is_one_sentence_and_exit_status_2(table: list[str], tmp_path: Path):
