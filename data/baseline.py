@@ -26,18 +26,7 @@ from common import UserError, run_script  # noqa: E402
 from evaluation import metrics  # noqa: E402
 
 LINE = re.compile(r"\[(\d\d)-(\d\d) (\d\d):(\d\d)\] 节点 (\d+) 交易 (\d+\.\d+)")
-WORDS = (
-    "night",
-    "minutes",
-    "hours",
-    "known",
-    "round",
-    "zero",
-    "tiny",
-    "small",
-    "large",
-    "huge",
-)  # of make_diy.py's form
+WORDS = ("night", "minutes", "hours", "known", "round", "zero", "tiny", "small", "large", "huge")  # of make_diy.py
 FEATURES = ("night", "burst", "repeated", "round", "zero", "log mean", "log deviation", "largest", "a day")
 
 
@@ -116,8 +105,8 @@ def measure(train: Data, test: Data) -> tuple[dict[str, dict[str, Any]], dict[st
     }
     alone = {}
     for i, name in enumerate(FEATURES if len(train.x[0]) == len(FEATURES) else WORDS):
-        falls = roc_auc_score(train.y, [x[i] for x in train.x]) < 0.5
-        alone[name] = float(roc_auc_score(test.y, [-x[i] if falls else x[i] for x in test.x]))
+        sign = -1 if roc_auc_score(train.y, [x[i] for x in train.x]) < 0.5 else 1
+        alone[name] = float(roc_auc_score(test.y, [sign * x[i] for x in test.x]))
     return found, alone
 
 
