@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inference.engine import Engine
+from inference.kv_cache import common_prefix
 
 Ids = Sequence[int]
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included
@@ -229,9 +230,7 @@ class LlamaCppScorer:
         import numpy as np
 
         model = self.model
-        done = model.eval_tokens
-        same = next((i for i, (a, b) in enumerate(zip(done, ids, strict=False)) if a != b), min(len(done), len(ids)))
-        model.n_tokens = min(same, len(ids) - 1)  # llama.cpp forgets what comes after it
+        model.n_tokens = common_prefix(list(model.eval_tokens), ids[:-1])  # llama.cpp forgets what comes after it
         model.eval(ids[model.n_tokens :])
         logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),)).astype(np.float64)
         logits = logits - logits.max()

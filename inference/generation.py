@@ -161,4 +161,5 @@ def _add_rows(add_rows: Callable[[Job], None], job: Job) -> None:
     except UserError as error:
         if error.code == "message_too_long":
             raise ApiError(400, error.message, param=job.request.prompt_field, code="context_length_exceeded") from None
-        raise ApiError(400, error.message, code="invalid_value") from None
+        param = job.request.prompt_field if error.code == "messages_do_not_suit_template" else None
+        raise ApiError(400, error.message, param=param, code="invalid_value") from None

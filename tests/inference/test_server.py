@@ -385,6 +385,17 @@ def test_what_cannot_be_done_is_a_400_that_names_it(parrot_server: Server, field
 
 
 @pytest.mark.slow
+def test_messages_that_the_template_cannot_hold_are_a_400(parrot: Path, tmp_path: Path) -> None:
+    """After the end of a turn of the assistant the template `default` writes no header for another answer."""
+    server = Server(tmp_path / "log", str(parrot), "infer_dtype=float32", "template=default", "max_new_tokens=4")
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure,"}]
+    status, body = server.chat(messages=messages)
+    assert (status, body["error"]["param"], body["error"]["code"]) == (400, "messages", "invalid_value")
+    assert "the last message is the assistant's" in body["error"]["message"]
+    assert server.chat(messages=[*messages, messages[0]])[0] == 200
+    assert server.end() == 0
+
+
 def test_malformed_bodies_and_wrong_places(parrot_server: Server) -> None:
     for body in ("", "{", "[]", '{"a": NaN}', "[" * 100_000, '{"model": "parrot", "messages": "\\ud800"}'):
         status, answer = parrot_server.post(body)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run, user_error
+from test_chat_template import pieces_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -59,17 +60,36 @@ def test_a_right_label_is_kept(embedded_model: Path, tmp_path: Path):
     assert type(load_tokenizer(tmp_path / "qwen")).__name__ == "Qwen2Tokenizer"
 
 
-def test_a_tokenizer_of_sentencepiece_is_left_as_it_is(tmp_path: Path):
-    """Llama 2's kind with its tokenizer.json, and one that has tokenizer.model only."""
-    from test_chat_template import pieces_tokenizer
+def test_a_tokenizer_of_llama_2s_kind_is_left_as_it_is(tmp_path: Path):
+    folder = tmp_path / "llama"
+    pieces_tokenizer("mistral").save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"}))
+    assert ids(load_tokenizer(folder), ["hi  hi\n你好 x"]) == ids_of_file(folder, ["hi  hi\n你好 x"])
 
-    pieces_tokenizer("mistral").save_pretrained(tmp_path / "llama")
-    settings = json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "LlamaTokenizerFast"
-    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert ids(load_tokenizer(tmp_path / "llama"), ["hi  hi\n你好 x"]) == ids_of_file(
-        tmp_path / "llama", ["hi  hi\n你好 x"]
+
+def test_a_tokenizer_without_tokenizer_json_is_left_as_it_is(tmp_path: Path):
+    """A tokenizer.model of SentencePiece alone: there is nothing to compare with."""
+    import sentencepiece
+
+    (tmp_path / "text").write_text("\n".join(TEXTS * 9), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
     )
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert type(tokenizer).__name__ == "LlamaTokenizer"
+    assert ids(tokenizer) == ids(AutoTokenizer.from_pretrained(tmp_path))
+    tokenizer.save_pretrained(tmp_path / "saved")  # with a tokenizer.json
+    suit_transformers_4(tmp_path / "saved")
+    assert ids(load_tokenizer(tmp_path / "saved")) == ids(tokenizer)
 
 
 def test_a_tokenizer_that_cannot_be_loaded(embedded_model: Path, tmp_path: Path):
