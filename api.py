@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         log(str(Message("note", text=note)))
     with listening(options) as listener:
         log(str(Message("loading", name=source.name)))
-        serve(load(source), options, listener)
+        serve(load(source, only_replies=True), options, listener)
 
 
 if __name__ == "__main__":

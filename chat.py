@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     prompt = None if args.prompt is None else read_prompt(args.prompt)
     tell(f"loading {source.name} ...")
     started = time.monotonic()
-    model = load(source, with_base=args.base)
+    model = load(source, with_base=args.base, only_replies=True)
     tell(f"loaded in {time.monotonic() - started:.1f} s")
     voices = [Voice(model)] if model.base is None else [Voice(model.base, "before training"), Voice(model, "trained")]
     chat = Chat(voices, Settings.of(source.config))

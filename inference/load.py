@@ -9,8 +9,16 @@ from inference.engine import Engine
 from runs.target import Source, find
 
 
-def load(target: str | Source | None = None, settings: Sequence[str] = (), *, with_base: bool = False) -> Engine:
+def load(
+    target: str | Source | None = None,
+    settings: Sequence[str] = (),
+    *,
+    with_base: bool = False,
+    only_replies: bool = False,
+) -> Engine:
     """The engine of a target (see `find`). `with_base`: its `.base` answers as before training, on the same weights.
+
+    `only_replies`: this process does nothing else with the model, so the start may be quicker (quick_start.py).
 
     Takes the seconds that loading takes. Raises UserError where the target cannot be loaded.
     """
@@ -21,6 +29,8 @@ def load(target: str | Source | None = None, settings: Sequence[str] = (), *, wi
         from inference.llamacpp_engine import LlamaCppEngine
 
         return LlamaCppEngine(source)
+    from inference.quick_start import paused_garbage_collection
     from inference.transformers_load import load_transformers
 
-    return load_transformers(source, with_base)
+    with paused_garbage_collection():
+        return load_transformers(source, with_base, only_replies)

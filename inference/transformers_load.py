@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import Config, UserError
 from inference.engine import Engine
+from inference.quick_start import light_imports, read_model
 from inference.transformers_engine import AdapterSwitch, TransformersEngine
 from runs.adapter import Adapter
 from runs.files import read_object
@@ -21,44 +21,61 @@ from runs.peft_loading import check_against_model, load_peft_model, resize_embed
 from runs.target import Source
 
 
-def load_transformers(source: Source, with_base: bool) -> Engine:
-    """The model on the card, where there is one, else on the CPU."""
+def load_transformers(source: Source, with_base: bool, only_replies: bool) -> Engine:
+    """The model on the GPU, where there is one, else on the CPU; see `load.load`.
+
+    Raises UserError where the adapter or the tokenizer does not fit the base.
+    """
     import torch
 
-    config, gpu = source.config, torch.cuda.is_available()
-    plain = not gpu and "quantization_config" not in read_object(Path(source.model) / "config.json")
-    plain = plain and "transformers" not in sys.modules  # else there is nothing to gain
-    with _without("torchao", "sklearn", "bitsandbytes") if plain else contextlib.nullcontext():
-        from transformers import AutoModelForCausalLM
+    adapter = Adapter(source.adapter) if source.adapter else None
+    merged = adapter is None or (_is_low_rank_pairs(adapter) and not with_base)
+    plain_base = "quantization_config" not in read_object(Path(source.model) / "config.json")
+    quick = only_replies and merged and plain_base and not torch.cuda.is_available()
+    quick = quick and not source.config.trust_remote_code and "transformers" not in sys.modules
+    with light_imports() if quick else contextlib.nullcontext():
         from transformers.utils import logging
 
         from preprocessing.tokenizer import load_tokenizer
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        options = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-        tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=config.trust_remote_code)
-        if gpu:
-            options["device_map"] = {"": 0}
-        if gpu and config.quantization_bit:  # without a card it would only be slower
-            options["quantization_config"] = _quantization(config)
-        model = AutoModelForCausalLM.from_pretrained(source.model, dtype=_dtype(config), **options).eval()
-        if source.adapter is None:
-            return TransformersEngine(source, model, tokenizer)
-        adapter = Adapter(source.adapter)
-        resize_embedding(model, check_against_model(adapter, model))
-        if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-            raise UserError("tokens_without_rows", folder=source.tokenizer, tokens=len(tokenizer), rows=rows)
-        quantized = "quantization_config" in options or hasattr(model, "hf_quantizer")
-        if not with_base and not quantized and _merge(model, adapter):
-            return TransformersEngine(source, model, tokenizer)
-        peft = load_peft_model(model, source.adapter).eval()
+        tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.config.trust_remote_code)
+        model = read_model(Path(source.model), _dtype(source.config)) if quick else None
+        model = _from_pretrained(source) if model is None else model
+    if adapter is None:
+        return TransformersEngine(source, model, tokenizer)
+    resize_embedding(model, check_against_model(adapter, model))
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError("tokens_without_rows", folder=source.tokenizer, tokens=len(tokenizer), rows=rows)
+    quantized = hasattr(model, "hf_quantizer")
+    if merged and not quantized and _merge(model, adapter):
+        return TransformersEngine(source, model, tokenizer)
+    return _with_peft(source, model, tokenizer, with_base, quantized)
+
+
+def _from_pretrained(source: Source) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config, gpu = source.config, torch.cuda.is_available()
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
+    if gpu:
+        options["device_map"] = {"": 0}
+    if gpu and config.quantization_bit:  # without a GPU it would only be slower
+        options["quantization_config"] = _quantization(config)
+    return AutoModelForCausalLM.from_pretrained(source.model, dtype=_dtype(config), **options).eval()
+
+
+def _with_peft(source: Source, model: Any, tokenizer: Any, with_base: bool, quantized: bool) -> Engine:
+    """The adapter as PEFT loads it: merged where that is exact, beside the weights with `with_base`."""
+    peft = load_peft_model(model, source.adapter).eval()
     if not with_base:
-        # input and output share one weight, and the adapter changes one of them: peft would merge it into both
+        # input and output share one weight, and the adapter changes one of them: PEFT would merge it into both
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         shared = model.config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends)
         # a bias of lora_B cannot be merged where the base has none
-        apart = quantized or shared or adapter.settings.get("lora_bias")
+        apart = quantized or shared or read_object(source.adapter / "adapter_config.json").get("lora_bias")
         return TransformersEngine(source, model if apart else peft.merge_and_unload(), tokenizer)
     switch = AdapterSwitch(peft)
     engine = TransformersEngine(source, model, tokenizer, switch)
@@ -91,31 +108,20 @@ def _quantization(config: Config) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _without(*packages: str) -> Iterator[None]:
-    """Hides packages that transformers and peft import wherever they are installed, and that no reply needs.
-
-    It saves seconds of every start. A package that is loaded already stays.
-    """
-    hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
+def _is_low_rank_pairs(adapter: Adapter) -> bool:
+    """Whether an adapter has nothing but pairs of low-rank matrices."""
+    pairs = all(parts.keys() == {"lora_A", "lora_B"} for parts in adapter.parts.values())
+    return adapter.is_plain() and pairs and not adapter.whole
 
 
 def _merge(model: Any, adapter: Adapter) -> bool:
-    """Adds a plain LoRA adapter to the weights; False, and nothing is changed, where only peft can do it."""
+    """Adds a plain LoRA adapter to the weights; False, and nothing is changed, where only PEFT can do it."""
     import torch
     from safetensors.torch import load_file
 
-    if not adapter.is_plain() or adapter.whole or any(p.keys() != {"lora_A", "lora_B"} for p in adapter.parts.values()):
-        return False
     try:
         linear = {module: model.get_submodule(module) for module in adapter.parts}
-    except AttributeError:  # a part of a peft wrapper, such as the inner one of experts
+    except AttributeError:  # a part of a PEFT wrapper, such as the inner one of experts
         return False
     tied = model.get_input_embeddings().weight
     if any(type(layer) is not torch.nn.Linear or layer.weight is tied for layer in linear.values()):

@@ -357,6 +357,60 @@ def test_adapter_answers_as_peft_has_it(tiny_model: Path, tmp_path: Path, lora: 
     assert torch.allclose(logits(both, ids), expected, atol=1e-4)
 
 
+QUICK = """
+import json, sys
+from pathlib import Path
+from inference.engine import Settings
+from inference.load import load
+
+found, slow = {}, None
+names = ("scipy", "sympy", "torch._dynamo", "accelerate", "peft", "pandas")
+for target in sys.argv[1:]:
+    engine = load(target, ["infer_dtype=float32"], only_replies=True)
+    found[target] = engine.forward([5, 17, 99, 200], engine.take_cache([5])[1]).tolist()
+    found[f"{target} config"] = sorted(engine.stop_ids)
+    if slow is None:  # only the first start is quick
+        slow = [name for name in names if sys.modules.get(name)]
+print(json.dumps({"logits": found, "slow": slow}))
+import peft, accelerate, torch
+torch.compile  # nothing stays hidden
+import torch._dynamo.utils
+from transformers.models.llama import LlamaForCausalLM
+"""
+
+
+@pytest.mark.slow
+def test_quick_start_answers_as_a_full_one_and_hides_nothing_for_good(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_model, tmp_path / "adapter")
+    targets = [str(tiny_model), str(adapter)]
+    done = subprocess.run([sys.executable, "-c", QUICK, *targets], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["slow"] == []
+    for target in targets:
+        model = load(target, EXACT)
+        assert told["logits"][target] == pytest.approx(logits(model, [5, 17, 99, 200]).tolist(), abs=1e-5)
+        assert told["logits"][f"{target} config"] == sorted(model.stop_ids)
+
+
+@pytest.mark.slow
+def test_quick_start_of_what_only_peft_loads(tmp_path: Path, tiny_model: Path) -> None:
+    """GPT-2's layers are no nn.Linear, which shows only once transformers was imported the quick way."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, eos_token_id=258, bos_token_id=None)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
+    done = subprocess.run([sys.executable, "-c", QUICK, str(adapter)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["logits"][str(adapter)]
+    assert found == pytest.approx(logits(load(str(adapter), EXACT), [5, 17, 99, 200]).tolist(), abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several at once
 
