@@ -264,7 +264,7 @@ def test_settings_are_typed_as_people_are_used_to(arguments, joined):
 
 
 def test_report_to_all_is_what_is_installed(recipe, monkeypatch):
-    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
     loaded = load_config([recipe("report_to: all")])
     assert loaded.config.report_to == ("wandb", "mlflow")
     assert loaded.notes == [Message("report_to_all", reporters=("wandb", "mlflow"))]
@@ -352,6 +352,24 @@ def test_a_python_without_the_packages_is_told_which_has_them(script):
     result = subprocess.run([sys.executable, "-S", ROOT / script], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.endswith("lacks this kit's packages; run make setup, then .venv/bin/python\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "package"),
+    [
+        (["preview.py"], "jinja2"),
+        (["webui.py", "--port", "0"], "psutil"),
+        (["download.py", "ORG/NAME"], "httpx"),
+        (["data/baseline.py"], "sklearn"),
+    ],
+)
+def test_a_python_with_pyyaml_alone_is_told_too(tmp_path, command, package):
+    (tmp_path / "yaml").symlink_to(Path(yaml.__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    message = Message("package_missing", python=sys.executable, package=package)
+    assert result.stderr == f"error: {message}\n"
 
 
 def test_help_lists_every_key_in_half_a_second():

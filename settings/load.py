@@ -1,0 +1,259 @@
+"""A recipe and a command line become a configuration; every fault of both is named at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from settings.compatibility import compatibility, is_default
+from settings.kit import ROOT, SAVES, command
+from settings.messages import Message, UserError, nearest_word
+from settings.options import OPTIONS, TYPES, Config
+from settings.recipe import join_settings, read_recipe
+from settings.values import as_text, check_option, coerce, is_unset
+
+MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
+
+# Trackers that transformers knows, each by the name of its package.
+REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "neptune", "trackio", "comet_ml", "clearml")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and how it came about: the recipe's path (or None), its notes, the options that were set, and
+    those of them that were set on the command line."""
+
+    config: Config
+    recipe: Path | None
+    notes: list[Message]
+    given: frozenset[str]
+    typed: frozenset[str] = frozenset()
+
+
+def load_config(arguments: list[str]) -> Loaded:
+    """Reads `[RECIPE] [key=value ...]`, the recipe being a YAML or JSON file; later values win.
+
+    Raises UserError that names every fault of the file and the command line at once.
+    """
+    recipe: Path | None = None
+    read: dict[str, Any] = {}
+    typed: dict[str, Any] = {}
+    for argument in join_settings(arguments):
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if equals and key.replace("_", "").replace("-", "").isalnum() and not Path(argument).exists():
+            typed[key.replace("-", "_")] = _parse(value)
+        elif argument.startswith("-"):
+            raise UserError("unknown_argument", argument=argument, near=nearest_word(argument, _flags()))
+        elif recipe is not None:
+            raise UserError("two_recipes", first=recipe, second=argument)
+        else:
+            recipe = Path(argument).expanduser()
+            read = read_recipe(recipe)
+    return _resolve(recipe, read, typed)
+
+
+def _flags() -> list[str]:
+    return ["--help", "--dry-run", *(f"--{name}" for name in OPTIONS)]
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text.startswith(("[", "{")) else text
+    except yaml.YAMLError:
+        return text
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A value as it was given: under which key, and where (a recipe, or None for the command line)."""
+
+    key: str
+    value: Any
+    recipe: Path | None
+
+    def fault(self, problem: Message) -> Message:
+        place = Message("command_line") if self.recipe is None else str(self.recipe)
+        return Message("setting_fault", place=place, key=self.key, value=self.value, problem=problem)
+
+
+def _by_name(given: dict[str, Any], recipe: Path | None, faults: list[Message]) -> dict[str, _Setting]:
+    """The settings of one origin by the names of their options; the same one under two names is a fault."""
+    known = compatibility()
+    found: dict[str, _Setting] = {}
+    for key, value in given.items():
+        meant = known.means[key].get(as_text(value), {}) if key in known.means else {known.renamed.get(key, key): value}
+        for name, one in meant.items():
+            if name in found:
+                one = _combined(name, found[name].value, one)
+            if one is None and name in found:
+                place = Message("command_line") if recipe is None else str(recipe)
+                faults.append(Message("same_setting", place=place, first=found[name].key, second=key))
+            else:
+                found[name] = _Setting(key, one, recipe)
+    return found
+
+
+def _combined(name: str, first: Any, second: Any) -> Any:
+    """The value of an option that two keys set, as use_swanlab adds to report_to; None where they contradict."""
+    if name == "packing":  # of which neat_packing is a kind
+        return as_text(first) in ("true", "1") or as_text(second) in ("true", "1")
+    if name == "report_to":
+        reporters = [one for value in (first, second) for one in (value if isinstance(value, list) else [value])]
+        return [one for one in reporters if not is_unset(one)]
+    return first if as_text(first) == as_text(second) else None
+
+
+def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -> Loaded:
+    faults: list[Message] = []
+    notes: list[Message] = []
+    values: dict[str, Any] = {}
+    typed_by_name = _by_name(typed, None, faults)
+    for name, setting in {**_by_name(read, recipe, faults), **typed_by_name}.items():
+        problem = _foreign_key(name, setting, notes) if name not in OPTIONS else _read_option(name, setting, values)
+        if problem:
+            faults.append(setting.fault(problem))
+    faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
+    if faults:
+        raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
+    if values.get("output_dir") is None:
+        values["output_dir"] = str(SAVES / (recipe.stem if recipe else "default"))
+    values["dataset_dir"] = find_dataset_dir(values.get("dataset_dir", Config.dataset_dir), recipe)
+    given = frozenset(values) - (set() if "dataset_dir" in {*read, *typed} else {"dataset_dir"})
+    return Loaded(Config(**values), recipe, notes, given, frozenset(typed_by_name))
+
+
+def _read_option(name: str, setting: _Setting, values: dict[str, Any]) -> Message | None:
+    """Puts an option's value into `values`, where it is not left empty; or what is wrong with it."""
+    value = setting.value
+    if name in MAY_BE_EMPTY and isinstance(value, str):
+        values[name] = value.strip()
+        return None
+    if is_unset(value):
+        if name == "dataset":
+            values[name] = ()
+        elif type(None) in typing.get_args(TYPES[name]):
+            values[name] = None
+        return None
+    try:
+        values[name] = coerce(name, value)
+        return check_option(name, values[name])
+    except UserError as error:
+        return error.message
+
+
+def _foreign_key(key: str, setting: _Setting, notes: list[Message]) -> Message | None:
+    """What is wrong with a key that is no option; may add a note."""
+    known = compatibility()
+    if key in known.no_effect:
+        return None
+    if key in known.noted:
+        defaults, code = known.noted[key]
+        if not is_default(setting.value, defaults):
+            notes.append(Message("setting_noted", key=key, value=setting.value, reason=Message(code)))
+        return None
+    if key in known.refused:
+        defaults, code = known.refused[key]
+        return None if is_default(setting.value, defaults) else Message("setting_refused", reason=Message(code))
+    return Message("unknown_key", near=nearest_word(key, [*OPTIONS, *known.renamed]))
+
+
+def _check_data(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with the settings of the data taken together."""
+    faults = []
+    if values.get("val_size") and values.get("eval_dataset"):
+        faults.append(Message("exclude_each_other", first="val_size", second="eval_dataset"))
+    if values.get("mask_history") and values.get("train_on_prompt"):
+        faults.append(Message("exclude_each_other", first="mask_history", second="train_on_prompt"))
+    if (values.get("val_size") or 0) > 1 and values["val_size"] != int(values["val_size"]):
+        faults.append(Message("val_size_not_whole"))
+    probabilities, names = values.get("interleave_probs", ()), values.get("dataset", Config.dataset)
+    if not names and not (values.get("do_predict") or values.get("do_eval") or values.get("do_train") is False):
+        faults.append(Message("dataset_empty"))
+    if probabilities and len(probabilities) != len(names):
+        faults.append(Message("interleave_probs_count", values=len(probabilities), datasets=len(names)))
+    if probabilities and (min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-3):
+        faults.append(Message("interleave_probs_sum"))
+    return faults
+
+
+def _check_adapter(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with the settings of adapter and folders."""
+    faults = []
+    adapter = values.get("adapter_name_or_path") or ""
+    if "," in adapter and not Path(adapter).exists():
+        faults.append(Message("several_adapters", adapters=[name.strip() for name in adapter.split(",")]))
+    if set(values.get("lora_target", ("all",))) <= {"embed_tokens", "lm_head"}:
+        faults.append(Message("lora_target_embeddings_only"))
+    for name in ("output_dir", "export_dir"):
+        if re.match(r"[A-Za-z]:/", values.get(name) or ""):
+            faults.append(Message("windows_drive", key=name, folder=values[name]))
+    return faults
+
+
+def _check_steps(values: dict[str, Any]) -> list[Message]:
+    faults = []
+    if values.get("max_steps") == 0:
+        faults.append(Message("max_steps_zero"))
+    if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:
+        faults.append(Message("num_train_epochs_zero"))
+    for key in ("eval_steps", "logging_steps", "save_steps"):
+        value = values.get(key)
+        if value is not None and (value == 0 or (value > 1 and value != int(value))):
+            faults.append(Message("steps_not_whole", key=key))
+    return faults
+
+
+def _check_reporters(values: dict[str, Any], notes: list[Message]) -> list[Message]:
+    """Replaces `all` in report_to by what is installed; or what is wrong with it."""
+    known = ("none", "all", *REPORTERS)
+    reporters = tuple(name.lower() for name in values.get("report_to", ()))
+    faults = [
+        Message("unknown_reporter", reporter=name, known=known, near=nearest_word(name, known))
+        for name in reporters
+        if name not in known
+    ]
+    if "all" in reporters:
+        reporters = tuple(name for name in REPORTERS if importlib.util.find_spec(name)) or ("none",)
+        notes.append(Message("report_to_all", reporters=reporters))
+    if reporters:
+        values["report_to"] = reporters
+    return faults
+
+
+def find_dataset_dir(folder: str, recipe: Path | None) -> str:
+    """The folder that `dataset_dir` means: in the working directory, else in a folder above the recipe, else the kit's.
+
+    `folder` itself where it is nowhere: what reads the data says so.
+    """
+    if Path(folder).is_absolute() or Path(folder).is_dir():
+        return folder
+    above = recipe.resolve().parents if recipe else ()
+    return next(
+        (str(home / folder) for home in (*above, ROOT) if (home / folder / "dataset_info.json").is_file()), folder
+    )
+
+
+def asks_for_training(config: Config) -> bool:
+    """Whether a recipe is for train.py: do_train where it is set, else unless it only evaluates or predicts."""
+    if config.do_train is not None:
+        return config.do_train
+    return not (config.do_eval or config.do_predict)
+
+
+def check_training_asked_for(loaded: Loaded) -> None:
+    """Raises UserError for a recipe that asks for no training, or for what a training does not do."""
+    config = loaded.config
+    if not asks_for_training(config):
+        key = "do_train" if config.do_train is False else "do_predict" if config.do_predict else "do_eval"
+        evaluate = command("evaluate.py", *([loaded.recipe] if loaded.recipe else []))
+        raise UserError("recipe_does_not_train", key=key, value=getattr(config, key), evaluate=evaluate)
+    if config.compute_accuracy:
+        raise UserError("accuracy_while_training")
+    if config.do_eval and config.val_size == 0 and not config.eval_dataset:
+        raise UserError("do_eval_without_data")

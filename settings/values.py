@@ -1,0 +1,101 @@
+"""From the text of a recipe or a command line to the type of an option."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import typing
+from typing import Any
+
+from settings.messages import Message, UserError, nearest_word
+from settings.options import OPTIONS, TYPES
+
+
+def is_unset(value: Any) -> bool:
+    return value in (None, [], {}) or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
+
+
+def as_text(value: Any) -> str:
+    """A value as the command line would have it."""
+    return str(value).strip().lower() if isinstance(value, bool | str) else str(value)
+
+
+def coerce(name: str, value: Any) -> Any:
+    """`value`, which is not unset, as the type of the option `name`; raises UserError with what is allowed."""
+    kind, meta = TYPES[name], OPTIONS[name].metadata
+    if type(None) in typing.get_args(kind):
+        kind = next(t for t in typing.get_args(kind) if t is not type(None))
+    if meta["choices"] and as_text(value) in ("false", "off") and "no" in meta["choices"]:
+        return "no"  # YAML reads a bare no as false
+    if isinstance(value, list) and len(value) == 1 and typing.get_origin(kind) is not tuple:
+        value = value[0]
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        element = typing.get_args(kind)[0]
+        found = tuple(_scalar(element, item) for item in items if str(item).strip())
+        return tuple(map(expand_path, found)) if meta["path"] else found
+    found = _scalar(kind, value)
+    if kind is str and meta["choices"]:
+        found = next((choice for choice in meta["choices"] if choice.lower() == found.lower()), found)
+    return expand_path(found) if meta["path"] else found
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is bool:
+        found = {
+            "true": True,
+            "yes": True,
+            "on": True,
+            "1": True,
+            "false": False,
+            "no": False,
+            "off": False,
+            "0": False,
+        }
+        if as_text(value) not in found:
+            raise UserError("must_be_boolean")
+        return found[as_text(value)]
+    if kind in (int, float):
+        try:  # PyYAML reads 1e-4 as a string
+            number = math.nan if isinstance(value, bool) else float(str(value).strip())
+        except ValueError:
+            raise UserError("must_be_number") from None
+        if not math.isfinite(number):
+            raise UserError("must_be_number")
+        if kind is int and number != int(number):
+            raise UserError("must_be_whole")
+        return kind(number)
+    if isinstance(value, dict | list | tuple):
+        raise UserError("must_be_single")
+    return as_text(value) if isinstance(value, bool) else str(value).strip()
+
+
+def expand_path(path: str) -> str:
+    """A path or name with `~`, `${VARIABLE}` and Windows' backslashes resolved.
+
+    Raises UserError where a variable is not set.
+    """
+    if missing := [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]:
+        raise UserError("variable_not_set", variable=missing[0])
+    path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], path))
+    return path.replace("\\", "/") if "\\" in path and not os.path.exists(path) else path
+
+
+def check_option(name: str, value: Any) -> Message | None:
+    """What is wrong with a coerced value, or None."""
+    meta = OPTIONS[name].metadata
+    if value is None:
+        return None
+    if meta["choices"] and value not in meta["choices"]:
+        if name == "stage":
+            return Message("stage_unsupported")
+        if name == "finetuning_type":
+            return Message("finetuning_type_unsupported")
+        near = nearest_word(str(value), map(str, meta["choices"]))
+        return Message("must_be_one_of", choices=meta["choices"], near=near)
+    if meta["minimum"] is not None and value < meta["minimum"]:
+        return Message("must_be_at_least", minimum=meta["minimum"])
+    if meta["maximum"] is not None and value > meta["maximum"]:
+        return Message("must_be_at_most", maximum=meta["maximum"])
+    return None
