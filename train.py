@@ -6,7 +6,9 @@ python train.py [RECIPE.yaml] [key=value ...]
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import Message, UserError
+from runs.disk import explaining_full_disk
 from runs.lock import locked
 from training import preflight, record, resume, trainer
 from training.preflight import Run
@@ -26,6 +29,7 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(common.help_text(__doc__))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     loaded = resume.locate_model(common.load_config([a for a in arguments if a != "--dry-run"]))
     common.check_training_asked_for(loaded)
     print_notes(loaded.notes)
@@ -62,13 +66,15 @@ def train(run: Run) -> None:
     record.begin_record(run.loaded, run.folder, run.data, run.inputs, run.resume.checkpoint)
     try:
         announce(run, trained.model)
-        trained.train_from(run.resume.checkpoint)
-    except BaseException as error:
+        with explaining_full_disk(run.folder, trained.checkpoint_bytes()):
+            trained.train_from(run.resume.checkpoint)
+            conclude(run, trained, early)
+    except (Exception, KeyboardInterrupt) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = error.message.to_json() if isinstance(error, UserError) else str(error)
-        record.complete_record(run.folder, status, error=reason)
+        with contextlib.suppress(OSError):  # the disk may be full
+            record.complete_record(run.folder, status, error=reason)
         raise
-    conclude(run, trained, early)
 
 
 def announce(run: Run, model: Any) -> None:

@@ -116,16 +116,17 @@ def find_damage(checkpoint: Path) -> Message | None:
             read_json(checkpoint / "trainer_state.json")
             return None
         files = read_json(checkpoint / MANIFEST)["files"]
-    except (UserError, KeyError, TypeError):
+        recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (UserError, KeyError, TypeError, AttributeError):
         return Message("damage_unreadable", file=MANIFEST if (checkpoint / MANIFEST).exists() else "trainer_state.json")
-    for name, recorded in files.items():
+    for name, (expected, _) in recorded.items():
         file = checkpoint / name
         if not file.is_file():
             return Message("damage_missing", file=name)
-        if (size := file.stat().st_size) != recorded["bytes"]:
-            return Message("damage_size", file=name, size=size, expected=recorded["bytes"])
-    for name, recorded in files.items():
-        if sha256(checkpoint / name) != recorded["sha256"]:
+        if (size := file.stat().st_size) != expected:
+            return Message("damage_size", file=name, size=size, expected=expected)
+    for name, (_, digest) in recorded.items():
+        if sha256(checkpoint / name) != digest:
             return Message("damage_content", file=name)
     return None
 

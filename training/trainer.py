@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import Config, Message, UserError
+from runs.disk import check_free_space
 from runs.files import read_json
 from runs.folder import suit_transformers_4
 from training import checkpoints, packing
@@ -269,9 +270,14 @@ def trainer_class() -> type:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
+        def checkpoint_bytes(self) -> int:
+            """About the size of a checkpoint: trained weights, the optimizer's moments, tokenizer and random states."""
+            return 12 * count_trainable(self.model) + 10_000_000
+
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             folder, step = Path(self.args.output_dir), self.state.global_step
             _check_weights(self.model, step)
+            check_free_space(folder, self.checkpoint_bytes())  # torch's own error does not say that the disk is full
 
             def write(beside: Path) -> None:
                 self.writing_to = beside

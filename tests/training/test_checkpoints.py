@@ -1,0 +1,219 @@
+"""Checkpoints: whole or not there, damage recognised, the only good one never deleted; one training a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, user_error
+
+from common import Message, load_config
+from runs.files import write_json
+from runs.lock import locked
+from training import checkpoints, inputs
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    """A checkpoint of small files, written as the trainer writes it."""
+
+    def write(beside: Path) -> None:
+        made = beside / f"checkpoint-{step}"
+        made.mkdir(parents=True)
+        (made / "adapter_model.safetensors").write_bytes(bytes(range(200)))
+        (made / "optimizer.pt").write_bytes(b"moments" * 40)
+        (made / "training_args.bin").write_bytes(b"pickle")
+        write_json(made / "trainer_state.json", {"global_step": step})
+
+    return checkpoints.save_whole(folder, step, write)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for step in (4, 8):
+        make_checkpoint(folder, step)
+    return folder
+
+
+CONFIG = load_config([]).config
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    file = checkpoint / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[77] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "optimizer.pt", 100)
+
+
+def empty(checkpoint: Path) -> None:
+    (checkpoint / "trainer_state.json").write_text("")
+
+
+def delete(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def break_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (flip_a_byte, Message("damage_content", file="adapter_model.safetensors")),
+        (truncate, Message("damage_size", file="optimizer.pt", size=100, expected=280)),
+        (empty, Message("damage_size", file="trainer_state.json", size=0, expected=23)),
+        (delete, Message("damage_missing", file="optimizer.pt")),
+        (break_manifest, Message("damage_unreadable", file="manifest.json")),
+    ],
+)
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(run, damage, found):
+    assert checkpoints.newest_whole(CONFIG, run) == (run / "checkpoint-8", [])
+    damage(run / "checkpoint-8")
+    told = Message("checkpoint_damaged", checkpoint=run / "checkpoint-8", damage=found)
+    assert checkpoints.newest_whole(CONFIG, run) == (run / "checkpoint-4", [told])
+    named = load_config([f"resume_from_checkpoint={run / 'checkpoint-8'}"]).config
+    with user_error("named_checkpoint_damaged"):
+        checkpoints.named_checkpoint(named)
+
+
+def test_a_checkpoint_has_a_manifest_of_all_its_files_and_no_pickle(run):
+    files = json.loads((run / "checkpoint-4" / "manifest.json").read_text())["files"]
+    names = {path.name for path in (run / "checkpoint-4").iterdir()}
+    assert names == {*files, "manifest.json"} and "training_args.bin" not in names
+
+
+def test_a_checkpoint_without_a_manifest_is_of_an_older_version(run):
+    (run / "checkpoint-8" / "manifest.json").unlink()
+    assert checkpoints.newest_whole(CONFIG, run) == (run / "checkpoint-8", [])
+    (run / "checkpoint-8" / "trainer_state.json").write_text("")
+    assert checkpoints.newest_whole(CONFIG, run)[0] == run / "checkpoint-4"
+
+
+def test_a_write_that_fails_leaves_the_earlier_checkpoint_of_the_same_step(run):
+    before = (run / "checkpoint-8" / "optimizer.pt").read_bytes()
+
+    def write(beside: Path) -> None:
+        (beside / "checkpoint-8").mkdir(parents=True)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_whole(run, 8, write)
+    assert (run / "checkpoint-8" / "optimizer.pt").read_bytes() == before
+    checkpoints.remove_leftovers(run)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_a_kill_between_two_renames_loses_no_checkpoint(run):
+    (run / "checkpoint-8").rename(run / ".replaced-checkpoint-8")
+    checkpoints.remove_leftovers(run)
+    assert checkpoints.newest_whole(CONFIG, run) == (run / "checkpoint-8", [])
+    shutil.copytree(run / "checkpoint-8", run / ".replaced-checkpoint-8")
+    checkpoints.remove_leftovers(run)
+    assert not (run / ".replaced-checkpoint-8").exists()
+
+
+def kept(folder: Path) -> list[int]:
+    return [checkpoints.step_of(path) for path in checkpoints.all_checkpoints(folder)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(1, None, [8]), (1, 4, [4, 8]), (2, 2, [2, 8]), (3, None, [4, 6, 8]), (None, 2, [2, 4, 6, 8])],
+)
+def test_the_newest_and_the_best_checkpoint_are_kept(run, limit, best, left):
+    for step in (2, 6):
+        make_checkpoint(run, step)
+    checkpoints.delete_old(run, limit, [2, 4, 6, 8], best)
+    assert kept(run) == left
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_new_ones(run):
+    """Checkpoint 8 is damaged, and the run goes on from 4: the next one, 6, must not be deleted for the sake of 8."""
+    flip_a_byte(run / "checkpoint-8")
+    assert kept(run) == [4, 8]  # nothing is deleted before a new one is there
+    make_checkpoint(run, 6)
+    checkpoints.delete_old(run, 1, [6], None)
+    assert kept(run) == [6]
+
+
+HOLDER = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from runs.lock import locked
+with locked(Path(sys.argv[2])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_locked_as_long_as_its_holder_lives(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(ROOT), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"locked\n"
+    with user_error("run_is_training", folder=str(folder), process=holder.pid), locked(folder):
+        pass
+    holder.kill()  # which leaves the file
+    holder.wait()
+    assert (folder / ".lock").exists()
+    (folder / "mine").touch()
+    with locked(folder):
+        assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
+def test_a_training_of_which_nothing_came_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="x"), locked(tmp_path / "run"):
+        raise ValueError("x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_inputs_are_named_with_their_hashes(tmp_path):
+    from types import SimpleNamespace
+
+    def described(content: str, template: str, order: list[int]) -> dict:
+        (tmp_path / "config.json").write_text(content)
+        (tmp_path / "tokenizer.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+        files = [{"path": "a.json", "bytes": 3, "sha256": content * 20}]
+        report = {"datasets": [{"files": files}], "eval_datasets": []}
+        data = SimpleNamespace(report=report, contents=np.array(order))
+        return inputs.describe_inputs(tmp_path, SimpleNamespace(name="llama3", text=template), data)
+
+    then = described("{}", "old", [1, 2])
+    assert inputs.find_changes(then, described("{}", "old", [1, 2])) == []
+    found = {
+        (m.code, m.fields.get("kind"), m.fields.get("name"))
+        for m in inputs.find_changes(then, described("[]", "new", [3]))
+    }
+    assert found == {
+        ("input_changed", "data", "a.json"), ("input_changed", "model", "config.json"),
+        ("input_changed", "template", "llama3"),
+    }  # fmt: skip
+    (only,) = inputs.find_changes(then, described("{}", "old", [3]))
+    assert only == Message("inputs_changed_conversations")
+    moved = then | {"data": {"elsewhere/a.json": "{}" * 20}}
+    assert inputs.find_changes(then, moved) == []
+
+
+def test_other_weights_of_the_same_size_have_another_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "HASHED_WHOLE", 1000)
+    file = tmp_path / "weights"
+    prints = set()
+    for value in (0, 1):
+        file.write_bytes(bytes([value]) * 9_000_000)
+        prints.add(inputs.fingerprint(file))
+    assert len(prints) == 2

@@ -1,0 +1,240 @@
+"""Runs that are killed, interrupted, damaged or short of disk space: each goes on, bit for bit, or says why not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Finished, run, write_jsonl
+from test_training import read_run
+
+from common import Message
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
+# Dropout, a logging step that is no save step, evaluations, and a checkpoint of neither: all must resume exactly.
+SETTINGS = [
+    "cutoff_len=128", "max_steps=14", "per_device_train_batch_size=2", "gradient_accumulation_steps=1", "lora_rank=4",
+    "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
+    "bf16=false", "early_stopping=no",
+]  # fmt: skip
+
+
+def command(model: Path, folder: Path, *more: str) -> list[str]:
+    rows = folder.parent / "rows.jsonl"
+    if not rows.exists():
+        write_jsonl(rows, ROWS)
+    return ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *more]
+
+
+def train(model: Path, folder: Path, *more: str) -> Finished:
+    return run(*command(model, folder, *more), cwd=folder.parent)
+
+
+def start(model: Path, folder: Path, *more: str, patch: str = "") -> subprocess.Popen[str]:
+    """Starts a training in the background; `patch` is Python that is run before `train.main`."""
+    words = command(model, folder, *more)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}\n{patch}\n"
+    code += "import common, train; common.run_script(train.main)"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def learned(folder: Path) -> tuple[bytes, list[dict]]:
+    """The adapter, and of each line of the log what must not depend on an interruption."""
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    keys = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
+    return (folder / "adapter_model.safetensors").read_bytes(), [{k: line.get(k) for k in keys} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = train(tiny_model, folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return [int(path.name[11:]) for path in folder.glob("checkpoint-*")]
+
+
+IN_EVALUATION = """
+import time
+from training import callbacks
+def slow(self, args, state, control, **kwargs):
+    if state.global_step == 8:
+        open({folder!r} + "/evaluating", "w").close()
+        time.sleep(0.5)
+        if self.asked:
+            raise callbacks.EvaluationInterrupted
+callbacks.Interruption.on_prediction_step = slow
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_evaluation_is_repeated(undisturbed, tiny_model, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder, patch=IN_EVALUATION.format(folder=str(folder)))
+    wait_until((folder / "evaluating").exists, process)
+    sent = time.monotonic()
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert time.monotonic() - sent < 10
+    if number == signal.SIGTERM:
+        assert process.returncode == 130 and max(steps_saved(folder)) == 8
+    result = train(tiny_model, folder)
+    assert result.returncode == 0, result.stderr
+    assert learned(folder) == learned(undisturbed)
+    assert read_run(folder)["best_step"] == read_run(undisturbed)["best_step"]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, tiny_model, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder, "save_total_limit=5")
+    wait_until(lambda: max(steps_saved(folder), default=0) >= 8, process)
+    process.kill()
+    process.communicate()
+    newest = max(steps_saved(folder))
+    with open(folder / f"checkpoint-{newest}" / "adapter_model.safetensors", "r+b") as file:
+        file.seek(500)
+        byte = file.read(1)
+        file.seek(500)
+        file.write(bytes([byte[0] ^ 1]))
+    result = train(tiny_model, folder)
+    assert result.returncode == 0, result.stderr
+    damage = Message("damage_content", file="adapter_model.safetensors")
+    told = Message("checkpoint_damaged", checkpoint=folder / f"checkpoint-{newest}", damage=damage)
+    assert str(told) in result.stdout
+    assert learned(folder) == learned(undisturbed)
+
+
+def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_model, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder)
+    wait_until(lambda: max(steps_saved(folder), default=0) >= 4, process)
+    process.kill()
+    process.communicate()
+    write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "output": "twelve?"}])
+    before = read_run(folder)["inputs"]
+    result = train(tiny_model, folder)
+    assert (result.returncode, result.error.code) == (2, "inputs_changed")
+    (change,) = result.error.fields["changes"]
+    assert (change.code, change.fields["name"]) == ("input_changed", str(tmp_path / "rows.jsonl"))
+    checkpoint = result.error.fields["checkpoint"]
+    result = train(tiny_model, folder, f"resume_from_checkpoint={checkpoint}")
+    assert result.returncode == 0, result.stderr
+    assert read_run(folder)["earlier_inputs"] == [before] and read_run(folder)["inputs"] != before
+
+
+NAN_GRADIENT = """
+from training import trainer
+def poison(made):
+    def hook(gradient):
+        return gradient * float("nan") if made.state.global_step == 5 else gradient
+    next(p for p in made.model.parameters() if p.requires_grad).register_hook(hook)
+make = trainer.make_trainer
+def patched(*given):
+    made, early = make(*given)
+    poison(made)
+    return made, early
+trainer.make_trainer = patched
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("max_grad_norm=0",)])
+def test_a_gradient_that_is_no_number_ends_the_run_and_reaches_no_adapter(tiny_model, tmp_path, more):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder, *more, patch=NAN_GRADIENT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert read_run(folder)["error"]["code"] == "gradient_not_finite"
+    assert read_run(folder)["error"]["fields"]["step"] == 6
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert steps_saved(folder) and max(steps_saved(folder)) < 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads_acts_at_once(tiny_model, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder)
+    assert "Unsloth" in process.stdout.readline()
+    time.sleep(1)
+    sent = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert time.monotonic() - sent < 10
+    assert not folder.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 40 MB; skipped where this user may mount none."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_space_for_the_checkpoints_of_the_whole_run_is_checked_before_the_start(tiny_model, small_disk):
+    result = train(tiny_model, small_disk / "run")
+    assert (result.returncode, result.error.code) == (2, "disk_too_small")
+    estimate = result.error.fields["estimate"].fields
+    assert estimate["free"] < 0.04 < estimate["checkpoints"]
+    assert not (small_disk / "run").exists()
+
+
+FILL_THE_DISK = """
+import errno
+from training import checkpoints
+write = checkpoints.write_manifest
+def full(checkpoint):
+    if checkpoint.name == "checkpoint-6":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(checkpoint)
+checkpoints.write_manifest = full
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(undisturbed, tiny_model, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder, patch=FILL_THE_DISK)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert read_run(folder)["error"]["code"] == "disk_full" and 4 in steps_saved(folder)
+    result = train(tiny_model, folder)
+    assert result.returncode == 0, result.stderr
+    assert learned(folder) == learned(undisturbed)
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tiny_model, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder)
+    wait_until((folder / ".lock").exists, process)
+    time.sleep(0.2)
+    result = train(tiny_model, folder)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (result.returncode, result.error.code) == (2, "run_is_training")
+    assert result.error.fields["process"] == process.pid
