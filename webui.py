@@ -6,7 +6,7 @@ python webui.py --chat X          only the chat page, for X: a run, an adapter, 
     --host H       where it listens; unset: 127.0.0.1, this machine only. Any other needs a password
     --port P       unset: 7860; 0: any free one
     --password     asks for the password that the page will ask for; or set WEBUI_PASSWORD
-    --name N       another host name under which the page may be reached, as through a proxy; several with commas
+    --allow-host N another host name under which the page may be reached, as through a proxy; several with commas
 
 The language (English or 中文) follows the browser and is switched on the page.
 """
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     listener = app.listen(args.host, int(args.port))
     for note in source.notes if source else ():
         print(f"note: {note}", file=sys.stderr)
-    names = [name.strip().lower() for name in args.name.split(",") if name.strip()]
+    names = [name.strip().lower() for name in args.allow_host.split(",") if name.strip()]
     app.serve(app.build(source, password, args.host, names), listener)
 
 
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", default=os.environ.get("GRADIO_SERVER_PORT", "7860"))
     parser.add_argument("--password", action="store_true")
-    parser.add_argument("--name", default="")
+    parser.add_argument("--allow-host", default="")
     args, args.settings = parser.parse_known_args(argv)
     if args.chat and "=" in args.chat and not Path(args.chat).exists():
         args.chat, args.settings = "", [args.chat, *args.settings]

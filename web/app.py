@@ -157,6 +157,8 @@ class PageScript:
             if message["type"] == "http.response.start":
                 opening = message
                 return
+            if message["type"] != "http.response.body":
+                return await send(message)
             body += message.get("body", b"")
             if not message.get("more_body"):
                 whole = body.replace(b"<head>", f"<head><script>{script}</script>".encode(), 1)

@@ -1,0 +1,121 @@
+"""Who may use the board, and that no file leaves or enters it beyond its folders."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+OWN = {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860"}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """A client of the board as it is served on loopback, in a folder with a run and a secret beside saves/."""
+    from starlette.testclient import TestClient
+
+    from web import app
+
+    folder = tmp_path_factory.mktemp("board")
+    (folder / "saves" / "mine").mkdir(parents=True)
+    (folder / "saves" / "mine" / "report.html").write_text("<p>report</p>")
+    (folder / "secret.html").write_text("hidden text")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield TestClient(app.build(None, None, "127.0.0.1", ["board.example"]), base_url="http://127.0.0.1:7860")
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:7860", "localhost", "[::1]:7860", "board.example"])
+def test_names_of_this_machine_and_those_that_were_given_are_served(client, host: str) -> None:
+    assert client.get("/en/", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:7860", "[", ""])
+@pytest.mark.parametrize("path", ["/en/", "/files/saves/mine/report.html", "/en/gradio_api/queue/join"])
+def test_a_foreign_name_for_this_machine_is_refused(client, host: str, path: str) -> None:
+    assert client.get(path, headers={"host": host}).status_code == 400
+    assert client.post(path, headers={"host": host}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "http://127.0.0.1:8000", "http://localhost:7860", "null", "["]
+)
+@pytest.mark.parametrize("path", ["/en/gradio_api/queue/join", "/en/gradio_api/upload", "/en/gradio_api/call/x"])
+def test_no_other_site_starts_anything(client, origin: str, path: str) -> None:
+    """Another port of this machine is another site, too: a program there may be anybody's."""
+    assert client.post(path, json={}, headers={**OWN, "origin": origin}).status_code == 403
+    answer = client.options(path, headers={**OWN, "origin": origin, "access-control-request-method": "POST"})
+    assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+
+
+def test_the_page_itself_and_a_proxy_of_a_given_name_may_start_something(client) -> None:
+    for origin in (OWN["origin"], "https://board.example"):
+        answer = client.post("/en/gradio_api/queue/join", json={}, headers={**OWN, "origin": origin})
+        assert answer.status_code == 422  # it came as far as Gradio, which misses what to call
+
+
+def test_no_other_site_shows_the_page_within_its_own(client) -> None:
+    assert client.get("/en/").headers["x-frame-options"] == "DENY"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/files/saves/../secret.html",
+        "/files/saves/%2e%2e/secret.html",
+        "/files//etc/passwd",
+        "/files/secret.html",
+        "/en/gradio_api/file={folder}/secret.html",
+        "/en/gradio_api/file=secret.html",
+        "/en/gradio_api/file=saves/mine/report.html",
+        "/en/gradio_api/file=/etc/passwd",
+        "/en/gradio_api/file={folder}/saves/../secret.html",
+    ],
+)
+def test_no_file_beyond_its_folders_is_given_out(client, path: str) -> None:
+    answer = client.get(path.format(folder=Path.cwd()))
+    assert answer.status_code in (403, 404)
+    assert "hidden text" not in answer.text and "root:" not in answer.text
+    assert client.get("/files/saves/mine/report.html").text == "<p>report</p>"
+
+
+def test_passwords_cannot_be_guessed_in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from web import security
+
+    site = Starlette(routes=[Route("/", lambda request: PlainTextResponse(f"inside {request.url}"))])
+    security.protect(site, "门 secret", "0.0.0.0")
+    client = TestClient(site, base_url="http://192.168.0.7:7860", follow_redirects=False)
+    assert client.get("/").status_code == 401
+    assert client.post("/login", data={"password": "x" * 5000}).status_code == 413
+    assert client.post("/login", data={"password": "guess"}).status_code == 403
+    assert client.post("/login", data={"password": "门 secret"}).status_code == 429  # at once after a wrong one
+    now = time.monotonic()
+    monkeypatch.setattr(security.time, "monotonic", lambda: now + security.WAIT_SECONDS + 1)
+    foreign = client.post("/login", data={"password": "门 secret"}, headers={"origin": "http://evil.example"})
+    assert foreign.status_code == 403 and not foreign.cookies
+    entered = client.post("/login", data={"password": "门 secret"})
+    assert entered.status_code == 303
+    assert (
+        "httponly" in entered.headers["set-cookie"].lower()
+        and "samesite=strict" in entered.headers["set-cookie"].lower()
+    )
+    assert client.get("/").text.startswith("inside")
+
+
+def test_the_password_is_not_passed_on_to_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    import webui
+
+    monkeypatch.setenv("WEBUI_PASSWORD", "secret")
+    assert webui.read_password(webui.parse([])) == "secret"
+    assert "WEBUI_PASSWORD" not in os.environ
