@@ -23,7 +23,7 @@ import common
 from evaluation import llamafactory
 from evaluation.compare import describe_two_runs, runs_table
 from evaluation.job import describe, find_job
-from evaluation.predict import predict
+from evaluation.predict import only_evaluation, predict
 from evaluation.results import describe_results, write_results
 from preprocessing.data_report import format_table
 from runs import report
@@ -48,11 +48,13 @@ def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str])
     for note in job.notes:
         print(f"note: {note}")
     print(describe(job))
-    for model in job.models:
-        predict(job, model)
-    for data in job.datasets:
-        print(describe_results(write_results(job, data), data.folder))
-    if files := llamafactory.write_files(job):
+    with only_evaluation(job):
+        for model in job.models:
+            predict(job, model)
+        for data in job.datasets:
+            print(describe_results(write_results(job, data), data.folder))
+        files = llamafactory.write_files(job)
+    if files:
         print(f"\nas LLaMA-Factory writes them: {', '.join(map(str, files))}")
     if job.run:
         print(f"\nthe report: {report.write(job.run)}")

@@ -8,11 +8,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import common
-from common import Message
+from common import Message, UserError
 from evaluation import scoring
 from evaluation.data import EvalDataset, question_of
 from evaluation.encode import Encoded
@@ -20,6 +21,7 @@ from evaluation.job import EvalModel, Job, compute_dtype, encoded
 from inference.load import load
 from preprocessing.formats import fingerprint
 from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
+from runs.lock import locked
 from runs.target import Source
 
 
@@ -112,6 +114,18 @@ def score_texts(data: EvalDataset, rows: Encoded, positions: list[int], scorer: 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
+
+
+@contextmanager
+def only_evaluation(job: Job) -> Iterator[None]:
+    """Raises UserError where another process evaluates into the same folder: each would undo the other's work."""
+    folder = job.datasets[0].folder.parent
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except UserError as error:
+            raise UserError("eval_is_running", folder=folder, process=error.fields["process"]) from None
+        yield
 
 
 def predictions_file(data: EvalDataset, label: str) -> Path:

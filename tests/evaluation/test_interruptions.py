@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, make_run, write_jsonl
+from conftest import ROOT, make_run, user_error, write_jsonl
 
 import common
 from common import Config
@@ -171,6 +171,15 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
         if not killed:
             break
     assert 40 < operations < 1000
+
+
+def test_two_evaluations_into_one_folder_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    job = make_job(tmp_path / "eval", tiny_model)
+    running = user_error("eval_is_running", folder=tmp_path / "eval", process=os.getpid())
+    with predict.only_evaluation(job), running, predict.only_evaluation(job):
+        raise AssertionError
+    with predict.only_evaluation(job):
+        pass
 
 
 @pytest.mark.slow
