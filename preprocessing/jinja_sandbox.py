@@ -27,6 +27,7 @@ from preprocessing.faults import Fault
 CPU_SECONDS = 2.0  # of one rendering, or of one compilation; an ordinary one takes a thousandth
 STEPS = 5_000_000  # rounds of loops in one rendering
 CALL = 5  # steps that a call costs
+STEPS_PER_LOOK = 200  # after so many steps the clock is looked at, which takes as long as several steps
 CHARACTERS = 64_000_000  # of one text, and of all that one rendering writes
 ITEMS = 1_000_000  # of one list, and bits of one number
 TEMPLATE_CHARACTERS = 1_000_000
@@ -79,7 +80,8 @@ def render_template(text: str, variables: dict[str, Any]) -> str:
         pieces, size = [], 0
         for piece in template.generate(variables):
             size += len(piece)
-            _check_size(size)
+            if size > CHARACTERS:
+                raise _LimitExceeded
             pieces.append(piece)
         return "".join(pieces)
 
@@ -115,15 +117,18 @@ def _tags_as_filter(text: str) -> str:
 class _Budget(threading.local):
     """What the rendering of this thread may still spend."""
 
-    steps, characters, end = STEPS, CHARACTERS, 0.0
+    steps, characters, end, next_look = STEPS, CHARACTERS, 0.0, STEPS
 
     def start(self) -> None:
         self.steps, self.characters, self.end = STEPS, CHARACTERS, time.thread_time() + CPU_SECONDS
+        self.next_look = STEPS - STEPS_PER_LOOK
 
     def step(self, count: int = 1) -> None:
         self.steps -= count
-        if self.steps < 0 or time.thread_time() > self.end:
-            raise _LimitExceeded
+        if self.steps < self.next_look:
+            self.next_look = self.steps - STEPS_PER_LOOK
+            if self.steps < 0 or time.thread_time() > self.end:
+                raise _LimitExceeded
 
     def write(self, value: Any) -> Any:
         """The value of an expression that is written out."""
@@ -185,7 +190,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             _check_size(_size(left) + _size(right))
-        elif operator == "%" and isinstance(left, str):
+            return left + right
+        if operator == "%" and isinstance(left, str):
             _check_format(left)
         elif operator == "*":
             for some, times in ((left, right), (right, left)):
