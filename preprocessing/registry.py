@@ -31,6 +31,7 @@ COLUMNS = (*TEXT_COLUMNS, "messages", *MEDIA, *PAIRS, "kto_tag")
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url")
 TEXTS = ("file_name", *HUBS, "script_url", "cloud_file_name", "formatting", "subset", "split", "folder")
+MOST_SAMPLES = 10**8  # of num_samples
 KEYS = (*TEXTS, "ranking", "num_samples", "columns", "tags")
 EXTENSIONS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "txt"}
 # What stands beside the rows in folders that `datasets` writes, and in a folder with a registry.
@@ -125,7 +126,7 @@ def _registered_entry(name: str, description: Any, folder: Path) -> Entry:
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise Fault("entry_formatting", formatting=formatting)
     count = description.get("num_samples")
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_SAMPLES):
         raise Fault("entry_num_samples", value=json.dumps(count))
     entry = Entry(
         name,

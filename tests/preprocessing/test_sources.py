@@ -305,6 +305,7 @@ def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, description: dict, k
         ({"tags": "role"}, "entry_value_no_object"),
         ({"num_samples": True}, "entry_num_samples"),
         ({"num_samples": "5"}, "entry_num_samples"),
+        ({"num_samples": 10**30}, "entry_num_samples"),
         ({"formatting": "vicuna"}, "entry_formatting"),
         ({}, "entry_no_file_name"),
     ],
