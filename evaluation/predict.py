@@ -20,6 +20,7 @@ from evaluation.encode import Encoded
 from evaluation.job import EvalModel, Job, compute_dtype, encoded
 from inference.load import load
 from preprocessing.formats import fingerprint
+from runs.disk import explaining_full_disk
 from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from runs.lock import locked
 from runs.target import Source
@@ -118,14 +119,22 @@ def score_texts(data: EvalDataset, rows: Encoded, positions: list[int], scorer: 
 
 @contextmanager
 def only_evaluation(job: Job) -> Iterator[None]:
-    """Raises UserError where another process evaluates into the same folder: each would undo the other's work."""
+    """Raises UserError where another process evaluates into the same folder (each would undo the other's work), and
+    where the disk is full within the block."""
     folder = job.datasets[0].folder.parent
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
         except UserError as error:
             raise UserError("eval_is_running", folder=folder, process=error.fields["process"]) from None
-        yield
+        with explaining_full_disk(folder, _needed_space(job)):
+            yield
+
+
+def _needed_space(job: Job) -> int:
+    """About the bytes of all results: each model's predictions and their copies, and the pictures."""
+    rows = [row for data in job.datasets for row in data.rows]
+    return 2 * len(job.models) * sum(len(json.dumps(row)) + 1000 for row in rows) + (4 << 20)
 
 
 def predictions_file(data: EvalDataset, label: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import random
@@ -180,6 +181,29 @@ def test_two_evaluations_into_one_folder_are_refused(tiny_model: Path, tmp_path:
         raise AssertionError
     with predict.only_evaluation(job):
         pass
+
+
+def test_a_full_disk_is_one_sentence_and_the_evaluation_goes_on_later(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "load", lambda _: None)
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    scorer, job = FakeScorer(), make_job(tmp_path / "eval", tiny_model)
+    monkeypatch.setattr(predict.scoring, "scorer_for", lambda _: scorer)
+    ask, calls = scorer.choices, iter(range(100))
+
+    def full(*arguments: Any) -> Any:
+        if next(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return ask(*arguments)
+
+    monkeypatch.setattr(scorer, "choices", full, raising=False)
+    with user_error("disk_full", folder=tmp_path / "eval"), predict.only_evaluation(job):
+        predict.predict(job, job.models[0])
+    assert len(predict.read_predictions(tmp_path / "eval/labels/predictions.base.jsonl")) == 2
+    with predict.only_evaluation(job):
+        predict.predict(job, job.models[0])
+    assert len(predict.read_predictions(tmp_path / "eval/labels/predictions.base.jsonl")) == 5
 
 
 @pytest.mark.slow
