@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,20 +55,42 @@ def test_help_comes_at_once_and_lists_the_chat_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code"),
     [
-        (["nobody/nothing"], "there is no model nobody/nothing; fetch it (python download.py nobody/nothing)"),
-        (["a", "b"], "a and b are two targets"),
-        (["tempratur=1"], "tempratur: 1 is not a known key (did you mean 'temperature'?)"),
-        (["temperature=hot"], "temperature: hot must be a finite number"),
-        (["--bse"], "unknown argument --bse"),
-        ([str(ROOT / "tests")], "is neither a run, an adapter nor a model"),
+        (["a", "b"], "two_targets"),
+        (["nobody/nothing"], "model_missing"),
+        ([str(ROOT / "tests")], "no_model_folder"),
+        (["-p", ""], "chat_prompt_empty"),
     ],
 )
-def test_what_is_wrong_is_said_at_once(arguments: list[str], message: str) -> None:
-    result = run("chat.py", *arguments, timeout=30)
-    assert result.returncode == 2
-    assert message in result.stderr and "Traceback" not in result.stderr and result.stdout == ""
+def test_wrong_arguments_are_reported_at_once(arguments: list[str], code: str) -> None:
+    result = run("chat.py", *arguments, input="", timeout=30)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.error.code == code and "Traceback" not in result.stderr
+
+
+def test_an_error_as_the_user_sees_it() -> None:
+    result = run("chat.py", "-p", "-", input="", timeout=30)
+    assert result.stderr == "error: -p has no text and nothing is piped in; write the message after -p\n"
+
+
+def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a line of bash in which $CHAT is chat.py."""
+    env = {**os.environ, "CHAT": f"{sys.executable} {ROOT / 'chat.py'}", **environment}
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("$CHAT MODEL -p hi >&-", "standard output is closed"),
+        ("$CHAT MODEL <&-", "standard input is closed"),
+        ("$CHAT MODEL -p - <&-", "standard input is closed"),
+    ],
+)
+def test_closed_streams_are_one_sentence(line: str, message: str, tmp_path: Path) -> None:
+    result = shell(line, tmp_path)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
@@ -81,12 +105,30 @@ def test_one_answer_from_a_pipe(parrot: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_piped_text_stands_after_the_words(parrot: Path, tmp_path: Path) -> None:
+def test_piped_text_stands_after_that_of_the_option(parrot: Path, tmp_path: Path) -> None:
     from inference.load import load
 
     too_long = run("chat.py", str(parrot), "-p", "first", input="w" * 9000, cwd=tmp_path)
     tokens = len(load(str(parrot)).prompt_ids([{"role": "user", "content": "first\n\n" + "w" * 9000}]))
-    assert too_long.returncode == 2 and f"has {tokens} tokens" in too_long.stderr and too_long.stdout == ""
+    assert too_long.returncode == 2 and too_long.stdout == ""
+    assert (too_long.error.code, too_long.error.fields["tokens"]) == ("message_too_long", tokens)
+
+
+@pytest.mark.slow
+def test_input_that_is_not_meant_for_it_is_left_alone(parrot: Path, tmp_path: Path) -> None:
+    chat = f"$CHAT {parrot} {' '.join(GREEDY)}"
+    (tmp_path / "lines").write_text("hi\ncount\n")
+    answers = f"{TALK['hi']}\n{TALK['count']}\n"
+    for loop in (
+        f'while read line; do {chat} -p "$line"; done < lines',
+        f'cat lines | while read line; do {chat} -p "$line"; done',
+    ):
+        assert shell(loop, tmp_path).stdout == answers
+    beside = shell(f"{{ sleep 100 & echo $! >&2; }} | {chat} -p hi; kill $(jobs -p) 2> /dev/null", tmp_path)
+    assert beside.stdout == f"{TALK['hi']}\n" and "nothing has come" in beside.stderr
+    os.kill(int(beside.stderr.split()[0]), signal.SIGTERM)
+    assert shell(f"echo hi | {chat} -p - <&0", tmp_path).stdout == f"{TALK['hi']}\n"
+    assert shell(f"{chat} -p hi <&-", tmp_path).stdout == f"{TALK['hi']}\n"
 
 
 @pytest.mark.slow
@@ -113,10 +155,13 @@ def test_a_conversation_in_a_terminal(parrot: Path, tmp_path: Path) -> None:
     assert chat.ask("/clear") == "a new conversation"
     chat.ask("hi")
     assert "saved it.json" in chat.ask("/save it.json")
-    assert "it.json is there already" in chat.ask("/save it.json")
+    assert "it.json exists already" in chat.ask("/save it.json")
     saved = json.loads((tmp_path / "it.json").read_text(encoding="utf-8"))
     assert [m["role"] for m in saved[0]["messages"]] == ["system", "user", "assistant"]
     assert "saved d.json; as training data: dataset=d.json" in chat.ask("/save d")
+    (tmp_path / "kept").mkdir()
+    assert re.search(r"saved kept/chat-\d+-\d+.json", chat.ask("/save kept"))
+    assert "cannot be written" in chat.ask("/save gone/")
     assert "[" in chat.ask("/root/a.txt is a file")
     assert "user\n/root/a.txt is a file\n" in chat.ask("/history")
     assert chat.ask("/system -") == ""
@@ -164,4 +209,4 @@ def test_base_answers_beside_the_trained_model(parrot: Path, tmp_path: Path) -> 
     assert trained.strip() and trained.strip() != TALK["hi"]
     assert result.stderr.count(" tokens/s") == 2
     merged = run("chat.py", str(parrot), "--base", "-p", "hi", input="", cwd=tmp_path)
-    assert merged.returncode == 2 and "has its training in its weights" in merged.stderr
+    assert merged.returncode == 2 and merged.error.code == "base_not_separate"
