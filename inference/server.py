@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from inference.openai_errors import ApiError
 
 HEAD_SECONDS = 20  # to send the head of a request
-MAX_HEAD = 32 << 10  # bytes of it
 MAX_CONNECTIONS = 512
 
 
@@ -47,7 +46,7 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> No
     """Answers until Ctrl-C."""
     import uvicorn
 
-    from inference.server_guard import Guard, timed_protocol
+    from inference.server_guard import MAX_HEAD, Guard, timed_protocol
 
     server = ApiServer(engine, options)
     host = f"[{options.host}]" if ":" in options.host else options.host

@@ -24,6 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 BODY_SECONDS = 60  # to send the body of a request
 SEND_SECONDS = 60  # to take the next part of an answer
+MAX_HEAD = 32 << 10  # bytes of the head of a request
 EXPOSED_HEADERS = "X-Request-Id, X-Dropped-Messages, Retry-After"
 
 
@@ -81,6 +82,8 @@ class Guard:
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
+                raise ApiError(431, Message("api_head_too_large", bytes=MAX_HEAD), code="request_too_large")
             check_host(headers.get("host", ""), self.options)
             allowed = check_origin(headers.get("origin"), self.options)
         except ApiError as error:

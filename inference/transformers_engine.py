@@ -73,7 +73,9 @@ class TransformersEngine(Engine):
     def _grammar_vocabulary(self) -> Any:
         from llguidance.hf import from_tokenizer
 
-        return from_tokenizer(self.tokenizer, n_vocab=self.vocabulary_size, eos_token=sorted(self.stop_ids))
+        return from_tokenizer(
+            self.tokenizer, n_vocab=max(self.vocabulary_size, len(self.tokenizer)), eos_token=sorted(self.stop_ids)
+        )
 
     def sampler(self, settings: Settings, prompt_tokens: int) -> Sampler:
         vocabulary = self.grammar_vocabulary if settings.grammar else None

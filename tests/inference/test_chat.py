@@ -58,9 +58,11 @@ def test_help_comes_at_once_and_lists_the_chat_settings() -> None:
     ("arguments", "code"),
     [
         (["a", "b"], "two_targets"),
-        (["nobody/nothing"], "model_missing"),
-        ([str(ROOT / "tests")], "no_model_folder"),
-        (["-p", ""], "chat_prompt_empty"),
+        (["nobody/nothing"], "model_not_found"),
+        ([str(ROOT / "tests")], "folder_without_model"),
+        (["tempratur=1"], "config_faults"),
+        (["temperature=hot"], "config_faults"),
+        (["--bse"], "unknown_argument"),
     ],
 )
 def test_wrong_arguments_are_reported_at_once(arguments: list[str], code: str) -> None:
@@ -69,8 +71,8 @@ def test_wrong_arguments_are_reported_at_once(arguments: list[str], code: str) -
     assert result.error.code == code and "Traceback" not in result.stderr
 
 
-def test_an_error_as_the_user_sees_it() -> None:
-    result = run("chat.py", "-p", "-", input="", timeout=30)
+def test_an_error_as_the_user_sees_it(tiny_model: Path) -> None:
+    result = run("chat.py", str(tiny_model), "-p", "-", input="", timeout=30)
     assert result.stderr == "error: -p has no text and nothing is piped in; write the message after -p\n"
 
 

@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import types
 import typing
 import urllib.error
 import urllib.request
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, run
+from conftest import ROOT, TALK, make_run, run, user_error
 
 from common import Message
 
@@ -40,11 +42,13 @@ WEATHER = {
 class Server:
     """A running api.py; `client` is OpenAI's."""
 
-    def __init__(self, log: Path, *arguments: str, cwd: Path = ROOT, **environment: str) -> None:
+    def __init__(
+        self, log: Path, *arguments: str, cwd: Path = ROOT, script: str = str(ROOT / "api.py"), **environment: str
+    ) -> None:
         env = {**os.environ, "API_PORT": "0", **environment}
         self.log = log
         with open(log, "w", encoding="utf-8") as stderr:
-            command = [sys.executable, str(ROOT / "api.py"), *arguments]
+            command = [sys.executable, script, *arguments]
             self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=stderr, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while " answers at " not in log.read_text(encoding="utf-8"):
@@ -103,12 +107,15 @@ def parrot_server(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def tool_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with Qwen's tokens of tool calls, which are no control tokens: 263 and 264."""
     from tokenizers import AddedToken
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("tools") / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken(f"<{end}tool_call>", special=False, normalized=False) for end in ("", "/")])
     tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -558,6 +565,229 @@ def test_arguments_are_held_to_nested_schemas(tiny_server: Server) -> None:
             (call,) = reply.choices[0].message.tool_calls
             called.add(type(call.function.parsed_arguments))
     assert called == {Weather, Home}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What clients write beside
+
+
+def call_of(name: str, call_id: str = "c1", arguments: str = "{}") -> dict:
+    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def test_what_changes_no_answer_is_accepted() -> None:
+    from inference.openai_errors import ApiError
+    from inference.openai_messages import read_messages
+
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "id": "p1"}
+    read = read_messages([{"role": "user", "content": [part], "name": "Li", "id": "m1"}], has_tools=False)
+    assert read == [{"role": "user", "content": "hi"}]
+    beside = {"annotations": [{"type": "url_citation"}], "refusal": None, "audio": None, "function_call": None}
+    assert read_messages([{"role": "assistant", "content": "x", **beside}], has_tools=False)[0]["content"] == "x"
+    result = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
+    for name in ({}, {"name": "weather"}):  # the name of its call, whether the client gives it or not
+        talk = read_messages([call_of("weather", arguments=""), {**result, **name}], has_tools=True)
+        assert talk[0]["tool_calls"][0]["function"]["arguments"] == {}
+        assert talk[1]["name"] == "weather"
+    with pytest.raises(ApiError) as caught:
+        read_messages([call_of("weather"), {**result, "name": "time"}], has_tools=True)
+    assert caught.value.param == "messages[1].name"
+    assert caught.value.message.fields["reason"].fields == {"name": "time", "call": "c1", "called": "weather"}
+    with pytest.raises(ApiError) as caught:
+        read_messages([call_of("weather", arguments="[1]")], has_tools=True)
+    assert caught.value.param == "messages[0].tool_calls[0].function.arguments"
+
+
+def test_the_cause_of_a_refused_pattern_is_given() -> None:
+    from inference import tool_calls
+
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?=b)b$"}}, "required": ["a"]}
+    with user_error("grammar_not_supported") as caught:
+        tool_calls.check_grammar(types.SimpleNamespace(grammar_vocabulary=None), tool_calls.json_grammar(schema))
+    reason = caught.value.fields["reason"]
+    assert "^(?=b)b$" in reason and "look-ahead" in reason and "not supported" in reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# /v1/responses
+
+
+@pytest.mark.slow
+def test_responses_text_and_stream(parrot_server: Server) -> None:
+    client = parrot_server.client()
+    reply = client.responses.create(model="parrot", input="hi")
+    assert reply.output_text == TALK["hi"] and reply.status == "completed" and reply.store is False
+    assert reply.id.startswith("resp_") and reply.usage.total_tokens == reply.usage.input_tokens + 29
+    items = [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}, *reply.output]
+    after = client.responses.create(
+        model="parrot", input=[*items, {"role": "user", "content": "count"}], instructions="be brief", temperature=0
+    )
+    assert after.usage.input_tokens > reply.usage.total_tokens and after.instructions == "be brief"
+    cut = client.responses.create(model="parrot", input="hi", max_output_tokens=4)
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+    events = list(client.responses.create(model="parrot", input="hi", stream=True))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == TALK["hi"] and len(deltas) > 5
+    assert events[-1].response.output_text == TALK["hi"] and events[-1].response.usage.output_tokens == 29
+    with client.responses.stream(model="parrot", input="count") as stream:
+        assert stream.get_final_response().output_text == TALK["count"]
+    known = client.responses.create(model="parrot", input="hi", include=["message.output_text.logprobs"])
+    spelled = bytes(b for token in known.output[0].content[0].logprobs for b in token.bytes)
+    assert spelled.decode() == TALK["hi"]
+
+
+@pytest.mark.slow
+def test_responses_tools_and_formats(tiny_server: Server) -> None:
+    import pydantic
+
+    class Answer(pydantic.BaseModel):
+        city: typing.Literal["Paris", "北京"]
+
+    client = tiny_server.client()
+    parsed = client.responses.parse(model="little", input="Where?", text_format=Answer)
+    assert isinstance(parsed.output_parsed, Answer)
+    function = {"type": "function", **WEATHER["function"], "strict": True}
+    asked = {"model": "little", "tools": [function], "parallel_tool_calls": False}
+    question = [{"role": "user", "content": "How is the weather?"}]
+    for choice in ("required", {"type": "function", "name": "weather"}):
+        (call,) = client.responses.create(input=question, tool_choice=choice, **asked).output
+        assert (call.type, call.name) == ("function_call", "weather")
+        assert json.loads(call.arguments)["city"] in ("Paris", "北京")
+    events = list(client.responses.create(input=question, tool_choice="required", stream=True, **asked))
+    done = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert json.loads(done[0].arguments)["days"] in (1, 2) and events[-1].response.output[0].name == "weather"
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    after = client.responses.create(input=[*question, call, result], max_output_tokens=3, **asked)
+    assert after.usage.input_tokens > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"max_output_tokens": 1 << 40}, "max_output_tokens"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"input": [{"role": "user", "content": "w" * 6000}, {"role": "assistant", "content": "x" * 3000},
+                    {"role": "user", "content": "hi"}], "truncation": "disabled"}, "input"),
+        ({"input": "w" * 9000}, "input"),
+    ],
+)  # fmt: skip
+def test_responses_name_the_field_that_cannot_be_honoured(parrot_server: Server, fields: dict, param: str) -> None:
+    status, body = parrot_server.post({"model": "parrot", "input": "hi", **fields}, "/responses")
+    assert status == 400 and body["error"]["param"] == param
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who may ask
+
+
+@pytest.mark.slow
+def test_embeddings_are_a_sentence_and_unknown_places_name_the_known(parrot_server: Server) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError) as caught:
+        parrot_server.client().embeddings.create(model="parrot", input="x")
+    assert caught.value.code == "unsupported_endpoint" and "embedding model" in str(caught.value)
+    status, body = parrot_server.post({}, "/responses/resp_1/cancel")
+    assert status == 404 and body["error"]["code"] == "unknown_url" and "/v1/responses" in body["error"]["message"]
+
+
+def ask(server: Server, *headers: str, method: str = "GET") -> tuple[int, dict[str, str]]:
+    """Status and headers of /v1/models, by curl."""
+    more = [word for header in headers for word in ("-H", header)]
+    command = ["curl", "-s", "-o", os.devnull, "-D", "-", "-X", method, *more, f"{server.url}/models"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    return int(lines[0].split()[1]), {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+
+
+PREFLIGHT = ("Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization, content-type")
+
+
+@pytest.mark.slow
+def test_foreign_hosts_and_origins_are_refused(parrot_server: Server) -> None:
+    assert ask(parrot_server)[0] == ask(parrot_server, "Host: localhost:9")[0] == ask(parrot_server, "Host: [::1]")[0]
+    assert ask(parrot_server, "Host: evil.example")[0] == 403  # DNS rebinding
+    assert ask(parrot_server, "Host: 127.0.0.1.evil.example")[0] == 403
+    status, headers = ask(parrot_server, "Origin: https://evil.example")
+    assert status == 403 and "access-control-allow-origin" not in headers
+    status, headers = ask(parrot_server, "Origin: https://evil.example", *PREFLIGHT, method="OPTIONS")
+    assert status == 403 and "access-control-allow-origin" not in headers
+
+
+@pytest.mark.slow
+def test_origins_and_hosts_that_are_opened_may_ask(parrot: Path, tmp_path: Path) -> None:
+    page = "https://page.example"
+    server = Server(
+        tmp_path / "log",
+        str(parrot),
+        API_CORS_ORIGINS=f"{page}, http://localhost:3000",
+        API_ALLOWED_HOSTS="my.host",
+    )
+    assert ask(server, "Host: my.host:80")[0] == 200 and ask(server, "Host: evil.example")[0] == 403
+    status, headers = ask(server, f"Origin: {page}", *PREFLIGHT, method="OPTIONS")
+    assert status == 204 and headers["access-control-allow-origin"] == page
+    assert headers["access-control-allow-headers"] == "authorization, content-type"
+    status, headers = ask(server, f"Origin: {page}")
+    assert status == 200 and headers["access-control-allow-origin"] == page and headers["vary"] == "Origin"
+    assert ask(server, "Origin: https://other.example")[0] == 403
+    assert server.chat()[0] == 200 and server.end() == 0
+
+
+@pytest.mark.slow
+def test_slow_clients_are_cut_off(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With limits of a second instead of a minute: heads and bodies that do not come, answers that are not taken."""
+    limits = "import inference.server as s, inference.server_guard as g, api, sys\n"
+    limits += "s.HEAD_SECONDS = g.BODY_SECONDS = g.SEND_SECONDS = 1\napi.main(sys.argv[1:])\n"
+    (tmp_path / "api_quick.py").write_text(limits)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    server = Server(tmp_path / "log", str(parrot), "do_sample=false", script=str(tmp_path / "api_quick.py"))
+    port = int(server.url.rpartition(":")[2].split("/")[0])
+
+    def answer(sent: bytes) -> tuple[bytes, float]:
+        started = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(sent)
+            got = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := client.recv(4096):
+                    got += part
+        return got, time.monotonic() - started
+
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
+    for sent in (b"", head):  # no head, half a head
+        got, seconds = answer(sent)
+        assert got == b"" and seconds < 15
+    got, seconds = answer(head + b"\r\n{")  # half a body
+    assert b" 408 " in got.split(b"\r\n")[0] and b"request_timeout" in got and seconds < 15
+    got, _ = answer(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n")
+    assert b" 431 " in got.split(b"\r\n")[0] or b" 400 " in got.split(b"\r\n")[0] or got == b""
+    assert server.chat()[0] == 200 and server.end() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
