@@ -1,7 +1,7 @@
 """Samples → flat batches: one row without padding in which no sample sees another.
 
 A batch is `input_ids`, `labels`, `position_ids` (each 1 × T) and `packed_seq_lengths` (int32, one a sample). Unsloth's
-GPU kernels read the boundaries from `packed_seq_lengths`; on a CPU `sample_attention` below does.
+GPU kernels read the boundaries from `packed_seq_lengths`; on a CPU attention.py does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = -100  # the label of a token that is not learned, as in transformers
-ATTENTION = "sample_sdpa"  # the name under which `sample_attention` is registered
 SEPARABLE = {"full_attention", "sliding_attention"}  # the kinds of layers that keep the samples of a flat batch apart
 # What keys of config.json start with where there are others: state spaces, convolutions, linear attention. Not every
 # such model lists its layers' kinds.
@@ -136,61 +135,3 @@ def epoch_steps(config: Config, rows: int) -> int:
 def total_steps(config: Config, rows: int) -> int:
     """Optimizer steps of the whole run."""
     return config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * epoch_steps(config, rows))
-
-
-def register_sample_attention() -> str:
-    """Makes `sample_attention` known to transformers; returns the name to give as `attn_implementation`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, sample_attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask_for_flat_batches)
-    return ATTENTION
-
-
-def _no_mask_for_flat_batches(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' own mask, except that flat batches (which have no attention mask) need none."""
-    from transformers.masking_utils import sdpa_mask
-
-    return None if kwargs.get("attention_mask") is None else sdpa_mask(*args, **kwargs)
-
-
-def sample_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    packed_seq_lengths: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sample of a flat batch; other batches go to transformers' own.
-
-    `query` is 1 × heads × T × d, `key` and `value` 1 × key-value heads × T × d. Returns 1 × T × heads × d. A block mask
-    over the whole row would cost T² where this costs the sum of the samples' squares.
-    """
-    import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if packed_seq_lengths is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    lengths = packed_seq_lengths.tolist()
-    grouped = query.shape[1] != key.shape[1]
-    parts = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        band = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            places = torch.arange(q.shape[2], device=q.device)
-            distance = places[:, None] - places[None, :]
-            band = (distance >= 0) & (distance < sliding_window)
-        parts.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
-            )
-        )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None

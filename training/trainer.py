@@ -21,7 +21,7 @@ from common import Config, Message, UserError
 from runs.disk import check_free_space
 from runs.files import read_json
 from runs.folder import suit_transformers_4
-from training import checkpoints, packing
+from training import attention, checkpoints, lora_linear, packing
 from training.plan import TrainingPlan
 
 if TYPE_CHECKING:
@@ -63,7 +63,10 @@ def import_unsloth() -> None:
 def load_model(config: Config, precision: Precision) -> Any:
     """The model with its adapter, a new one or the one to go on with, by Unsloth on every device."""
     with _folder_to_load(config) as folder, quietly():
-        return _load_from(folder, config, precision)
+        model = _load_from(folder, config, precision)
+    if model.device.type == "cpu" and precision.mixed == "bf16":
+        lora_linear.round_once(model)
+    return model
 
 
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
@@ -83,7 +86,7 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         trust_remote_code=config.trust_remote_code,
         local_files_only=True,
         use_exact_model_name=True,
-        **({"attn_implementation": packing.register_sample_attention()} if on_cpu else {}),
+        **({"attn_implementation": attention.register_sample_attention()} if on_cpu else {}),
     )
     if config.adapter_name_or_path:
         return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))

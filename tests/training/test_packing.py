@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common import Message, load_config
-from training import packing
+from training import attention, packing
 
 
 def test_best_fit_takes_the_fullest_row_that_fits():
@@ -61,7 +61,7 @@ def flat_model(folder, **config):
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=AutoConfig.from_pretrained(folder, **config),
-        attn_implementation=packing.register_sample_attention(),
+        attn_implementation=attention.register_sample_attention(),
         dtype="float32",
     )
 
@@ -102,7 +102,7 @@ def test_a_sliding_window_is_kept():
     samples = random_samples([20, 3])
     with torch.no_grad():
         alone = torch.cat([reference(input_ids=torch.tensor([s["input_ids"]])).logits[0] for s in samples])
-        reference.set_attn_implementation(packing.register_sample_attention())
+        reference.set_attn_implementation(attention.register_sample_attention())
         together = reference(**packing.collate(samples)).logits[0]
     assert torch.allclose(together, alone, atol=1e-5)
 
