@@ -10,9 +10,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/ready-$(DEVICE)
-# torchvision and xformers hold CUDA code, which does not load beside a CPU build of torch
-LEFT_OUT := $(if $(filter cpu,$(DEVICE)),|torchvision|xformers)
-
 .DEFAULT_GOAL := help
 .PHONY: help setup doctor download data train chat webui webchat api eval runs merge gguf test test-quick lint clean
 
@@ -20,14 +17,12 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## build .venv from the pinned requirements, for a GPU or a CPU
-$(READY): requirements.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("error: python is %d.%d; the pinned packages need 3.10 to 3.13: make setup PYTHON=python3.12" % v)'
+$(READY): requirements.txt requirements-$(DEVICE).txt requirements-unsloth.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: python is %d.%d; the pinned packages need 3.11 to 3.13: make setup PYTHON=python3.12" % v)'
 	@echo "setting up $(VENV) for a $(DEVICE) machine; a first time downloads for minutes"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@grep -vE '^(unsloth|unsloth_zoo$(LEFT_OUT))==' requirements.txt > $(VENV)/requirements.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt -r requirements-dev.txt
-	@# without their own dependencies: those are in requirements.txt, less what only Unsloth's desktop program needs
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -oE '^(unsloth|unsloth_zoo)==[^ ]+' requirements.txt)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-$(DEVICE).txt -r requirements-dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-unsloth.txt
 	@rm -f $(VENV)/ready-* && touch $@
 
 doctor: $(READY) ## say whether RECIPE will run on this machine, and change nothing

@@ -26,7 +26,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def prompt(transactions: list[Transaction], digits: int) -> str:
     lines = []
     for moment, counterparty, amount in transactions:
         number = numbers.setdefault(counterparty, len(numbers) + 1)
-        when = datetime.fromtimestamp(moment, timezone.utc)
+        when = datetime.fromtimestamp(moment, UTC)
         lines.append(f"[{when:%m-%d %H:%M}] 节点 {number} 交易 {amount_text(amount, digits)}")
     return HEAD + " ".join(lines) + QUESTION
 
@@ -97,7 +97,7 @@ def words(transactions: list[Transaction], digits: int) -> str:
     seen: set[str] = set()
     lines = []
     for place, (moment, counterparty, amount) in enumerate(transactions):
-        line = ["night" if datetime.fromtimestamp(moment, timezone.utc).hour < 6 else "day"]
+        line = ["night" if datetime.fromtimestamp(moment, UTC).hour < 6 else "day"]
         if place:
             pause = moment - transactions[place - 1].time
             line.append("minutes" if pause < 3600 else "hours" if pause < DAY else "days")
@@ -308,7 +308,7 @@ def read_time(place: Message | str, value: Any) -> float:
                 value = from_seconds(float(value))
             else:
                 value = datetime.fromisoformat(SLASHED.sub(dashed, value))
-        return (value if value.tzinfo else value.replace(tzinfo=timezone.utc)).timestamp()
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError, OSError):
         raise UserError("diy_not_a_time", place=place, value=value, advice=advice) from None
 
@@ -322,7 +322,7 @@ def dashed(date: re.Match[str]) -> str:
 def from_seconds(seconds: float) -> datetime:
     if seconds < 1e8:  # before 1973: rather a year or a date without dashes, like 20240517
         raise ValueError(seconds)
-    return datetime.fromtimestamp(seconds, timezone.utc)
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def show_time(seconds: float) -> str:

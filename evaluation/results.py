@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
         "left_out": data.left_out,
         "labels": list(data.labels),
         "positive": data.labels[1] if len(data.labels) == 2 else None,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
         **measured,
     }

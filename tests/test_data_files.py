@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -135,7 +135,7 @@ def test_split_shares_no_account_and_no_time(name: str):
 
 def test_prompt_is_the_tutorials():
     def moment(*when: int) -> float:
-        return datetime(2024, *when, tzinfo=timezone.utc).timestamp()
+        return datetime(2024, *when, tzinfo=UTC).timestamp()
 
     transactions = [
         make_diy.Transaction(moment(5, 17, 9, 1), "a", 12.351),
@@ -150,7 +150,7 @@ def test_prompt_is_the_tutorials():
 
 
 def test_the_same_in_words():
-    start = datetime(2024, 5, 17, 5, 59, tzinfo=timezone.utc).timestamp()
+    start = datetime(2024, 5, 17, 5, 59, tzinfo=UTC).timestamp()
     amounts = [("a", 0.5), ("b", 0.0), ("a", 12.35), ("b", 100.0), ("c", 0.0512)]
     moments = [start, start + 60, start + 3660, start + 3660 + 86400, start + 2 * 86400]
     transactions = [make_diy.Transaction(moment, *rest) for moment, rest in zip(moments, amounts, strict=True)]
@@ -363,7 +363,7 @@ def test_parquet_gives_the_same_as_csv(table: list[str], tmp_path: Path):
         "sender": [row["from"] for row in content],
         "receiver": [row["to"] for row in content],
         "amount": [float(row["amount"]) for row in content],
-        "date": [datetime.fromtimestamp(int(row["time"]), timezone.utc) for row in content],
+        "date": [datetime.fromtimestamp(int(row["time"]), UTC) for row in content],
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "tx.parquet")
     table[1] = str(tmp_path / "tx.parquet")

@@ -16,6 +16,7 @@ from common import Gpu, Message
 # The oldest Linux driver for each CUDA version that torch is built with (NVIDIA's CUDA release notes). Within a major
 # version a newer CUDA runs on the driver of its first release; 13 needs 580.
 OLDEST_DRIVER = {13: 580, 12: 525, 11: 450}
+PINNED_DRIVER = OLDEST_DRIVER[12]  # for the torch of requirements-gpu.txt
 
 
 def gpu_fault(gpu: Gpu) -> Message | None:
@@ -28,11 +29,12 @@ def gpu_fault(gpu: Gpu) -> Message | None:
     built_for = torch_cuda()
     if built_for is None:
         return Message("torch_without_cuda")
+    if built_for[0] >= 13 and gpu.compute < (7, 5):
+        return Message("cuda_dropped_card", name=gpu.name, cuda=_dotted(built_for))
     driver = int(gpu.driver.split(".")[0])
     needed = OLDEST_DRIVER.get(built_for[0], 580)
     if driver < needed:
-        fits = next((major for major, oldest in OLDEST_DRIVER.items() if driver >= oldest), None)
-        other = Message("driver_fits_cuda", cuda=fits) if fits else ""
+        other = Message("pinned_torch_fits_driver") if driver >= PINNED_DRIVER else ""
         return Message("driver_too_old", driver=gpu.driver, cuda=_dotted(built_for), needed=needed, other=other)
     if missing := missing_for_triton():
         return Message("triton_lacks", missing=missing, python=_dotted(sys.version_info[:2]))

@@ -177,7 +177,7 @@ def check_with_data(run: Run) -> list[Message]:
 
 def check_python(_: Run) -> Iterator[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
-    if (3, 10) <= sys.version_info[:2] <= (3, 13):
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
         yield ok(Message("python_fits", version=found))
     else:
         yield fault(Message("python_does_not_fit", version=found))
@@ -199,15 +199,9 @@ def check_card(run: Run) -> Iterator[Finding]:
 
 
 def check_packages(run: Run) -> Iterator[Finding]:
-    """Compares what is installed with requirements.txt."""
+    """Compares what is installed with what `make setup` installs for this device."""
     missing, other = [], []
-    for line in (common.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        name, pin, rest = line.partition("==")
-        if not pin or line.startswith("#") or (run.gpu is None and name in ("torchvision", "xformers")):
-            continue
-        if name == "socksio":  # only downloads through a SOCKS proxy need it
-            continue
-        wanted = rest.split()[0]
+    for name, wanted in pinned_packages("cpu" if run.gpu is None else "gpu").items():
         try:
             found = version(name)
         except PackageNotFoundError:
@@ -224,6 +218,13 @@ def check_packages(run: Run) -> Iterator[Finding]:
         yield note(Message("packages_not_as_pinned", names=other))
     if not missing and not other:
         yield ok(Message("packages_as_pinned", torch=version("torch"), unsloth=version("unsloth")))
+
+
+def pinned_packages(device: str) -> dict[str, str]:
+    """Name → version of the requirements for `device`, "cpu" or "gpu"."""
+    names = ("requirements.txt", f"requirements-{device}.txt", "requirements-unsloth.txt")
+    lines = "".join((common.ROOT / name).read_text(encoding="utf-8") for name in names)
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.MULTILINE))
 
 
 def check_trackers(run: Run) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -154,8 +155,22 @@ def test_a_card_that_will_do(card):
 
 def test_a_driver_too_old_for_torch_is_told_with_what_fits(card):
     card("535.104.05")
-    fits = Message("driver_fits_cuda", cuda=12)
+    fits = Message("pinned_torch_fits_driver")
     assert refusal() == Message("driver_too_old", driver="535.104.05", cuda="13.0", needed=580, other=fits)
+
+
+@pytest.mark.parametrize("driver", ["525.60.13", "535.104.05", "550.54.15", "570.86.10", "580.65.06"])
+def test_drivers_of_rented_machines_run_the_pinned_torch(card, monkeypatch, driver):
+    assert preflight.pinned_packages("gpu")["torch"] == "2.10.0"  # built for CUDA 12.8
+    monkeypatch.setattr(hardware, "torch_cuda", lambda: (12, 8))
+    assert hardware.gpu_fault(card(driver)) is None
+
+
+def test_a_volta_card_is_refused_beside_cuda_13(card, monkeypatch):
+    volta = replace(card("580.65.06"), compute=(7, 0))
+    assert hardware.gpu_fault(volta).code == "cuda_dropped_card"
+    monkeypatch.setattr(hardware, "torch_cuda", lambda: (12, 8))
+    assert hardware.gpu_fault(volta) is None
 
 
 def test_a_torch_without_cuda_is_told(card, monkeypatch):
