@@ -137,7 +137,7 @@ def test_many_cut_samples_are_warned_of_with_a_cutoff_len_that_keeps_95_percent_
 
 def test_tools_are_a_fault_where_the_template_has_none(tmp_path: Path, tiny_tokenizer) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{**GOOD, "tools": '[{"name": "f"}]'}])
-    with pytest.raises(common.UserError, match="row 1: it has tools"):
+    with faulty("template_has_no_tools", row=1):
         prepare(tiny_tokenizer, path, overlong="drop")
 
 
