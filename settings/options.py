@@ -130,6 +130,10 @@ class Config:
             "sgd",
         ),
     )
+    optim_args: str | None = option(None, "more values of the optimizer, like eps=1e-6,weight_decay=0.1")
+    adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", minimum=0, maximum=1)
+    adam_epsilon: float = option(1e-8, "what Adam adds to the divisor", minimum=0)
     seed: int = option(42, "seed of everything random", minimum=0)
     gradient_checkpointing: str = option(
         "auto",
@@ -146,6 +150,9 @@ class Config:
     lora_dropout: float = option(0.0, "dropout before the adapter; not 0 is slower", minimum=0, maximum=1)
     lora_target: tuple[str, ...] = option(("all",), "modules that get an adapter: all linear ones, or a list")
     use_rslora: bool = option(False, "rank-stabilized scale: alpha / sqrt(rank)")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the B matrices learn at so many times learning_rate; 16 is usual", minimum=0
+    )
     use_dora: bool = option(False, "weight-decomposed adapter (DoRA)")
 
     _evaluation: str = group("evaluation during training")

@@ -184,9 +184,9 @@ def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason
         Message("setting_noted", key="deepspeed", value="ds.json", reason=Message("compat_one_card")),
         Message("setting_noted", key="max_length", value=99, reason=Message("compat_max_length")),
     ]
-    found = faults_of([recipe("adam_beta2: 0.95\ndisable_shuffling: true\nnum_beams: 4\nrope_scaling: {type: yarn}")])
+    found = faults_of([recipe("use_galore: yes\ndisable_shuffling: true\nnum_beams: 4\nrope_scaling: {type: yarn}")])
     assert {key: problem.fields["reason"].code for key, problem in found.items()} == {
-        "adam_beta2": "compat_adam_values",
+        "use_galore": "compat_other_optimizer",
         "disable_shuffling": "compat_shuffled",
         "num_beams": "compat_beams",
         "rope_scaling": "compat_context",

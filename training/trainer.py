@@ -186,6 +186,7 @@ def make_trainer(
         callbacks=[callbacks.Progress(Path(config.output_dir), config.plot_loss), callbacks.Saves(plan)],
     )
     trainer.plan, trainer.save_limit = plan, config.save_total_limit
+    trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
     if held_out:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
@@ -210,12 +211,21 @@ def trainer_class() -> type:
         plan: TrainingPlan
         save_limit: int | None  # checkpoints that are kept
         learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
+        lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
         last_grad_norm: float = 0.0
         writing_to: Path | None = None  # where a checkpoint is being written
         resumed_from: Path | None = None
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """TRL would write one into every checkpoint."""
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            is_new = self.optimizer is None
+            optimizer = super().create_optimizer(*args, **kwargs)
+            if is_new and self.lr_ratio_of_b != 1:
+                names = {parameter: name for name, parameter in self.model.named_parameters()}
+                split_learning_rates(optimizer.param_groups, names, self.lr_ratio_of_b)
+            return optimizer
 
         def train_from(self, checkpoint: Path | None) -> None:
             """Trains from the beginning or from a checkpoint to the end."""
@@ -311,6 +321,21 @@ def trainer_class() -> type:
     return Trainer
 
 
+def split_learning_rates(groups: list[dict[str, Any]], names: dict[Any, str], ratio: float) -> None:
+    """Splits an optimizer's parameter groups: the B matrices of LoRA learn at `ratio` times the rate of the others.
+
+    LoRA+ (https://arxiv.org/abs/2402.12354). The groups of the other parameters stay in front: their rate is logged.
+    """
+    faster = []
+    for group in groups:
+        of_b = [parameter for parameter in group["params"] if "lora_B" in names.get(parameter, "")]
+        if of_b:
+            chosen = set(of_b)
+            group["params"] = [parameter for parameter in group["params"] if parameter not in chosen]
+            faster.append({**group, "params": of_b, "lr": group["lr"] * ratio})
+    groups[:] = [group for group in [*groups, *faster] if group["params"]]
+
+
 def _check_weights(model: Any, step: int) -> None:
     from training.callbacks import check_finite_weights
 
@@ -342,6 +367,10 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim=config.optim,
+        optim_args=config.optim_args,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
         seed=config.seed,
         data_seed=config.seed,
         bf16=precision.mixed == "bf16",

@@ -26,6 +26,7 @@ from runs.files import write_json, write_text
 from runs.folder import run_config
 from training import record, resume
 from training.preflight import Run, check_adapter, check_model
+from training.trainer import split_learning_rates
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -546,3 +547,17 @@ def test_another_process_of_the_same_number_blocks_no_run(tmp_path):
     created = psutil.Process().create_time() - 100
     folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
     assert start(folder, "").checkpoint == folder / "checkpoint-4"
+
+
+def test_lora_plus_lets_the_b_matrices_learn_faster():
+    import torch
+
+    names = {
+        torch.nn.Parameter(torch.zeros(1)): f"layers.{i}.q_proj.lora_{half}.weight" for i in (0, 1) for half in "AB"
+    }
+    optimizer = torch.optim.AdamW([{"params": list(names), "weight_decay": 0.1}], lr=1e-4)
+    split_learning_rates(optimizer.param_groups, names, 16)
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {name: pytest.approx(1.6e-3 if "lora_B" in name else 1e-4) for name in names.values()}
+    assert optimizer.param_groups[0]["lr"] == 1e-4, "the rate that is logged"
+    assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
