@@ -13,7 +13,7 @@ from typing import Any
 from common import Config, UserError
 from runs import charts
 from runs.target import Source
-from web import settings, theme, widgets
+from web import fields, theme, widgets
 from web.security import language_of, protect
 from web.texts import LANGUAGES, Translator
 from web.theme import static
@@ -102,7 +102,7 @@ def place_tabs(t: Translator) -> None:
     options: dict[str, Any] = {}  # the name of a setting → the component that holds it, on whatever page it stands
 
     def read(*values: Any) -> Config:
-        return settings.read_settings(dict(zip(options, values, strict=True)), "checked").config
+        return fields.read_settings(dict(zip(options, values, strict=True)), "checked").config
 
     def tab(name: str, title: str) -> Any:
         return gr.Tab(title, id=name, elem_id=f"tab-{name}", elem_classes="board" if name != "chat" else None)

@@ -27,7 +27,7 @@ from common import Message, UserError
 from preprocessing import dataset
 from runs import charts
 from runs.files import write_json
-from web import control, jobs, settings, widgets
+from web import control, fields, jobs, widgets
 from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
 from web.pages import export as export_page
@@ -137,16 +137,16 @@ def test_a_bar_is_shown_in_its_last_state(workdir: Path) -> None:
 # Settings and recipes
 
 
-def fields(**changes: Any) -> dict[str, Any]:
+def page_fields(**changes: Any) -> dict[str, Any]:
     """The fields as the page has them when nothing was touched, with changes."""
-    names = [n for n in common.OPTIONS if n not in settings.DECIDED_BY_PAGE]
-    plain = {n: "" if settings.is_text(n) else settings.field_value(n, common.OPTIONS[n].default) for n in names}
+    names = [n for n in common.OPTIONS if n not in fields.DECIDED_BY_PAGE]
+    plain = {n: "" if fields.is_text(n) else fields.field_value(n, common.OPTIONS[n].default) for n in names}
     return {**plain, "dataset": ["identity"], **changes}
 
 
 def test_a_recipe_lists_only_what_differs_and_means_the_same(workdir: Path) -> None:
-    chosen = fields(learning_rate="1e-3", packing=True, val_size="0.1", quantization_bit="4", lora_rank="8")
-    config = settings.read_settings(chosen, "mine").config
+    chosen = page_fields(learning_rate="1e-3", packing=True, val_size="0.1", quantization_bit="4", lora_rank="8")
+    config = fields.read_settings(chosen, "mine").config
     text = control.recipe_text(config)
     assert {line.split(":")[0] for line in text.splitlines()} == {
         "dataset", "learning_rate", "packing", "val_size", "quantization_bit", "output_dir"
@@ -158,7 +158,7 @@ def test_a_recipe_lists_only_what_differs_and_means_the_same(workdir: Path) -> N
 
 def test_all_faults_of_the_fields_are_given_at_once() -> None:
     with user_error("settings_faults") as error:
-        settings.read_settings(fields(learning_rate="fast", lora_rank="0"), "..")
+        fields.read_settings(page_fields(learning_rate="fast", lora_rank="0"), "..")
     assert error.value.fields["faults"][0] == Message("run_name_invalid", name="'..'")
     assert [(f.code, f.fields.get("key")) for f in error.value.fields["faults"][1:]] == [
         ("setting_fault", "learning_rate"),
@@ -167,14 +167,14 @@ def test_all_faults_of_the_fields_are_given_at_once() -> None:
     assert "this page: learning_rate: fast must be" in t.message(error.value)
     assert "本页：learning_rate: fast" in zh.message(error.value)
     with user_error("settings_faults", faults=[Message("no_dataset_chosen")]):
-        settings.read_settings(fields(dataset=[]), "mine")
+        fields.read_settings(page_fields(dataset=[]), "mine")
 
 
 def test_every_option_of_a_training_has_a_field_in_its_group() -> None:
     """New options of Config appear by themselves; those with one choice, and what the page decides, do not."""
-    shown = [name for names in settings.folded_groups().values() for name in names]
-    hidden = {n for n in settings.options_of(*settings.groups()) if len(settings.choices_of(n)) == 1}
-    hidden |= {*settings.DECIDED_BY_PAGE, *settings.options_of(*settings.NOT_TRAINING)}
+    shown = [name for names in fields.folded_groups().values() for name in names]
+    hidden = {n for n in fields.options_of(*fields.groups()) if len(fields.choices_of(n)) == 1}
+    hidden |= {*fields.DECIDED_BY_PAGE, *fields.options_of(*fields.NOT_TRAINING)}
     assert set(shown) == set(common.OPTIONS) - hidden and len(shown) == len(set(shown))
 
 
@@ -183,9 +183,9 @@ def test_every_option_of_a_training_has_a_field_in_its_group() -> None:
 )
 def test_a_loaded_recipe_fills_the_fields_and_comes_out_the_same(recipe: Path) -> None:
     loaded = common.load_config([str(recipe)])
-    filled = settings.fields_of(loaded, list(fields()))
-    others = settings.without_field(loaded, list(fields()))
-    assert settings.read_settings(filled, settings.run_name_of(loaded), others).config == loaded.config
+    filled = fields.fields_of(loaded, list(page_fields()))
+    others = fields.without_field(loaded, list(page_fields()))
+    assert fields.read_settings(filled, fields.run_name_of(loaded), others).config == loaded.config
 
 
 def test_settings_of_a_recipe_that_have_no_field_are_kept(workdir: Path) -> None:
@@ -195,9 +195,9 @@ def test_settings_of_a_recipe_that_have_no_field_are_kept(workdir: Path) -> None
     )
     loaded = common.load_config(["my.yaml"])
     shown = ["dataset", "learning_rate"]
-    others = settings.without_field(loaded, shown)
+    others = fields.without_field(loaded, shown)
     assert others == {"temperature": "0.3", "resume_from_checkpoint": "saves/x/checkpoint-5", "do_sample": "false"}
-    assert settings.read_settings(settings.fields_of(loaded, shown), "mine", others).config == loaded.config
+    assert fields.read_settings(fields.fields_of(loaded, shown), "mine", others).config == loaded.config
 
 
 @pytest.mark.usefixtures("workdir")
@@ -549,9 +549,9 @@ def test_every_text_of_the_pages_has_its_chinese() -> None:
 
 
 def test_every_option_of_the_page_is_explained_in_chinese() -> None:
-    shown = [name for names in settings.folded_groups().values() for name in names]
+    shown = [name for names in fields.folded_groups().values() for name in names]
     assert [name for name in shown if name not in chinese()["options"]] == []
-    assert [title for title in settings.folded_groups() if title not in chinese()["groups"]] == []
+    assert [title for title in fields.folded_groups() if title not in chinese()["groups"]] == []
 
 
 def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:

@@ -24,7 +24,7 @@ from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
 from runs.target import missing_from_model
 from training import memory
-from web import control, jobs, settings, widgets
+from web import control, fields, jobs, widgets
 from web.imports import import_libraries
 from web.texts import Translator, with_other_path
 from web.widgets import fault, note
@@ -68,7 +68,7 @@ def model_facts(name: str, t: Translator) -> str:
         return fault(text, t)
     config = config.get("text_config", config)  # of a model that also sees
     facts = [
-        t("{n} parameters", n=widgets.count(settings.parameters(folder))),
+        t("{n} parameters", n=widgets.count(fields.parameters(folder))),
         widgets.size(memory.model_bytes(folder)),
         t("context of {n} tokens", n=f"{config.get('max_position_embeddings', 0):,}"),
         config.get("model_type", "?"),
@@ -155,7 +155,7 @@ def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
     dataset.check(config)
     entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir)
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for e in entries for file in e.files)
-    names = settings.options_of("model", "data")
+    names = fields.options_of("model", "data")
     chosen = {name: getattr(config, name) for name in names if name != "quantization_bit"}
     import_libraries()
     with _preparing:

@@ -19,7 +19,7 @@ from runs.files import read_jsonl
 from runs.target import missing_from_model
 from training.hardware import free_memory
 from training.memory import estimate_memory, read_model
-from web import control, jobs, settings, widgets
+from web import control, fields, jobs, widgets
 from web.control import run_folder
 from web.pages import data as data_page
 from web.texts import Translator, with_other_path
@@ -299,13 +299,13 @@ class TrainPage:
                 self.run_name = gr.Textbox(label=t("Name of the run"), max_lines=1, elem_id="run-name")
                 recipes = [(path.stem, str(path)) for path in sorted((common.ROOT / "configs").glob("*.yaml"))]
                 self.recipe = gr.Dropdown(recipes, value=None, label=t("Start from a recipe"), elem_id="recipe-choice")
-            if len(settings.choices_of("stage")) > 1:
-                self.options["stage"] = settings.make_field("stage", labels["stage"], None, t)
-            for pair in zip(settings.FIRST[:-1:2], settings.FIRST[1::2], strict=True):
+            if len(fields.choices_of("stage")) > 1:
+                self.options["stage"] = fields.make_field("stage", labels["stage"], None, t)
+            for pair in zip(fields.FIRST[:-1:2], fields.FIRST[1::2], strict=True):
                 with gr.Row():
                     for name in pair:
-                        self.options[name] = settings.make_field(name, labels[name], None, t, filled=True)
-            self.options["packing"] = settings.make_field("packing", labels["packing"], None, t)
+                        self.options[name] = fields.make_field(name, labels[name], None, t, filled=True)
+            self.options["packing"] = fields.make_field("packing", labels["packing"], None, t)
 
     def place_start(self) -> None:
         import gradio as gr
@@ -324,12 +324,12 @@ class TrainPage:
 
         t = self.t
         with gr.Accordion(t("All other settings"), open=False, elem_id="all-settings"):
-            for title, names in settings.folded_groups().items():
+            for title, names in fields.folded_groups().items():
                 rest = [name for name in names if name not in self.options]
                 if rest:
                     with gr.Accordion(t.group(title), open=False):
                         for name in rest:
-                            self.options[name] = settings.make_field(name, name, t.help(name), t)
+                            self.options[name] = fields.make_field(name, name, t.help(name), t)
 
     def place_recipe(self) -> None:
         import gradio as gr
@@ -368,7 +368,7 @@ class TrainPage:
 
     def read(self, name: str, others: dict[str, str], *values: Any) -> Loaded:
         """The configuration of all fields; raises UserError with every fault."""
-        return settings.read_settings(dict(zip(self.options, values, strict=True)), name, others)
+        return fields.read_settings(dict(zip(self.options, values, strict=True)), name, others)
 
     def show_settings(self, name: str, others: dict[str, str], *values: Any) -> list[Any]:
         """Faults or notes, memory, command, recipe, whether the run is there, and no refusal."""
@@ -398,19 +398,19 @@ class TrainPage:
             shown = fault(with_other_path(error, path, Path(path).name), t)
             return [shown, *([gr.skip()] * (len(self.options) + 2))]
         names = list(self.options)
-        name, others = settings.run_name_of(loaded), settings.without_field(loaded, names)
+        name, others = fields.run_name_of(loaded), fields.without_field(loaded, names)
         notes = [t("{file} is loaded.", file=Path(path).name), *map(t.message, loaded.notes)]
         if common.SAVES / name != Path(loaded.config.output_dir):
             folder = loaded.config.output_dir
             notes.append(t("Runs of this page lie below saves/: {name} there, not {folder}.", name=name, folder=folder))
-        return ["".join(map(note, notes)), name, others, *settings.fields_of(loaded, names).values()]
+        return ["".join(map(note, notes)), name, others, *fields.fields_of(loaded, names).values()]
 
     def fit_model(self, model: str, *values: Any) -> list[Any]:
         """Good values for another model, where the fields still hold those that the page had put there."""
         import gradio as gr
 
-        changed = settings.fitting(model or "", dict(zip(settings.PRESET, values, strict=True)))
-        return [changed.get(name, gr.skip()) for name in settings.PRESET]
+        changed = fields.fitting(model or "", dict(zip(fields.PRESET, values, strict=True)))
+        return [changed.get(name, gr.skip()) for name in fields.PRESET]
 
     # ---- the run
 
@@ -476,11 +476,11 @@ class TrainPage:
         gr.on(changed, self.show_settings, values, outcome, trigger_mode="always_last", **quiet)
         for event, source in ((self.load.upload, self.load), (self.recipe.input, self.recipe)):
             event(self.fill, source, [self.loaded_note, *values], **quiet)
-        model, fitted = self.options["model_name_or_path"], [self.options[name] for name in settings.PRESET]
+        model, fitted = self.options["model_name_or_path"], [self.options[name] for name in fields.PRESET]
         model.input(self.fit_model, [model, *fitted], fitted, **quiet)
-        fields, (restore, keep) = [self.run_name, *self.options.values()], settings.storage_scripts(self.options)
-        Context.root_block.load(None, None, fields, js=restore)  # their change calls `show_settings`
-        gr.on([component.change for component in fields], None, fields, None, js=keep)
+        stored, (restore, keep) = [self.run_name, *self.options.values()], fields.storage_scripts(self.options)
+        Context.root_block.load(None, None, stored, js=restore)  # their change calls `show_settings`
+        gr.on([component.change for component in stored], None, stored, None, js=keep)
         self.start.click(self.begin, [self.overwrite, *values], [self.refused, self.overwrite, self.run], **quiet)
         self.connect_run(tab)
 

@@ -1,6 +1,6 @@
 """The settings of a training: options of common.Config as fields of the page, and the configuration that they make.
 
-Nothing here knows a single group or option that is not treated specially: a new option of Config appears by itself.
+Only options that are treated specially are named here: a new option of Config appears by itself, in its group.
 """
 
 from __future__ import annotations
