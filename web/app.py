@@ -14,6 +14,7 @@ from common import Config, UserError
 from runs import charts
 from runs.target import Source
 from web import fields, theme, widgets
+from web.imports import import_gradio
 from web.security import language_of, protect
 from web.texts import LANGUAGES, Translator
 from web.theme import static
@@ -42,6 +43,7 @@ def build(source: Source | None, password: str | None, host: str, names: Collect
 
     `source`: only the chat page, for this model. `names`: see `security.protect`.
     """
+    import_gradio()
     import fastapi
     import gradio as gr
     from starlette.responses import RedirectResponse

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,23 @@ def test_a_port_that_is_taken_is_told() -> None:
         result = run("webui.py", "--port", str(taken.getsockname()[1]))
     assert (result.returncode, result.error.code) == (2, "web_address_taken")
     assert "choose another port: --port" in result.stderr
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers", "peft", "matplotlib", "datasets"])
+def test_the_board_starts_without_what_only_a_training_or_a_chat_needs(module: str, built_board: str) -> None:
+    assert module not in built_board.split()
+
+
+@pytest.fixture(scope="module")
+def built_board(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The packages that are imported once the board could be served."""
+    code = "import sys; from web import app, imports; imports.import_gradio(); import gradio, inspect; "
+    code += "assert gradio.Textbox.change and inspect.getfile(gradio.Textbox).endswith('.py'); "
+    code += "app.build(None, None, '127.0.0.1'); print(*sys.modules)"
+    folder, path = tmp_path_factory.mktemp("board"), {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=path, capture_output=True, text=True, check=True
+    ).stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
