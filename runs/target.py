@@ -104,7 +104,7 @@ def _adapter_target(folder: Path, loaded: Loaded) -> Target:
     if "model_name_or_path" in asked:
         base = config.model_name_or_path
     else:
-        base = config.model_name_or_path if run else settings.get("base_model_name_or_path")
+        base = config.model_name_or_path if run else settings.get("base_model_name_or_path") or None
         if (revision := settings.get("revision")) not in (None, "main"):
             raise UserError("base_revision", folder=folder, revision=revision, base=base)
     return Target("adapter", folder, config, loaded, run, base)

@@ -1,0 +1,108 @@
+"""Whatever is trained is answered with, merged and turned into a GGUF: architectures × kinds of adapters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_experts import EXPERTS
+from test_merge import distance, load, logits, merged, peft_logits, train_adapter
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
+SIZES |= {"pad_token_id": 2}
+ARCHITECTURES = {
+    "Llama": {"tie_word_embeddings": True},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {},
+    "Gemma2": {"head_dim": 16},
+    "Phi3": {},
+    "Granite": {},
+    "Olmo2": {},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 64},
+}
+WITHOUT_GGUF = {"GptOss"}  # llama.cpp's converter takes only the published 4-bit form
+ADAPTERS = {
+    "lora": {"target_modules": "all-linear"},
+    "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},
+    "ends": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "experts": {"target_modules": ["o_proj"], "target_parameters": EXPERTS},
+}
+CASES = [
+    *((architecture, "lora") for architecture in ARCHITECTURES),
+    *((architecture, "dora") for architecture in ("Llama", "Gemma2", "Phi3", "Qwen3Moe")),
+    *((architecture, "ends") for architecture in ("Llama", "Qwen3", "Mixtral")),
+    *((architecture, "experts") for architecture in ("Mixtral", "Qwen3Moe", "GptOss")),
+]
+QUICK = {("Llama", "lora"), ("Qwen3Moe", "experts")}
+
+
+@pytest.fixture(scope="module")
+def bases(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Makes a tiny random model of an architecture behind the embedded model's tokenizer, which llama.cpp knows."""
+    import torch
+    import transformers
+
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder = made[architecture] = tmp_path_factory.mktemp("bases") / architecture
+            settings = {**SIZES, "vocab_size": 49152, **ARCHITECTURES[architecture]}
+            torch.manual_seed(7)
+            config = getattr(transformers, f"{architecture}Config")(**settings)
+            model = transformers.AutoModelForCausalLM.from_config(config).float()
+            for name, weight in model.named_parameters():
+                if weight.dim() > 1 and "embed" not in name:
+                    weight.data.normal_(0, 0.1)
+            model.save_pretrained(folder)
+            for path in embedded_model.iterdir():
+                if path.name.startswith("tokenizer") or path.name == "chat_template.jinja":
+                    shutil.copy(path, folder)
+        return made[architecture]
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_train_answer_merge_quantize(architecture: str, kind: str, bases, tmp_path: Path, monkeypatch) -> None:
+    from inference.load import load as load_engine
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    base = bases(architecture)
+    folder = train_adapter(base, tmp_path / "adapter", **ADAPTERS[kind])
+    expected, _ = peft_logits(base, folder)
+    assert distance(logits(load(base)), expected) > 0.02, "the adapter has to do something"
+
+    engine = load_engine(str(folder), ["infer_dtype=float32"])
+    assert distance(logits(engine.model), expected) < 1e-4
+    both = load_engine(str(folder), ["infer_dtype=float32"], with_base=True)
+    with both._switch.set_to(True):
+        assert distance(logits(both.model), expected) < 1e-4
+    with both._switch.set_to(False):
+        assert distance(logits(both.model), logits(load(base))) < 1e-4
+
+    model = merged(folder)
+    assert distance(logits(load(model)), expected) < 1e-4
+    if (architecture, kind) not in QUICK and architecture not in WITHOUT_GGUF:
+        check_gguf(model, tmp_path)
+
+
+def check_gguf(model: Path, work: Path) -> None:
+    """llama.cpp predicts what the merged model predicts."""
+    import numpy as np
+
+    from export import llamacpp
+
+    ids, file = list(range(5, 45)), work / "f32.gguf"
+    llamacpp.call(llamacpp.convert, "converting", folder=model, target=file, kind="f32", card={}, name="x", end=2)
+    np.save(work / "reference.npy", logits(load(model)).float().numpy())
+    measured = llamacpp.call(llamacpp.measure, "comparing", file=file, samples=[ids], reference=work / "reference.npy")
+    assert measured["kl_divergence"] < 1e-3
