@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import UserError
-from runs.adapter import HEADS, Adapter, Places, Update, find_places, language_config
+from runs.adapter import Adapter, Places, Update, find_places, language_config
+from runs.base_tensors import ExpertPart, is_tied, view_as_in_memory
 from runs.files import write_json
 from runs.weights import DTYPES, SIZES, Tensor, digest, pack, read_rows, unpack
 
@@ -27,14 +27,6 @@ if TYPE_CHECKING:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: what becomes of each of the base's tensors
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """Which part of an update of all experts is a tensor's own: its expert's, from row `first` on."""
-
-    expert: int
-    first: int
 
 
 @dataclass(frozen=True)
@@ -100,9 +92,8 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
     `base` and `config` are the base's tensors and config.json.
     """
     view = view_as_in_memory(base, adapter)
-    language = language_config(config)
-    tied = bool(language.get("tie_word_embeddings", not any(name.endswith(HEADS) for name in base)))
-    places = find_places(adapter, view.shapes, tied=tied, multimodal=language is not config)
+    tied = is_tied(base, config)
+    places = find_places(adapter, view.shapes, tied=tied, multimodal=language_config(config) is not config)
     sources = {view.stored.get(name, name): tensor for name, tensor in {**places.own, **places.copied}.items()}
     untied = False
     if tied and places.embedding:
@@ -140,46 +131,6 @@ def output_dtype(name: str, tensor: Tensor, wanted: str | None) -> str:
     if tensor.dtype in SIZES and tensor.dtype != "F64":
         return tensor.dtype  # whole numbers are tables, not weights
     raise UserError("base_dtype", file=tensor.file, tensor=name, dtype=tensor.dtype)
-
-
-# Experts stand one by one on the disk and as one tensor in memory, where an adapter is trained.
-# (see transformers/conversion_mapping.py: "qwen2_moe" and what is like it, and "mixtral")
-EXPERT = re.compile(r"(.+\.)(mlp|block_sparse_moe)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
-FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
-SECOND = {"up_proj", "w3"}  # the lower half of gate_up_proj
-
-
-@dataclass(frozen=True)
-class MemoryView:
-    """A base's tensors by their names and shapes in memory.
-
-    `stored` has the names on the disk of those that are only called otherwise, `parts` for each tensor of one expert
-    the name of the whole in memory, and its part.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    stored: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, tuple[str, ExpertPart]] = field(default_factory=dict)
-
-
-def view_as_in_memory(base: dict[str, Tensor], adapter: Adapter) -> MemoryView:
-    """The base as the adapter was trained on it: as on the disk, except for experts that are one tensor in memory."""
-    view = MemoryView({name: tensor.shape for name, tensor in base.items()})
-    singles = {name: match for name in base if (match := EXPERT.fullmatch(name))}
-    if not singles or any(re.search(r"\.experts\.\d+\.", module) for module in adapter.parts):
-        return view
-    counts: dict[str, int] = {}
-    for name, (prefix, _, number, projection) in ((n, match.groups()) for n, match in singles.items()):
-        whole = f"{prefix}mlp.experts.{FUSED.get(projection, 'down_proj')}"
-        rows, columns = view.shapes.pop(name)
-        view.parts[name] = whole, ExpertPart(int(number), rows if projection in SECOND else 0)
-        counts[whole] = max(counts.get(whole, 0), int(number) + 1)
-        view.shapes[whole] = (counts[whole], 2 * rows if whole.endswith("gate_up_proj") else rows, columns)
-    for name in [name for name in view.shapes if ".block_sparse_moe." in name]:
-        memory = name.replace(".block_sparse_moe.", ".mlp.")
-        view.shapes[memory] = view.shapes.pop(name)
-        view.stored[memory] = name
-    return view
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,11 +66,19 @@ def _readable_by_peft(adapter: Adapter) -> Iterator[Path]:
     if not adapter.renamed and read_object(adapter.folder / "adapter_config.json") == adapter.settings:
         yield adapter.folder
         return
-    from safetensors.torch import load_file, save_file
-
-    stored = load_file(adapter.file)
     with tempfile.TemporaryDirectory() as folder:
-        tensors = {name: stored[adapter.renamed.get(name, name)] for name in adapter.tensors}
-        save_file(tensors, Path(folder) / "adapter_model.safetensors")
-        write_json(Path(folder) / "adapter_config.json", adapter.settings)
+        write_readable(adapter, Path(folder))
         yield Path(folder)
+
+
+def write_readable(adapter: Adapter, folder: Path, **settings: Any) -> None:
+    """A copy of an adapter under the names and with the settings that peft knows, and `settings` changed."""
+    if adapter.renamed:
+        from safetensors.torch import load_file, save_file
+
+        stored = load_file(adapter.file)
+        tensors = {name: stored[adapter.renamed.get(name, name)] for name in adapter.tensors}
+        save_file(tensors, folder / adapter.file.name)
+    else:
+        shutil.copy(adapter.file, folder)
+    write_json(folder / "adapter_config.json", {**adapter.settings, **settings})

@@ -94,8 +94,8 @@ def weight_files(folder: Path) -> list[str]:
         return ["model.safetensors"]
     names = read_object(index).get("weight_map")
     values = set(names.values()) if isinstance(names, dict) and all(type(n) is str for n in names.values()) else set()
-    if not values or any(name != Path(name).name for name in values):  # a path could lead out of the folder
-        raise UserError("broken_index", file=index)
+    if not values or any(name != Path(name).name or not name.endswith(".safetensors") for name in values):
+        raise UserError("broken_index", file=index)  # a path could lead out of the folder
     return sorted(values)
 
 

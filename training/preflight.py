@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 
 import common
 from common import Config, Gpu, Loaded, Message, UserError
+from runs.adapter import Adapter
+from runs.base_tensors import check_fits
 from runs.disk import existing_folder
 from runs.embedded_model import make_embedded
 from runs.folder import read_run
@@ -290,14 +292,17 @@ def check_adapter(run: Run) -> Iterator[Finding]:
             yield fault(Message("adapter_lacks_file", folder=folder, file=name))
             return
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = Adapter(folder).settings
         kind, has = settings["peft_type"], (settings["r"], settings["lora_alpha"], set(settings["target_modules"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         yield fault(Message("adapter_unreadable", folder=folder))
         return
     if kind != "LORA":
         yield fault(Message("adapter_is_no_lora", folder=folder, kind=kind))
         return
+    base = Path(run.config.model_name_or_path).expanduser()
+    if not missing_from_model(base):
+        check_fits(folder, base)
     given = (run.config.lora_rank, run.config.alpha, set(run.config.lora_target))
     names = ("lora_rank", "lora_alpha", "lora_target")
     ignored = [

@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import Config, Message, UserError
+from runs.adapter import Adapter
 from runs.disk import check_free_space
 from runs.files import read_json
 from runs.folder import suit_transformers_4
+from runs.peft_loading import write_readable
 from training import attention, checkpoints, lora_linear, packing
 from training.plan import TrainingPlan
 
@@ -119,11 +120,7 @@ def _folder_to_load(config: Config) -> Iterator[str]:
         yield base
         return
     with tempfile.TemporaryDirectory() as copy:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy(Path(config.adapter_name_or_path) / name, copy)
-        description = Path(copy) / "adapter_config.json"
-        settings = read_json(description) | {"base_model_name_or_path": base}
-        description.write_text(json.dumps(settings), encoding="utf-8")
+        write_readable(Adapter(Path(config.adapter_name_or_path)), Path(copy), base_model_name_or_path=base)
         yield copy
 
 

@@ -25,7 +25,8 @@ ARCHITECTURES = {
     "Qwen3Moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size": 64},
 }
-WITHOUT_GGUF = {"GptOss"}  # llama.cpp's converter takes only the published 4-bit form
+# llama.cpp's converter takes gpt-oss only in its published 4-bit form, Gemma and Phi-3 only with a tokenizer.model
+WITHOUT_GGUF = {"GptOss", "Gemma2", "Phi3"}
 ADAPTERS = {
     "lora": {"target_modules": "all-linear"},
     "dora": {"target_modules": "all-linear", "use_dora": True, "use_rslora": True},

@@ -1,0 +1,142 @@
+"""Headers of weights and of GGUF files that are damaged: one clear error each, and nothing is read beyond the file."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import save_adapter, user_error
+
+from common import UserError
+from runs.adapter import Adapter
+from runs.target import missing_from_model
+from runs.weights import read_header, read_rows, weight_files
+
+HEADER_FAULTS = [
+    b"",
+    b"\x08\0\0\0\0\0\0\0",
+    b"\xff" * 64,
+    b"[" * 100_000,
+    b"[]",
+    b"null",
+    b'{"a": 3}',
+    b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+    b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}',
+    b'{"a": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": 7, "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+    b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0]}}',
+    b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": ["0", "0"]}}',
+    b'{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 0]}}',
+    b'{"a": {"dtype": "F32", "shape": [18446744073709551616], "data_offsets": [0, 73786976294838206464]}}',
+]
+
+
+@pytest.mark.parametrize("header", HEADER_FAULTS)
+def test_a_header_that_is_none(header: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with user_error("broken_safetensors", file=file):
+        read_header(file)
+
+
+def test_damaged_headers_are_a_clear_error_or_right(tiny_model: Path, tmp_path: Path) -> None:
+    """100 files with bytes of the header changed, inserted or lost: an error, or every tensor lies within the file."""
+    adapter = save_adapter(tiny_model, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    whole, draw = file.read_bytes(), random.Random(0)
+    length = int.from_bytes(whole[:8], "little")
+    errors = 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            place = draw.randrange(min(8 + length, 2000))
+            kind = draw.choice(("flip", "digit", "lose", "add"))
+            if kind == "flip":
+                damaged[place] ^= 1 << draw.randrange(8)
+            elif kind == "digit":
+                damaged[place] = draw.choice(b'0123456789-,:[]{}"')
+            elif kind == "lose":
+                del damaged[place]
+            else:
+                damaged.insert(place, draw.randrange(256))
+        file.write_bytes(damaged)
+        started = time.monotonic()
+        try:
+            for tensor in Adapter(adapter).tensors.values():
+                assert tensor.start + tensor.size <= len(damaged)
+                read_rows(tensor)
+        except UserError as error:
+            assert error.code in ("broken_safetensors", "adapter_dtype", "adapter_tensor_empty", "adapter_tensor_twice")
+            errors += 1
+        assert time.monotonic() - started < 10
+    assert errors > 80
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../other/model.safetensors"}}',
+        '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": ".."}}',
+    ],
+)
+def test_an_index_names_files_of_its_folder_only(index: str, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError) as error:
+        weight_files(folder)
+    assert error.value.code in ("broken_index", "json_unreadable")
+    assert missing_from_model(folder) == ["model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("settings", ["", "[]", "3", '{"peft_type": 7}', '{"peft_type": "LORA", "r": "8"}', "\xff"])
+def test_a_broken_description_of_an_adapter(settings: str, tiny_model: Path, tmp_path: Path) -> None:
+    import merge
+
+    adapter = save_adapter(tiny_model, tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(settings, encoding="latin-1")
+    with pytest.raises(UserError) as error:
+        merge.main([str(adapter), "--no-verify", f"model_name_or_path={tiny_model}"])
+    assert error.value.code in ("json_unreadable", "adapter_kind_not_merged", "adapter_without_number")
+
+
+@pytest.mark.slow
+def test_damaged_gguf_headers_are_a_clear_error_or_load(embedded_model: Path, tmp_path: Path) -> None:
+    """50 GGUF files with a damaged header, loaded by llama.cpp in a child as quantize.py and chat.py do."""
+    from export import llamacpp
+
+    file = tmp_path / "x.gguf"
+    card: dict[str, str] = {}
+    llamacpp.call(
+        llamacpp.convert, "converting", folder=embedded_model, target=file, kind="q8_0", card=card, name="x", end=2
+    )
+    with open(file, "rb") as opened:
+        head = opened.read(3000)
+    draw, errors = random.Random(0), 0
+    for _ in range(50):
+        damaged = bytearray(head)
+        for _ in range(draw.randint(1, 6)):
+            damaged[draw.randrange(len(head))] = draw.randrange(256)
+        with open(file, "rb+") as opened:
+            opened.write(damaged)
+        started = time.monotonic()
+        try:
+            seen = llamacpp.call(llamacpp.inspect, "reading", file=file, texts=["hello"])
+            json.dumps(seen)
+        except UserError as error:
+            assert error.code == "child_failed"
+            errors += 1
+        assert time.monotonic() - started < 30
+    assert errors > 5
