@@ -132,12 +132,15 @@ def _chunks(job: Job, batches: Iterable[Batch], threads: int, encoding: Callable
 
     waiting: deque[Future[Chunk]] = deque()
     with _without_own_threads(), ThreadPoolExecutor(threads) as pool:
-        for batch in batches:
-            waiting.append(pool.submit(work, batch, encoding()))
-            if len(waiting) > 2 * threads:  # no more rows in memory than that
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(work, batch, encoding()))
+                if len(waiting) > 2 * threads:  # no more rows in memory than that
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:  # Ctrl-C and errors do not wait for batches that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
