@@ -24,6 +24,10 @@ MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data st
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "neptune", "trackio", "comet_ml", "clearml")
 
 
+# The optimizers that read optim_args in transformers; the others would ignore it without a message.
+TAKE_ARGUMENTS = ("ademamix", "ademamix_8bit", "sgd", "rmsprop", "adagrad")
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A configuration and how it came about: the recipe's path (or None), its notes, the options that were set, and
@@ -202,6 +206,10 @@ def _check_steps(values: dict[str, Any]) -> list[Message]:
         faults.append(Message("max_steps_zero"))
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:
         faults.append(Message("num_train_epochs_zero"))
+    if values.get("optim_args") and values.get("optim", Config.optim) not in TAKE_ARGUMENTS:
+        faults.append(
+            Message("optim_takes_no_arguments", optim=values.get("optim", Config.optim), takers=TAKE_ARGUMENTS)
+        )
     for key in ("eval_steps", "logging_steps", "save_steps"):
         value = values.get(key)
         if value is not None and (value == 0 or (value > 1 and value != int(value))):

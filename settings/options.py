@@ -130,7 +130,7 @@ class Config:
             "sgd",
         ),
     )
-    optim_args: str | None = option(None, "more values of the optimizer, like eps=1e-6,weight_decay=0.1")
+    optim_args: str | None = option(None, "values of ademamix, sgd, rmsprop or adagrad, like momentum=0.9")
     adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", minimum=0, maximum=1)
     adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", minimum=0, maximum=1)
     adam_epsilon: float = option(1e-8, "what Adam adds to the divisor", minimum=0)

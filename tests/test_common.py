@@ -130,6 +130,11 @@ def test_all_faults_at_once(recipe):
     assert found["optim"].fields["near"] == "adamw_torch"
 
 
+def test_optim_args_are_for_an_optimizer_that_reads_them():
+    assert load_config(["optim=sgd", "optim_args=momentum=0.9"]).config.optim_args == "momentum=0.9"
+    assert faults_of(["optim_args=eps=1e-6"])[None].code == "optim_takes_no_arguments"
+
+
 @pytest.mark.parametrize("key", ["messages", "user_tag", "pref_lost", "zzz"])
 def test_only_near_words_are_suggested(key):
     assert faults_of([f"{key}=1"])[key] == Message("unknown_key", near=None)
