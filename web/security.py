@@ -5,11 +5,11 @@ Everything here is ASGI middleware or a route; `protect` puts it around the appl
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import html
 import ipaddress
 import secrets
-import time
 from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ SESSION = "onecard-session"  # the cookie of a visitor who has sent the password
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 WAIT_SECONDS = 1.0  # after a wrong password, for each address
 MAX_LOGIN_BYTES = 4096
+MAX_ADDRESSES = 1000  # whose turns are remembered
 
 
 def is_loopback(host: str) -> bool:
@@ -120,7 +121,7 @@ class Login:
 
     def __init__(self, password: str) -> None:
         self.password, self.token = password, secrets.token_urlsafe(32)
-        self.blocked: dict[str, float] = {}  # address → until when it may not try again
+        self.turns: dict[str, asyncio.Lock] = {}  # by the visitor's address
 
     async def answer(self, request: Any) -> Any:
         from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
@@ -132,17 +133,19 @@ class Login:
         if not length.isdecimal() or int(length) > MAX_LOGIN_BYTES:
             return PlainTextResponse("too long\n", 413)
         given = str((await request.form()).get("password", ""))
-        address, now = request.client.host if request.client else "", time.monotonic()
-        if self.blocked.get(address, 0) > now:  # also requests sent at once are tried one a second
-            return HTMLResponse(login_page(language, wrong=True), status_code=429)
-        if not hmac.compare_digest(given.encode(), self.password.encode()):
-            self.blocked = {a: until for a, until in self.blocked.items() if until > now} | {
-                address: now + WAIT_SECONDS
-            }
-            return HTMLResponse(login_page(language, wrong=True), status_code=403)
+        async with self.turn(request.client.host if request.client else ""):
+            if not hmac.compare_digest(given.encode(), self.password.encode()):
+                await asyncio.sleep(WAIT_SECONDS)  # also of requests sent at once, one a second is answered
+                return HTMLResponse(login_page(language, wrong=True), status_code=403)
         response = RedirectResponse("./", status_code=303)
         response.set_cookie(SESSION, self.token, httponly=True, samesite="strict")
         return response
+
+    def turn(self, address: str) -> asyncio.Lock:
+        """Held while a password from an address is checked; guessing from one does not keep others out."""
+        if len(self.turns) > MAX_ADDRESSES:
+            self.turns = {other: lock for other, lock in self.turns.items() if lock.locked()}
+        return self.turns.setdefault(address, asyncio.Lock())
 
 
 def login_page(language: str, wrong: bool = False) -> str:
