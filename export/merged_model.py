@@ -47,13 +47,13 @@ def find_job(name: str | None, settings: list[str]) -> MergeJob:
     if base_name != target.base:
         notes.append(Message("merging_into_16_bit", quantized=target.base, base=base))
     output = Path(target.config.export_dir or target.path / "merged")
+    if output.is_symlink():
+        if not output.exists():
+            raise UserError("output_is_broken_link", output=output)
+        output = output.resolve()  # what it leads to is replaced, not the link
     tokenizer = target.tokenizer or base
-    job = MergeJob(
-        target.config, target.path, target.run, base, base_name, base_config, tokenizer, output, tuple(notes)
-    )
-    if output.is_symlink() and not output.exists():
-        raise UserError("output_is_broken_link", output=output)
-    return job
+    config, run = target.config, target.run
+    return MergeJob(config, target.path, run, base, base_name, base_config, tokenizer, output, tuple(notes))
 
 
 def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:

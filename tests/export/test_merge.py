@@ -750,3 +750,125 @@ def test_an_update_too_small_for_the_type_is_no_fault_of_the_merge(lora: Path, m
     proof = json.loads((folder / "merged" / "merge.json").read_text())["proof"]
     assert proof["difference"] > 0.2 * proof["adapter_effect"]
     assert proof["difference"] == pytest.approx(proof["rounding"], rel=0.1)
+
+
+# How much of the adapter survives the rounding
+
+
+def test_the_share_of_the_adapter_that_survives_is_told(lora: Path, models, tmp_path: Path, capsys) -> None:
+    """Against the weights themselves; a small adapter loses most of its product in bfloat16."""
+    import torch
+
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    load(base).to(torch.bfloat16).save_pretrained(base)
+    shares = []
+    for scale in (1.0, 0.0003):
+        rescale_outputs(lora, scale)
+        result, before = values(merged(lora, f"model_name_or_path={base}", "--overwrite")), values(base)
+        low, arrived, wanted = values(lora), 0.0, 0.0
+        for name, weight in low.items():
+            if "lora_A" in name:
+                update = 2 * low[name.replace("lora_A", "lora_B")].double() @ weight.double()
+                target = name.removeprefix("base_model.model.").replace(".lora_A", "")
+                moved = result[target].double() - before[target].double()
+                arrived, wanted = arrived + (moved * update).sum().item(), wanted + update.square().sum().item()
+        share = json.loads((lora / "merged" / "merge.json").read_text())["adapter_share"]
+        assert share == pytest.approx(arrived / wanted, abs=0.1)
+        assert f"{share:.1%} of the adapter's product arrives in the weights in bfloat16" in capsys.readouterr().out
+        shares.append(share)
+    assert shares[0] > 0.98
+    assert shares[1] < 0.9
+    assert json.loads((merged(lora, "--overwrite") / "merge.json").read_text())["adapter_share"] is None  # float32
+
+
+def rescale_outputs(folder: Path, factor: float) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: value * factor if "lora_B" in name else value for name, value in values(folder).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+# Crashes, a full disk, links
+
+
+@pytest.mark.parametrize("left", [0, 4096, 100_000])
+def test_a_disk_that_fills_up_meanwhile_is_one_sentence(left: int, lora: Path, monkeypatch) -> None:
+    """As where another program fills the disk: the earlier merge stays, and it goes on once there is space."""
+    before = (merged(lora) / "model.safetensors").read_bytes()
+    written, write = 0, os.pwrite
+
+    def fill(file: int, data: bytes, start: int) -> int:
+        nonlocal written
+        if written >= left:
+            raise OSError(28, "No space left on device")
+        part = min(len(data), left - written)  # a nearly full disk takes a part
+        written += part
+        return write(file, data[:part], start)
+
+    monkeypatch.setattr(os, "pwrite", fill)
+    with user_error("disk_full", folder=lora / "merged") as error:
+        merged(lora, "--overwrite")
+    assert error.value.fields["needed"] > 0
+    monkeypatch.undo()
+    assert (lora / "merged" / "model.safetensors").read_bytes() == before
+    assert not list(lora.glob(".merged*"))
+    assert (merged(lora, "--overwrite") / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may mount a tmpfs")
+def test_a_full_tmpfs(lora: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        result = run("merge.py", str(lora), "--no-verify", f"export_dir={small / 'merged'}")
+        assert (result.returncode, result.error.code) == (2, "disk_full")
+        assert result.error.fields["needed"] > result.error.fields["free"]
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_killed_at_random_moments_nothing_that_looks_whole_is_broken(
+    lora: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A short sample; the last kills come in and after the renaming."""
+    base = sparse_base(models, tmp_path / "base", 64 << 20)
+    command = [sys.executable, str(ROOT / "merge.py"), str(lora), "--no-verify", f"model_name_or_path={base}"]
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    whole, seconds = (lora / "merged" / "model.safetensors").read_bytes(), time.monotonic() - started
+    for share in (0.3, 0.6, 0.8, 0.9, 1.0):
+        process = subprocess.Popen([*command, "--overwrite"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(share * seconds)
+        process.kill()
+        process.wait()
+        if (lora / "merged").exists():
+            assert (lora / "merged" / "merge.json").exists()
+            assert (lora / "merged" / "model.safetensors").read_bytes() == whole
+    subprocess.run([*command, "--overwrite"], check=True, capture_output=True)
+    assert (lora / "merged" / "model.safetensors").read_bytes() == whole
+    assert not list(lora.glob(".merged*"))
+
+
+def test_links_do_not_lead_out_of_the_folders(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    base = shutil.copytree(models["tied"], tmp_path / "base")
+    (base / "LICENSE").symlink_to(secret)
+    with user_error("link_leaves_folder", link=base / "LICENSE", target=secret):
+        merged(lora, f"model_name_or_path={base}")
+    assert not (lora / "merged").exists()
+    (base / "LICENSE").unlink()
+    (base / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (base / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")  # to save space
+    elsewhere = tmp_path / "other disk"
+    elsewhere.mkdir()
+    (lora / "merged").symlink_to(elsewhere)
+    merged(lora, f"model_name_or_path={base}")
+    assert (elsewhere / "config.json").exists()
+    assert (lora / "merged").is_symlink()
+    shutil.rmtree(elsewhere)
+    with user_error("output_is_broken_link", output=lora / "merged"):
+        merged(lora, f"model_name_or_path={base}")
