@@ -114,21 +114,32 @@ def _unscanned_models() -> dict[str, ModuleType]:
     return {"transformers.models": importlib.util.module_from_spec(spec)}
 
 
-def read_model(folder: Path, dtype: Any) -> Any:
+def read_tensors(folder: Path, dtype: Any) -> dict[str, Any]:
+    """The tensors of a model's safetensors files, as `dtype`; {} where there are none, or some are no plain weights.
+
+    Meant for a thread beside the imports: reading and converting release the interpreter.
+    """
+    from safetensors.torch import load_file
+
+    state = {name: t for file in sorted(folder.glob("model*.safetensors")) for name, t in load_file(file).items()}
+    if not all(tensor.is_floating_point() for tensor in state.values()):
+        return {}
+    return {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}  # not a view of the file
+
+
+def make_model(folder: Path, state: dict[str, Any], dtype: Any) -> Any:
     """The causal language model of a folder on the CPU, or None where only `from_pretrained` loads it rightly.
 
-    `from_pretrained` begins on the meta device, which imports sympy. Here the tensors of the safetensors files take the
-    parameters' places; names or shapes that do not fit, shared weights aside, are left to `from_pretrained`.
+    `from_pretrained` begins on the meta device, which imports sympy. Here `state` (see `read_tensors`) takes the places
+    of the parameters; names or shapes that do not fit, shared weights aside, are left to `from_pretrained`.
     """
     import torch
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    files = sorted(folder.glob("model*.safetensors"))
-    if kind is None or not files or kind._keep_in_fp32_modules or kind._keep_in_fp32_modules_strict:
+    if kind is None or not state or kind._keep_in_fp32_modules or kind._keep_in_fp32_modules_strict:
         return None
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -137,13 +148,9 @@ def read_model(folder: Path, dtype: Any) -> Any:
             model = kind(config)
     finally:
         torch.set_default_dtype(before)
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
     expected = model.state_dict()
     if any(name not in expected or tensor.shape != expected[name].shape for name, tensor in state.items()):
         return None
-    if any(not tensor.is_floating_point() for tensor in state.values()):
-        return None
-    state = {name: tensor.to(dtype, copy=True) for name, tensor in state.items()}  # not a view of the file
     missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
     model.tie_weights()
     known = {id(model.get_parameter(name)) for name in state if name in dict(model.named_parameters())}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from common import Config, UserError
 from inference.engine import Engine
-from inference.quick_start import light_imports, read_model
+from inference.quick_start import light_imports, make_model, read_tensors
 from inference.transformers_engine import AdapterSwitch, TransformersEngine
 from runs.adapter import Adapter
 from runs.files import read_object
@@ -33,7 +34,9 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
     plain_base = "quantization_config" not in read_object(Path(source.model) / "config.json")
     quick = only_replies and merged and plain_base and not torch.cuda.is_available()
     quick = quick and not source.config.trust_remote_code and "transformers" not in sys.modules
-    with light_imports() if quick else contextlib.nullcontext():
+    dtype, folder = _dtype(source.config), Path(source.model)
+    with light_imports() if quick else contextlib.nullcontext(), ThreadPoolExecutor(1, "weights") as beside:
+        tensors = beside.submit(read_tensors, folder, dtype) if quick else None
         from transformers.utils import logging
 
         from preprocessing.tokenizer import load_tokenizer
@@ -41,7 +44,8 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=source.config.trust_remote_code)
-        model = read_model(Path(source.model), _dtype(source.config)) if quick else None
+        model = make_model(folder, tensors.result(), dtype) if tensors else None
+        del tensors
         model = _from_pretrained(source) if model is None else model
     if adapter is None:
         return TransformersEngine(source, model, tokenizer)
