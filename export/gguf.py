@@ -26,7 +26,7 @@ from runs.adapter import language_config
 from runs.disk import existing_folder, explaining_full_disk
 from runs.files import read_json, read_object, sha256, write_json, write_text
 from runs.folder import is_run
-from runs.process import is_alive
+from runs.process import end_with_parent, is_alive
 from runs.target import Target, config_of_run, find_16_bit_base, find_target, is_adapter, whole_model
 from runs.weights import read_tensors
 
@@ -210,8 +210,13 @@ def merge_first(job: GgufJob, proving: bool) -> None:
     """Runs merge.py where there is no merged model yet."""
     if job.merges_first:
         print("merging first", flush=True)
-        command = [sys.executable, str(common.ROOT / "merge.py"), *job.merge_arguments]
-        if status := subprocess.run([*command, *([] if proving else ["--no-verify"])]).returncode:
+        command = [
+            sys.executable,
+            str(common.ROOT / "merge.py"),
+            *job.merge_arguments,
+            *([] if proving else ["--no-verify"]),
+        ]
+        if status := subprocess.run(command, preexec_fn=end_with_parent).returncode:
             raise UserError("merge_failed", status=status)
 
 

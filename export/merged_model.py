@@ -18,6 +18,7 @@ from runs.adapter import Adapter, language_config
 from runs.disk import check_free_space, explaining_full_disk
 from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text
 from runs.folder import read_run, run_config, suit_transformers_4
+from runs.process import end_with_parent
 from runs.target import HUB_NAME, find_16_bit_base, find_target, missing_from_model
 from runs.weights import DTYPES, read_tensors
 
@@ -85,7 +86,7 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
 def verify_in_child(folder: Path) -> None:
     """Compares the models in a process of its own, whose memory is free again afterwards; ends this one if it fails."""
     command = [sys.executable, str(common.ROOT / "merge.py"), "--check", str(folder)]
-    if status := subprocess.run(command).returncode:
+    if status := subprocess.run(command, preexec_fn=end_with_parent).returncode:
         sys.exit(status)
 
 

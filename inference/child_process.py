@@ -8,6 +8,7 @@ import subprocess
 from collections import deque
 
 from common import Message, UserError
+from runs.process import end_with_parent
 
 RESULT = "RESULT "  # begins the line in which a child prints its result
 _PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\]|\[?\s*(\d+)%")
@@ -34,6 +35,7 @@ def run_child(
         text=True,
         encoding="utf-8",
         errors="replace",
+        preexec_fn=end_with_parent,
     )
     try:
         child.stdin.write(stdin)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 
 
 def is_alive(process: int, created: float | None = None) -> bool:
@@ -20,3 +22,11 @@ def is_alive(process: int, created: float | None = None) -> bool:
         return found.status() != psutil.STATUS_ZOMBIE and (created is None or abs(found.create_time() - created) < 2)
     except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
         return False
+
+
+def end_with_parent() -> None:
+    """For Popen's `preexec_fn`: ends the child when its parent dies, however that was killed. Linux has this alone."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
