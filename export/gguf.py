@@ -319,7 +319,7 @@ def make_files(job: GgufJob, proving: bool, max_divergence: float | None, needed
     """Makes, proves and keeps a file of each type; returns what was measured, by type. `needed`: bytes of disk."""
     results: dict[str, dict[str, Any]] = {}
     count, own = weights_of(job.model)
-    with explaining_full_disk(job.output, needed), workspace(job) as work:
+    with workspace(job) as work, explaining_full_disk(job.output, needed):
         proof = job.proof(work) if proving else None
         start = convert(job, first_type(job, own), work)
         matrix = importance_matrix(job, start, work)

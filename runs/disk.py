@@ -32,6 +32,12 @@ def explaining_full_disk(path: Path, needed: int) -> Iterator[None]:
     """Turns "no space left on device" within the block into a UserError with the needed and the free bytes."""
     try:
         yield
+    except UserError as error:  # a child's full disk comes as its failure
+        folder = existing_folder(path)
+        free = shutil.disk_usage(folder).free
+        if error.code != "child_failed" or free > min(needed // 10, 1 << 26):
+            raise
+        raise disk_full(folder, needed, free) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

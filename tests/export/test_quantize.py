@@ -24,6 +24,7 @@ from export import gguf, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_library
 from preprocessing.chat_template import TEMPLATES, load_template
+from runs import disk
 
 standin = test_hub.standin  # the fixture: a hub on this machine
 
@@ -267,6 +268,14 @@ def test_a_child_that_dies_is_one_sentence():
     reason = Message("child_killed", line="ggml.c:1: GGML_ASSERT(x) failed", signal=6)
     with user_error("child_failed", doing="trying", reason=reason):
         child_process.run_child([sys.executable, "-c", code], "trying")
+
+
+def test_a_full_disk_is_told_where_a_child_meets_it(tmp_path, monkeypatch):
+    code = "import sys; sys.exit('OSError: [Errno 28] No space left on device')"
+    for free, expected in ((10**6, "disk_full"), (10**12, "child_failed")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with user_error(expected), disk.explaining_full_disk(tmp_path, 10**9):
+            child_process.run_child([sys.executable, "-c", code], "converting")
 
 
 def test_samples_are_spread_and_cut():
