@@ -173,6 +173,20 @@ def test_files_are_proven_as_long_as_nothing_has_changed(tmp_path):
     assert not gguf.are_proven(job)
 
 
+def test_what_a_killed_call_has_made_is_kept(tmp_path, capsys):
+    job = gguf.find_job("q8_0,f16", str(make_model(tmp_path / "m")), [])
+    job.output.mkdir()
+    entry = {"bytes": 5, "verified": True, "adapter_sha256": None}
+    (job.output / "gguf.json").write_text(json.dumps({"files": {job.file("q8_0").name: entry}}))
+    assert gguf.types_to_make(job, proving=True) == ("q8_0", "f16")  # killed before the file took its place
+    job.file("q8_0").write_bytes(b"whole")
+    assert gguf.types_to_make(job, proving=True) == ("f16",)
+    assert "it is kept" in capsys.readouterr().out
+    job.file("q8_0").write_bytes(b"another one's")
+    with user_error("gguf_exists", files=[job.file("q8_0")]):
+        gguf.types_to_make(job, proving=True)
+
+
 def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypatch):
     model = make_model(tmp_path / "m", "BF16", (10**9,))
     job = gguf.GgufJob(None, model, model, ("f16",))
