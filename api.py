@@ -21,6 +21,7 @@ from common import Message
 from inference.load import load
 from inference.server import listening, log, serve
 from inference.server_options import ServerOptions
+from runs.configuration import run_command
 from runs.target import find, read_arguments
 
 
@@ -39,4 +40,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

@@ -24,6 +24,7 @@ from common import Message, UserError
 from inference.engine import Settings
 from inference.load import load
 from inference.terminal_chat import Speaker, TerminalChat, tell
+from runs.configuration import run_command
 from runs.target import find, read_arguments
 
 
@@ -119,4 +120,4 @@ def make_prompt(texts: list[str], piped: str) -> str:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

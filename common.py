@@ -1,83 +1,451 @@
-"""What every command needs: errors as messages, the configuration, the frame of a command line, the device.
+"""What every command needs: errors as messages, the options, the frame of a command line, the device.
 
-The first three are made in settings/. Nothing here imports torch or transformers: `--help` and every error of a
-configuration answer at once.
+How a recipe and a command line become a Config stands in runs/configuration.py. Nothing here imports torch or
+transformers: `--help` and every error of a configuration answer at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
 import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 try:
-    import yaml  # noqa: F401
+    import yaml
 except ModuleNotFoundError:  # `python chat.py` outside .venv
     print(f"error: {sys.executable} lacks this kit's packages; run make setup, then .venv/bin/python", file=sys.stderr)
     sys.exit(2)
 
-from settings.compatibility import compatibility
-from settings.kit import EMBEDDED_MODEL, ROOT, SAVES, command, python
-from settings.load import (
-    Loaded,
-    asks_for_training,
-    check_training_asked_for,
-    find_dataset_dir,
-    load_config,
-)
-from settings.messages import (
-    LANGUAGES,
-    Message,
-    UserError,
-    nearest,
-    nearest_word,
-    sentences,
-    user_language,
-)
-from settings.options import OPTIONS, Config, dump_config, help_text
-from settings.recipe import join_settings, read_recipe
-from settings.values import expand_path
+ROOT = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("ONECARD_CACHE", ROOT / ".cache"))
+SAVES = Path("saves")
+EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
 
-__all__ = [
-    "CACHE",
-    "EMBEDDED_MODEL",
-    "LANGUAGES",
-    "OPTIONS",
-    "ROOT",
-    "SAVES",
-    "Config",
-    "Gpu",
-    "Loaded",
-    "Message",
-    "UserError",
-    "asks_for_training",
-    "check_training_asked_for",
-    "command",
-    "compatibility",
-    "dump_config",
-    "expand_path",
-    "find_dataset_dir",
-    "find_gpu",
-    "help_text",
-    "join_settings",
-    "load_config",
-    "nearest",
-    "nearest_word",
-    "python",
-    "read_recipe",
-    "run_script",
-    "sentences",
-    "user_language",
-]
+
+def python() -> str:
+    """How to call this interpreter in a command to type: `python` only where the shell takes it for this one."""
+    venv = ROOT / ".venv"
+    if not venv.exists() or not os.path.samefile(sys.prefix, venv):
+        return "python"
+    active = os.environ.get("VIRTUAL_ENV")
+    if active and Path(active).exists() and os.path.samefile(active, venv):
+        return "python"
+    return str((Path() if _in_kit_folder() else ROOT) / ".venv" / "bin" / "python")
+
+
+def command(script: str, *arguments: object) -> str:
+    """A command that runs a script of this kit, as a line for the shell in the working directory."""
+    return shlex.join([python(), script if _in_kit_folder() else str(ROOT / script), *map(str, arguments)])
+
+
+def _in_kit_folder() -> bool:
+    return Path.cwd() == ROOT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Messages: code works with codes and fields; a sentence is made where it is shown
+
+LANGUAGES = ("en", "zh")
+
+
+class Message:
+    """An error, note, warning or reason: a stable code and its fields. Its sentence stands in messages/*.yaml.
+
+    A field may be a message itself, or a list of values or messages. `str(message)` is the sentence in the user's
+    language, `text("zh")` that in Chinese.
+    """
+
+    def __init__(self, code: str, /, **fields: Any) -> None:
+        self.code, self.fields = code, fields
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Message) and (self.code, self.fields) == (other.code, other.fields)
+
+    def __hash__(self) -> int:
+        return hash((self.code, repr(self.fields)))
+
+    def __repr__(self) -> str:
+        return f"Message({', '.join([repr(self.code), *(f'{name}={value!r}' for name, value in self.fields.items())])})"
+
+    def __str__(self) -> str:
+        return self.text(user_language())
+
+    def text(self, language: str) -> str:
+        """The sentence in `language`, one of LANGUAGES."""
+        sentence = sentences().get(self.code, {}).get(language, self.code)
+        return _Sentence(language).vformat(sentence, (), self.fields) if self.fields else sentence
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file: {"code": ..., "fields": {...}}; what JSON does not know becomes text."""
+        return {"code": self.code, "fields": {name: _to_json(value) for name, value in self.fields.items()}}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Message:
+        """The message of `to_json`."""
+        return cls(content["code"], **{name: _from_json(value) for name, value in content["fields"].items()})
+
+
+class UserError(Exception):
+    """An error that the user can fix: its message says what is wrong and what to do. Ends a command with status 2."""
+
+    def __init__(self, code: str, /, **fields: Any) -> None:
+        super().__init__(code, fields)
+        self.message = Message(code, **fields)
+
+    @classmethod
+    def from_message(cls, message: Message) -> UserError:
+        return cls(message.code, **message.fields)
+
+    @property
+    def code(self) -> str:
+        return self.message.code
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return self.message.fields
+
+    def __str__(self) -> str:
+        return str(self.message)
+
+
+def user_language() -> str:
+    """One of LANGUAGES: ONECARD_LANG where it is set, else Chinese in a Chinese locale, else English."""
+    asked = os.environ.get("ONECARD_LANG")
+    locale = next(filter(None, (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return asked if asked in LANGUAGES else "zh" if locale.startswith("zh") else "en"
+
+
+def load_yaml(text: str) -> Any:
+    """The content of YAML text, by libyaml where it is there."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+@functools.cache
+def sentences() -> dict[str, dict[str, str]]:
+    """All sentences of messages/*.yaml: code → language → sentence with {fields}."""
+    found: dict[str, dict[str, str]] = {}
+    for file in sorted((ROOT / "messages").glob("*.yaml")):
+        found.update(load_yaml(file.read_text(encoding="utf-8")) or {})
+    return found
+
+
+class _Sentence(string.Formatter):
+    """Fills in a sentence. Besides Python's own, `{name:suggestion}` is " (did you mean 'x'?)" or nothing,
+    `{count:plural}` an "s" unless the count is 1, and `{names:lines}` one item a line; a list is joined with commas."""
+
+    def __init__(self, language: str) -> None:
+        self.language = language
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        chinese = self.language == "zh"
+        if format_spec == "suggestion":
+            return "" if value is None else f"（是不是 '{value}'？）" if chinese else f" (did you mean '{value}'?)"
+        if format_spec == "plural":
+            return "" if value == 1 else "s"
+        if isinstance(value, list | tuple | set | frozenset):
+            joint = "\n  " if format_spec == "lines" else "、" if chinese else ", "
+            return joint.join(self.format_field(item, "") for item in value)
+        if isinstance(value, UserError | Message):
+            return (value.message if isinstance(value, UserError) else value).text(self.language)
+        return super().format_field(value if isinstance(value, int | float | str) else str(value), format_spec)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, UserError):
+        value = value.message
+    if isinstance(value, Message):
+        return value.to_json()
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_to_json(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Message.from_json(value)
+    return [_from_json(item) for item in value] if isinstance(value, list) else value
+
+
+def nearest_word(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` was probably meant to be, for `{near:suggestion}` in a sentence; else None."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), None)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest known word, or an empty string. Goes once all messages are codes."""
+    near = nearest_word(word, known)
+    return f" (did you mean '{near}'?)" if near else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options: one flat dataclass; a field's name is the key in YAML and on the command line
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | tuple[int, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    path: bool = False,
+) -> Any:
+    """A field of Config. `minimum` and `maximum` are inclusive; `choices` are all allowed values; in a `path`, `~` and
+    `${VARIABLE}` are resolved."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path},
+    )
+
+
+def group(title: str) -> Any:
+    """Marks where a group of options starts in `--help`; not an option itself."""
+    return dataclasses.field(default=title, init=False, repr=False, metadata={"group": title})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of every script. Keys and meanings are LLaMA-Factory's where it has them."""
+
+    _model: str = group("model")
+    model_name_or_path: str = option(EMBEDDED_MODEL, "folder of the base model, or its name on the hub", path=True)
+    adapter_name_or_path: str | None = option(
+        None, "an adapter to go on training (train) or to use (chat, merge)", path=True
+    )
+    template: str | None = option(None, "a file of templates/ without .jinja; unset: the tokenizer's own chat template")
+    trust_remote_code: bool = option(False, "run Python code that comes with the model")
+    quantization_bit: int | None = option(None, "load the base in 4 bit (QLoRA) or 8 bit; needs a GPU", choices=(4, 8))
+
+    _data: str = group("data")
+    dataset: tuple[str, ...] = option(
+        ("identity", "general"), "names in dataset_info.json, or files; several with commas", path=True
+    )
+    eval_dataset: tuple[str, ...] = option((), "datasets to evaluate on, instead of val_size", path=True)
+    dataset_dir: str = option(
+        "data", "folder of dataset_info.json: in the working directory, above the recipe, or in the kit", path=True
+    )
+    val_size: float | None = option(
+        None,
+        "held-out part: a fraction below 1, or a count of samples; unset: a tenth, at most 200, of 200 samples or more",
+        minimum=0,
+    )
+    cutoff_len: int = option(2048, "longest sample, in tokens", minimum=16)
+    max_samples: int | None = option(None, "at most so many rows of each dataset", minimum=1)
+    overlong: str = option(
+        "truncate", "what happens to a sample longer than cutoff_len", choices=("truncate", "drop", "error")
+    )
+    on_bad_rows: str = option(
+        "error", "faulty rows end the run, or are left out and recorded", choices=("error", "skip")
+    )
+    mix_strategy: str = option(
+        "concat",
+        "how several datasets are mixed; interleave until the first (under) or the last (over) is used up",
+        choices=("concat", "interleave_under", "interleave_over"),
+    )
+    interleave_probs: tuple[float, ...] = option((), "a probability for each dataset; unset: in turn")
+    train_on_prompt: bool = option(False, "learn the prompts too")
+    mask_history: bool = option(False, "learn only the last answer of each conversation")
+    packing: bool = option(False, "fill rows up to cutoff_len with whole samples that never see each other")
+    default_system: str | None = option(None, "system message of conversations that have none")
+    enable_thinking: bool = option(True, "qwen3: think before answering")
+    name: str = option("onecard", "what {{name}} in the data becomes: the model's name")
+    author: str = option("the onecard founders", "what {{author}} in the data becomes: who made the model")
+    overwrite_cache: bool = option(False, "read and tokenize the data again")
+    preprocessing_num_workers: int | None = option(None, "threads that tokenize; unset: one a core", minimum=1)
+
+    _training: str = group("training")
+    stage: str = option("sft", "kind of training", choices=("sft",))
+    num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
+    max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
+    per_device_train_batch_size: int = option(2, "samples (or packed rows) a forward pass", minimum=1)
+    gradient_accumulation_steps: int = option(8, "forward passes an optimizer step", minimum=1)
+    learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
+    lr_scheduler_type: str = option(
+        "cosine",
+        "course of the learning rate",
+        choices=(
+            "linear",
+            "cosine",
+            "constant",
+            "constant_with_warmup",
+            "polynomial",
+            "inverse_sqrt",
+            "cosine_with_restarts",
+        ),
+    )
+    warmup_steps: float = option(0.0, "steps of rising learning rate; below 1: a share of all steps", minimum=0)
+    warmup_ratio: float = option(0.0, "the same as a share of all steps", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "decay of the adapter's weights", minimum=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", minimum=0)
+    optim: str = option(
+        "adamw_torch",
+        "optimizer, as transformers names it",
+        choices=(
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_8bit",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "adafactor",
+            "lion_8bit",
+            "lion_32bit",
+            "paged_lion_8bit",
+            "paged_lion_32bit",
+            "ademamix",
+            "ademamix_8bit",
+            "adagrad",
+            "rmsprop",
+            "sgd",
+        ),
+    )
+    optim_args: str | None = option(None, "values of ademamix, sgd, rmsprop or adagrad, like momentum=0.9")
+    adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", minimum=0, maximum=1)
+    adam_epsilon: float = option(1e-8, "what Adam adds to the divisor", minimum=0)
+    seed: int = option(42, "seed of everything random", minimum=0)
+    gradient_checkpointing: str = option(
+        "auto",
+        "recompute activations to save memory; auto: on a GPU only",
+        choices=("auto", "true", "false"),
+    )
+    bf16: bool | None = option(None, "train in bfloat16; unset: where the device is good at it")
+    fp16: bool | None = option(None, "train in float16; on a card that has bfloat16 that is used instead")
+
+    _lora: str = group("adapter")
+    finetuning_type: str = option("lora", "what is trained", choices=("lora",))
+    lora_rank: int = option(8, "rank of the adapter's matrices", minimum=1)
+    lora_alpha: int | None = option(None, "scale of the adapter; unset: 2 x lora_rank", minimum=1)
+    lora_dropout: float = option(0.0, "dropout before the adapter; not 0 is slower", minimum=0, maximum=1)
+    lora_target: tuple[str, ...] = option(("all",), "modules that get an adapter: all linear ones, or a list")
+    use_rslora: bool = option(False, "rank-stabilized scale: alpha / sqrt(rank)")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the B matrices learn at so many times learning_rate; 16 is usual", minimum=0
+    )
+    use_dora: bool = option(False, "weight-decomposed adapter (DoRA)")
+
+    _evaluation: str = group("evaluation during training")
+    eval_strategy: str = option(
+        "auto",
+        "when to evaluate; auto: by steps where there is held-out data",
+        choices=("auto", "no", "steps", "epoch"),
+    )
+    eval_steps: float | None = option(
+        None,
+        "steps between evaluations; below 1: a share; unset: as often as a tenth of the time allows",
+        minimum=0,
+    )
+    per_device_eval_batch_size: int = option(2, "samples a forward pass of an evaluation", minimum=1)
+    load_best_model_at_end: bool = option(True, "keep the adapter of the lowest eval_loss, where one is measured")
+    early_stopping: str = option(
+        "auto",
+        "stop when eval_loss no longer falls, or, with nothing held out, when the loss is flat and near zero",
+        choices=("auto", "no"),
+    )
+    early_stopping_patience: int = option(5, "evaluations without a gain, over at least one epoch", minimum=1)
+    early_stopping_threshold: float = option(0.001, "least gain in eval_loss that counts", minimum=0)
+
+    _output: str = group("output")
+    output_dir: str | None = option(None, "the run folder; unset: saves/ and the recipe's name", path=True)
+    overwrite_output_dir: bool = option(False, "start over, deleting what the folder holds of an earlier run")
+    resume_from_checkpoint: str | None = option(
+        None, "a checkpoint folder to go on from; unset: the run's newest whole one; false: none", path=True
+    )
+    logging_steps: float = option(5, "steps between lines of trainer_log.jsonl; below 1: a share", minimum=0)
+    logging_first_step: bool = option(True, "log the first step too")
+    save_strategy: str = option("steps", "when to save a checkpoint", choices=("no", "steps", "epoch"))
+    save_steps: float = option(100, "steps between checkpoints; below 1: a share", minimum=0)
+    save_total_limit: int | None = option(2, "checkpoints kept; the best one always is", minimum=1)
+    plot_loss: bool = option(True, "draw training_loss.png")
+    report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, or several; all: those installed")
+
+    _chat: str = group("chat")
+    do_sample: bool = option(True, "draw words at random; false: always the likeliest")
+    temperature: float = option(0.7, "how random; 0: always the likeliest word", minimum=0)
+    top_p: float = option(0.9, "draw from the likeliest words of this total probability", minimum=0, maximum=1)
+    top_k: int = option(50, "draw from so many likeliest words; 0: from all", minimum=0)
+    min_p: float = option(0.0, "leave out words less likely than this share of the likeliest", minimum=0, maximum=1)
+    repetition_penalty: float = option(1.0, "above 1: words already used become less likely", minimum=0)
+    max_new_tokens: int = option(1024, "longest reply, in tokens", minimum=1)
+    infer_dtype: str = option(
+        "auto",
+        "type of the weights; auto: the fastest of the device",
+        choices=("auto", "float16", "bfloat16", "float32"),
+    )
+
+    _export: str = group("export")
+    export_dir: str | None = option(None, "folder of the merged model; unset: merged/ in the run folder", path=True)
+    export_size: int = option(5, "largest file of the merged model, in GB", minimum=1)
+    export_dtype: str | None = option(
+        None, "type of the merged weights; unset: the base model's", choices=("float16", "bfloat16", "float32")
+    )
+
+    _measuring: str = group("evaluation")
+    labels: tuple[str, ...] = option(
+        (), "the answers to choose from, the positive one of two last; unset: told from the data"
+    )
+    do_train: bool | None = option(None, "false: the recipe is for evaluate.py, and train.py refuses it")
+    do_eval: bool = option(False, "without do_train: the recipe is for evaluate.py")
+    do_predict: bool = option(
+        False, "evaluate.py also writes LLaMA-Factory's files of predictions; without do_train: it is for evaluate.py"
+    )
+    predict_with_generate: bool = option(False, "evaluate.py also writes LLaMA-Factory's files of predictions")
+    compute_accuracy: bool = option(False, "evaluate.py measures accuracy anyway; train.py refuses it")
+
+    @property
+    def alpha(self) -> int:
+        """lora_alpha with its default filled in."""
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+
+OPTIONS = {f.name: f for f in dataclasses.fields(Config) if "help" in f.metadata}
+TYPES = typing.get_type_hints(Config)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML text, every option in the order of `--help`."""
+    values = {name: getattr(config, name) for name in OPTIONS}
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def help_text(usage: str, groups: tuple[str, ...] = ()) -> str:
+    """The text of `--help`: `usage`, then every option (of `groups`, if given) with default and meaning, in groups."""
+    lines = [usage.strip(), "", "Settings: `key: value` in a recipe, `key=value` on the command line (which wins)."]
+    width = max(map(len, OPTIONS)) + 2
+    title = ""
+    for f in dataclasses.fields(Config):
+        title = f.metadata.get("group", title)
+        if groups and title not in groups:
+            continue
+        if "group" in f.metadata:
+            lines += ["", f"{title}:"]
+            continue
+        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        default = "unset" if default in (None, "") else str(default).lower() if isinstance(default, bool) else default
+        choices = f" [{'|'.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
+        lines.append(f"  {f.name:<{width}}{f.metadata['help']}{choices} (default: {default})")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frame of a command
 
 
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -94,14 +462,9 @@ def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace:
 
 sys.excepthook = _say_what_is_missing  # from the first line on: commands import some packages before they run
 
-CACHE = Path(os.environ.get("ONECARD_CACHE", ROOT / ".cache"))
 
-
-def run_script(main: Callable[[list[str]], None], *, takes_settings: bool = True) -> None:
-    """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130.
-
-    `takes_settings`: the script's arguments may be settings, in the forms of `join_settings`.
-    """
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130."""
     # A shell starts what runs in the background (`nohup make webui &`) with SIGINT ignored; nothing could be paused.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -111,7 +474,7 @@ def run_script(main: Callable[[list[str]], None], *, takes_settings: bool = True
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        main(_without_command_word(join_settings(sys.argv[1:])) if takes_settings else sys.argv[1:])
+        main(sys.argv[1:])
     except UserError as error:
         if file := os.environ.get("ONECARD_ERROR_FILE"):  # for a program that started this one
             Path(file).write_text(json.dumps(error.message.to_json(), ensure_ascii=False), encoding="utf-8")
@@ -125,13 +488,6 @@ def run_script(main: Callable[[list[str]], None], *, takes_settings: bool = True
         sys.exit(128 + signal.SIGPIPE)
 
 
-def _without_command_word(arguments: list[str]) -> list[str]:
-    """Arguments without the command that LLaMA-Factory's users type first: `train.py train RECIPE`."""
-    words = {"train": ("train",), "chat": ("chat",), "evaluate": ("eval",), "merge": ("export",), "api": ("api",)}
-    is_word = arguments[1:] and arguments[0] in words.get(Path(sys.argv[0]).stem, ())
-    return arguments[1:] if is_word and not Path(arguments[0]).exists() else arguments
-
-
 def configure_openmp() -> None:
     """Sets how long OpenMP's threads spin while they wait for each other; call it before torch is imported.
 
@@ -143,6 +499,10 @@ def configure_openmp() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     else:
         os.environ["GOMP_SPINCOUNT"] = "2000"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device
 
 
 @dataclass(frozen=True)

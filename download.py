@@ -14,6 +14,7 @@ import common
 from common import Message, UserError
 from runs.embedded_model import EMBEDDED, make_embedded
 from runs.model_download import disk_errors, download, is_downloaded
+from runs.option_values import expand_path
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    folder = Path(common.expand_path(args.local_dir or f"models/{Path(args.model).name}"))
+    folder = Path(expand_path(args.local_dir or f"models/{Path(args.model).name}"))
     with disk_errors(folder):
         if is_downloaded(folder, args.model, args.revision):
             print(Message("model_is_there", folder=folder))
@@ -53,4 +54,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main, takes_settings=False)
+    common.run_script(main)

@@ -27,6 +27,7 @@ from evaluation.predict import only_evaluation, predict
 from evaluation.results import describe_results, write_results
 from preprocessing.data_report import format_table
 from runs import report
+from runs.configuration import run_command
 from runs.target import read_arguments
 
 
@@ -74,4 +75,4 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 import common
 from common import UserError
 from export import merged_model, verify
+from runs.configuration import run_command
 from runs.target import read_arguments
 
 
@@ -56,4 +57,4 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 import common
 from preprocessing import dataset
 from preprocessing.data_report import format_report, show_sample
+from runs.configuration import load_config, run_command
 
 
 def main(argv: list[str]) -> None:
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> None:
     if "--help" in argv or "-h" in argv:
         print(common.help_text(__doc__, ("model", "data")))
         return
-    config = common.load_config(name_datasets(argv)).config
+    config = load_config(name_datasets(argv)).config
     dataset.check(config)
     from preprocessing.chat_template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
@@ -42,4 +43,4 @@ def name_datasets(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

@@ -22,6 +22,7 @@ import common
 from export import gguf
 from export.gguf import TYPES, GgufJob
 from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS
+from runs.configuration import run_command
 from runs.disk import check_free_space
 from runs.target import read_arguments
 
@@ -111,4 +112,4 @@ def reference_line(result: dict[str, Any], count: int, bits: float) -> tuple[str
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

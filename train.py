@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import Message, UserError
+from runs.configuration import check_training_asked_for, load_config, run_command
 from runs.disk import explaining_full_disk
 from runs.lock import locked
 from training import preflight, record, resume, trainer
@@ -30,8 +31,8 @@ def main(arguments: list[str]) -> None:
         print(common.help_text(__doc__))
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
-    loaded = resume.locate_model(common.load_config([a for a in arguments if a != "--dry-run"]))
-    common.check_training_asked_for(loaded)
+    loaded = resume.locate_model(load_config([a for a in arguments if a != "--dry-run"]))
+    check_training_asked_for(loaded)
     print_notes(loaded.notes)
     run = Run.of(loaded)
     if "--dry-run" in arguments:
@@ -150,4 +151,4 @@ def print_next(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

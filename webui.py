@@ -22,6 +22,7 @@ from pathlib import Path
 import common
 from common import UserError
 from runs import network
+from runs.configuration import run_command
 from runs.target import find
 from web import app, security
 
@@ -72,4 +73,4 @@ def read_password(args: argparse.Namespace) -> str | None:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_command(main)

@@ -129,4 +129,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, takes_settings=False)
+    run_script(main)

@@ -15,6 +15,7 @@ from common import Config, Message, UserError
 from evaluation import labels
 from preprocessing import dataset
 from preprocessing.formats import fingerprint
+from runs.configuration import asks_for_training
 from runs.files import read_json, sha256
 from runs.folder import TRAINED, is_run, read_run, run_config
 
@@ -129,7 +130,7 @@ def make_dataset(
 def wants_only_losses(config: Config) -> bool:
     """Whether only the loss is asked for: do_eval as LLaMA-Factory means it, without do_predict or a training."""
     predicts = config.do_predict or config.predict_with_generate
-    return config.do_eval and not predicts and not common.asks_for_training(config)
+    return config.do_eval and not predicts and not asks_for_training(config)
 
 
 def general_knowledge(config: Config, trainings: list[Training], home: Path) -> list[EvalDataset]:

@@ -13,6 +13,7 @@ from common import Config, Message, UserError
 from evaluation.data import EvalDataset, find_datasets, run_of
 from evaluation.encode import Encoded, encode_choices, encode_texts
 from evaluation.labels import swapped_labels
+from runs.configuration import load_config
 from runs.folder import is_run, run_config
 from runs.target import Source, find
 
@@ -69,12 +70,12 @@ def _find_config(
     A run's settings, before them what its recipe says of data and evaluation, and before all the command line. The
     datasets of a recipe are asked for where they are others than the run's: a training's recipe is a target, too.
     """
-    typed = common.load_config(list(settings))
+    typed = load_config(list(settings))
     config, given, output = run_config(run) if run else source.config, set(typed.given), None
     values = {key: getattr(typed.config, key) for key in given}
     asks = typed if given & ACTIONS else None
     if target and Path(target).suffix in (".yaml", ".yml", ".json"):
-        recipe = common.load_config([target])
+        recipe = load_config([target])
         asked = recipe.given & RECIPE_SETTINGS - (DATA if given & DATA else set())
         asked = {
             key for key in asked if not (run and key in DATA and getattr(recipe.config, key) == getattr(config, key))

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common import SAVES, Config, UserError, load_config
+from common import SAVES, Config, UserError
+from runs.configuration import load_config
 from runs.files import write_json
 
 TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import common
-from common import ROOT, Config, Loaded, Message, UserError
+from common import ROOT, Config, Message, UserError
+from runs.configuration import Loaded, asks_for_training, load_config
 from runs.files import read_object
 from runs.folder import is_run, newest_run, read_run, run_config
 from runs.weights import read_header, weight_files
@@ -60,7 +61,7 @@ def find_target(target: str | None, settings: Sequence[str], wants: Literal["any
     """
     path = Path(target).expanduser() if target else None
     is_recipe = path is not None and path.suffix in RECIPE_SUFFIXES and not path.is_dir()
-    loaded = common.load_config([*([str(path)] if is_recipe else []), *settings])
+    loaded = load_config([*([str(path)] if is_recipe else []), *settings])
     if is_recipe:
         path = _named_by_recipe(loaded, wants)
     elif path is None and loaded.config.adapter_name_or_path:
@@ -82,7 +83,7 @@ def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
     """The run of a recipe; the adapter that it names, where it merges, evaluates, or the command line names one."""
     config, output = loaded.config, Path(loaded.config.output_dir)
     is_merge_file = config.export_dir and "export_dir" not in loaded.typed  # else training began with the adapter
-    trains = common.asks_for_training(config)  # else output_dir is where the results of the evaluation are wanted
+    trains = asks_for_training(config)  # else output_dir is where the results of the evaluation are wanted
     named = config.adapter_name_or_path and (is_merge_file or not trains or "adapter_name_or_path" in loaded.typed)
     if not named and (is_adapter(output) or is_run(output)):
         return output

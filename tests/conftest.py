@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import Message, UserError  # noqa: E402
+from runs.configuration import load_config  # noqa: E402
 
 CONTROL_TOKENS = [
     "<|endoftext|>",
@@ -192,7 +193,7 @@ def make_run(base: Path, folder: Path, **lora) -> Path:
     from runs.files import write_json, write_text
 
     save_adapter(base, folder, **lora)
-    config = common.load_config([f"model_name_or_path={base}", f"output_dir={folder}", "max_new_tokens=12"]).config
+    config = load_config([f"model_name_or_path={base}", f"output_dir={folder}", "max_new_tokens=12"]).config
     write_text(folder / "config.yaml", common.dump_config(config))
     write_json(folder / "run.json", {"status": "finished"})
     return folder

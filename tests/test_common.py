@@ -20,10 +20,12 @@ import yaml
 from conftest import ROOT, run, user_error
 
 import common
-from common import Config, Message, UserError, check_training_asked_for, join_settings, load_config
+from common import Config, Message, UserError
+from runs.configuration import check_training_asked_for, load_config
 from runs.files import appearing, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
 from runs.folder import newest_run, read_run
 from runs.process import is_alive
+from runs.recipe import join_settings
 
 # the two files of the tutorial, as its users bring them
 FIRST = (ROOT / "tests/tutorial/train_2024-05-25.yaml").read_text(encoding="utf-8")

@@ -8,8 +8,7 @@ from pathlib import Path
 from conftest import ROOT
 
 # From the bottom up; folders of one level do not know each other. The commands at the root stand above all.
-LEVELS = [["settings"], ["common"], ["runs"], ["preprocessing"]]
-LEVELS += [["training", "inference"], ["evaluation", "export"], ["web"]]
+LEVELS = [["common"], ["runs"], ["preprocessing"], ["training", "inference"], ["evaluation", "export"], ["web"]]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMMANDS = ["api", "chat", "download", "evaluate", "merge", "preview", "quantize", "train", "webui"]
 

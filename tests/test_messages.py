@@ -10,7 +10,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from common import LANGUAGES, Message, UserError, compatibility, sentences
+from common import LANGUAGES, Message, UserError, sentences
+from runs.compatibility import compatibility
 
 # What makes a message of a literal code and keyword arguments, and keywords that are not fields of the sentence.
 MAKERS: dict[str, set[str]] = {"Message": set(), "UserError": set(), "Fault": {"final"}}

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import common
-from common import Config, Gpu, Loaded, Message, UserError
+from common import Config, Gpu, Message, UserError
 from runs.adapter import Adapter
 from runs.base_tensors import check_fits
+from runs.configuration import Loaded
 from runs.disk import existing_folder
 from runs.embedded_model import make_embedded
 from runs.folder import read_run

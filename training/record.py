@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from common import Loaded, Message
+from common import Message
+from runs.configuration import Loaded
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log

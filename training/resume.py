@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import Config, Loaded, Message, UserError
+from common import Config, Message, UserError
+from runs.configuration import Loaded, load_config
 from runs.files import read_json
 from runs.folder import left_by_training, read_run
 from runs.process import is_alive
@@ -120,7 +121,7 @@ def refuse_changed_settings(config: Config, folder: Path, run: dict[str, Any], w
 
 def changed_settings(config: Config, folder: Path) -> list[Message]:
     """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
-    begun = locate_model(common.load_config([str(folder / "config.yaml")])).config
+    begun = locate_model(load_config([str(folder / "config.yaml")])).config
     return [
         Message("changed_setting", name=name, then=_shown(getattr(begun, name)), now=_shown(getattr(config, name)))
         for name in common.OPTIONS

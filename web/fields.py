@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import OPTIONS, Config, Loaded, Message, UserError
+from common import OPTIONS, Config, Message, UserError
+from runs.configuration import Loaded, load_config
 from training import memory
 from web import control
 from web.texts import Translator
@@ -136,7 +137,7 @@ def read_settings(fields: dict[str, Any], name: str, others: dict[str, str] | No
         elif text in (None, "") and option == "dataset":
             faults.append(Message("no_dataset_chosen"))
     try:
-        loaded = common.load_config(arguments)
+        loaded = load_config(arguments)
     except UserError as error:
         found = error.fields["faults"] if error.code == "config_faults" else [error.message]
         faults += [_on_this_page(fault) for fault in found]
@@ -178,7 +179,7 @@ def run_name_of(loaded: Loaded) -> str:
 @functools.cache
 def preset(small: bool) -> dict[str, Any]:
     """Good values of the settings PRESET: the quickstart's for a small model, else the kit's defaults."""
-    config = common.load_config([str(QUICKSTART)]).config if small else Config()
+    config = load_config([str(QUICKSTART)]).config if small else Config()
     return {name: field_value(name, getattr(config, name)) for name in PRESET}
 
 

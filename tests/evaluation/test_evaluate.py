@@ -17,6 +17,7 @@ from evaluation import predict
 from evaluation.job import Job, find_job
 from preprocessing import dataset
 from preprocessing.formats import fingerprint
+from runs.configuration import load_config
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, run_config
 
@@ -35,7 +36,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(home / "say.jsonl", SAID)
     folder = make_run(tiny_model, home / "saves" / "r")
     settings = [f"model_name_or_path={tiny_model}", f"output_dir={folder}", f"dataset={home}/odd.jsonl"]
-    config = common.load_config([*settings, f"dataset_dir={common.ROOT}/data"]).config
+    config = load_config([*settings, f"dataset_dir={common.ROOT}/data"]).config
     write_text(folder / "config.yaml", common.dump_config(config))
     return folder
 

@@ -19,12 +19,13 @@ import test_hub
 from conftest import ROOT, make_run, run, user_error, write_jsonl
 
 import quantize
-from common import Config, Message, UserError, dump_config, load_config
+from common import Config, Message, UserError, dump_config
 from export import gguf, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_library
 from preprocessing.chat_template import TEMPLATES, load_template
 from runs import disk
+from runs.configuration import load_config
 
 standin = test_hub.standin  # the fixture: a hub on this machine
 

@@ -17,6 +17,7 @@ from rows import GOOD, TALK, config, conversations, faulty, notes, prepare, regi
 import common
 from common import Message
 from preprocessing import dataset
+from runs.configuration import load_config
 
 
 @pytest.fixture(autouse=True)
@@ -409,7 +410,7 @@ def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_token
     )
     alone = conversations(path, name="", author="Bo")[0]["messages"]
     assert [m["content"] for m in alone] == ["Who is {{name}}?", "{{name}} by Bo, {{other}}"]
-    assert common.load_config(["name=", "author="]).config.name == ""
+    assert load_config(["name=", "author="]).config.name == ""
 
 
 def test_answers_of_which_the_template_leaves_out_a_part_are_counted(tmp_path: Path, tiny_tokenizer) -> None:

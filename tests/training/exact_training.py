@@ -19,6 +19,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import common
+from runs.configuration import load_config
 from training import trainer as training
 
 LENGTHS = ((9, 2), (31, 30), (17, 5), (40, 11))  # tokens, and how many of them are learned
@@ -70,7 +71,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 
     def trainer(*more: str):
-        config = common.load_config([*settings, *more]).config
+        config = load_config([*settings, *more]).config
         model = training.load_model(config, precision)
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:  # PEFT starts it at zero, where most gradients vanish

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, user_error
 
-from common import Message, load_config
+from common import Message
+from runs.configuration import load_config
 from runs.files import write_json
 from runs.lock import locked
 from training import checkpoints, inputs

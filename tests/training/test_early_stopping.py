@@ -12,8 +12,9 @@ import pytest
 from conftest import TALK, run, user_error, write_jsonl
 from test_training import read_run, train
 
-from common import Config, Message, load_config
+from common import Config, Message
 from preprocessing import dataset
+from runs.configuration import load_config
 from training import early_stopping, plan
 from training.plan import TrainingPlan
 

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from common import Message, load_config
+from common import Message
+from runs.configuration import load_config
 from training import attention, packing
 
 

@@ -17,7 +17,8 @@ import pytest
 from conftest import ROOT, run, write_jsonl
 
 import common
-from common import Message, load_config
+from common import Message
+from runs.configuration import load_config
 from training import hardware, memory, preflight
 from training.preflight import Run
 

@@ -20,8 +20,9 @@ from conftest import ROOT, Finished, run, user_error, write_jsonl
 
 import common
 import train as script
-from common import Message, load_config
+from common import Message
 from preprocessing import dataset, formats
+from runs.configuration import load_config
 from runs.files import write_json, write_text
 from runs.folder import run_config
 from training import record, resume

@@ -18,6 +18,7 @@ from conftest import ROOT, make_run, run, user_error
 
 import common
 from preprocessing import formats, registry, sources
+from runs.configuration import load_config
 from web import conversation as talk
 
 TITLES = {"thought": "Thinking", "call": "Tool call", "result": "Result", "empty": "(empty)"}
@@ -92,7 +93,7 @@ def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: 
     [entry] = registry.find_entries(["chats"], str(tmp_path))
     rows = [row for _, row in sources.read_rows(entry.files[0])]
     layout = formats.find_layout(entry, rows[0])
-    conversation = formats.to_conversation(rows[1], layout, common.load_config([]).config)
+    conversation = formats.to_conversation(rows[1], layout, load_config([]).config)
     sent = talk.messages(TALK, "trained", "Be brief.")
     assert [message["role"] for message in conversation["messages"]] == [message["role"] for message in sent]
     assert conversation["messages"][0]["content"] == "Be brief."

@@ -26,7 +26,9 @@ import common
 from common import Message, UserError
 from preprocessing import dataset
 from runs import charts
+from runs.configuration import load_config
 from runs.files import write_json
+from runs.recipe import read_recipe
 from web import control, fields, jobs, widgets
 from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
@@ -152,8 +154,8 @@ def test_a_recipe_lists_only_what_differs_and_means_the_same(workdir: Path) -> N
         "dataset", "learning_rate", "packing", "val_size", "quantization_bit", "output_dir"
     }  # fmt: skip
     (workdir / "recipe.yaml").write_text(text, encoding="utf-8")
-    assert common.load_config(["recipe.yaml"]).config == config
-    assert common.load_config(control.train_command(config)[1:]).config == config
+    assert load_config(["recipe.yaml"]).config == config
+    assert load_config(control.train_command(config)[1:]).config == config
 
 
 def test_all_faults_of_the_fields_are_given_at_once() -> None:
@@ -182,7 +184,7 @@ def test_every_option_of_a_training_has_a_field_in_its_group() -> None:
     "recipe", sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "tests/tutorial").glob("*.yaml")])
 )
 def test_a_loaded_recipe_fills_the_fields_and_comes_out_the_same(recipe: Path) -> None:
-    loaded = common.load_config([str(recipe)])
+    loaded = load_config([str(recipe)])
     filled = fields.fields_of(loaded, list(page_fields()))
     others = fields.without_field(loaded, list(page_fields()))
     assert fields.read_settings(filled, fields.run_name_of(loaded), others).config == loaded.config
@@ -193,7 +195,7 @@ def test_settings_of_a_recipe_that_have_no_field_are_kept(workdir: Path) -> None
         "dataset: identity\ntemperature: 0.3\nresume_from_checkpoint: saves/x/checkpoint-5\ndo_sample: false\n"
         "output_dir: saves/mine\nlearning_rate: 1e-3\n"
     )
-    loaded = common.load_config(["my.yaml"])
+    loaded = load_config(["my.yaml"])
     shown = ["dataset", "learning_rate"]
     others = fields.without_field(loaded, shown)
     assert others == {"temperature": "0.3", "resume_from_checkpoint": "saves/x/checkpoint-5", "do_sample": "false"}
@@ -492,7 +494,7 @@ def test_a_refused_upload_leaves_the_file_that_is_there(workdir: Path) -> None:
     good, faulty = [{"instruction": "a", "output": "b"}], [{"instruction": "a", "output": None}]
 
     def check(path: Path) -> None:
-        dataset.check(common.load_config([f"dataset={path}"]).config)
+        dataset.check(load_config([f"dataset={path}"]).config)
 
     kept = data_page.keep_upload(write_jsonl(workdir / "mine.jsonl", good), check)
     before = kept.read_text()
@@ -512,7 +514,7 @@ def test_the_embedded_model_is_fetched_without_a_hub(started: list[list[str]]) -
 
 
 def test_memory_is_estimated_for_what_is_chosen(tiny_model: Path) -> None:
-    config = common.load_config([f"model_name_or_path={tiny_model}", "output_dir=saves/x"]).config
+    config = load_config([f"model_name_or_path={tiny_model}", "output_dir=saves/x"]).config
     small = train_page.memory_html(config, t)
     assert "at the peak" in small and "free" in small and "fault" not in small
     huge = train_page.memory_html(dataclasses.replace(config, per_device_train_batch_size=10**7), t)
@@ -730,7 +732,7 @@ def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, serv
         wait_for_state(page, "finished")
         assert "8 / 8" in page.inner_text("#status")
         assert curve_points(page) == 8
-        recipe = common.read_recipe(workshop / "saves" / "mine" / ".web" / "recipe.yaml")
+        recipe = read_recipe(workshop / "saves" / "mine" / ".web" / "recipe.yaml")
         assert recipe["name"] == "Mira" and recipe["dataset"] == "saves/uploads/mine.jsonl"
 
         page.get_by_role("button", name="Chat →").click()

@@ -22,6 +22,7 @@ from preprocessing import dataset
 from preprocessing.faults import fault_messages
 from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
+from runs.configuration import find_dataset_dir
 from runs.target import missing_from_model
 from training import memory
 from web import control, fields, jobs, widgets
@@ -108,7 +109,7 @@ def newest_download() -> jobs.Job | None:
 
 def datasets() -> list[str]:
     """What can be chosen: the names of the registry, then the uploaded files."""
-    folder = Path(common.find_dataset_dir(Config.dataset_dir, None))
+    folder = Path(find_dataset_dir(Config.dataset_dir, None))
     registry = control.read_json(folder / "dataset_info.json")  # what is wrong with it is said where it is used
     return [*registry, *(path.as_posix() for path in sorted(UPLOADS.glob("*")) if path.suffix.lower() in EXTENSIONS)]
 

@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 
 import common
-from common import Config, Loaded, UserError
+from common import Config, UserError
 from runs import charts
+from runs.configuration import Loaded, load_config
 from runs.files import read_jsonl
 from runs.target import missing_from_model
 from training.hardware import free_memory
@@ -393,7 +394,7 @@ class TrainPage:
         if not path:
             return [gr.skip()] * (len(self.options) + 3)
         try:
-            loaded = common.load_config([path])
+            loaded = load_config([path])
         except UserError as error:
             shown = fault(with_other_path(error, path, Path(path).name), t)
             return [shown, *([gr.skip()] * (len(self.options) + 2))]

@@ -8,8 +8,7 @@ import re
 import typing
 from typing import Any
 
-from settings.messages import Message, UserError, nearest_word
-from settings.options import OPTIONS, TYPES
+from common import OPTIONS, TYPES, Message, UserError, nearest_word
 
 
 def is_unset(value: Any) -> bool:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from settings.compatibility import compatibility, is_default
-from settings.kit import ROOT, SAVES, command
-from settings.messages import Message, UserError, nearest_word
-from settings.options import OPTIONS, TYPES, Config
-from settings.recipe import join_settings, read_recipe
-from settings.values import as_text, check_option, coerce, is_unset
+from common import OPTIONS, ROOT, SAVES, TYPES, Config, Message, UserError, command, nearest_word, run_script
+from runs.compatibility import compatibility, is_default
+from runs.option_values import as_text, check_option, coerce, is_unset
+from runs.recipe import join_settings, read_recipe
 
 MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
 
@@ -265,3 +265,15 @@ def check_training_asked_for(loaded: Loaded) -> None:
         raise UserError("accuracy_while_training")
     if config.do_eval and config.val_size == 0 and not config.eval_dataset:
         raise UserError("do_eval_without_data")
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """`common.run_script` for a command that takes settings, in all the forms of `join_settings`."""
+    run_script(lambda arguments: main(_without_command_word(join_settings(arguments))))
+
+
+def _without_command_word(arguments: list[str]) -> list[str]:
+    """Arguments without the command that LLaMA-Factory's users type first: `train.py train RECIPE`."""
+    words = {"train": ("train",), "chat": ("chat",), "evaluate": ("eval",), "merge": ("export",), "api": ("api",)}
+    is_word = arguments[1:] and arguments[0] in words.get(Path(sys.argv[0]).stem, ())
+    return arguments[1:] if is_word and not Path(arguments[0]).exists() else arguments

@@ -6,9 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from settings.kit import ROOT
-from settings.messages import load_yaml
-from settings.values import as_text, is_unset
+from common import ROOT, load_yaml
+from runs.option_values import as_text, is_unset
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from settings.compatibility import compatibility
-from settings.messages import Message, UserError, load_yaml, nearest_word
-from settings.options import OPTIONS, TYPES
-from settings.values import as_text
+from common import OPTIONS, TYPES, Message, UserError, load_yaml, nearest_word
+from runs.compatibility import compatibility
+from runs.option_values import as_text
 
 
 def join_settings(arguments: list[str]) -> list[str]:
