@@ -292,3 +292,46 @@ def test_a_chip_that_shares_the_main_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert common.find_gpu().total_memory == psutil.virtual_memory().total
+
+
+def findings(check, *settings: str) -> list[Message]:
+    """The faults of one check for a recipe of these settings."""
+    asked = Run.of(load_config(list(settings)))
+    return [finding.message for finding in preflight._findings(check, asked) if finding.level == "fault"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
+def test_a_base_that_is_quantized_in_another_way_is_refused_before_it_is_loaded(tiny_model, tmp_path, method):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": method}}))
+    refused = [] if method == "bitsandbytes" else [Message("trained_base_is_quantized", folder=base, method=method)]
+    assert findings(preflight.check_model, f"model_name_or_path={base}") == refused
+
+
+def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("file", "file/run", "dangling/run"):
+        (found,) = findings(preflight.check_output, f"output_dir={tmp_path / name}")
+        assert found.code == "output_is_no_folder" and found.fields["folder"] == tmp_path / name
+        assert findings(preflight.check_run, f"output_dir={tmp_path / name}") == []
+    (found,) = findings(preflight.check_output, "output_dir=/proc/run")  # where even root can write nothing
+    assert found.code == "output_not_writable"
+    assert findings(preflight.check_output, f"output_dir={tmp_path}/a/b/c") == []
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
+    asked = f"adapter_name_or_path={tmp_path}"
+    assert findings(preflight.check_adapter, asked)[0].code == "adapter_lacks_file"
+    (tmp_path / "adapter_model.safetensors").touch()
+    for text, code in (
+        ("{", "adapter_unreadable"),
+        ("[]", "adapter_unreadable"),
+        ('{"peft_type": "LORA"}', "adapter_unreadable"),
+        ('{"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}', "adapter_is_no_lora"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(text)
+        assert findings(preflight.check_adapter, asked)[0].code == code

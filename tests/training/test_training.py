@@ -266,6 +266,17 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
     assert start(tmp_path / "other", over).checkpoint is None
 
 
+def test_a_finished_run_that_is_to_be_longer_is_told_the_two_ways(tmp_path):
+    folder = an_interrupted_run(tmp_path / "run", status="finished")
+    changed = [Message("changed_setting", name="num_train_epochs", then="3.0", now="5.0")]
+    with user_error("finished_run_longer", changed=changed, checkpoint=folder / "checkpoint-4") as raised:
+        start(folder, "num_train_epochs: 5")
+    told = str(raised.value)
+    assert f"adapter_name_or_path={folder}" in told and f"resume_from_checkpoint={folder / 'checkpoint-4'}" in told
+    with user_error("other_settings"):
+        start(folder, "num_train_epochs: 5\nseed: 1")
+
+
 def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
     folder = an_interrupted_run(tmp_path / "run")
     (folder / "checkpoint-8").mkdir()
