@@ -82,9 +82,10 @@ def announce(run: Run, model: Any) -> None:
     """Says what will be done, and shows a sample as it will be learned."""
     from preprocessing.data_report import show_sample
     from training import plan
+    from training.sft_trainer import count_trainable
 
     config = run.config
-    trainable = trainer.count_trainable(model)
+    trainable = count_trainable(model)
     named = Message("model_parameters", model=config.model_name_or_path, total=run.model.parameters, trained=trainable)
     print(f"model      {named}")
     tokenized = Message("data_tokenized", samples=run.plan.samples, tokens=run.plan.tokens, longest=run.plan.longest)
@@ -101,7 +102,7 @@ def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
     from runs import report
 
     facts, folder = record.facts_of(trained, run, early.reason), run.folder
-    if facts["steps"] < facts["total_steps"] and not early.reason:
+    if trained.misses_evaluation or (facts["steps"] < facts["total_steps"] and not early.reason):
         record.complete_record(folder, "interrupted", **facts)
         again = common.command("train.py", folder / "config.yaml")  # which deletes nothing, whatever the recipe says
         print(f"\n{Message('stopped_at_step', step=facts['steps'], steps=facts['total_steps'], command=again)}")

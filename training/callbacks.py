@@ -46,7 +46,10 @@ class Progress(TrainerCallback):
         evaluated = {line["step"] for line in state.log_history if "eval_loss" in line}
         kept = keep_lines(
             self.folder,
-            lambda line: line["step"] <= state.global_step and ("eval_loss" not in line or line["step"] in evaluated),
+            lambda line: (
+                line.get("step", math.inf) <= state.global_step  # another program's log has other keys
+                and ("eval_loss" not in line or line["step"] in evaluated)
+            ),
         )
         self.earlier_seconds = kept[-1]["elapsed"] if kept else 0.0
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -111,7 +114,7 @@ class Progress(TrainerCallback):
 class Interruption(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) saves a checkpoint after the step and stops; the second ends at once.
 
-    An evaluation is given up where it stands: `training.resume` repeats it when the run goes on.
+    An evaluation is given up where it stands, and repeated when the run goes on.
     """
 
     def __init__(self) -> None:
@@ -147,6 +150,18 @@ class Interruption(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
 
+class Resuming(TrainerCallback):
+    """Calls `restore` once transformers has read the state of the checkpoint to go on from."""
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self.restore = restore
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+
 class Saves(TrainerCallback):
     """Saves at the steps of `save_steps` that are not evaluated; transformers saves at those that are."""
 
@@ -168,6 +183,12 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, config: Config, plan: TrainingPlan) -> None:
         self.config, self.plan = config, plan
         self.reason: Message | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A run that had stopped, but was killed before its adapter was saved, has the reason in its checkpoint."""
+        self.on_log(args, state, control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.reason = self.reason or early_stopping.stop_reason(state.log_history, self.config, self.plan.epoch_steps)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
-import json
 import math
 import os
 import sys
@@ -18,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
-from runs.disk import check_free_space
-from runs.files import read_json
 from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
 from training import attention, checkpoints, lora_linear, packing
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 
 # The projections of the Llama family under the names that Unsloth's kernels know.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,11 +164,12 @@ def make_trainer(
     from transformers import PrinterCallback
 
     from training import callbacks
+    from training.sft_trainer import Trainer
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
     early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption()
-    trainer = trainer_class()(
+    trainer = Trainer(
         model=model,
         args=training_arguments(config, precision, plan),
         train_dataset=train,
@@ -187,156 +183,11 @@ def make_trainer(
     if held_out:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
-    for callback in (interruption, early, callbacks.FiniteGradients(lambda: trainer.last_grad_norm)):
+    gradients = callbacks.FiniteGradients(lambda: trainer.last_grad_norm)
+    for callback in (callbacks.Resuming(trainer.restore), interruption, early, gradients):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the log is ours
     return trainer, early
-
-
-@functools.cache
-def trainer_class() -> type:
-    """SFTTrainer with checkpoints that appear whole, an exact mean of the evaluation loss, and exact resuming.
-
-    A function, because trl may be imported only after Unsloth.
-    """
-    import torch
-    from trl import SFTTrainer
-
-    from training.callbacks import EvaluationInterrupted
-
-    class Trainer(SFTTrainer):
-        plan: TrainingPlan
-        save_limit: int | None  # checkpoints that are kept
-        learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
-        lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
-        last_grad_norm: float = 0.0
-        writing_to: Path | None = None  # where a checkpoint is being written
-        resumed_from: Path | None = None
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """TRL would write one into every checkpoint."""
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            is_new = self.optimizer is None
-            optimizer = super().create_optimizer(*args, **kwargs)
-            if is_new and self.lr_ratio_of_b != 1:
-                names = {parameter: name for name, parameter in self.model.named_parameters()}
-                split_learning_rates(optimizer.param_groups, names, self.lr_ratio_of_b)
-            return optimizer
-
-        def train_from(self, checkpoint: Path | None) -> None:
-            """Trains from the beginning or from a checkpoint to the end."""
-            self.resumed_from, self.saved = checkpoint, []
-            self.args.eval_on_start = checkpoint is not None and self._evaluation_is_missing(checkpoint)
-            try:
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            except EvaluationInterrupted:  # of the evaluation that the earlier part of the run left out
-                self.control.should_training_stop = True
-
-        def _evaluation_is_missing(self, checkpoint: Path) -> bool:
-            """Whether the run was interrupted before, or in, the evaluation of the checkpoint's step."""
-            state = read_json(checkpoint / "trainer_state.json")
-            evaluated = {line["step"] for line in state["log_history"] if "eval_loss" in line}
-            return self.plan.evaluates_at(state["global_step"]) and state["global_step"] not in evaluated
-
-        def _run_epoch(self, **kwargs: Any) -> None:
-            """An evaluation that was missing may have ended the training."""
-            if self.resumed_from:
-                self._restore_loss()
-            if not self.control.should_training_stop:
-                super()._run_epoch(**kwargs)
-
-        def _restore_loss(self) -> None:
-            """The losses since the last logged step, which the next logged one is a mean of."""
-            saved = read_json(self.resumed_from / LOSS_STATE, default=None)
-            self.resumed_from = None
-            if saved:
-                self._tr_loss.fill_(saved["loss"])
-                self._globalstep_last_logged = saved["last_logged_step"]
-
-        def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-            """Evaluates without using up random numbers: a run that repeats an evaluation goes on like any other."""
-            cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-            with torch.random.fork_rng(devices=cuda):
-                metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-            if skip_scheduler:  # at the start, where transformers does not look for the best step
-                self._determine_best_metric(metrics, trial)
-                self._name_best_checkpoint()
-            return metrics
-
-        def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-            try:
-                super()._maybe_log_save_evaluate(*args, **kwargs)
-            except EvaluationInterrupted:
-                self._save_checkpoint(self.model, None)
-                self.control.should_training_stop, self.control.should_save = True, False
-
-        def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-            self.last_grad_norm = float(norm)
-            return norm
-
-        def _name_best_checkpoint(self) -> None:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
-
-        def checkpoint_bytes(self) -> int:
-            """About the size of a checkpoint: trained weights, the optimizer's moments, tokenizer and random states."""
-            return 12 * count_trainable(self.model) + 10_000_000
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            folder, step = Path(self.args.output_dir), self.state.global_step
-            _check_weights(self.model, step)
-            check_free_space(folder, self.checkpoint_bytes())  # torch's own error does not say that the disk is full
-
-            def write(beside: Path) -> None:
-                self.writing_to = beside
-                try:
-                    super(Trainer, self)._save_checkpoint(model, trial)
-                finally:
-                    self.writing_to = None
-                if self.state.best_global_step:  # it has looked for the best one in `beside`
-                    best = folder / f"checkpoint-{self.state.best_global_step}"
-                    self.state.best_model_checkpoint = str(best)
-                    self.state.save_to_json(str(beside / f"checkpoint-{step}" / "trainer_state.json"))
-                since_log = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-                (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(since_log), encoding="utf-8")
-
-            checkpoints.save_whole(folder, step, write)
-            self.saved.append(step)
-            checkpoints.delete_old(folder, self.save_limit, self.saved, self.state.best_global_step)
-
-        def _get_output_dir(self, trial: Any) -> str:
-            return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
-
-        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
-            weight = int((inputs["labels"] != packing.IGNORED).sum()) / self.learned_a_batch
-            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
-            return (loss * weight, *rest)
-
-    return Trainer
-
-
-def split_learning_rates(groups: list[dict[str, Any]], names: dict[Any, str], ratio: float) -> None:
-    """Splits an optimizer's parameter groups: the B matrices of LoRA learn at `ratio` times the rate of the others.
-
-    LoRA+ (https://arxiv.org/abs/2402.12354). The groups of the other parameters stay in front: their rate is logged.
-    """
-    faster = []
-    for group in groups:
-        of_b = [parameter for parameter in group["params"] if "lora_B" in names.get(parameter, "")]
-        if of_b:
-            chosen = set(of_b)
-            group["params"] = [parameter for parameter in group["params"] if parameter not in chosen]
-            faster.append({**group, "params": of_b, "lr": group["lr"] * ratio})
-    groups[:] = [group for group in [*groups, *faster] if group["params"]]
-
-
-def _check_weights(model: Any, step: int) -> None:
-    from training.callbacks import check_finite_weights
-
-    check_finite_weights(model, step)
 
 
 def learned_tokens(samples: Any) -> int:
@@ -398,14 +249,11 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
     )
 
 
-def count_trainable(model: Any) -> int:
-    """Trained parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
     """Puts the adapter, the tokenizer and the chat template that was trained into the run folder, each file whole."""
-    _check_weights(trainer.model, trainer.state.global_step)
+    from training.callbacks import check_finite_weights
+
+    check_finite_weights(trainer.model, trainer.state.global_step)
     beside = folder / checkpoints.BESIDE
     tokenizer = trainer.processing_class
     tokenizer.chat_template = template.saved

@@ -106,6 +106,35 @@ def test_an_interrupted_evaluation_is_repeated(undisturbed, tiny_model, tmp_path
     assert read_run(folder)["best_step"] == read_run(undisturbed)["best_step"]
 
 
+KILL_BEFORE_THE_LAST_SAVE = """
+import os
+from training import trainer
+trainer.save_adapter = lambda *given: os._exit(9)
+"""
+
+
+def test_a_run_killed_after_its_last_step_trains_no_other_one(undisturbed, tiny_model, tmp_path):
+    folder = tmp_path / "run"
+    process = start(tiny_model, folder, patch=KILL_BEFORE_THE_LAST_SAVE)
+    process.communicate(timeout=300)
+    assert process.returncode == 9 and max(steps_saved(folder)) == 14
+    result = train(tiny_model, folder)
+    assert result.returncode == 0, result.stderr
+    assert learned(folder) == learned(undisturbed)
+    assert read_run(folder)["steps"] == 14
+
+
+def test_a_run_killed_after_it_stopped_early_stays_stopped(tiny_model, tmp_path):
+    folder = tmp_path / "run"
+    more = ["early_stopping=auto", "early_stopping_patience=1", "early_stopping_threshold=10"]
+    process = start(tiny_model, folder, *more, patch=KILL_BEFORE_THE_LAST_SAVE)
+    process.communicate(timeout=300)
+    assert process.returncode == 9 and max(steps_saved(folder)) == 12
+    result = train(tiny_model, folder, *more)
+    assert result.returncode == 0, result.stderr
+    assert (read_run(folder)["steps"], read_run(folder)["stopped_early"]["code"]) == (12, "stopped_eval_loss")
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, tiny_model, tmp_path):
     folder = tmp_path / "run"
     process = start(tiny_model, folder, "save_total_limit=5")

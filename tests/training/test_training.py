@@ -26,8 +26,8 @@ from runs.configuration import load_config
 from runs.files import write_json, write_text
 from runs.folder import run_config
 from training import record, resume
+from training.lora_plus import split_learning_rates
 from training.preflight import Run, check_adapter, check_model
-from training.trainer import split_learning_rates
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

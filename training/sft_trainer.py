@@ -1,0 +1,145 @@
+"""TRL's trainer, as this kit uses it. To be imported after Unsloth, which replaces trl's class by a faster one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from runs.disk import check_free_space
+from runs.files import read_json
+from training import checkpoints, packing
+from training.callbacks import EvaluationInterrupted, check_finite_weights
+from training.lora_plus import split_learning_rates
+from training.plan import TrainingPlan
+
+LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer with checkpoints that appear whole, an exact mean of the evaluation loss, and exact resuming."""
+
+    plan: TrainingPlan
+    save_limit: int | None  # checkpoints that are kept
+    learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
+    lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
+    last_grad_norm: float = 0.0
+    writing_to: Path | None = None  # where a checkpoint is being written
+    resumed_from: Path | None = None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL would write one into every checkpoint."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.lr_ratio_of_b != 1:
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            split_learning_rates(optimizer.param_groups, names, self.lr_ratio_of_b)
+        return optimizer
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Trains from the beginning or from a checkpoint to the end."""
+        self.resumed_from, self.saved = checkpoint, []
+        if checkpoint:
+            state = read_json(checkpoint / "trainer_state.json")
+            self.args.eval_on_start = self._misses_evaluation(state["global_step"], state["log_history"])
+        # an EvaluationInterrupted is of the evaluation that the earlier part of the run left out
+        with contextlib.suppress(EvaluationInterrupted):
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    @property
+    def misses_evaluation(self) -> bool:
+        """Whether the training was interrupted before or in the evaluation that is due after its last step."""
+        return self._misses_evaluation(self.state.global_step, self.state.log_history)
+
+    def _misses_evaluation(self, step: int, log: list[dict[str, Any]]) -> bool:
+        return self.plan.evaluates_at(step) and step not in {line["step"] for line in log if "eval_loss" in line}
+
+    def restore(self) -> None:
+        """What a resumed run needs besides what transformers restores: the losses since the last logged step, which
+        the next logged one is a mean of, and where the best checkpoint is now (in another run's folder, perhaps)."""
+        if self.resumed_from is None:
+            return
+        saved = read_json(self.resumed_from / LOSS_STATE, default=None)
+        if saved:
+            self._tr_loss.fill_(saved["loss"])
+            self._globalstep_last_logged = saved["last_logged_step"]
+        self._name_best_checkpoint()
+        if self.state.best_model_checkpoint is None:
+            self.state.best_metric = self.state.best_global_step = None
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """transformers would train one more step of a run that was killed after its last checkpoint."""
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Evaluates without using up random numbers: a run that repeats an evaluation goes on like any other."""
+        cuda = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=cuda):
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if skip_scheduler:  # at the start, where transformers does not look for the best step
+            self._determine_best_metric(metrics, trial)
+            self._name_best_checkpoint()
+        return metrics
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationInterrupted:
+            self._save_checkpoint(self.model, None)
+            self.control.should_training_stop, self.control.should_save = True, False
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.last_grad_norm = float(norm)
+        return norm
+
+    def _name_best_checkpoint(self) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def checkpoint_bytes(self) -> int:
+        """About the size of a checkpoint: trained weights, the optimizer's moments, tokenizer and random states."""
+        return 12 * count_trainable(self.model) + 10_000_000
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        check_finite_weights(self.model, step)
+        check_free_space(folder, self.checkpoint_bytes())  # torch's own error does not say that the disk is full
+
+        def write(beside: Path) -> None:
+            self.writing_to = beside
+            try:
+                super(Trainer, self)._save_checkpoint(model, trial)
+            finally:
+                self.writing_to = None
+            if self.state.best_global_step:  # it has looked for the best one in `beside`
+                best = folder / f"checkpoint-{self.state.best_global_step}"
+                self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(beside / f"checkpoint-{step}" / "trainer_state.json"))
+            since_log = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+            (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(since_log), encoding="utf-8")
+
+        checkpoints.save_whole(folder, step, write)
+        self.saved.append(step)
+        checkpoints.delete_old(folder, self.save_limit, self.saved, self.state.best_global_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
+        weight = int((inputs["labels"] != packing.IGNORED).sum()) / self.learned_a_batch
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        return (loss * weight, *rest)
+
+
+def count_trainable(model: Any) -> int:
+    """Trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
