@@ -13,7 +13,8 @@ from common import Config, Gpu
 from runs.weights import read_header
 
 GB = 1e9
-NOT_ADAPTED = r"embed|lm_head|norm"  # the matrices that `lora_target: all` leaves out
+# The matrices that `lora_target: all` leaves out: embeddings, the output layer, the routers of experts.
+NOT_ADAPTED = r"embed|lm_head|norm|\bw[tp]e\b|\bgate\.weight"
 # config.json of the embedded model, so far as its size depends on it
 EMBEDDED_SHAPE = {
     "hidden_size": 576,

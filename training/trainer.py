@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from preprocessing.dataset import Prepared
     from training.callbacks import EarlyStopping
 
-# The projections of the Llama family under the names that Unsloth's kernels know.
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# What Unsloth calls the matrices of fused experts, which are no linear layers.
+EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,18 +93,43 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
             lora_alpha=config.alpha,
             lora_dropout=config.lora_dropout,
             bias="none",
-            target_modules=PROJECTIONS if config.lora_target == ("all",) else list(config.lora_target),
+            target_modules=find_linear(model) if config.lora_target == ("all",) else list(config.lora_target),
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             use_gradient_checkpointing=checkpointing,
             random_state=config.seed,
             max_seq_length=config.cutoff_len,
+            **_families(model),
         )
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError("unknown_lora_target", targets=config.lora_target, modules=leaves) from None
+        raise UserError("unknown_lora_target", targets=config.lora_target, modules=find_linear(model)) from None
+
+
+def find_linear(model: Any) -> list[str]:
+    """Last names of what `lora_target: all` means: all linear layers but the output layer, as PEFT's "all-linear".
+
+    Of a mixture of experts also the experts, whose matrices are one parameter for each projection.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output]
+    has_experts = any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
+    return sorted({name.rpartition(".")[2] for name in linear} | (EXPERTS if has_experts else set()))
+
+
+def _families(model: Any) -> dict[str, bool]:
+    """Keeps Unsloth from dropping targets of a text model whose modules are not named as Llama's.
+
+    For models that it has no code of its own for, FastLanguageModel asks for adapters outside of vision layers only,
+    and finds them by the names around them ("model.layers.N.mlp."): of a GPT-NeoX it would find none.
+    """
+    generic = os.environ.get("UNSLOTH_USE_NEW_MODEL", "0") == "1"  # how Unsloth's loader tells get_peft_model
+    sees = getattr(model.config, "vision_config", None) or getattr(model.config, "audio_config", None)
+    return {"finetune_vision_layers": True} if generic and not sees else {}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""`lora_target: all` is every linear layer of the model but the output layer, whatever they are called."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common import load_config
+from training import memory, trainer
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ARCHITECTURES = (
+    "Llama", "Mistral", "Qwen3", "Phi3", "Phi", "Gemma2", "GPT2", "GPTNeoX", "Glm4", "Starcoder2", "Falcon", "Bloom",
+)  # fmt: skip
+
+
+def make(name: str):
+    import transformers
+
+    more = {"head_dim": 8} if name in ("Qwen3", "Gemma2", "Glm4") else {}
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**SHAPE, **more))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_is_what_peft_takes_for_all_linear(name: str, tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+
+    make(name).save_pretrained(tmp_path)
+    found = {}
+    for targets in ("all-linear", trainer.find_linear(make(name))):
+        model = get_peft_model(make(name), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+        found[str(targets)] = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    theirs, ours = found.values()
+    assert ours == theirs and ours
+    config = load_config(["lora_rank=4"]).config
+    assert memory.adapter_parameters(config, memory.tensor_shapes(tmp_path)) == sum(ours.values())
+
+
+WITH_UNSLOTH = """
+import json, sys
+from training import trainer
+from common import load_config
+trainer.import_unsloth()
+found = {}
+for folder in sys.argv[1:]:
+    config = load_config([f"model_name_or_path={folder}", "cutoff_len=64", "lora_rank=4"]).config
+    model = trainer.load_model(config, trainer.choose_precision(config))
+    found[folder] = trainer.count_trainable(model)
+print(json.dumps(found))
+"""
+
+
+def test_unsloth_adapts_them_all(tmp_path: Path):
+    """Of Llama, which it has code of its own for, of Phi-3 with fused projections, and of a model it does not know."""
+    from conftest import make_tiny_model
+
+    folders = []
+    for name in ("Llama", "Phi3", "GPTNeoX"):
+        folders.append(make_tiny_model(tmp_path / name))
+        model = make(name)
+        (tmp_path / name / "config.json").unlink()
+        model.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", WITH_UNSLOTH, *map(str, folders)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    config = load_config(["lora_rank=4"]).config
+    for folder, trained in json.loads(result.stdout.splitlines()[-1]).items():
+        assert trained == memory.adapter_parameters(config, memory.tensor_shapes(Path(folder))), folder
