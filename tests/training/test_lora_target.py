@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from settings.load import load_config
 
+from runs.configuration import load_config
 from training import memory, trainer
 
 SHAPE = {
@@ -47,7 +47,7 @@ def test_all_is_what_peft_takes_for_all_linear(name: str, tmp_path: Path):
 WITH_UNSLOTH = """
 import json, sys
 from training import trainer
-from settings.load import load_config
+from runs.configuration import load_config
 trainer.import_unsloth()
 found = {}
 for folder in sys.argv[1:]:
