@@ -261,7 +261,9 @@ class Config:
     interleave_probs: tuple[float, ...] = option((), "a probability for each dataset; unset: in turn")
     train_on_prompt: bool = option(False, "learn the prompts too")
     mask_history: bool = option(False, "learn only the last answer of each conversation")
-    packing: bool = option(False, "fill rows up to cutoff_len with whole samples that never see each other")
+    packing: bool | None = option(
+        None, "fill rows up to cutoff_len with whole samples that never see each other; unset: with stage pt"
+    )
     default_system: str | None = option(None, "system message of conversations that have none")
     enable_thinking: bool = option(True, "qwen3: think before answering")
     name: str = option("onecard", "what {{name}} in the data becomes: the model's name")
@@ -270,7 +272,7 @@ class Config:
     preprocessing_num_workers: int | None = option(None, "threads that tokenize; unset: one a core", minimum=1)
 
     _training: str = group("training")
-    stage: str = option("sft", "kind of training", choices=("sft",))
+    stage: str = option("sft", "what is learned: answers (sft), or raw text (pt)", choices=("sft", "pt"))
     num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
     max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
     per_device_train_batch_size: int = option(2, "samples (or packed rows) a forward pass", minimum=1)

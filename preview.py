@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     from preprocessing.tokenizer import load_base_tokenizer
 
     tokenizer = load_base_tokenizer(config)
-    prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
+    prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer, config.stage))
     print(format_report(prepared.report))
     count = len(prepared.train)
     for index in sorted({0, count // 2, count - 1}):

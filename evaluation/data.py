@@ -21,6 +21,7 @@ from runs.folder import TRAINED, is_run, read_run, run_config
 
 Conversation = dict[str, Any]
 
+STAGES = ("sft", "dpo", "kto")
 GENERAL = "general_test"  # of data/: shows whether the model has forgotten general knowledge
 
 
@@ -28,8 +29,8 @@ GENERAL = "general_test"  # of data/: shows whether the model has forgotten gene
 class EvalDataset:
     """The rows of one dataset.
 
-    `task`: "classification" where the answers come from a closed set, `labels`; "text"; or "loss", which asks only how
-    likely the answers are.
+    `task`: "classification" where the answers come from a closed set, `labels`; "text"; "loss", which asks only how
+    likely the answers are; of other stages "documents", "pairs" or "judged".
     """
 
     name: str
@@ -114,6 +115,8 @@ def make_dataset(
         return None
     if not kept:
         raise UserError("eval_all_rows_trained", dataset=name)
+    if task := task_of(kept[0]):
+        return EvalDataset(name, kept, folder, task, left_out=sum(wanted) - len(kept))
     if wants_only_losses(config):
         return EvalDataset(name, kept, folder, "loss", left_out=sum(wanted) - len(kept))
     answers, trained = [answer_of(row) for row in kept], trained_answers(name, trainings)
@@ -127,6 +130,11 @@ def make_dataset(
     return EvalDataset(name, kept, folder, task, chosen, trained, sum(wanted) - len(kept))
 
 
+def task_of(row: Conversation) -> str | None:
+    """The task of a row that is no conversation to answer."""
+    return "documents" if "text" in row else "pairs" if "chosen" in row else "judged" if "good" in row else None
+
+
 def wants_only_losses(config: Config) -> bool:
     """Whether only the loss is asked for: do_eval as LLaMA-Factory means it, without do_predict or a training."""
     predicts = config.do_predict or config.predict_with_generate
@@ -136,6 +144,7 @@ def wants_only_losses(config: Config) -> bool:
 def general_knowledge(config: Config, trainings: list[Training], home: Path) -> list[EvalDataset]:
     """The kit's small general-knowledge set: what becomes less likely there was forgotten. None if all was trained."""
     kit = dataclasses.replace(config, dataset_dir=str(common.ROOT / "data"), default_system=None, max_samples=None)
+    kit = dataclasses.replace(kit, stage="sft")
     rows = read_rows(kit, GENERAL)
     kept = [row for row, new in zip(rows, unseen(kit, GENERAL, rows, trainings), strict=True) if new]
     return [EvalDataset(GENERAL, kept, home / GENERAL, "loss")] if kept else []
@@ -143,17 +152,34 @@ def general_knowledge(config: Config, trainings: list[Training], home: Path) -> 
 
 def read_rows(config: Config, name: str) -> list[Conversation]:
     """All conversations of one dataset."""
+    stages = dict.fromkeys((config.stage, *STAGES))  # pairs may be evaluated with a run of another stage
+    first: UserError | None = None
+    for stage in stages:
+        try:
+            return _read_rows(dataclasses.replace(config, stage=stage), name)
+        except UserError as error:
+            first = first or error
+    raise first
+
+
+def _read_rows(config: Config, name: str) -> list[Conversation]:
     alone = {"dataset": (name,), "eval_dataset": (), "val_size": 0.0, "interleave_probs": (), "mix_strategy": "concat"}
     return dataset.read_conversations(dataclasses.replace(config, **alone))[0]
 
 
 def answer_of(row: Conversation) -> str:
-    """The text of the last answer of a conversation; a tool call has none."""
+    """The text of the last answer of a conversation, or the chosen one; a tool call and a document have none."""
+    if "text" in row or "chosen" in row:
+        return row.get("chosen", {}).get("content", "").strip()
     return row["messages"][-1]["content"].strip()
 
 
 def question_of(row: Conversation) -> str:
-    """The message that is answered last, for people."""
+    """The message that is answered last, or a document, for people."""
+    if "text" in row:
+        return row["text"]
+    if "chosen" in row:
+        return row["messages"][-1]["content"]
     return next(m["content"] for m in reversed(row["messages"][:-1]) if m["role"] != "assistant")
 
 

@@ -42,7 +42,9 @@ def encode_choices(data: EvalDataset, config: Config, tokenizer: Any, template: 
             {**row, "messages": [*row["messages"][:-1], {**row["messages"][-1], "content": label}]} for row in data.rows
         ]
         by_label.append(_as_trained(rows, config, tokenizer, template, mask_history=True, train_on_prompt=False))
-    kept = [i for i in _usable(data, by_label[0]) if not any(isinstance(samples[i], Message) for samples in by_label)]
+    kept = [
+        i for i in usable_rows(data, by_label[0]) if not any(isinstance(samples[i], Message) for samples in by_label)
+    ]
     prompts, choices = [], []
     for i in kept:
         split = [_split(samples[i]) for samples in by_label]
@@ -61,7 +63,7 @@ def without_end(choices: list[list[int]]) -> list[list[int]]:
 def encode_texts(data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> Encoded:
     """Each row's prompt, and the whole row as it would be learned."""
     last = _as_trained(data.rows, config, tokenizer, template, mask_history=True, train_on_prompt=False)
-    kept = _usable(data, last)
+    kept = usable_rows(data, last)
     samples = _as_trained([data.rows[i] for i in kept], config, tokenizer, template, train_on_prompt=False)
     plain = [{key: sample[key] for key in ("input_ids", "labels")} for sample in samples]
     split = [_split(last[i]) for i in kept]
@@ -89,7 +91,7 @@ def _split(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     return sample["input_ids"][:first], [label for label in labels[first:] if label != -100]
 
 
-def _usable(data: EvalDataset, samples: list[Any]) -> list[int]:
+def usable_rows(data: EvalDataset, samples: list[Any]) -> list[int]:
     """The numbers of the rows that are samples; raises UserError where a row cannot be one."""
     for number, sample in enumerate(samples, 1):
         if isinstance(sample, Message) and sample.code != "longer_than_cutoff_len":

@@ -13,6 +13,7 @@ from common import Config, Message, UserError
 from evaluation.data import EvalDataset, find_datasets, run_of
 from evaluation.encode import Encoded, encode_choices, encode_texts
 from evaluation.labels import swapped_labels
+from evaluation.stages import STAGES, encode_rows
 from runs.configuration import load_config
 from runs.folder import is_run, run_config
 from runs.target import Source, find
@@ -118,6 +119,8 @@ def encoded(job: Job, data: EvalDataset) -> Encoded:
         tokenizer, template = tokenizer_of(job)
         if data.task == "classification":
             found = encode_choices(data, job.config, tokenizer, template)
+        elif data.task in STAGES:
+            found = encode_rows(data, job.config, tokenizer, template)
         else:
             found = encode_texts(data, job.config, tokenizer, template)
         if data.task == "text":
@@ -144,7 +147,7 @@ def tokenizer_of(job: Job) -> tuple[Any, Any]:
     if not folder:
         raise UserError("eval_tokenizer_unknown", model=source.name)
     tokenizer = load_tokenizer(folder, trust_remote_code=job.config.trust_remote_code)
-    return tokenizer, load_template(job.config.template, tokenizer)
+    return tokenizer, load_template(job.config.template, tokenizer, job.config.stage)
 
 
 def describe(job: Job) -> str:
@@ -152,6 +155,11 @@ def describe(job: Job) -> str:
     lines = [f"models     {', '.join(f'{model.label} ({model.source.name})' for model in job.models)}"]
     for data in job.datasets:
         tasks = {"classification": f"choose among {', '.join(data.labels)}", "text": "texts", "loss": "perplexity"}
+        tasks |= {
+            "documents": "perplexity",
+            "pairs": "preference accuracy",
+            "judged": "likelihood of good and bad answers",
+        }
         if len(data.labels) == 2:
             tasks["classification"] += f"; positive is {data.labels[1]} (to swap: {swapped_labels(data.labels)})"
         left_out = f"; {data.left_out:,} that were trained on are left out" if data.left_out else ""

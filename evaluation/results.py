@@ -12,6 +12,7 @@ from evaluation import metrics
 from evaluation.data import GENERAL, EvalDataset
 from evaluation.job import Job, encoded
 from evaluation.predict import predictions_file, read_predictions, read_state
+from evaluation.stages import measure_documents, measure_judged, measure_pairs
 from preprocessing.data_report import format_table
 from runs import charts
 from runs.files import write_json
@@ -28,6 +29,9 @@ COLUMNS = {
     ),
     "text": (("exact_match",), ("bleu", "chrf", "rouge1", "rouge2", "rougeL"), ("loss", "perplexity")),
     "loss": ((), ("loss", "perplexity"), ()),
+    "documents": (("perplexity",), ("loss",), ()),
+    "pairs": (("preference_accuracy",), ("preference_accuracy_per_token",), ("margin",)),
+    "judged": ((), ("roc_auc",), ()),
 }
 
 
@@ -40,8 +44,7 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
         if state[label]["rows"] == rows.fingerprint
         and len(lines := read_predictions(predictions_file(data, label))) == len(rows.rows)
     }
-    measure = {"classification": measure_choices, "text": measure_texts, "loss": measure_losses}[data.task]
-    measured = measure(data, predictions)
+    measured = MEASURES[data.task](data, predictions)
     for label in predictions:
         measured["models"][label] |= {key: state[label][key] for key in ("model", "seconds", "dtype")}
     found = {
@@ -134,12 +137,6 @@ def measure_texts(_: EvalDataset, predictions: Predictions) -> dict[str, Any]:
     return {"models": models, "samples": side_by_side(predictions)}
 
 
-def measure_losses(_: EvalDataset, predictions: Predictions) -> dict[str, Any]:
-    """How likely the reference texts are to every model."""
-    pairs = {label: [(line["nats"], line["tokens"]) for line in lines] for label, lines in predictions.items()}
-    return {"models": {label: {"rows": len(pairs[label])} | metrics.perplexity(pairs[label]) for label in pairs}}
-
-
 def side_by_side(predictions: Predictions, count: int = 10) -> list[dict[str, Any]]:
     """Rows spread evenly over the data, with what every model predicts."""
     first = next(iter(predictions.values()))
@@ -149,3 +146,7 @@ def side_by_side(predictions: Predictions, count: int = 10) -> list[dict[str, An
         | {"predictions": {label: lines[i]["prediction"] for label, lines in predictions.items()}}
         for i in positions
     ]
+
+
+MEASURES = {"classification": measure_choices, "text": measure_texts, "loss": measure_documents}  # by task
+MEASURES |= {"documents": measure_documents, "pairs": measure_pairs, "judged": measure_judged}

@@ -146,7 +146,9 @@ class GgufJob:
         from preprocessing import dataset
         from preprocessing.chat_template import load_template
 
-        prepared = dataset.prepare(self.config, self.tokenizer, load_template(self.config.template, self.tokenizer))
+        prepared = dataset.prepare(
+            self.config, self.tokenizer, load_template(self.config.template, self.tokenizer, self.config.stage)
+        )
         return prepared.train if prepared.eval is None else prepared.eval, prepared.train
 
     def proof(self, work: Path) -> GgufProof:

@@ -197,7 +197,7 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     else:
         from preprocessing.chat_template import load_template
 
-        template = load_template(job.config.template, tokenizer)
+        template = load_template(job.config.template, tokenizer, job.config.stage)
         name, text, stop = template.name, template.saved, template.stop
     return TrainedTemplate(name, text, list(stop), [tokenizer.backend.token_to_id(token) for token in stop])
 

@@ -53,12 +53,14 @@ def template_names() -> list[str]:
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
-def load_template(name: str | None, tokenizer: Any) -> ChatTemplate:
-    """The template `name` of templates/, or the tokenizer's own for None.
+def load_template(name: str | None, tokenizer: Any, stage: str = "sft") -> ChatTemplate:
+    """The template `name` of templates/, or the tokenizer's own for None; stage pt needs none: an empty one then.
 
     Raises UserError for an unknown name, for control tokens that the tokenizer lacks, for a tokenizer without a
     template, and for an own template whose answers cannot be found in what it renders.
     """
+    if name is None and stage == "pt" and not tokenizer.chat_template:
+        return ChatTemplate(OWN, "", (), False)
     if name is None:
         return _checked(OWN, own_template_text(tokenizer), tokenizer)
     check_name(name)

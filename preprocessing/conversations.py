@@ -20,12 +20,15 @@ from preprocessing.formats import (
     check_columns,
     find_layout,
     fingerprint,
+    preference_shape,
     shape_of,
     to_conversation,
 )
+from preprocessing.preferences import to_document, to_judged, to_pair
 from preprocessing.registry import Entry
 from preprocessing.sources import Row, Source, chosen_rows, parse_line
 
+READERS = {"sft": to_conversation, "pt": to_document, "dpo": to_pair, "kto": to_judged}  # by stage
 SMALL = 16 << 20  # bytes of data that are checked before anything heavy is imported, and kept
 
 
@@ -64,7 +67,7 @@ def layout_of(source: Source) -> Layout:
             continue
         if isinstance(row, dict):
             first = first or row
-            if shape_of(row):
+            if shape_of(row) or (source.entry.stage == "dpo" and preference_shape(row)):
                 return find_layout(source.entry, row)
     if first is None:
         return find_layout(dataclasses.replace(source.entry, registered=True), {})  # its faults will be reported
@@ -80,7 +83,7 @@ def convert_rows(rows: Iterable[tuple[str, int, Any]], layout: Layout, config: C
             if isinstance(row, Fault):
                 raise row
             row = parse_line(row, number) if isinstance(row, bytes) else row
-            conversation = to_conversation(row, layout, config)
+            conversation = READERS[layout.stage](row, layout, config)
             content = fingerprint(conversation)
         except Fault as fault:
             batch.faults.append(RowFault(file, number, fault.message, fault.final))

@@ -34,7 +34,7 @@ def check(config: Config) -> None:
     Only rows of small local datasets are looked at; `prepare` looks at the others as it tokenizes them.
     """
     faults = FaultReport()
-    for entry in find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir):
+    for entry in find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir, config.stage):
         if is_kept(entry):
             faults.add(kept_batch(open_source(entry, hashed=False), config).faults)
     faults.raise_if_any(config.on_bad_rows)
@@ -49,7 +49,7 @@ def read_conversations(config: Config) -> tuple[list[Conversation], list[Convers
     parts: list[tuple[list[Conversation], list[int]]] = []
     for names in (config.dataset, config.eval_dataset):
         parts.append(([], []))
-        for entry in find_entries(names, config.dataset_dir):
+        for entry in find_entries(names, config.dataset_dir, config.stage):
             batch = kept_batch(open_source(entry, hashed=False), config)
             parts[-1][0].extend(batch.conversations)
             parts[-1][1].extend(batch.contents)
@@ -67,7 +67,7 @@ def read_conversations(config: Config) -> tuple[list[Conversation], list[Convers
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run: int32 columns input_ids and labels, mapped from the cache; lengths in the rows' order."""
+    """The data of a run: the columns of its stage (encode_stages.py), mapped from the cache; lengths in rows' order."""
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
@@ -89,17 +89,18 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     faults = FaultReport()
     folders: dict[str, list[Path]] = {"train": [], "eval": []}
     for part, names in (("train", config.dataset), ("eval", config.eval_dataset)):
-        for entry in find_entries(names, config.dataset_dir):
+        for entry in find_entries(names, config.dataset_dir, config.stage):
             folders[part].append(cached(open_source(entry), config, tokenizer, template, faults))
     faults.raise_if_any(config.on_bad_rows)
     reports = {part: [read_json(folder / "report.json") for folder in folders[part]] for part in folders}
     for report in itertools.chain(*reports.values()):
         if not report["samples"]:
             raise UserError("dataset_without_samples", name=report["name"])
-    sizes, lengths, contents = _stacked(folders["train"])
+    sizes, lengths, contents, first = _stacked(folders["train"])
     train, held_out = np.arange(len(lengths)), None
-    if val_size := held_out_size(config, len(contents)):
-        mask = held_out_mask(contents, val_size, config.seed)
+    if val_size := held_out_size(config, int(first.sum())):
+        out = held_out_mask(contents[first], val_size, config.seed)
+        mask = np.isin(contents, contents[first][out])  # a document's samples stay together
         train, held_out = train[~mask], train[mask]
     train = _mixed(train[lengths[train] > 0], sizes, config)
     table = _table(folders["train"])
@@ -109,7 +110,7 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
         held_out = shuffled(held_out[lengths[held_out] > 0])
         made["eval"] = (table.select(held_out), lengths[held_out])
     elif folders["eval"]:
-        _, eval_lengths, eval_contents = _stacked(folders["eval"])
+        _, eval_lengths, eval_contents, _ = _stacked(folders["eval"])
         kept = shuffled(np.flatnonzero(eval_lengths))
         made["eval"] = (_table(folders["eval"]).select(kept), eval_lengths[kept])
         if shared := int(np.isin(eval_contents[kept], contents[train]).sum()):
@@ -124,13 +125,15 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     )
 
 
-def _stacked(folders: list[Path]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The conversations of each cache folder, and lengths and contents of all."""
+def _stacked(folders: list[Path]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """The samples of each cache folder; of all of them lengths, contents, and which is its conversation's first."""
     import numpy as np
 
     lengths = [np.load(folder / "lengths.npy") for folder in folders]
     contents = [np.load(folder / "contents.npy") for folder in folders]
-    return [len(part) for part in lengths], np.concatenate(lengths), np.concatenate(contents)
+    first = [np.load(folder / "first.npy") for folder in folders]
+    sizes = [len(part) for part in lengths]
+    return sizes, np.concatenate(lengths), np.concatenate(contents), np.concatenate(first)
 
 
 def _table(folders: list[Path]) -> datasets.Dataset:

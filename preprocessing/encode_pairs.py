@@ -12,7 +12,8 @@ from preprocessing.encode import Messages, end_of_turn, token_span
 from preprocessing.faults import Fault
 from preprocessing.truncation import shorten
 
-# {"prompt_ids", "chosen_ids", "rejected_ids": list[int], "truncated": bool}
+# {"prompt_ids", "chosen_ids", "rejected_ids": list[int], "truncated": bool, "whole_length": int}; the length is that of
+# prompt and longer answer before they were cut
 Pair = dict[str, Any]
 
 
@@ -43,11 +44,12 @@ def encode_pair(
         length = len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
         if pair["chosen_ids"] == pair["rejected_ids"]:
             raise Fault("pair_answers_are_equal")
+        pair["whole_length"] = length
         if length <= cutoff_len:
             return pair
         if overlong != "truncate":
             raise Fault("longer_than_cutoff_len", tokens=length, cutoff_len=cutoff_len)
-        return _shortened_pair(prompt, answers, writer, cutoff_len)
+        return {**_shortened_pair(prompt, answers, writer, cutoff_len), "whole_length": length}
     except Fault as fault:
         return fault.message
 

@@ -44,6 +44,7 @@ FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", "to
 WEIGHTS = ("weight", "loss", "loss_weight")  # of a message: OpenAI's, ms-swift's, LLaMA-Factory v1's
 MESSAGE_KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
 MESSAGE_KEYS |= {"reasoning_content", *WEIGHTS}
+TEXTS = ("text", "prompt", "instruction", "content")  # the columns in which documents may stand
 TEMPLATE_MARKS = ("name", "author")  # {{name}} and {{author}} in the text become these settings
 
 
@@ -57,6 +58,7 @@ class Layout:
     tags: dict[str, str]
     roles: dict[str, str]
     registered: bool
+    stage: str = "sft"
     notes: set[Message] = field(default_factory=set)
     filled: Counter[str] = field(default_factory=Counter)  # TEMPLATE_MARKS → rows in which they were filled in
     masked: int = 0  # answers of weight 0
@@ -78,7 +80,7 @@ class Layout:
 
     def blank(self) -> Layout:
         """The same layout, with nothing noticed yet."""
-        return Layout(self.formatting, self.columns, self.named, self.tags, self.roles, self.registered)
+        return Layout(self.formatting, self.columns, self.named, self.tags, self.roles, self.registered, self.stage)
 
     def add(self, other: Layout) -> None:
         """Adds what `other` noticed in some of the rows."""
@@ -114,25 +116,57 @@ def find_layout(entry: Entry, first: Row) -> Layout:
     """
     formatting, columns = entry.formatting, dict(entry.columns)
     notes = set(entry.notes)
+    if entry.stage == "pt":
+        return _text_layout(entry, first)
     if formatting is None and "messages" in columns:
         formatting = "sharegpt"
     if formatting is None and not columns:
-        shape = shape_of(first)
+        shape = (preference_shape(first) if entry.stage == "dpo" else None) or shape_of(first)
         if shape is None and not entry.registered:
-            _refuse_unknown_shape(entry.name, first)
+            _refuse_unknown_shape(entry.name, first, entry.stage)
         if shape:
             formatting, columns = shape[0], dict(shape[1])
             if entry.registered and shape != ("alpaca", {}):
                 notes.add(Message("formatting_from_rows", formatting=formatting))
     formatting = formatting or "alpaca"
-    if first and formatting == "alpaca" and set(columns) == {"prompt"} and TEXT_COLUMNS["response"] not in first:
+    alone = entry.stage == "sft" and formatting == "alpaca" and set(columns) == {"prompt"}
+    if first and alone and TEXT_COLUMNS["response"] not in first:
         raise UserError("dataset_without_answers", name=entry.name)
     if formatting == "openai" and entry.formatting:
         notes.add(Message("no_detailed_thinking"))
     named = frozenset(entry.columns) if entry.registered else frozenset()
     roles = ROLES | {entry.tags[tag]: role for tag, role in TAGGED.items() if entry.tags.get(tag)}
     full = _all_columns(formatting, columns, first)
-    return Layout(formatting, full, named, entry.tags, roles, entry.registered, notes=notes)
+    if entry.stage in ("dpo", "kto"):
+        full = (
+            {kind: kind for kind in (*PAIRS, "kto_tag")}
+            | {"kto_tag": "label" if "label" in first else "kto_tag"}
+            | full
+        )
+        full |= {kind: columns[kind] for kind in (*PAIRS, "kto_tag") if columns.get(kind)}
+    return Layout(formatting, full, named, entry.tags, roles, entry.registered, entry.stage, notes=notes)
+
+
+def _text_layout(entry: Entry, first: Row) -> Layout:
+    """The layout of documents: the column that the registry calls prompt, else the first of TEXTS that a row has.
+
+    Raises UserError where a file has none of them.
+    """
+    column = entry.columns.get("prompt") or next((name for name in TEXTS if name in first), None)
+    if first and column is None:
+        raise UserError("columns_without_text", name=entry.name, columns=list(map(str, first)), wanted=list(TEXTS))
+    named = frozenset({"prompt"}) if entry.columns.get("prompt") else frozenset()
+    columns = {"prompt": column or TEXTS[0]}
+    return Layout("text", columns, named, {}, ROLES, entry.registered, "pt", notes=set(entry.notes))
+
+
+def preference_shape(row: Row) -> tuple[str, dict[str, str]] | None:
+    """The formatting and columns of preference data that needs no registry (TRL's, UltraFeedback's, HH's), or None."""
+    column = "prompt" if "prompt" in row else "instruction" if "instruction" in row else None
+    if "conversations" in row or ("messages" in row and isinstance(row.get("chosen"), dict)):  # the prompt
+        return None
+    is_pair = all(name in row for name in PAIRS)
+    return ("alpaca", {"prompt": column} if column else {}) if is_pair else None
 
 
 def _all_columns(formatting: str, columns: dict[str, str | None], first: Row) -> dict[str, str | None]:
@@ -148,10 +182,10 @@ def _all_columns(formatting: str, columns: dict[str, str | None], first: Row) ->
     return full | {kind: None for kind in columns if columns[kind] is None}
 
 
-def _refuse_unknown_shape(name: str, row: Row) -> None:
+def _refuse_unknown_shape(name: str, row: Row, stage: str) -> None:
     """Raises UserError with what the rows of a file are, if that can be told, else with their columns."""
     try:
-        refuse_other_data(_kinds_of(row))
+        refuse_other_data(kinds_of(row), stage)
     except Fault as fault:
         raise UserError("dataset_refused", name=name, reason=fault.message) from None
     have = [str(column) for column in row]
@@ -162,7 +196,7 @@ def _refuse_unknown_shape(name: str, row: Row) -> None:
     raise UserError("columns_unknown", name=name, columns=have or ["-"], shapes=list(SHAPES_SHOWN))
 
 
-def _kinds_of(row: Row) -> Iterable[str]:
+def kinds_of(row: Row) -> Iterable[str]:
     """What of other kinds of data than questions and answers a row holds, as refuse_other_data takes it."""
     yield from (kind for kind in MEDIA if row.get(kind))
     if all(name in row for name in PAIRS) or all(f"{name}_messages" in row for name in PAIRS):
@@ -191,7 +225,7 @@ def check_columns(layout: Layout, name: str, rows: int) -> None:
 # Values
 
 
-def _text(value: Any, where: Message | str) -> str:
+def text_value(value: Any, where: Message | str) -> str:
     """`value` if it is text; raises Fault that says what it is instead. `where` names it."""
     if isinstance(value, str):
         return value
@@ -204,14 +238,14 @@ def _text(value: Any, where: Message | str) -> str:
     raise Fault("value_object", where=where)
 
 
-def _filled(value: Any, where: Message | str) -> str:
+def filled_text(value: Any, where: Message | str) -> str:
     """`value` if it is text with more than spaces; else raises Fault."""
-    if not _text(value, where).strip():
+    if not text_value(value, where).strip():
         raise Fault("value_empty", where=where)
     return value
 
 
-def _column(row: Row, layout: Layout, kind: str) -> Any:
+def column_value(row: Row, layout: Layout, kind: str) -> Any:
     """The value of a column that must be there; raises Fault with the nearest one."""
     column = layout.columns.get(kind)
     if column is None:
@@ -223,7 +257,7 @@ def _column(row: Row, layout: Layout, kind: str) -> Any:
     return row[column]
 
 
-def _json(value: Any, where: Message | str) -> Any:
+def json_value(value: Any, where: Message | str) -> Any:
     """`value`, read as JSON where it is text; raises Fault where that is broken."""
     if not isinstance(value, str):
         return value
@@ -240,26 +274,32 @@ def _json(value: Any, where: Message | str) -> Any:
 
 
 def from_alpaca(row: Row, layout: Layout) -> list[Row]:
-    """instruction, input → the question; output → the answer; history: pairs of earlier questions and answers."""
+    """`alpaca_prompt`, and the response as the answer."""
+    response = column_value(row, layout, "response")
+    prompt = alpaca_prompt(row, layout)
+    return [*prompt, {"role": "assistant", "content": filled_text(response, layout.columns["response"])}]
+
+
+def alpaca_prompt(row: Row, layout: Layout) -> list[Row]:
+    """instruction and input as the question; history: pairs of earlier questions and answers."""
     messages = []
-    history = _json(layout.value(row, "history"), "history") or []
+    history = json_value(layout.value(row, "history"), "history") or []
     if not isinstance(history, list):
         raise Fault("history_no_list")
     for index, pair in enumerate(history, 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise Fault("history_no_pair", item=index)
         question, answer = Message("history_question", item=index), Message("history_answer", item=index)
-        messages.append({"role": "user", "content": _filled(pair[0], question)})
-        messages.append({"role": "assistant", "content": _filled(pair[1], answer)})
-    response = _column(row, layout, "response")
-    parts = [_column(row, layout, "prompt"), layout.value(row, "query")]
+        messages.append({"role": "user", "content": filled_text(pair[0], question)})
+        messages.append({"role": "assistant", "content": filled_text(pair[1], answer)})
+    parts = [column_value(row, layout, "prompt"), layout.value(row, "query")]
     prompts = [layout.columns["prompt"], layout.columns["query"]]
-    question = "\n".join(_text(part, name) for part, name in zip(parts, prompts, strict=True) if part not in (None, ""))
+    question = "\n".join(
+        text_value(part, name) for part, name in zip(parts, prompts, strict=True) if part not in (None, "")
+    )
     if not question.strip():
         raise Fault("question_empty", columns=list(filter(None, prompts)))
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": _filled(response, layout.columns["response"])})
-    return messages
+    return [*messages, {"role": "user", "content": question}]
 
 
 def from_messages(row: Row, layout: Layout) -> list[Row]:
@@ -268,17 +308,17 @@ def from_messages(row: Row, layout: Layout) -> list[Row]:
     Tool calls are JSON text, `tool_calls`, or parts of the content.
     """
     column = layout.columns["messages"]
-    given = _json(_column(row, layout, "messages"), column)
+    given = json_value(column_value(row, layout, "messages"), column)
     if given is None:
         raise Fault("value_null", where=column)
     if not isinstance(given, list):
         raise Fault("messages_no_list", column=column)
     if not given:
         raise Fault("conversation_empty")
-    return [_read_message(message, layout, number) for number, message in enumerate(given, 1)]
+    return [read_message(message, layout, number) for number, message in enumerate(given, 1)]
 
 
-def _read_message(message: Any, layout: Layout, number: int) -> Row:
+def read_message(message: Any, layout: Layout, number: int) -> Row:
     """One message in the kit's form; `number` counts from 1."""
     if not isinstance(message, dict):
         raise Fault("message_no_object", number=number)
@@ -322,11 +362,11 @@ def _without_parts(message: Row, content_key: str, number: int) -> Row:
         kind = part["type"]
         value = part.get("text", part.get("value")) if kind == "text" else part.get("value")
         if kind == "text":
-            texts.append(_text(value, Message("part_of_message", number=number)))
+            texts.append(text_value(value, Message("part_of_message", number=number)))
         elif kind in ("reasoning", "thinking"):
-            thoughts.append(_text(value, Message("part_of_message", number=number)))
+            thoughts.append(text_value(value, Message("part_of_message", number=number)))
         elif kind in ("tool_call", "tool_calls"):
-            found = _json(value, Message("tool_call_of_message", number=number))
+            found = json_value(value, Message("tool_call_of_message", number=number))
             calls += found if isinstance(found, list) else [found]
         else:
             raise Fault("part_unknown", number=number, type=str(kind)[:60])
@@ -345,19 +385,19 @@ def _make_message(role: str, message: Row, content_key: str, number: int) -> Row
     content = message.get(content_key)
     where = Message("message_number", number=number)
     if role == "assistant" and calls:
-        made = {"role": role, "content": _text(content or "", where), "tool_calls": _calls(calls, number)}
+        made = {"role": role, "content": text_value(content or "", where), "tool_calls": _calls(calls, number)}
     elif role == "call":
-        thought, _, calls = _text(content, where).rpartition("</think>")
+        thought, _, calls = text_value(content, where).rpartition("</think>")
         thought = thought + "</think>" if thought else ""
         made = {"role": "assistant", "content": thought, "tool_calls": _calls(calls, number)}
     elif role == "assistant":
-        made = {"role": role, "content": _filled(content, Message("answer_of_message", number=number))}
+        made = {"role": role, "content": filled_text(content, Message("answer_of_message", number=number))}
     elif role == "tool":
         shown = json.dumps(content, ensure_ascii=False) if isinstance(content, dict | list) else content
-        made = {"role": role, "content": _text(shown, Message("result_of_message", number=number))}
+        made = {"role": role, "content": text_value(shown, Message("result_of_message", number=number))}
         made |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
     else:
-        made = {"role": role, "content": (_text if role == "system" else _filled)(content, where)}
+        made = {"role": role, "content": (text_value if role == "system" else filled_text)(content, where)}
     if made["role"] == "assistant" and isinstance(message.get("reasoning_content"), str):
         made["reasoning_content"] = message["reasoning_content"]
     return made
@@ -365,13 +405,13 @@ def _make_message(role: str, message: Row, content_key: str, number: int) -> Row
 
 def _calls(given: Any, number: int) -> list[Row]:
     """Tool calls in OpenAI's form, arguments as an object."""
-    given = _json(given, Message("tool_call_of_message", number=number))
+    given = json_value(given, Message("tool_call_of_message", number=number))
     calls = []
     for call in given if isinstance(given, list) else [given]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Fault("tool_call_form", number=number)
-        arguments = _json(function.get("arguments") or {}, Message("arguments_of_message", number=number))
+        arguments = json_value(function.get("arguments") or {}, Message("arguments_of_message", number=number))
         if not isinstance(arguments, dict):
             raise Fault("tool_arguments_form", number=number)
         made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
@@ -379,9 +419,9 @@ def _calls(given: Any, number: int) -> list[Row]:
     return calls
 
 
-def _tools(row: Row, layout: Layout) -> list[Row]:
+def tools_of(row: Row, layout: Layout) -> list[Row]:
     """The tools of a row in OpenAI's form; LLaMA-Factory's bare functions are wrapped."""
-    given = _json(layout.value(row, "tools"), "tools") or []
+    given = json_value(layout.value(row, "tools"), "tools") or []
     given = [given] if isinstance(given, dict) else given
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
         raise Fault("tools_form")
@@ -393,7 +433,7 @@ def _tools(row: Row, layout: Layout) -> list[Row]:
     return tools
 
 
-def _check_order(messages: list[Row]) -> None:
+def check_order(messages: list[Row]) -> None:
     """A user's message, then an answer, and so on; tool results follow an answer; the last message is an answer."""
     before = "start"
     for index, message in enumerate(messages, 1):
@@ -418,7 +458,7 @@ FORMATS: dict[str, Callable[[Row, Layout], list[Row]]] = {
 }
 
 
-def _fill_in(messages: list[Row], layout: Layout, config: Config) -> None:
+def fill_in(messages: list[Row], layout: Layout, config: Config) -> None:
     """Puts name and author for {{name}} and {{author}}, unless they are empty: a row may be about such marks."""
     marked = [message for message in messages if "{{" in message["content"]]
     for setting in TEMPLATE_MARKS:
@@ -436,19 +476,25 @@ def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
         raise Fault("row_no_object", value=json.dumps(row, ensure_ascii=False)[:40])
     layout.seen.update(row)
     if not layout.named:  # else the registry says which columns are meant
-        refuse_other_data(_kinds_of(row))
+        refuse_other_data(kinds_of(row), layout.stage)
     messages = FORMATS[layout.formatting](row, layout)
-    if messages[0]["role"] != "system":
-        system = layout.value(row, "system")
-        system = config.default_system if system is None else _text(system, Message("system_message"))
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-    _check_order(messages)
+    add_system(messages, row, layout, config)
+    check_order(messages)
     if not config.train_on_prompt and not any(m.get("learned", m["role"] == "assistant") for m in messages):
         raise Fault("no_answer_is_learned")
-    _fill_in(messages, layout, config)
-    tools = _tools(row, layout)
+    fill_in(messages, layout, config)
+    tools = tools_of(row, layout)
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def add_system(messages: list[Row], row: Row, layout: Layout, config: Config) -> None:
+    """Puts the system message of the row, or the default one, in front where there is none."""
+    if messages[0]["role"] == "system":
+        return
+    system = layout.value(row, "system")
+    system = config.default_system if system is None else text_value(system, Message("system_message"))
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
 
 
 def fingerprint(conversation: Conversation) -> int:

@@ -55,6 +55,7 @@ class Entry:
     num_samples: int | None = None
     registered: bool = True
     notes: tuple[Message, ...] = ()
+    stage: str = "sft"  # what is made of the rows: conversations, documents (pt), pairs (dpo), judged answers (kto)
 
     @property
     def size(self) -> int:
@@ -62,7 +63,7 @@ class Entry:
         return sum(file.stat().st_size for file in self.files)
 
 
-def find_entries(names: Iterable[str], dataset_dir: str) -> list[Entry]:
+def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> list[Entry]:
     """The entries of `names`, each a name of the registry or a path; raises UserError with all that is wrong."""
     folder = Path(dataset_dir)
     if dataset_dir.upper().startswith(("ONLINE", "REMOTE:")) and not folder.exists():
@@ -72,7 +73,8 @@ def find_entries(names: Iterable[str], dataset_dir: str) -> list[Entry]:
     for name in names:
         try:
             known = name in registry
-            entries.append(_registered_entry(name, registry[name], folder) if known else _path_entry(name, folder))
+            entry = _registered_entry(name, registry[name], folder, stage) if known else _path_entry(name, folder)
+            entries.append(replace(entry, stage=stage))
         except FileNotFoundError:
             faults.append(_unknown_name(name, registry, folder))
         except Fault as fault:
@@ -114,14 +116,13 @@ def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
     return Message("dataset_unknown", name=name, registry=folder / REGISTRY, near=near)
 
 
-def _registered_entry(name: str, description: Any, folder: Path) -> Entry:
+def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> Entry:
     if not isinstance(description, dict):
         raise Fault("entry_no_object")
     notes = _check_types(description)
     columns, tags = description.get("columns") or {}, description.get("tags") or {}
-    refuse_other_data(kind for kind in COLUMNS if columns.get(kind))
-    if description.get("ranking"):
-        raise Fault("data_is_pairs")
+    kinds = {kind for kind in COLUMNS if columns.get(kind)}
+    refuse_other_data(kinds | (set(PAIRS) if description.get("ranking") else set()), stage)
     formatting = description.get("formatting")
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise Fault("entry_formatting", formatting=formatting)
@@ -177,17 +178,14 @@ def _check_types(description: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(notes)
 
 
-def refuse_other_data(kinds: Iterable[str]) -> None:
-    """Raises Fault where columns of these `kinds` (see COLUMNS) make a dataset one that supervised training can't use.
-
-    The only place that decides it: a stage that trains on preference data passes by here.
-    """
+def refuse_other_data(kinds: Iterable[str], stage: str) -> None:
+    """Raises Fault where columns of these `kinds` (see COLUMNS) make a dataset one that `stage` cannot use."""
     kinds = set(kinds)
     if kinds & set(MEDIA):
         raise Fault("data_has_media", kind=next(kind for kind in MEDIA if kind in kinds))
-    if kinds & set(PAIRS):
+    if kinds & set(PAIRS) and stage not in ("dpo", "pt"):
         raise Fault("data_is_pairs")
-    if "kto_tag" in kinds:
+    if "kto_tag" in kinds and stage not in ("kto", "pt"):
         raise Fault("data_is_kto")
 
 

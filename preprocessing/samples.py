@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message, UserError
 from preprocessing.conversations import Batch, convert_rows, is_kept, kept_batch, layout_of
+from preprocessing.encode_stages import COLUMNS, count_learned, count_tokens, encode_batch, length_bias, no_sample
 from preprocessing.faults import FaultReport, RowFault
 from preprocessing.formats import Layout, check_columns
 from preprocessing.sources import BATCH, Source, chosen_rows
@@ -48,13 +49,15 @@ class Job:
 
 @dataclass
 class Chunk:
-    """A tokenized batch: one entry a conversation, of length 0 where it was dropped."""
+    """A tokenized batch: one entry a sample, of length 0 where its conversation was dropped."""
 
-    input_ids: np.ndarray  # int32, all samples one after another
-    labels: np.ndarray  # int32
-    lengths: np.ndarray  # int32, a sample
+    columns: dict[str, list[Any]]  # of COLUMNS[stage], a value each
+    lengths: np.ndarray  # int32, the tokens of a sample, of a pair both sequences'
     whole_lengths: np.ndarray  # int32, a sample before it was cut, or dropped
     contents: np.ndarray  # int64, its conversation's fingerprint
+    learned: int  # tokens
+    truncated: int  # samples that were cut
+    first: np.ndarray  # bool, whether a sample is the first of its conversation: a document may give several
     left_out: Counter[str]  # what the template leaves out of answers → answers
     faults: list[RowFault]
     layout: Layout
@@ -64,34 +67,28 @@ def tokenize(job: Job, batch: Batch, *, encoding: bool = True) -> Chunk:
     """A batch as samples; with `encoding` off its faults are only collected."""
     import numpy as np
 
-    from preprocessing.encode import encode
-
-    config = job.config
-    samples = encode(
-        batch.conversations if encoding else [],
-        job.template,
-        job.tokenizer,
-        cutoff_len=config.cutoff_len,
-        overlong=config.overlong,
-        mask_history=config.mask_history,
-        train_on_prompt=config.train_on_prompt,
-        enable_thinking=config.enable_thinking,
-    )
-    faults, kept = list(batch.faults), []
-    for (file, row), sample in zip(batch.places, samples, strict=False):
-        if isinstance(sample, Message):
-            dropped = config.overlong == "drop" and sample.code == "longer_than_cutoff_len"
-            kept.append({"input_ids": [], "labels": [], "whole_length": sample.fields["tokens"] if dropped else 0})
-            faults += [] if dropped else [RowFault(file, row, sample)]
-        else:
-            kept.append(sample)
-    chain = itertools.chain.from_iterable
+    config, stage = job.config, job.layout.stage
+    found = encode_batch(stage, batch.conversations, config, job.template, job.tokenizer) if encoding else []
+    faults = list(batch.faults)
+    kept: list[dict[str, Any]] = []
+    contents: list[int] = []
+    first: list[bool] = []
+    for place, content, samples in zip(batch.places, batch.contents, found, strict=False):
+        if isinstance(samples, Message):
+            dropped = config.overlong == "drop" and samples.code == "longer_than_cutoff_len"
+            faults += [] if dropped else [RowFault(*place, samples)]
+            samples = [no_sample(stage, samples.fields["tokens"] if dropped else 0)]
+        kept += samples
+        contents += [content] * len(samples)
+        first += [True] + [False] * (len(samples) - 1)
     return Chunk(
-        np.fromiter(chain(sample["input_ids"] for sample in kept), np.int32),
-        np.fromiter(chain(sample["labels"] for sample in kept), np.int32),
-        np.array([len(sample["input_ids"]) for sample in kept], np.int32),
+        {name: [sample[name] for sample in kept] for name in COLUMNS[stage]},
+        np.array([count_tokens(stage, sample) for sample in kept], np.int32),
         np.array([sample["whole_length"] for sample in kept], np.int32),
-        np.array(batch.contents if encoding else [], np.int64),
+        np.array(contents, np.int64),
+        learned=sum(count_learned(stage, sample) for sample in kept),
+        truncated=sum(sample["truncated"] for sample in kept),
+        first=np.array(first, bool),
         left_out=sum((Counter(sample.get("left_out")) for sample in kept if sample.get("left_out")), Counter()),
         faults=faults,
         layout=batch.layout,
@@ -169,7 +166,7 @@ def cache_key(source: Source, config: Config, template: ChatTemplate, tokenizer:
 
 
 def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplate, faults: FaultReport) -> Path:
-    """The cache folder of a dataset's samples (samples.arrow, lengths.npy, contents.npy, report.json), made if needed.
+    """The cache folder of a dataset's samples (samples.arrow, *.npy, report.json), made if needed.
 
     Where there are faults that end the run nothing is made, and the folder named does not exist.
     """
@@ -211,7 +208,7 @@ def _is_whole(folder: Path) -> bool:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         with pa.memory_map(str(folder / "samples.arrow")) as file:
             rows = {pa.ipc.open_stream(file).read_all().num_rows}  # mapped, not read
-        rows |= {len(np.load(folder / name)) for name in ("lengths.npy", "contents.npy")}
+        rows |= {len(np.load(folder / name)) for name in ("lengths.npy", "contents.npy", "first.npy")}
     except (OSError, ValueError, EOFError):  # Arrow's and JSON's are ValueErrors
         return False
     return rows == {report["conversations"]}
@@ -223,6 +220,10 @@ class _Totals:
 
     rows: int = 0
     learned: int = 0
+    truncated: int = 0
+    first: list[np.ndarray] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # tokens of the answers of pairs
+    rejected: list[int] = field(default_factory=list)
     lengths: list[np.ndarray] = field(default_factory=list)
     whole_lengths: list[np.ndarray] = field(default_factory=list)
     contents: list[np.ndarray] = field(default_factory=list)
@@ -230,7 +231,12 @@ class _Totals:
     faults: FaultReport = field(default_factory=FaultReport)
 
     def add(self, chunk: Chunk) -> None:
-        self.learned += int((chunk.labels != -100).sum())
+        self.learned += chunk.learned
+        self.truncated += chunk.truncated
+        self.first.append(chunk.first)
+        if "chosen_ids" in chunk.columns:
+            self.chosen += [len(ids) for ids in chunk.columns["chosen_ids"] if len(ids)]
+            self.rejected += [len(ids) for ids in chunk.columns["rejected_ids"] if len(ids)]
         self.lengths.append(chunk.lengths)
         self.whole_lengths.append(chunk.whole_lengths)
         self.contents.append(chunk.contents)
@@ -248,7 +254,7 @@ def write_samples(folder: Path, source: Source, job: Job, faults: FaultReport) -
         return config.on_bad_rows == "skip" or not (faults.count or totals.faults.count)
 
     size = sum(item["bytes"] for item in source.content)
-    with _arrow_writer(folder / "samples.arrow", source.entry.name) as write:
+    with _arrow_writer(folder / "samples.arrow", source.entry.name, layout.stage) as write:
         for chunk in _chunks(job, _batches(source, job, totals), _threads(config, size), encoding):
             write(chunk)
             totals.add(chunk)
@@ -263,6 +269,7 @@ def write_samples(folder: Path, source: Source, job: Job, faults: FaultReport) -
         return False
     np.save(folder / "lengths.npy", np.concatenate(totals.lengths))
     np.save(folder / "contents.npy", np.concatenate(totals.contents))
+    np.save(folder / "first.npy", np.concatenate(totals.first))
     write_json(folder / "report.json", _report(source, job, totals))
     return True
 
@@ -288,22 +295,29 @@ def _batches(source: Source, job: Job, totals: _Totals) -> Iterator[Batch]:
 
 
 @contextmanager
-def _arrow_writer(path: Path, name: str) -> Iterator[Callable[[Chunk], None]]:
-    """A function that appends chunks to an Arrow file of the columns input_ids and labels, beside a progress bar."""
+def _arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk], None]]:
+    """A function that appends chunks to an Arrow file of the columns of a stage, beside a progress bar."""
     import numpy as np
     import pyarrow as pa
     from tqdm import tqdm
 
     ints = pa.list_(pa.int32())
-    schema = pa.schema({"input_ids": ints, "labels": ints})
+    schema = pa.schema({column: pa.bool_() if column == "label" else ints for column in COLUMNS[stage]})
     bar = tqdm(desc=f"tokenizing {name}", unit=" rows", delay=2, leave=False, disable=None)
     with bar, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
         def write(chunk: Chunk) -> None:
-            offsets = np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32)
-            columns = [pa.ListArray.from_arrays(offsets, values) for values in (chunk.input_ids, chunk.labels)]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            bar.update(len(chunk.lengths))
+            arrays = []
+            for column, values in chunk.columns.items():
+                if column == "label":
+                    arrays.append(pa.array(values, pa.bool_()))
+                    continue
+                lengths = np.fromiter(map(len, values), np.int32, len(values))
+                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+                flat = np.fromiter(itertools.chain.from_iterable(values), np.int32)
+                arrays.append(pa.ListArray.from_arrays(offsets, flat))
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            bar.update(int(chunk.first.sum()))
 
         yield write
 
@@ -317,6 +331,9 @@ def _report(source: Source, job: Job, totals: _Totals) -> dict[str, Any]:
     notes = [*job.layout.all_notes(job.config), *_left_out_notes(totals.left_out, job.template.name)]
     if cut := _cut_note(lengths, whole, job.config):
         notes.append(cut)
+    if bias := length_bias(totals.chosen, totals.rejected):
+        notes.append(bias)
+    pairs = {"chosen": _mean(totals.chosen), "rejected": _mean(totals.rejected)} if totals.chosen else {}
     return {
         "name": source.entry.name,
         "files": source.content,
@@ -324,14 +341,19 @@ def _report(source: Source, job: Job, totals: _Totals) -> dict[str, Any]:
         "rows": totals.rows,
         "conversations": len(lengths),
         **token_counts(lengths),
+        **pairs,
         "learned": totals.learned,
-        "truncated": int(((lengths > 0) & (lengths < whole)).sum()),
+        "truncated": totals.truncated,
         "dropped": int(((lengths == 0) & (whole > 0)).sum()),
-        "duplicates": len(contents) - len(np.unique(contents)),
+        "duplicates": int(np.concatenate(totals.first).sum()) - len(np.unique(contents)),
         "skipped": totals.faults.count,
         "faults": totals.faults.to_json(),
         "notes": [note.to_json() for note in notes],
     }
+
+
+def _mean(lengths: list[int]) -> float:
+    return round(sum(lengths) / len(lengths), 1)
 
 
 def _left_out_notes(left_out: Counter[str], template: str) -> Iterator[Message]:

@@ -48,7 +48,11 @@ def open_source(entry: Entry, *, hashed: bool = True) -> Source:
             {"path": str(file), "bytes": file.stat().st_size} | ({"sha256": sha256(file)} if hashed else {})
             for file in entry.files
         ]
-        return Source(entry, content, lambda: ((str(f), n, row) for f in entry.files for n, row in read_rows(f)))
+        return Source(
+            entry,
+            content,
+            lambda: ((str(f), n, row) for f in entry.files for n, row in read_rows(f, entry.stage)),
+        )
     table = _fetch(entry)
     content = [{"path": entry.repository, "bytes": table.data.nbytes, "fingerprint": table._fingerprint}]
     arrow = table.with_format("arrow")
@@ -118,7 +122,7 @@ def _note_rest(rows: Iterator[Any], limit: int, notes: set[Message]) -> Iterator
 # Files
 
 
-def read_rows(path: Path) -> NumberedRows:
+def read_rows(path: Path, stage: str = "sft") -> NumberedRows:
     """The rows of a file one by one, in little memory. Rows of JSON lines are numbered by line and still bytes."""
     try:
         with open(path, "rb") as file:
@@ -130,7 +134,7 @@ def read_rows(path: Path) -> NumberedRows:
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     kind = EXTENSIONS[path.suffix.lower()]
     if kind == "txt" and not text.startswith((b"{", b"[")):
-        return iter([(1, Fault("text_without_answers", final=True))])
+        return _text_rows(path) if stage == "pt" else iter([(1, Fault("text_without_answers", final=True))])
     if kind in ("json", "txt") and text.startswith(b"{") and _spreads_objects(path):
         return iter([(1, Fault("object_over_lines", final=True))])
     if kind == "txt" or (kind == "json" and not text.startswith(b"[")):
@@ -138,6 +142,27 @@ def read_rows(path: Path) -> NumberedRows:
     elif kind == "json":
         kind = "list"
     return READERS[kind](path)
+
+
+def _text_rows(path: Path) -> NumberedRows:
+    """The documents of a text file: its lines, or, where empty lines separate them, its blocks of lines."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            apart = any(line.isspace() for line in file)
+            file.seek(0)
+            block: list[str] = []
+            first = 1
+            for number, line in enumerate(file, 1):
+                if not line.isspace():
+                    first = first if block else number
+                    block.append(line)
+                if block and (line.isspace() or not apart):
+                    yield first, {"text": "".join(block).strip("\n")}
+                    block = []
+            if block:
+                yield first, {"text": "".join(block).strip("\n")}
+    except UnicodeDecodeError:
+        yield 1, not_utf8(path)
 
 
 def _lines(path: Path) -> NumberedRows:

@@ -125,10 +125,13 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
     faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
     if faults:
         raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
+    if values.get("packing") is None:
+        values["packing"] = values.get("stage") == "pt"
     if values.get("output_dir") is None:
         values["output_dir"] = str(SAVES / (recipe.stem if recipe else "default"))
     values["dataset_dir"] = find_dataset_dir(values.get("dataset_dir", Config.dataset_dir), recipe)
-    given = frozenset(values) - (set() if "dataset_dir" in {*read, *typed} else {"dataset_dir"})
+    named = {*_by_name(read, recipe, []), *typed_by_name}
+    given = frozenset(values) - {name for name in ("dataset_dir", "packing") if name not in named}
     return Loaded(Config(**values), recipe, notes, given, frozenset(typed_by_name))
 
 

@@ -88,7 +88,7 @@ def check_option(name: str, value: Any) -> Message | None:
         return None
     if meta["choices"] and value not in meta["choices"]:
         if name == "stage":
-            return Message("stage_unsupported")
+            return _unsupported_stage(value)
         if name == "finetuning_type":
             return Message("finetuning_type_unsupported")
         near = nearest_word(str(value), map(str, meta["choices"]))
@@ -98,3 +98,12 @@ def check_option(name: str, value: Any) -> Message | None:
     if meta["maximum"] is not None and value > meta["maximum"]:
         return Message("must_be_at_most", maximum=meta["maximum"])
     return None
+
+
+def _unsupported_stage(stage: str) -> Message:
+    """Why a stage is not trained here, and what to use instead."""
+    if stage == "rm":
+        return Message("stage_rm")
+    if stage == "ppo":
+        return Message("stage_ppo")
+    return Message("stage_grpo") if stage == "grpo" else Message("stage_unsupported")

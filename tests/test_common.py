@@ -112,13 +112,13 @@ def faults_of(arguments: list[str]) -> dict[str | None, Message]:
 
 
 def test_all_faults_at_once(recipe):
-    text = "lerning_rate: 1\nlora_rank: x\nstage: dpo\nval_size: -1\ncutoff_len: 2.5\npissa_convert: true\nseed: .nan\n"
+    text = "lerning_rate: 1\nlora_rank: x\nstage: rm\nval_size: -1\ncutoff_len: 2.5\npissa_convert: true\nseed: .nan\n"
     text += "mask_history: true\ntrain_on_prompt: true\noptim: adamw_torchh\nfinetuning_type: freeze\nplot_loss: 3\n"
     found = faults_of([recipe(text)])
     assert {key: problem.code for key, problem in found.items()} == {
         "lerning_rate": "unknown_key",
         "lora_rank": "must_be_number",
-        "stage": "stage_unsupported",
+        "stage": "stage_rm",
         "finetuning_type": "finetuning_type_unsupported",
         "val_size": "must_be_at_least",
         "cutoff_len": "must_be_whole",
@@ -156,7 +156,7 @@ def test_an_empty_value_means_the_default(recipe):
     text = "".join(f"{name}:\n" for name in common.OPTIONS if name not in ("dataset", "name", "author"))
     loaded = load_config([recipe(text)])
     unset = {name: None for name, kind in typing.get_type_hints(Config).items() if type(None) in typing.get_args(kind)}
-    assert loaded.config == dataclasses.replace(Config(), **unset | {"output_dir": "saves/recipe"})
+    assert loaded.config == dataclasses.replace(Config(), **unset | {"output_dir": "saves/recipe", "packing": False})
     assert faults_of(["dataset="]) == {None: Message("dataset_empty")}
     assert load_config(["name=", "author=None"]).config.author == "None"
     assert faults_of(["lora_target=embed_tokens"]) == {None: Message("lora_target_embeddings_only")}

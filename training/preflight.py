@@ -454,7 +454,7 @@ def check_data(run: Run) -> Iterator[Finding]:
         yield from _count_conversations(run)
         return
     run.tokenizer = load_base_tokenizer(run.config)
-    run.template = load_template(run.config.template, run.tokenizer)
+    run.template = load_template(run.config.template, run.tokenizer, run.config.stage)
     run.data = dataset.prepare(run.config, run.tokenizer, run.template)
     lengths = run.data.train_lengths
     tokens, longest = int(lengths.sum()), int(lengths.max())

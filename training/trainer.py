@@ -281,7 +281,7 @@ def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
     check_finite_weights(trainer.model, trainer.state.global_step)
     beside = folder / checkpoints.BESIDE
     tokenizer = trainer.processing_class
-    tokenizer.chat_template = template.saved
+    tokenizer.chat_template = template.saved or None
     tokenizer.save_pretrained(beside)
     suit_transformers_4(beside)
     trainer.model.save_pretrained(beside, safe_serialization=True)

@@ -24,7 +24,7 @@ def test_a_pair_by_hand(tiny_tokenizer):
     pair = pair_of(talk("Hi"), "Yo", "No!", load_template("chatml", tiny_tokenizer), tiny_tokenizer)
     prompt = [START, *b("user\nHi"), END, *b("\n"), START, *b("assistant\n")]
     expected = {"prompt_ids": prompt, "chosen_ids": [*b("Yo"), END], "rejected_ids": [*b("No!"), END]}
-    assert pair == {**expected, "truncated": False}
+    assert pair == {**expected, "truncated": False, "whole_length": len(prompt) + 4}
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -60,7 +60,7 @@ def test_the_oldest_turns_of_the_prompt_go_first(tiny_tokenizer):
     assert pair_of(conversation, "yes", "no, never", template, tiny_tokenizer, length) == whole
     cut = pair_of(conversation, "yes", "no, never", template, tiny_tokenizer, length - 1)
     expected = pair_of(talk("second", "two", "third", system="S"), "yes", "no, never", template, tiny_tokenizer)
-    assert cut == {**expected, "truncated": True}
+    assert cut == {**expected, "truncated": True, "whole_length": length}
     reason = pair_of(conversation, "yes", "no, never", template, tiny_tokenizer, length - 1, overlong="drop")
     assert reason == Message("longer_than_cutoff_len", tokens=length, cutoff_len=length - 1)
 

@@ -154,13 +154,15 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
 def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
     """The tokenizer and the prepared data of a configuration; raises UserError with all that is wrong with it."""
     dataset.check(config)
-    entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir)
+    entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir, config.stage)
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for e in entries for file in e.files)
     names = fields.options_of("model", "data")
     chosen = {name: getattr(config, name) for name in names if name != "quantization_bit"}
     import_libraries()
     with _preparing:
-        return _prepared(Config(**chosen, seed=config.seed, eval_strategy=config.eval_strategy), stamps)
+        return _prepared(
+            Config(**chosen, stage=config.stage, seed=config.seed, eval_strategy=config.eval_strategy), stamps
+        )
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,7 +172,7 @@ def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.Pre
     from preprocessing.tokenizer import load_base_tokenizer
 
     tokenizer = load_base_tokenizer(config)
-    prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer))
+    prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer, config.stage))
     _longest[config.model_name_or_path, config.dataset] = int(prepared.train_lengths.max())
     return tokenizer, prepared
 

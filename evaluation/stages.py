@@ -1,0 +1,93 @@
+"""Data of stages other than sft: documents (perplexity), pairs (the likelier answer), answers judged good or bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import Config, UserError
+from evaluation import metrics
+from evaluation.data import EvalDataset, answer_of
+from evaluation.encode import Encoded, usable_rows
+from evaluation.likelihood import batched_losses, document_windows, preference_figures, preferred, score_pairs
+from preprocessing.encode_stages import encode_batch
+
+STAGES = {"documents": "pt", "pairs": "dpo", "judged": "kto"}  # by task
+
+
+def encode_rows(data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> Encoded:
+    """The rows of a dataset as its stage trains them; a document is not cut but read in windows of `cutoff_len`."""
+    stage = STAGES[data.task]
+    if stage == "pt":
+        documents = encode_batch(stage, data.rows, config, template, tokenizer)
+        kept = usable_rows(data, documents)
+        samples = []
+        for i in kept:
+            ids = [token for sample in documents[i] for token in sample["input_ids"]]
+            samples.append({"input_ids": ids, "labels": document_windows(ids, config.cutoff_len)})
+        return Encoded(kept, [[] for _ in kept], [], samples, [""] * len(kept))
+    found = [
+        sample if not isinstance(sample, list) else sample[0]
+        for sample in encode_batch(stage, data.rows, config, template, tokenizer)
+    ]
+    kept = usable_rows(data, found)
+    names = ("chosen_ids", "rejected_ids") if stage == "dpo" else ("completion_ids",)
+    samples = []
+    for i in kept:
+        first, *second = (_sample(found[i]["prompt_ids"], found[i][name]) for name in names)
+        samples.append(first | ({"rejected": second[0]} if second else {}))
+    labels = [answer_of(data.rows[i]) if stage == "dpo" else "good" if data.rows[i]["good"] else "bad" for i in kept]
+    return Encoded(kept, [found[i]["prompt_ids"] for i in kept], [], samples, labels)
+
+
+def _sample(prompt: list[int], answer: list[int]) -> dict[str, Any]:
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def score_rows(data: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
+    """What predictions.jsonl says of documents, pairs or judged answers: nats and tokens."""
+    samples = [rows.samples[i] for i in positions]
+    if data.task == "pairs":
+        pairs = score_pairs(scorer, [(sample, sample["rejected"]) for sample in samples])
+        return [{"prediction": preferred(pair), "chosen": pair[0], "rejected": pair[1]} for pair in pairs]
+    if data.task == "judged":
+        return [{"nats": nats, "tokens": tokens} for nats, tokens in batched_losses(scorer, samples)]
+    losses = iter(batched_losses(scorer, [window for sample in samples for window in sample["labels"]]))
+    sums = [[sum(part) for part in zip(*(next(losses) for _ in sample["labels"]), strict=True)] for sample in samples]
+    return [{"nats": nats, "tokens": tokens} for nats, tokens in sums]
+
+
+def measure_documents(_: EvalDataset, predictions: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Loss and perplexity of every model."""
+    pairs = {label: [(line["nats"], line["tokens"]) for line in lines] for label, lines in predictions.items()}
+    return {"models": {label: {"rows": len(pairs[label])} | metrics.perplexity(pairs[label]) for label in pairs}}
+
+
+def measure_pairs(_: EvalDataset, predictions: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Preference accuracy of every model, and how each differs from the base on the same pairs."""
+    pairs = {name: [(line["chosen"], line["rejected"]) for line in lines] for name, lines in predictions.items()}
+    models = {name: preference_figures(pairs[name]) for name in pairs}
+    chosen = {name: [line["prediction"] for line in lines] for name, lines in predictions.items()}
+    paired = {
+        f"{name} - base": metrics.paired(["chosen"] * len(lines), chosen["base"], lines)
+        for name, lines in chosen.items()
+        if name != "base" and "base" in chosen
+    }
+    return {"models": models, "paired": paired}
+
+
+def measure_judged(data: EvalDataset, predictions: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """How well the likelihood of an answer, per token, tells good from bad ones (area under the ROC curve).
+
+    Raises UserError where all answers are of one kind.
+    """
+    models = {}
+    for name, lines in predictions.items():
+        by_kind = {
+            kind: [-line["nats"] / line["tokens"] for line in lines if line["label"] == kind]
+            for kind in ("good", "bad")
+        }
+        if not all(by_kind.values()):
+            raise UserError("eval_answers_of_one_kind", dataset=data.name)
+        wins = sum((good > bad) + (good == bad) / 2 for good in by_kind["good"] for bad in by_kind["bad"])
+        models[name] = {"rows": len(lines), "roc_auc": wins / (len(by_kind["good"]) * len(by_kind["bad"]))}
+    return {"models": models}
