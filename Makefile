@@ -67,8 +67,9 @@ test: $(READY) ## run every test
 test-quick: $(READY) ## run the tests that train nothing, in under a minute
 	@$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(READY) ## check style and format
+lint: $(READY) ## check style, format, and the code for security faults of high severity
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/bandit -q -lll -r . -x ./.venv,./.cache,./models,./saves,./data,./shared,./tests
 
 clean: ## delete .venv and .cache; models and runs stay
 	@rm -rf $(VENV) .cache

@@ -232,7 +232,7 @@ def trained_contents(run: Path, config: Config, notes: list[Message]) -> set[int
     if (run / TRAINED).is_file():
         import numpy as np
 
-        return set(np.load(run / TRAINED).tolist())
+        return set(np.load(run / TRAINED, allow_pickle=False).tolist())
     try:
         trained, _ = dataset.read_conversations(config)
     except UserError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from preprocessing.data_report import format_table
 from runs import charts
 from runs.files import write_json
 from runs.metric_names import METRICS
+from runs.secrets import typed_command
 
 Predictions = dict[str, list[dict[str, Any]]]  # the lines of predictions.jsonl, by model
 
@@ -55,7 +55,7 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
         "labels": list(data.labels),
         "positive": data.labels[1] if len(data.labels) == 2 else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": typed_command(),
         **measured,
     }
     if data.task == "classification":

@@ -17,6 +17,7 @@ from common import OPTIONS, ROOT, SAVES, TYPES, Config, Message, UserError, comm
 from runs.compatibility import compatibility, is_default
 from runs.option_values import as_text, check_option, coerce, is_unset
 from runs.recipe import join_settings, read_recipe
+from runs.secrets import REDACTED, is_secret, redact
 
 MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
 
@@ -81,9 +82,16 @@ class _Setting:
     value: Any
     recipe: Path | None
 
+    @property
+    def shown(self) -> Any:
+        """The value as an error may show it."""
+        if is_secret(self.key):
+            return REDACTED
+        return redact(self.value) if isinstance(self.value, str) else self.value
+
     def fault(self, problem: Message) -> Message:
         place = Message("command_line") if self.recipe is None else str(self.recipe)
-        return Message("setting_fault", place=place, key=self.key, value=self.value, problem=problem)
+        return Message("setting_fault", place=place, key=self.key, value=self.shown, problem=problem)
 
 
 def _by_name(given: dict[str, Any], recipe: Path | None, faults: list[Message]) -> dict[str, _Setting]:

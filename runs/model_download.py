@@ -245,7 +245,7 @@ def fetch_part(file: RemoteFile, headers: dict[str, str], part: Path, bar: Any) 
 
 def git_hash(path: Path) -> str:
     """The SHA-1 by which git names a file's content, as hex digits."""
-    hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             hasher.update(block)

@@ -18,6 +18,7 @@ from runs.configuration import Loaded
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log
+from runs.secrets import typed_command
 from training.hardware import peak_memory
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def begin_record(loaded: Loaded, folder: Path, data: Prepared, inputs: dict[str,
         "started": _now(),
         "resumed_from": str(resumed) if resumed else None,
         "recipe": str(loaded.recipe) if loaded.recipe else None,
-        "command": ["python", Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": typed_command(),
         "model": loaded.config.model_name_or_path,
         "seed": loaded.config.seed,
         "device": dataclasses.asdict(gpu) if gpu else {"name": "cpu", "cores": os.cpu_count()},
@@ -73,7 +74,7 @@ def write_fingerprints(folder: Path, data: Prepared, resumed: Path | None) -> No
     file, contents = folder / TRAINED, data.contents
     for earlier in {file, resumed.parent / TRAINED} if resumed else ():  # another run's checkpoint, too
         if earlier.is_file():
-            contents = np.union1d(np.load(earlier), contents)
+            contents = np.union1d(np.load(earlier, allow_pickle=False), contents)
     beside = folder / f".{TRAINED}"
     with open(beside, "wb") as opened:
         np.save(opened, contents)
