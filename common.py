@@ -88,7 +88,7 @@ class Message:
 
     def text(self, language: str) -> str:
         """The sentence in `language`, one of LANGUAGES."""
-        sentence = sentences().get(self.code, {}).get(language, self.code)
+        sentence = sentences()[self.code][language]
         return _Sentence(language).vformat(sentence, (), self.fields) if self.fields else sentence
 
     def to_json(self) -> dict[str, Any]:
@@ -185,12 +185,6 @@ def _from_json(value: Any) -> Any:
 def nearest_word(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` was probably meant to be, for `{near:suggestion}` in a sentence; else None."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), None)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known word, or an empty string. Goes once all messages are codes."""
-    near = nearest_word(word, known)
-    return f" (did you mean '{near}'?)" if near else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

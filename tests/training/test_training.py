@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Finished, run, user_error, write_jsonl
+from conftest import ROOT, Finished, run, save_adapter, user_error, write_jsonl
 
 import common
 import train as script
@@ -512,13 +512,11 @@ def test_a_model_is_found_where_chat_finds_it(tiny_model, data, tmp_path, monkey
     assert resume.plan_resume(found, run).checkpoint == run / "checkpoint-4"
 
 
-def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tmp_path):
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS}
-    write_json(tmp_path / "adapter_config.json", settings)
-    (tmp_path / "adapter_model.safetensors").touch()
+def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tiny_model, tmp_path):
+    save_adapter(tiny_model, tmp_path, r=4, lora_alpha=8, target_modules=PROJECTIONS)
 
     def found(*more: str) -> list[Message]:
-        run = Run.of(load_config([f"adapter_name_or_path={tmp_path}", *more]))
+        run = Run.of(load_config([f"model_name_or_path={tiny_model}", f"adapter_name_or_path={tmp_path}", *more]))
         return [finding.message for finding in check_adapter(run)]
 
     (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
