@@ -53,7 +53,7 @@ found = {}
 for folder in sys.argv[1:]:
     config = load_config([f"model_name_or_path={folder}", "cutoff_len=64", "lora_rank=4"]).config
     model = trainer.load_model(config, trainer.choose_precision(config))
-    found[folder] = trainer.count_trainable(model)
+    found[folder] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 print(json.dumps(found))
 """
 
