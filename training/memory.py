@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from runs.weights import read_header
 GB = 1e9
 # The matrices that `lora_target: all` leaves out: embeddings, the output layer, the routers of experts.
 NOT_ADAPTED = r"embed|lm_head|norm|\bw[tp]e\b|\bgate\.weight"
+# model_type of those whose attention Unsloth replaces (unsloth/models/loader.py); it needs no mask for flat batches.
+OWN_ATTENTION = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"}
 # config.json of the embedded model, so far as its size depends on it
 EMBEDDED_SHAPE = {
     "hidden_size": 576,
@@ -128,45 +131,117 @@ def checkpoint_bytes(config: Config, model: ModelSize) -> int:
 def estimate_memory(config: Config, model: ModelSize, tokens: int, gpu: Gpu | None) -> dict[str, float]:
     """Bytes a training needs at its peak, by what they are for.
 
-    `tokens` are those of the largest forward pass. The parts are counted from the model's shapes; the activations are
-    those of a Llama layer (attention and a gated MLP), all layers' where nothing is recomputed, else one layer's and
-    every layer's input. Raises KeyError where config.json has other keys than Llama's.
+    `tokens` are those of the largest forward pass. On a card the peak is in a layer's backward pass, or, where nothing
+    is recomputed, in the loss. Raises KeyError where config.json has other keys than Llama's.
     """
     shapes, settings = model.shapes, model.settings
     total = model.parameters
-    linear = sum(math.prod(shape) for name, shape in shapes.items() if _is_linear(name, shape))
+    linear = [math.prod(shape) for name, shape in shapes.items() if _is_linear(name, shape)]
     width = 2 if gpu or config.bf16 else 4
     by_bits = {4: 0.53, 8: 1.03}  # bytes a weight, with the quantization constants
-    weights = linear * by_bits.get(config.quantization_bit or 0, width) + (total - linear) * width
-    hidden, inner = settings["hidden_size"], settings["intermediate_size"]
-    layers, vocabulary = settings["num_hidden_layers"], settings["vocab_size"]
-    one_layer = tokens * (10 * hidden + 5 * inner) * width
-    if gpu and config.gradient_checkpointing != "false":
-        # recomputed; Unsloth's kernels write most gradients over them, and it keeps the layers' inputs in main memory
-        activations = one_layer
-    elif config.gradient_checkpointing == "true":
-        activations = 2 * one_layer + layers * tokens * hidden * width
+    weights = sum(linear) * by_bits.get(config.quantization_bit or 0, width) + (total - sum(linear)) * width
+    hidden, vocabulary, layers = settings["hidden_size"], settings["vocab_size"], settings["num_hidden_layers"]
+    if gpu:
+        layer = tokens * (saved_by_layer(settings) + working_in_layer(settings)) * width
+        logits, attention = loss_memory(tokens, hidden, vocabulary), mask_memory(config, settings, tokens)
+        dequantized = max(linear, default=0) * width if config.quantization_bit else 0
+        if config.gradient_checkpointing == "false":
+            activations = layer + (layers - 1) * tokens * saved_by_layer(settings) * width
+        else:  # the layers' inputs are kept in main memory, and the loss is over before the first layer is recomputed
+            activations, logits = layer, max(0.0, logits - layer)
+        activations += dequantized
     else:
-        activations = one_layer * layers
-    adapter = adapter_parameters(config, shapes) * 16  # float32 weight, gradient and two moments
-    runtime = 1.2 * GB  # CUDA context, or Python with torch and Unsloth
-    left = gpu.free_memory - weights - adapter - activations - runtime if gpu else None
+        one_layer = tokens * (10 * hidden + 5 * settings["intermediate_size"]) * width
+        recomputed = config.gradient_checkpointing == "true"
+        activations = 2 * one_layer + layers * tokens * hidden * width if recomputed else one_layer * layers
+        logits, attention = min(3 * 4 * tokens * vocabulary, 0.2 * GB), 0.0
     return {
         "weights": weights,
-        "adapter": adapter,
+        "adapter": adapter_parameters(config, shapes) * 16,  # float32 weight, gradient and two moments
         "activations": activations,
-        "logits": logits_memory(tokens, vocabulary, left),
-        "runtime": runtime,
+        "logits": logits,
+        "attention": attention,
+        "runtime": 1.2 * GB,  # CUDA context, or Python with torch and Unsloth
     }
 
 
-def logits_memory(tokens: int, vocabulary: int, left: float | None) -> float:
-    """Bytes of the logits with their gradient and what lies between; both of Unsloth's backends compute them in pieces.
-
-    On a card it makes pieces (a multiple of four) of at most half the memory that is `left` there, and at most 4 GiB,
-    at 16 bytes a logit (unsloth_zoo/fused_losses/cross_entropy_loss.py): the larger the card, the higher the peak.
+def saved_by_layer(settings: dict[str, Any]) -> int:
+    """Numbers a token that a layer of Unsloth's Llama keeps for its backward pass (7.6·hidden + 2·intermediate of a
+    Llama-3): two inputs of norms and their outputs, queries, keys, values, the attention's output twice, gate and up;
+    in float32 the scales of two norms and each head's logsumexp. tests/training/count_saved.py counts the same.
     """
-    if left is None:
-        return min(3 * 4 * tokens * vocabulary, 0.2 * GB)
-    whole, limit = 16 * tokens * vocabulary, max(0.2 * GB, min(left / 2, 4 << 30))
-    return whole if whole <= limit else whole / (4 * math.ceil(whole / limit / 4))
+    hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
+    queries, keys = _attention_widths(settings)
+    return 2 * settings["intermediate_size"] + 4 * hidden + 3 * queries + 2 * keys + 2 * heads + 4
+
+
+def working_in_layer(settings: dict[str, Any]) -> int:
+    """Numbers a token that a layer's backward pass has beside what is kept: gradients of the MLP or of the attention.
+
+    From the source of unsloth/kernels/fast_lora.py, which writes most gradients over what it no longer needs.
+    """
+    hidden = settings["hidden_size"]
+    queries, keys = _attention_widths(settings)
+    return max(settings["intermediate_size"] + 3 * hidden, 3 * queries + 2 * keys + 2 * hidden)
+
+
+def _attention_widths(settings: dict[str, Any]) -> tuple[int, int]:
+    heads = settings["num_attention_heads"]
+    head = settings.get("head_dim") or settings["hidden_size"] // heads
+    return head * heads, head * (settings.get("num_key_value_heads") or heads)
+
+
+def loss_memory(tokens: int, hidden: int, vocabulary: int) -> float:
+    """Bytes of Unsloth's fused loss on a card: a piece of the logits in float32, the hidden states and their gradient.
+
+    A piece has a power of two of rows (unsloth_zoo/fused_losses/fused_linear.py, fused_linear_rows). Only labelled
+    rows have logits; `tokens` is the most that there can be.
+    """
+    at_least = min(max(_power_of_two(512 * 151936 / vocabulary), 512), 4096)
+    rows = min(max(_power_of_two(tokens * hidden / vocabulary), at_least), 4096)
+    rows = max(min(rows, (2 << 30) // (4 * vocabulary), tokens), 1)
+    return 4 * rows * vocabulary + 3 * 2 * tokens * hidden
+
+
+def _power_of_two(number: float) -> int:
+    """The largest that is not above `number`."""
+    return 1 << max(int(number).bit_length() - 1, 0)
+
+
+def mask_memory(config: Config, settings: dict[str, Any], tokens: int) -> float:
+    """Bytes of the mask over a flat batch, which models that Unsloth has no attention of its own for build."""
+    has_own = settings.get("model_type", "llama") in OWN_ATTENTION and config.quantization_bit != 8
+    return 0.0 if has_own else float(tokens * tokens)
+
+
+def needs(config: Config, model: ModelSize, longest: int, gpu: Gpu | None) -> float:
+    """Bytes at the peak, where the longest sample has `longest` tokens."""
+    tokens = config.per_device_train_batch_size * longest
+    return sum(estimate_memory(config, model, tokens, gpu).values())
+
+
+def smallest_change(
+    config: Config, model: ModelSize, longest: int, gpu: Gpu | None, free: float
+) -> dict[str, str | int] | None:
+    """The settings to change, the least harmful first, with which a recipe fits by the estimate; None where none do."""
+    batch = config.per_device_train_batch_size
+    accumulation = batch * config.gradient_accumulation_steps
+    harmless: list[dict[str, str | int]] = []
+    if config.gradient_checkpointing == "false" or (not gpu and config.gradient_checkpointing != "true"):
+        harmless.append({"gradient_checkpointing": "true"})
+    if batch > 1:
+        harmless.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation})
+    every = {name: value for change in harmless for name, value in change.items()}
+    changes = [*harmless, *([every] if len(harmless) > 1 else [])]
+    if gpu and config.quantization_bit is None:
+        changes = [*changes, *({**change, "quantization_bit": 4} for change in ({}, *changes))]
+    most = changes[-1] if changes else {}
+    shorter, cutoff = [], longest // 2
+    while cutoff >= 256:
+        shorter.append({**most, "cutoff_len": cutoff})
+        cutoff //= 2
+    for change in (*changes, *shorter):
+        changed = dataclasses.replace(config, **change)
+        if needs(changed, model, min(longest, changed.cutoff_len), gpu) <= free:
+            return change
+    return None

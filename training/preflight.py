@@ -17,7 +17,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,9 @@ from training.memory import (
     estimate_memory,
     linear_modules,
     model_like,
+    needs,
     read_model,
+    smallest_change,
 )
 from training.plan import TrainingPlan, describe_evaluations, describe_steps, find_warnings, make_plan
 from training.resume import ResumePlan
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 
 # Packages without which nothing trains; another one of requirements.txt may be missing.
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo")
+CLEARLY = 1.2  # an estimate of memory that is so many times what is free is taken at its word
 LABELS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
 
 
@@ -161,13 +164,13 @@ def check_before_loading(run: Run) -> list[Message]:
 def check_with_data(run: Run) -> list[Message]:
     """Tokenizes the data, plans the training, and makes the checks that need that.
 
-    Raises UserError for the first that fails; returns what is to be noted. Too little memory is only noted: how much
-    is needed is an estimate.
+    Raises UserError for the first that fails; returns what is to be noted. Too little memory is only noted, unless by
+    far: how much is needed is an estimate.
     """
     notes = []
     for name, check in CHECKS_WITH_DATA.items():
         for finding in check(run):
-            if finding.level == "fault" and name != "memory":
+            if finding.level == "fault" and (name != "memory" or cannot_begin(run)):
                 raise UserError.from_message(finding.message)
             if finding.level == "fault" or (finding.level == "note" and name in ("batches", "inputs", "memory")):
                 notes.append(finding.message)
@@ -504,6 +507,11 @@ def check_plan(run: Run) -> Iterator[Finding]:
 
 
 def check_memory(run: Run) -> Iterator[Finding]:
+    """Compares the estimate with what is free, and names the smallest change that makes the recipe fit.
+
+    A micro-batch that does not fit is split while it trains (training/splitting.py), so that only a longest sample
+    which by itself needs clearly more than a card has is a reason not to begin.
+    """
     if run.model is None:
         yield note(Message("size_unknown"))
         return
@@ -517,10 +525,29 @@ def check_memory(run: Run) -> Iterator[Finding]:
     need, have = sum(parts.values()), run.gpu.free_memory if run.gpu else hardware.free_memory()
     limit = "" if run.plan or config.packing else Message("at_most")
     finding = Message("memory_estimate", limit=limit, need=need / GB, parts=_memory_parts(parts), have=have / GB)
-    if need > have:
-        yield fault(Message("memory_too_small", estimate=finding, settings=smaller_settings(config, run.gpu)))
-    else:
+    if need <= have:
         yield ok(finding)
+        return
+    change = smallest_change(config, run.model, longest, run.gpu, have)
+    if change is None:
+        yield fault(Message("model_too_large", estimate=finding))
+    else:
+        settings = " ".join(f"{name}={value}" for name, value in change.items())
+        yield fault(Message("memory_too_small", estimate=finding, settings=settings))
+
+
+def cannot_begin(run: Run) -> bool:
+    """Whether the longest sample alone needs clearly more memory than the card has free.
+
+    Never so without a card: there the system swaps, and the estimate is rougher.
+    """
+    if run.gpu is None or run.plan is None:
+        return False
+    alone = replace(run.config, per_device_train_batch_size=1)
+    try:
+        return needs(alone, run.model, run.plan.longest, run.gpu) > CLEARLY * run.gpu.free_memory
+    except KeyError:
+        return False
 
 
 def _memory_parts(parts: dict[str, float]) -> list[Message]:
@@ -529,22 +556,10 @@ def _memory_parts(parts: dict[str, float]) -> list[Message]:
         Message("memory_adapter", gb=parts["adapter"] / GB),
         Message("memory_activations", gb=parts["activations"] / GB),
         Message("memory_logits", gb=parts["logits"] / GB),
+        Message("memory_attention", gb=parts["attention"] / GB),
         Message("memory_runtime", gb=parts["runtime"] / GB),
     ]
     return [part for part in named if part.fields["gb"] >= 0.05]
-
-
-def smaller_settings(config: Config, gpu: Gpu | None) -> list[str]:
-    """Settings that take less memory, the least harmful first."""
-    settings = []
-    if gpu and config.quantization_bit is None:
-        settings.append("quantization_bit=4")
-    if config.gradient_checkpointing != "true" and not gpu:
-        settings.append("gradient_checkpointing=true")
-    if config.per_device_train_batch_size > 1:
-        steps = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        settings.append(f"per_device_train_batch_size=1 gradient_accumulation_steps={steps}")
-    return [*settings, f"cutoff_len={config.cutoff_len // 2}"]
 
 
 def check_disk(run: Run) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from training import checkpoints, packing
 from training.callbacks import EvaluationInterrupted, check_finite_weights
 from training.lora_plus import split_learning_rates
 from training.plan import TrainingPlan
+from training.splitting import Splitter, with_gradients_apart
 
 LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
 
@@ -26,6 +27,8 @@ class Trainer(SFTTrainer):
     plan: TrainingPlan
     save_limit: int | None  # checkpoints that are kept
     learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
+    train_splitter: Splitter
+    eval_splitter: Splitter
     lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
     last_grad_norm: float = 0.0
     writing_to: Path | None = None  # where a checkpoint is being written
@@ -133,11 +136,29 @@ class Trainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """In pieces where the micro-batch does not fit into memory."""
+        if num_items_in_batch is None:  # the loss would be a mean over the piece
+            return super().training_step(model, inputs, num_items_in_batch)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        train = super().training_step
+
+        def step(piece: dict[str, Any]) -> Any:
+            return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
+
+        return self.train_splitter.run(dict(inputs), step)
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
-        weight = int((inputs["labels"] != packing.IGNORED).sum()) / self.learned_a_batch
-        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
-        return (loss * weight, *rest)
+        predict = super().prediction_step
+
+        def step(piece: dict[str, Any]) -> Any:
+            learned = int((piece["labels"] != packing.IGNORED).sum())
+            if not learned:
+                return torch.zeros((), device=self.args.device)
+            return predict(model, piece, *args, **kwargs)[0] * (learned / self.learned_a_batch)
+
+        return self.eval_splitter.run(dict(inputs), step), None, None  # prediction_loss_only
 
 
 def count_trainable(model: Any) -> int:

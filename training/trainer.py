@@ -190,6 +190,7 @@ def make_trainer(
 
     from training import callbacks
     from training.sft_trainer import Trainer
+    from training.splitting import Splitter
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
@@ -204,6 +205,8 @@ def make_trainer(
         callbacks=[callbacks.Progress(Path(config.output_dir), config.plot_loss), callbacks.Saves(plan)],
     )
     trainer.plan, trainer.save_limit = plan, config.save_total_limit
+    settings = smaller_settings(config, plan.longest)
+    trainer.train_splitter, trainer.eval_splitter = Splitter(settings), Splitter(settings)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
     if held_out:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
@@ -218,6 +221,12 @@ def make_trainer(
 def learned_tokens(samples: Any) -> int:
     """How many tokens of tokenized samples are learned; the first of a sample has nothing to be predicted from."""
     return sum(label != packing.IGNORED for row in samples["labels"] for label in row[1:])
+
+
+def smaller_settings(config: Config, longest: int) -> list[str]:
+    """The two settings to change where a single sample does not fit into memory."""
+    other = "gradient_checkpointing=true" if config.gradient_checkpointing == "false" else "lora_target=q_proj,v_proj"
+    return ["quantization_bit=4" if config.quantization_bit is None else other, f"cutoff_len={longest // 2}"]
 
 
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:

@@ -1,0 +1,96 @@
+"""Memory that runs out: the micro-batch is trained in pieces, with the same result; a sample that does not fit is told.
+
+There is no card here: the error is raised after a backward pass, when its gradients have been added, and in evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!" * n} for n, word in enumerate(WORDS, 1)]
+SETTINGS = [
+    "cutoff_len=256", "max_steps=4", "per_device_train_batch_size=4", "per_device_eval_batch_size=3", "lora_rank=4",
+    "learning_rate=0.01", "logging_steps=1", "eval_steps=2", "val_size=3", "bf16=false", "early_stopping=no",
+]  # fmt: skip
+PATCH = """
+import accelerate, torch
+from training import splitting
+size, number = 0, 0
+real_run, real_backward = splitting.Splitter.run, accelerate.Accelerator.backward
+
+def run(self, batch, step):
+    def counted(piece):
+        global size, number
+        size = piece["input_ids"].shape[1]
+        evaluates = "prediction_step" in step.__qualname__
+        number += not evaluates
+        if evaluates and size > {limit} and number >= {first}:
+            raise torch.OutOfMemoryError("raised by the test")
+        return step(piece)
+    return real_run(self, batch, counted)
+
+def backward(self, loss, **more):
+    real_backward(self, loss, **more)
+    if size > {limit} and number >= {first}:
+        raise torch.OutOfMemoryError("raised by the test")
+
+accelerate.Accelerator.backward = backward
+splitting.Splitter.run = run
+"""
+
+
+def train(model: Path, folder: Path, *more: str, limit: int = 1 << 30, first: int = 1):
+    """Trains with memory for `limit` tokens from the micro-batch `first` on."""
+    rows = folder.parent / "rows.jsonl"
+    write_jsonl(rows, ROWS)
+    words = ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *more]
+    patch = PATCH.format(limit=limit, first=first)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}\nfrom training import trainer\n"
+    code += f"real = trainer.import_unsloth\ndef load():\n    real()\n    exec({patch!r}, globals())\n"
+    code += "trainer.import_unsloth = load\nimport common, train; common.run_script(train.main)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
+
+
+def learned(folder: Path) -> tuple[dict, list[dict]]:
+    from safetensors.torch import load_file
+
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return load_file(folder / "adapter_model.safetensors"), lines
+
+
+@pytest.mark.parametrize(
+    ("first", "settings"),
+    [(1, ["gradient_accumulation_steps=1"]), (4, ["gradient_accumulation_steps=2", "packing=true", "cutoff_len=400"])],
+    ids=["at-the-first-step", "in-the-middle-with-accumulation-and-packing"],
+)
+def test_a_run_whose_memory_ran_out_learns_the_same(tiny_model, tmp_path, first: int, settings: list[str]):
+    import torch
+
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    assert (result := train(tiny_model, undisturbed, *settings)).returncode == 0, result.stderr[-3000:]
+    result = train(tiny_model, disturbed, *settings, limit=170, first=first)
+    assert result.returncode == 0, result.stderr[-3000:]
+    said = [line for line in result.stderr.splitlines() if "out of memory: a micro-batch" in line]
+    assert 1 <= len(said) <= 5, said
+    (weights, log), (expected, expected_log) = learned(disturbed), learned(undisturbed)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6, msg=name)
+    for line, other in zip(log, expected_log, strict=True):
+        for key in {"loss", "eval_loss", "tokens"} & set(line):
+            assert line[key] == pytest.approx(other[key], rel=1e-6), (line, other)
+
+
+def test_a_sample_that_does_not_fit_ends_the_run_with_what_to_change(tiny_model, tmp_path):
+    result = train(tiny_model, tmp_path / "run", limit=20)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "out of memory: a single sample of" in last and "quantization_bit=4, cutoff_len=" in last, last
