@@ -10,6 +10,7 @@ weights' left out. The difference is a layer's.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def saved_bytes(model: Any) -> int:
 
 
 def count(folder: Path) -> list[dict[str, Any]]:
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder / "compiled")
     cuda_on_cpu.pretend_there_is_a_card()
     import unsloth  # noqa: F401
 
