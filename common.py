@@ -266,7 +266,11 @@ class Config:
     preprocessing_num_workers: int | None = option(None, "threads that tokenize; unset: one a core", minimum=1)
 
     _training: str = group("training")
-    stage: str = option("sft", "what is learned: answers (sft), or raw text (pt)", choices=("sft", "pt"))
+    stage: str = option(
+        "sft",
+        "what is learned: answers (sft), raw text (pt), which of two answers is better (dpo)",
+        choices=("sft", "pt", "dpo"),
+    )
     num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
     max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
     per_device_train_batch_size: int = option(2, "samples (or packed rows) a forward pass", minimum=1)
@@ -335,6 +339,19 @@ class Config:
         None, "LoRA+: the B matrices learn at so many times learning_rate; 16 is usual", minimum=0
     )
     use_dora: bool = option(False, "weight-decomposed adapter (DoRA)")
+
+    _preferences: str = group("preferences")
+    pref_loss: str = option(
+        "sigmoid",
+        "dpo: the loss; orpo and simpo have no reference",
+        choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"),
+    )
+    pref_beta: float = option(0.1, "how strongly the model is kept near the one before, or ORPO's weight", minimum=0)
+    pref_ftx: float = option(0.0, "dpo: weight of the chosen answers' own loss", minimum=0)
+    simpo_gamma: float = option(0.5, "simpo: the margin by which the chosen answer is to be likelier", minimum=0)
+    dpo_label_smoothing: float = option(
+        0.0, "sigmoid: the share of pairs taken to be labelled wrongly", minimum=0, maximum=0.5
+    )
 
     _evaluation: str = group("evaluation during training")
     eval_strategy: str = option(

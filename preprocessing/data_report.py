@@ -58,6 +58,8 @@ def format_report(report: dict[str, Any]) -> str:
 
 def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
     """A sample as text, what is learned in green (between ⟦ ⟧ where there is no colour), and its share."""
+    if "labels" not in sample:
+        return _show_answers(tokenizer, sample)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, after = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     shown = []
@@ -69,3 +71,13 @@ def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
     count = sum(label != -100 for label in sample["labels"])
     total = len(sample["labels"])
     return "".join(shown).rstrip("\n") + f"\n({count} of {total} tokens are learned, {count / total:.0%})"
+
+
+def _show_answers(tokenizer: Any, sample: dict[str, Any]) -> str:
+    """A prompt and the answers to it that are compared or judged."""
+    names = {"chosen_ids": Message("chosen"), "rejected_ids": Message("rejected")}
+    names["completion_ids"] = Message("good_answer") if sample.get("label") else Message("bad_answer")
+    text = {name: tokenizer.decode(ids, skip_special_tokens=False) for name, ids in sample.items() if name != "label"}
+    return "\n".join(
+        [text.pop("prompt_ids").rstrip("\n"), *(f"[{names[name]}] {shown}" for name, shown in text.items())]
+    )

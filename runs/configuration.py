@@ -130,9 +130,13 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
         problem = _foreign_key(name, setting, notes) if name not in OPTIONS else _read_option(name, setting, values)
         if problem:
             faults.append(setting.fault(problem))
+    faults += _check_preferences(values)
     faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
     if faults:
         raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
+    if values.get("packing") and values.get("stage") in ("dpo", "kto"):
+        values["packing"] = False
+        notes.append(Message("packing_not_for_pairs"))
     if values.get("packing") is None:
         values["packing"] = values.get("stage") == "pt"
     if values.get("output_dir") is None:
@@ -195,6 +199,15 @@ def _check_data(values: dict[str, Any]) -> list[Message]:
     if probabilities and (min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-3):
         faults.append(Message("interleave_probs_sum"))
     return faults
+
+
+def _check_preferences(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with the settings of preferences taken together."""
+    if values.get("dpo_label_smoothing") and values.get("pref_loss", "sigmoid") != "sigmoid":
+        return [Message("smoothing_needs_sigmoid")]
+    if values.get("pref_beta") == 0 and values.get("stage") in ("dpo", "kto"):
+        return [Message("pref_beta_is_zero")]
+    return []
 
 
 def _check_adapter(values: dict[str, Any]) -> list[Message]:

@@ -137,7 +137,7 @@ def test_optim_args_are_for_an_optimizer_that_reads_them():
     assert faults_of(["optim_args=eps=1e-6"])[None].code == "optim_takes_no_arguments"
 
 
-@pytest.mark.parametrize("key", ["messages", "user_tag", "pref_lost", "zzz"])
+@pytest.mark.parametrize("key", ["messages", "user_tag", "dataset_lost", "zzz"])
 def test_only_near_words_are_suggested(key):
     assert faults_of([f"{key}=1"])[key] == Message("unknown_key", near=None)
 

@@ -19,6 +19,7 @@ from runs.charts import draw_loss
 from runs.log import append_line, keep_lines, read_log
 from training import early_stopping
 from training.plan import TrainingPlan
+from training.preferences import REWARDS
 
 PICTURE = "training_loss.png"
 DRAW_EVERY = 15  # seconds; a picture costs a third of a second
@@ -92,6 +93,7 @@ class Progress(TrainerCallback):
             "total_steps": state.max_steps,
             "epoch": round(state.epoch or 0.0, 4),
             **{key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs},
+            **rewards_of(logs),
             "tokens": int(tokens),
             "tokens_per_second": round((tokens - self.first_tokens) / seconds, 1),
             "elapsed": round(self.earlier_seconds + seconds, 1),
@@ -109,6 +111,12 @@ class Progress(TrainerCallback):
         """Draws training_loss.png from the log."""
         draw_loss(read_log(self.folder), self.folder / PICTURE)
         self.drawn_at = time.monotonic()
+
+
+def rewards_of(logs: dict[str, float]) -> dict[str, float]:
+    """What TRL's preference trainers log of rewards, by the names of trainer_log.jsonl."""
+    names = {f"{part}{name}": f"{part}{its}" for part in ("", "eval_") for name, its in REWARDS.items()}
+    return {name: round(logs[its], 6) for name, its in names.items() if its in logs}
 
 
 class Interruption(TrainerCallback):

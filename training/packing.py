@@ -43,7 +43,8 @@ def fit_batches(config: Config) -> tuple[Config, Message | None]:
 
     An optimizer step still sees as many samples, except that packed rows held several.
     """
-    if not mixes_samples(Path(config.model_name_or_path)):
+    is_flat = config.stage in ("sft", "pt")
+    if not is_flat or not mixes_samples(Path(config.model_name_or_path)):
         return config, None
     one = dataclasses.replace(
         config,

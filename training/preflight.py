@@ -516,7 +516,9 @@ def check_memory(run: Run) -> Iterator[Finding]:
         yield note(Message("size_unknown"))
         return
     config = run.config
-    longest = run.plan.longest if run.plan and not config.packing else config.cutoff_len
+    longest = (
+        run.plan.longest if run.plan and not config.packing else config.cutoff_len * (2 if config.stage == "dpo" else 1)
+    )
     try:
         parts = estimate_memory(config, run.model, config.per_device_train_batch_size * longest, run.gpu)
     except KeyError:

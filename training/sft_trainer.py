@@ -21,14 +21,11 @@ from training.splitting import Splitter, with_gradients_apart
 LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
 
 
-class Trainer(SFTTrainer):
-    """SFTTrainer with checkpoints that appear whole, an exact mean of the evaluation loss, and exact resuming."""
+class RunTrainer:
+    """What the trainers of all stages add to TRL's: checkpoints that appear whole, and exact resuming."""
 
     plan: TrainingPlan
     save_limit: int | None  # checkpoints that are kept
-    learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
-    train_splitter: Splitter
-    eval_splitter: Splitter
     lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
     last_grad_norm: float = 0.0
     writing_to: Path | None = None  # where a checkpoint is being written
@@ -119,7 +116,7 @@ class Trainer(SFTTrainer):
         def write(beside: Path) -> None:
             self.writing_to = beside
             try:
-                super(Trainer, self)._save_checkpoint(model, trial)
+                super(RunTrainer, self)._save_checkpoint(model, trial)
             finally:
                 self.writing_to = None
             if self.state.best_global_step:  # it has looked for the best one in `beside`
@@ -135,6 +132,14 @@ class Trainer(SFTTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
+
+
+class Trainer(RunTrainer, SFTTrainer):
+    """SFTTrainer with an exact mean of the evaluation loss."""
+
+    learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
+    train_splitter: Splitter
+    eval_splitter: Splitter
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """In pieces where the micro-batch does not fit into memory."""

@@ -20,6 +20,7 @@ from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
 from training import attention, checkpoints, lora_linear, packing
 from training.plan import TrainingPlan
+from training.preferences import PREFERENCES, dpo_arguments
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
@@ -185,30 +186,30 @@ def choose_precision(config: Config) -> Precision:
 def make_trainer(
     config: Config, precision: Precision, model: Any, tokenizer: Any, data: Prepared, plan: TrainingPlan
 ) -> tuple[Any, EarlyStopping]:
-    """TRL's SFTTrainer (which Unsloth has sped up by now), and the callback that knows why it stopped early."""
+    """TRL's trainer of the stage (sped up by Unsloth), and the callback that knows why it stopped early."""
     from transformers import PrinterCallback
 
     from training import callbacks
-    from training.sft_trainer import Trainer
     from training.splitting import Splitter
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
     early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption()
-    trainer = Trainer(
+    trainer_class, more = _trainer_class(config)
+    trainer = trainer_class(
         model=model,
         args=training_arguments(config, precision, plan),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        data_collator=packing.collate,
         callbacks=[callbacks.Progress(Path(config.output_dir), config.plot_loss), callbacks.Saves(plan)],
+        **more,
     )
     trainer.plan, trainer.save_limit = plan, config.save_total_limit
     settings = smaller_settings(config, plan.longest)
     trainer.train_splitter, trainer.eval_splitter = Splitter(settings), Splitter(settings)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
-    if held_out:
+    if held_out and config.stage not in PREFERENCES:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
     gradients = callbacks.FiniteGradients(lambda: trainer.last_grad_norm)
@@ -216,6 +217,17 @@ def make_trainer(
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the log is ours
     return trainer, early
+
+
+def _trainer_class(config: Config) -> tuple[type, dict[str, Any]]:
+    """The trainer of the stage, and what only it takes."""
+    if config.stage == "dpo":
+        from training.preference_trainers import DpoTrainer
+
+        return DpoTrainer, {"config": config}
+    from training.sft_trainer import Trainer
+
+    return Trainer, {"data_collator": packing.collate}
 
 
 def learned_tokens(samples: Any) -> int:
@@ -232,50 +244,55 @@ def smaller_settings(config: Config, longest: int) -> list[str]:
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
     import torch
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     on_gpu = torch.cuda.is_available()
     evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
+    arguments = {
+        "output_dir": config.output_dir,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps or config.warmup_ratio,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "optim_args": config.optim_args,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "bf16": precision.mixed == "bf16",
+        "fp16": precision.mixed == "fp16",
+        "gradient_checkpointing": bool(checkpointing_setting(config, not on_gpu)),
+        "logging_steps": config.logging_steps,
+        "logging_first_step": config.logging_first_step,
+        "logging_nan_inf_filter": False,  # it would hide a NaN and go on
+        "eval_strategy": plan.eval_strategy,
+        "eval_steps": plan.eval_steps,
+        "save_strategy": plan.eval_strategy if evaluated else plan.save_strategy,
+        "save_steps": (plan.eval_steps if evaluated else plan.save_steps) or 500,
+        "save_total_limit": None,  # checkpoints.delete_old
+        "load_best_model_at_end": evaluated,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "include_num_input_tokens_seen": "non_padding" if config.stage in PREFERENCES else "all",
+        "report_to": [name for name in config.report_to if name != "none"],
+        "run_name": Path(config.output_dir).name,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": on_gpu,
+        "remove_unused_columns": False,
+    }
+    if config.stage == "dpo":
+        return DPOConfig(**arguments, **dpo_arguments(config))
     return SFTConfig(
-        output_dir=config.output_dir,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps or config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optim,
-        optim_args=config.optim_args,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        seed=config.seed,
-        data_seed=config.seed,
-        bf16=precision.mixed == "bf16",
-        fp16=precision.mixed == "fp16",
-        gradient_checkpointing=bool(checkpointing_setting(config, not on_gpu)),
-        logging_steps=config.logging_steps,
-        logging_first_step=config.logging_first_step,
-        logging_nan_inf_filter=False,  # it would hide a NaN and go on
-        eval_strategy=plan.eval_strategy,
-        eval_steps=plan.eval_steps,
-        save_strategy=plan.eval_strategy if evaluated else plan.save_strategy,
-        save_steps=(plan.eval_steps if evaluated else plan.save_steps) or 500,
-        save_total_limit=None,  # checkpoints.delete_old
-        load_best_model_at_end=evaluated,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        include_num_input_tokens_seen="all",
-        report_to=[name for name in config.report_to if name != "none"],
-        run_name=Path(config.output_dir).name,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
+        **arguments,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,  # ours, in packing.py, never lets samples see each other

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-from conftest import run, write_jsonl
+import pytest
+from conftest import ROOT, run, save_adapter, write_jsonl
 
 from runs.log import read_log
 
@@ -46,3 +49,54 @@ def test_stages_that_are_not_trained_here_say_what_to_use():
         (fault,) = done.error.fields["faults"]
         assert done.returncode == 2 and fault.fields["problem"].code == f"stage_{stage}"
         assert "dpo" in str(fault.fields["problem"])
+
+
+PAIRS = [
+    {"prompt": f"say {i}", "chosen": "yes please " + "x" * (i % 7 + 1), "rejected": "no no " + "y" * (i % 5 + 1)}
+    for i in range(40)
+]
+
+
+def test_preferences_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
+    data, folder = write_jsonl(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "run"
+    settings = (
+        "stage=dpo",
+        "max_steps=16",
+        "save_strategy=steps",
+        "save_steps=8",
+        "save_total_limit=9",
+        "eval_steps=8",
+    )
+    done = train(tiny_model, folder, data, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "[chosen] yes please" in done.stdout and "[rejected] no no" in done.stdout
+    last = read_log(folder)[-1]
+    assert last["eval_loss"] < 0.5 and last["eval_reward_accuracy"] == 1 and last["eval_reward_margin"] > 0.5
+    again = tmp_path / "again"
+    done = train(tiny_model, again, data, *settings, f"resume_from_checkpoint={folder / 'checkpoint-8'}")
+    assert done.returncode == 0, done.stderr
+    weights = [(run_folder / "adapter_model.safetensors").read_bytes() for run_folder in (folder, again)]
+    assert weights[0] == weights[1]
+    done = run("evaluate.py", str(folder))
+    assert done.returncode == 0, done.stderr
+    found = metrics(folder, data)
+    assert (found["task"], found["rows"]) == ("pairs", 6)
+    assert "preference_accuracy_interval" in found["models"]["trained"]
+    assert found["models"]["trained"]["margin"] > found["models"]["base"]["margin"] + 1
+
+
+def test_first_losses_and_gradients_are_those_of_plain_pytorch(tmp_path, tiny_model):
+    adapter = save_adapter(tiny_model, tmp_path / "adapter", noise=0.05)
+    found = []
+    for way in ("kit", "plain"):
+        script = Path(__file__).with_name("exact_preferences.py")
+        command = [sys.executable, str(script), way, str(tiny_model), str(adapter)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    kit, plain = found
+    for name in plain:
+        assert kit[name]["loss"] == pytest.approx(plain[name]["loss"], rel=1e-5), name
+        assert kit[name]["gradients"].keys() == plain[name]["gradients"].keys()
+        for parameter, sums in plain[name]["gradients"].items():
+            assert kit[name]["gradients"][parameter] == pytest.approx(sums, rel=1e-4, abs=1e-5), (name, parameter)

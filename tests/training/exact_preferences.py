@@ -1,0 +1,147 @@
+"""The first loss and gradients of preference training: by the kit, or by hand with PEFT. Prints them as JSON.
+
+    python tests/training/exact_preferences.py (kit|plain) MODEL ADAPTER
+
+In float32 on a CPU. The plain side has a second copy of the model as its reference and writes each loss as its paper
+does: plain TRL cannot compute it on a CPU (its kernel is Triton's). test_stages.py compares the two, each in a process:
+Unsloth patches transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+BETA, GAMMA, FTX = 0.3, 0.7, 0.2
+LOSSES = {name: {"pref_loss": name} for name in ("sigmoid", "hinge", "ipo", "orpo", "simpo")}
+LOSSES |= {"smoothed": {"dpo_label_smoothing": 0.2}, "with_ftx": {"pref_ftx": FTX}}
+
+
+def make_pairs() -> list[dict[str, list[int]]]:
+    import numpy as np
+
+    draw = np.random.default_rng(3).integers
+    lengths = ((9, 2, 5), (3, 17, 8))
+    return [
+        dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (draw(0, 256, n).tolist() for n in row), strict=True))
+        for row in lengths
+    ]
+
+
+def measured(trainer: Any) -> dict[str, Any]:
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator([dict(row) for row in trainer.train_dataset]))
+    loss.backward()
+    return facts(trainer.model, loss)
+
+
+def facts(model: Any, loss: Any) -> dict[str, Any]:
+    gradients = {
+        name.replace("default.", ""): parameter.grad.double().flatten()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    sums = {name: [float(g.norm()), float(g[::7].sum())] for name, g in sorted(gradients.items())}
+    return {"loss": float(loss), "gradients": sums}
+
+
+def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
+    from training import trainer as training
+
+    training.import_unsloth()
+    import datasets
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer
+
+    import common
+    from training.plan import make_plan
+
+    pairs, found = datasets.Dataset.from_list(make_pairs()), {}
+    for name, settings in LOSSES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            config = common.Config(
+                **{"model_name_or_path": model_folder, "adapter_name_or_path": adapter, "output_dir": folder},
+                **{
+                    "stage": "dpo",
+                    "cutoff_len": 64,
+                    "pref_beta": BETA,
+                    "simpo_gamma": GAMMA,
+                    "bf16": False,
+                    **settings,
+                },
+            )
+            data = SimpleNamespace(train=pairs, eval=None, train_lengths=np.array([30, 40]), eval_lengths=None)
+            precision = training.Precision(torch.float32, None)
+            model = training.load_model(config, precision)
+            tokenizer = AutoTokenizer.from_pretrained(model_folder)
+            made, _ = training.make_trainer(config, precision, model, tokenizer, data, make_plan(config, data))
+            assert list(model.peft_config) == ["default"], "a copy of the adapter"
+            found[name] = measured(made)
+    return found
+
+
+def by_hand(model_folder: str, adapter: str) -> dict[str, Any]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+
+    found = {}
+    for name in LOSSES:
+        model = PeftModel.from_pretrained(base(), adapter, is_trainable=True)
+        loss = torch.stack([pair_loss(name, pair, model, base()) for pair in make_pairs()]).mean()
+        if name == "with_ftx":  # the mean over all tokens of the chosen answers
+            pairs = make_pairs()
+            logs = sum(answer_log(model, pair["prompt_ids"], pair["chosen_ids"]) for pair in pairs)
+            loss = loss - FTX * logs / sum(len(pair["chosen_ids"]) for pair in pairs)
+        loss.backward()
+        found[name] = facts(model, loss)
+    return found
+
+
+def answer_log(scored: Any, prompt: list[int], answer: list[int]) -> Any:
+    import torch
+
+    logits = scored(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()
+
+
+def pair_loss(name: str, pair: dict[str, list[int]], model: Any, reference: Any) -> Any:
+    import torch
+    from torch.nn.functional import logsigmoid, relu
+
+    answers = [pair["chosen_ids"], pair["rejected_ids"]]
+    chosen, rejected = (answer_log(model, pair["prompt_ids"], answer) for answer in answers)
+    with torch.no_grad():
+        before = [answer_log(reference, pair["prompt_ids"], answer) for answer in answers]
+    margin = BETA * ((chosen - before[0]) - (rejected - before[1]))
+    if name in ("sigmoid", "with_ftx"):
+        return -logsigmoid(margin)
+    if name == "hinge":
+        return relu(1 - margin)
+    if name == "smoothed":
+        return -0.8 * logsigmoid(margin) - 0.2 * logsigmoid(-margin)
+    lengths = [len(answer) for answer in answers]
+    if name == "ipo":
+        difference = (chosen - before[0]) / lengths[0] - (rejected - before[1]) / lengths[1]
+        return (difference - 1 / (2 * BETA)) ** 2
+    chosen, rejected = chosen / lengths[0], rejected / lengths[1]
+    if name == "simpo":
+        return -logsigmoid(BETA * (chosen - rejected) - GAMMA)
+    odds = torch.log(chosen.exp() / (1 - chosen.exp())) - torch.log(rejected.exp() / (1 - rejected.exp()))
+    return -chosen - BETA * logsigmoid(odds)
+
+
+if __name__ == "__main__":
+    way = {"kit": by_kit, "plain": by_hand}[sys.argv[1]]
+    print(json.dumps(way(*sys.argv[2:])))
