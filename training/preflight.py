@@ -189,6 +189,13 @@ def check_python(_: Run) -> Iterator[Finding]:
         yield fault(Message("python_does_not_fit", version=found))
 
 
+def check_processes(_: Run) -> Iterator[Finding]:
+    """A launcher (torchrun, accelerate launch) has started several processes, which would write to one run folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        yield fault(Message("several_processes", count=int(count)))
+
+
 def check_card(run: Run) -> Iterator[Finding]:
     run.gpu = gpu = common.find_gpu()
     if gpu is None:
@@ -597,6 +604,7 @@ def checkpoints_at_once(config: Config, plan: TrainingPlan | None) -> int:
 # By the names under which they are printed. The first need nothing heavy.
 CHECKS: dict[str, Check] = {
     "python": check_python,
+    "processes": check_processes,
     "card": check_card,
     "packages": check_packages,
     "output": check_output,

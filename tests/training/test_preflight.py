@@ -245,6 +245,17 @@ def test_all_faults_are_told(tiny_model, tmp_path):
     assert str(Message("dry_run_no", count=2)) in result.stdout
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_several_processes_of_a_launcher_are_refused(tiny_model, tmp_path, more):
+    """Each of them would train the whole data and write to the same run folder."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 3)
+    settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={tmp_path / 'run'}"]
+    result = run("train.py", *more, *settings, cwd=tmp_path, env={**os.environ, "WORLD_SIZE": "2"})
+    assert result.returncode == 2
+    assert str(Message("several_processes", count=2)) in result.stdout + result.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_is_nowhere(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
