@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/ready-$(DEVICE)
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor download data train chat webui webchat api eval runs merge gguf test test-quick lint clean
+.PHONY: help setup doctor download data train chat webui webchat api eval runs merge gguf test test-quick bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -66,6 +66,9 @@ test: $(READY) ## run every test
 
 test-quick: $(READY) ## run the tests that train nothing, in under a minute
 	@$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+bench: $(READY) ## train the same job with this kit and with others, and compare; ARGS="--jobs identity --steps 3"
+	@$(PY) bench/compare.py $(ARGS)
 
 lint: $(READY) ## check style, format, and the code for security faults of high severity
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
