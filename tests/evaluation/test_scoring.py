@@ -23,8 +23,8 @@ def scorer_of(model: object):
 
     from evaluation import scoring
 
-    adapters = SimpleNamespace(switched=lambda _: contextlib.nullcontext())
-    return scoring.TransformersScorer(SimpleNamespace(model=model, _adapters=adapters, _trained=True, _last_only=True))
+    engine = SimpleNamespace(model=model, adapter_state=contextlib.nullcontext, last_logits_only=True)
+    return scoring.TransformersScorer(engine)
 
 
 @pytest.mark.slow
