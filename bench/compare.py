@@ -113,9 +113,13 @@ def make_rows(job: str, count: int, folder: Path) -> list[dict[str, str]]:
         rows = general_rows(count)
     else:
         make = [sys.executable, str(ROOT / "data" / "make_diy.py"), "--out", str(folder / "fraud"), "--overwrite"]
-        subprocess.run([*make, "--accounts", "200", "--max-tokens", "2500"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*make, "--accounts", "200", "--max-tokens", "4000", "--window", "80"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         rows = json.loads((folder / "fraud.json").read_text(encoding="utf-8"))
-        rows.sort(key=lambda row: -len(row["input"]))
+        rows.sort(key=lambda row: -len(row["instruction"]))
     if len(rows) < count:
         sys.exit(f"{job} has {len(rows)} rows, not {count}: fewer --steps")
     asked = ["\n".join(filter(None, (row["instruction"], row.get("input")))) for row in rows[:count]]
