@@ -1,0 +1,312 @@
+"""Commands that are killed at random moments and started again. Nothing that looks whole may be broken, and the last
+start must end with what an undisturbed one made, bit for bit.
+
+The commands run in forks of this process, which has imported what they need: a kill then costs a second, not the ten
+that the imports take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import make_run, write_jsonl
+from fuzz import Tally
+
+import common
+from runs.configuration import run_command
+
+SECONDS = 300  # the longest that an undisturbed command may take
+
+
+@dataclass
+class Victim:
+    """A command to kill: what it is called with, what must hold after a kill, and what it makes in the end."""
+
+    name: str
+    main: Callable[[list[str]], None]
+    arguments: Callable[[Path], list[str]]  # of a folder to work in
+    prepare: Callable[[Path], None]
+    check: Callable[[Path], None]  # raises AssertionError where something looks whole and is not
+    result: Callable[[Path], Any]
+
+
+def start(victim: Victim, folder: Path) -> int:
+    """Forks a process that runs the command in `folder`; returns its number."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.chdir(folder)
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = [f"{victim.name}.py", *victim.arguments(folder)]
+        run_command(victim.main)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+
+def finish(victim: Victim, folder: Path) -> float:
+    """Runs the command to its end, which must be a good one; returns how long it took, in seconds."""
+    started = time.monotonic()
+    process = start(victim, folder)
+    while time.monotonic() - started < SECONDS:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            said = (folder / "log").read_text(errors="replace")[-800:]
+            assert status == 0, f"{victim.name} ended with {os.waitstatus_to_exitcode(status)}: {said}"
+            return time.monotonic() - started
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    raise AssertionError(f"{victim.name} hangs")
+
+
+def kill_at_random(victim: Victim, kills: int, folder: Path, seed: int = 0) -> Tally:
+    """Kills the command `kills` times, a few times in a row in one folder, and compares what comes out in the end."""
+    draw, tally = random.Random(seed), Tally(f"kills of {victim.name}.py")
+    folder.mkdir()
+    expected, seconds = None, 0.0
+    for name in ("warm", "undisturbed"):  # the first fills the caches
+        place = folder / name
+        place.mkdir()
+        victim.prepare(place)
+        seconds = finish(victim, place)
+        expected = victim.result(place)
+    round_number = 0
+    while tally.tried < kills:
+        round_number += 1
+        place = folder / f"round-{round_number}"
+        place.mkdir()
+        victim.prepare(place)
+        in_a_row = 0
+        try:
+            for _ in range(min(draw.randint(1, 4), kills - tally.tried)):
+                process = start(victim, place)
+                time.sleep(draw.uniform(0, 1.05 * seconds))
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                tally.tried += 1
+                in_a_row += 1
+                victim.check(place)
+            finish(victim, place)
+            assert victim.result(place) == expected, "the result differs from the undisturbed one"
+        except (AssertionError, ValueError, OSError, KeyError) as error:
+            tally.lost.append(f"{place}, {in_a_row} kills: {type(error).__name__}: {str(error)[:900]}")
+            continue
+        tally.worked += in_a_row
+        shutil.rmtree(place)
+    return tally
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
+# Dropout, a logging step that is no save step, evaluations, and a checkpoint of neither: all must resume exactly.
+TRAINING = [
+    "cutoff_len=128", "max_steps=14", "per_device_train_batch_size=2", "gradient_accumulation_steps=1", "lora_rank=4",
+    "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
+    "bf16=false", "early_stopping=no",
+]  # fmt: skip
+LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
+
+
+def training(model: Path) -> Victim:
+    import train
+    from training import trainer
+
+    trainer.import_unsloth()
+
+    def learned(folder: Path) -> Any:
+        lines = [json.loads(line) for line in (folder / "run" / "trainer_log.jsonl").read_text().splitlines()]
+        weights = (folder / "run" / "adapter_model.safetensors").read_bytes()
+        return weights, [{name: line.get(name) for name in LEARNED} for line in lines]
+
+    def check(folder: Path) -> None:
+        from training.checkpoints import find_damage
+
+        for checkpoint in (folder / "run").glob("checkpoint-*"):
+            assert find_damage(checkpoint) is None, f"{checkpoint.name} is damaged: {find_damage(checkpoint)}"
+
+    return Victim(
+        "train",
+        train.main,
+        lambda _: [f"model_name_or_path={model}", "dataset=rows.jsonl", "output_dir=run", *TRAINING],
+        lambda folder: (write_jsonl(folder / "rows.jsonl", ROWS), None)[1],
+        check,
+        learned,
+    )
+
+
+def merging(model: Path) -> Victim:
+    import merge
+
+    def weights(folder: Path) -> bytes:
+        return (folder / "run" / "merged" / "model.safetensors").read_bytes()
+
+    whole: list[bytes] = []
+
+    def result(folder: Path) -> bytes:
+        whole.append(weights(folder))
+        return whole[-1]
+
+    def check(folder: Path) -> None:
+        if (folder / "run" / "merged").exists():
+            assert (folder / "run" / "merged" / "merge.json").exists() and weights(folder) == whole[0]
+
+    return Victim(
+        "merge",
+        merge.main,
+        lambda _: ["run", "--overwrite", "dataset=rows.jsonl"],
+        lambda folder: _prepare_run(folder, model),
+        check,
+        result,
+    )
+
+
+def _prepare_run(folder: Path, model: Path) -> None:
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    made = folder.parent.parent / "one-run"
+    if not made.exists():
+        make_run(model, made)
+    shutil.copytree(made, folder / "run")
+
+
+def evaluating(model: Path) -> Victim:
+    import evaluate
+
+    def result(folder: Path) -> Any:
+        found = json.loads((folder / "run" / "eval" / "rows" / "metrics.json").read_text())
+        for one in found["models"].values():
+            one.pop("seconds", None)
+        return (folder / "run/eval/rows/predictions.jsonl").read_bytes(), found["models"], found["rows"]
+
+    def check(folder: Path) -> None:
+        for file in (folder / "run").glob("eval/*/metrics.json"):
+            assert json.loads(file.read_text())["rows"] == len(ROWS)
+
+    return Victim(
+        "evaluate",
+        evaluate.main,
+        lambda _: ["run", "dataset=rows.jsonl", "infer_dtype=float32"],
+        lambda folder: _prepare_run(folder, model),
+        check,
+        result,
+    )
+
+
+def quantizing(model: Path) -> Victim:
+    import quantize
+
+    output = Path("model") / "gguf"
+
+    def prepare(folder: Path) -> None:
+        write_jsonl(folder / "rows.jsonl", ROWS * 5)
+        shutil.copytree(model, folder / "model")
+
+    def result(folder: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (folder / output).glob("*.gguf")}
+
+    def check(folder: Path) -> None:
+        for file in (folder / output).glob("*.gguf"):
+            assert file.read_bytes()[:4] == b"GGUF"
+
+    return Victim(
+        "quantize",
+        quantize.main,
+        lambda _: ["model", "--type", "q8_0", "dataset=rows.jsonl"],
+        prepare,
+        check,
+        result,
+    )
+
+
+@contextlib.contextmanager
+def downloading(folder: Path) -> Iterator[Victim]:
+    """download.py from a hub in this process, which is in no hurry."""
+    import huggingface_hub.constants
+    from test_download import WANTED, Hub, make_repository
+
+    import download
+
+    repository = make_repository(folder / "repository")
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    hub = Hub({"org/Tiny-Chat": repository})
+    hub.delay = 0.02
+    hub.handle_error = lambda *_: None  # of connections that a kill has cut
+    place = Path("models") / "Tiny-Chat"
+
+    def result(folder: Path) -> dict[str, bytes]:
+        return {name: (folder / place / name).read_bytes() for name in sorted(WANTED)}
+
+    def check(folder: Path) -> None:
+        if (folder / place).exists():
+            for name in WANTED:
+                assert (folder / place / name).read_bytes() == (repository / name).read_bytes()
+
+    try:
+        arguments = ["org/Tiny-Chat", "--mirror", hub.url]
+        yield Victim("download", download.main, lambda _: arguments, lambda _: None, check, result)
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        hub.shutdown()
+        hub.server_close()
+
+
+KINDS: dict[str, Callable[[Path], Victim]] = {"train": training, "merge": merging, "evaluate": evaluating}
+
+
+def small_model(folder: Path) -> Path:
+    """Two layers of random weights behind the embedded model's tokenizer, which llama.cpp's converter knows."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(common.ROOT / common.EMBEDDED_MODEL)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def kill(name: str, count: int, folder: Path, model: Path, seed: int = 0) -> Tally:
+    """Kills of a command, with a folder for each series below `folder`."""
+    place = folder / f"kills-{name}"
+    if name == "download":
+        place.mkdir()
+        with downloading(place) as victim:
+            return kill_at_random(victim, count, place / "downloads", seed)
+    if name == "quantize":
+        return kill_at_random(quantizing(small_model(folder / "small")), count, place, seed)
+    return kill_at_random(KINDS[name](model), count, place, seed)
