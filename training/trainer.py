@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from preprocessing.dataset import Prepared
     from training.callbacks import EarlyStopping
 
+LOADING_LOG = "loading.log"  # in the run folder: what libraries print while they load the model
 # What Unsloth calls the matrices of fused experts, which are no linear layers.
 EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
@@ -36,8 +37,8 @@ EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keeps what libraries print while they load from the terminal, unless they fail."""
+def quietly(log: Path | None = None) -> Iterator[None]:
+    """Keeps what libraries print while they load from the terminal, unless they fail; writes it into `log`."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -46,6 +47,9 @@ def quietly() -> Iterator[None]:
         if not isinstance(error, UserError | KeyboardInterrupt):
             print(printed.getvalue(), file=sys.stderr)
         raise
+    finally:
+        if log and log.parent.is_dir() and printed.getvalue():
+            log.write_text(printed.getvalue(), encoding="utf-8")
 
 
 def import_unsloth() -> None:
@@ -59,11 +63,27 @@ def import_unsloth() -> None:
 
 def load_model(config: Config, precision: Precision) -> Any:
     """The model with its adapter, a new one or the one to go on with, by Unsloth on every device."""
-    with _folder_to_load(config) as folder, quietly():
+    log = Path(config.output_dir) / LOADING_LOG
+    with _folder_to_load(config) as folder, quietly(log):
         model = _load_from(folder, config, precision)
+    check_quantized(model, config.quantization_bit, log)
+    if model.device.type != "cpu":  # models that Unsloth has no attention of its own for, and all in 8 bit
+        from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
+
+        enable_hf_packed_attention()
     if model.device.type == "cpu" and precision.mixed == "bf16":
         lora_linear.round_once(model)
     return model
+
+
+def check_quantized(model: Any, bits: int | None, log: Path) -> None:
+    """Raises UserError where Unsloth has loaded 16-bit weights though 4 or 8 bit were asked for.
+
+    It does so with a printed line where it cannot use bitsandbytes.
+    """
+    wanted = {4: "Params4bit", 8: "Int8Params"}.get(bits)
+    if wanted and not any(type(weight).__name__ == wanted for weight in model.parameters()):
+        raise UserError("not_quantized", bits=bits, log=log)
 
 
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
@@ -100,6 +120,8 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
             use_gradient_checkpointing=checkpointing,
             random_state=config.seed,
             max_seq_length=config.cutoff_len,
+            # recomputing takes a third of a step: after the first one Unsloth leaves out what fits into memory
+            **({} if on_cpu or config.gradient_checkpointing != "auto" else {"checkpoint_skip_layers": "auto"}),
             **_families(model),
         )
     except ValueError as error:

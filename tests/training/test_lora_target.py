@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, user_error
 
 from runs.configuration import load_config
 from training import memory, trainer
@@ -74,3 +74,25 @@ def test_unsloth_adapts_them_all(tmp_path: Path):
     config = load_config(["lora_rank=4"]).config
     for folder, trained in json.loads(result.stdout.splitlines()[-1]).items():
         assert trained == memory.adapter_parameters(config, memory.tensor_shapes(Path(folder))), folder
+
+
+def test_weights_that_were_not_quantized_are_told(tmp_path: Path):
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    trainer.check_quantized(model, None, tmp_path / "loading.log")
+    for bits, name in ((4, "Params4bit"), (8, "Int8Params")):
+        with user_error("not_quantized", bits=bits):
+            trainer.check_quantized(model, bits, tmp_path / "loading.log")
+        quantized = torch.nn.Module()
+        quantized.weight = type(name, (torch.nn.Parameter,), {})(torch.zeros(2))
+        trainer.check_quantized(quantized, bits, tmp_path / "loading.log")
+
+
+def test_what_is_printed_while_loading_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    log = tmp_path / "loading.log"
+    with trainer.quietly(log):
+        print("Unsloth: bitsandbytes is not supported here")
+    assert "not supported here" in log.read_text() and not capsys.readouterr().out
+    with trainer.quietly(tmp_path / "no-folder" / "loading.log"):
+        print("lost")
