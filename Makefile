@@ -10,12 +10,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 READY := $(VENV)/ready-$(DEVICE)
+
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help setup doctor download data train chat webui webchat api eval runs merge gguf test test-quick bench lint clean
-=======
-.PHONY: help setup doctor download data train chat webui webchat api eval runs merge gguf test test-quick torture lint clean
->>>>>>> 87ecbab (make torture: damaged inputs and kills at random moments, one table; short samples in make test)
+.PHONY: help setup doctor download data train chat webui webchat api eval runs merge gguf test test-quick bench torture lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,14 +68,12 @@ test: $(READY) ## run every test
 test-quick: $(READY) ## run the tests that train nothing, in under a minute
 	@$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-<<<<<<< HEAD
 bench: $(READY) ## train the same job with this kit and with others, and compare; ARGS="--jobs identity --steps 3"
 	@$(PY) bench/compare.py $(ARGS)
-=======
+
 torture: $(READY) ## try to break the kit for an hour or two, and print what it survived; ARGS="--share 0.1": a tenth
 	@ONECARD_TORTURE=1 $(PY) -m pytest -q tests/evaluation/test_interruptions.py
 	@$(PY) bench/torture.py $(ARGS)
->>>>>>> 87ecbab (make torture: damaged inputs and kills at random moments, one table; short samples in make test)
 
 lint: $(READY) ## check style, format, and the code for security faults of high severity
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

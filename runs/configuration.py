@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 import typing
@@ -51,7 +52,7 @@ def load_config(arguments: list[str]) -> Loaded:
     typed: dict[str, Any] = {}
     for argument in join_settings(arguments):
         key, equals, value = argument.removeprefix("--").partition("=")
-        if equals and key.replace("_", "").replace("-", "").isalnum() and not Path(argument).exists():
+        if equals and key.replace("_", "").replace("-", "").isalnum() and not os.path.exists(argument):
             typed[key.replace("-", "_")] = _parse(value)
         elif argument.startswith("-"):
             raise UserError("unknown_argument", argument=argument, near=nearest_word(argument, _flags()))
@@ -214,7 +215,7 @@ def _check_adapter(values: dict[str, Any]) -> list[Message]:
     """What is wrong with the settings of adapter and folders."""
     faults = []
     adapter = values.get("adapter_name_or_path") or ""
-    if "," in adapter and not Path(adapter).exists():
+    if "," in adapter and not os.path.exists(adapter):
         faults.append(Message("several_adapters", adapters=[name.strip() for name in adapter.split(",")]))
     if set(values.get("lora_target", ("all",))) <= {"embed_tokens", "lm_head"}:
         faults.append(Message("lora_target_embeddings_only"))
@@ -300,4 +301,4 @@ def _without_command_word(arguments: list[str]) -> list[str]:
     """Arguments without the command that LLaMA-Factory's users type first: `train.py train RECIPE`."""
     words = {"train": ("train",), "chat": ("chat",), "evaluate": ("eval",), "merge": ("export",), "api": ("api",)}
     is_word = arguments[1:] and arguments[0] in words.get(Path(sys.argv[0]).stem, ())
-    return arguments[1:] if is_word and not Path(arguments[0]).exists() else arguments
+    return arguments[1:] if is_word and not os.path.exists(arguments[0]) else arguments

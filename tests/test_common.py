@@ -528,3 +528,8 @@ def test_sha256_of_a_part_of_a_file(tmp_path):
     path.write_bytes(b"abcdef")
     assert sha256(path) == hashlib.sha256(b"abcdef").hexdigest()
     assert sha256(path, 2, 3, "x") == hashlib.sha256(b"xcde").hexdigest()
+
+
+def test_a_setting_longer_than_a_file_name_may_be_is_an_ordinary_fault():
+    with user_error("config_faults"):
+        load_config([f"lora_rank={'x' * 300}"])

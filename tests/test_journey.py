@@ -91,6 +91,11 @@ def test_every_command_within_a_sentence_names_a_script_that_exists():
             assert page.name == "log.md" or (ROOT / script).is_file(), f"{page.name}: {script}"
 
 
+def test_no_file_holds_an_unresolved_merge_conflict():
+    found = subprocess.run(["git", "grep", "-lE", "^(<{7}|>{7}) "], capture_output=True, text=True, cwd=ROOT)
+    assert found.stdout == ""
+
+
 def test_make_alone_lists_every_target():
     listed = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT, check=True, env=ENVIRONMENT).stdout
     targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split()

@@ -58,6 +58,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_unsloth_adapts_them_all(tmp_path: Path):
     """Of Llama, which it has code of its own for, of Phi-3 with fused projections, and of a model it does not know."""
     from conftest import make_tiny_model

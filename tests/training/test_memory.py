@@ -13,6 +13,7 @@ from conftest import ROOT
 from training import memory
 
 
+@pytest.mark.slow
 def test_what_a_layer_keeps_is_what_is_counted(tmp_path: Path):
     command = [sys.executable, str(ROOT / "tests" / "training" / "count_saved.py"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -363,10 +363,13 @@ def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
 def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
     asked = f"adapter_name_or_path={tmp_path}"
     assert findings(preflight.check_adapter, asked)[0].code == "adapter_lacks_file"
+    (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
+    assert findings(preflight.check_adapter, asked)[0].code == "broken_safetensors"
+    (tmp_path / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     for text, code in (
-        ("{", "adapter_unreadable"),
-        ("[]", "adapter_unreadable"),
+        ("{", "json_unreadable"),
+        ("[]", "json_unreadable"),
         ('{"peft_type": "LORA"}', "adapter_unreadable"),
         ('{"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}', "adapter_is_no_lora"),
     ):
