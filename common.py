@@ -325,7 +325,7 @@ class Config:
         "recompute activations to save memory; auto: on a GPU only",
         choices=("auto", "true", "false"),
     )
-    bf16: bool | None = option(None, "train in bfloat16; unset: where the device is good at it")
+    bf16: bool | None = option(None, "train in bfloat16; unset: if the device multiplies it at full speed")
     fp16: bool | None = option(None, "train in float16; on a card that has bfloat16 that is used instead")
 
     _lora: str = group("adapter")
@@ -346,7 +346,7 @@ class Config:
         "dpo: the loss; orpo and simpo have no reference",
         choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"),
     )
-    pref_beta: float = option(0.1, "how strongly the model is kept near the one before, or ORPO's weight", minimum=0)
+    pref_beta: float = option(0.1, "closeness to the reference model; orpo: weight of the preference loss", minimum=0)
     pref_ftx: float = option(0.0, "dpo: weight of the chosen answers' own loss", minimum=0)
     simpo_gamma: float = option(0.5, "simpo: the margin by which the chosen answer is to be likelier", minimum=0)
     dpo_label_smoothing: float = option(

@@ -66,7 +66,7 @@ def _forget() -> None:
 
 
 def _key(source: Source, with_base: bool) -> object:
-    """Changes when a loaded model is no more what is meant: a run may have been trained again meanwhile."""
+    """Changes when a loaded model is no longer what is meant: a run may have been trained again meanwhile."""
     file = Path(source.adapter, "adapter_model.safetensors") if source.adapter else Path(source.model)
     return source.name, str(source.config), file.stat().st_mtime_ns, with_base
 

@@ -211,10 +211,9 @@ def _check_device() -> None:
 
 
 def differing(config: Config) -> dict[str, Any]:
-    """The options that differ from their defaults, as a recipe has them."""
-    chosen = {
-        name: getattr(config, name) for name, option in OPTIONS.items() if getattr(config, name) != option.default
-    }
+    """The options that differ from the defaults of their stage, as a recipe has them."""
+    defaults = {name: option.default for name, option in OPTIONS.items()} | {"packing": config.stage == "pt"}
+    chosen = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != defaults[name]}
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in chosen.items()}
 
 

@@ -211,14 +211,14 @@ def changes(
 
 
 def outdated(was_busy: Any) -> Any:
-    """What to send to the place of a refusal, given what `changes` made of the device's user: it goes with that."""
+    """An update that clears a refusal message once the device's user has changed."""
     import gradio as gr
 
     return "" if was_busy is None else gr.skip()
 
 
 def offer(names: list[str], chosen: str | None, held: str | None) -> Any:
-    """A dropdown's new choices; its value only where it is no more what it `held`: the visitor may be choosing now."""
+    """A dropdown's new choices; its value only if it is no longer what it `held`: the visitor may be choosing now."""
     import gradio as gr
 
     return gr.update(choices=names) if chosen == held else gr.update(choices=names, value=chosen)

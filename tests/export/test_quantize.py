@@ -234,7 +234,7 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     monkeypatch.setattr(llamacpp_library, "_cmake", lambda: None)
     job = gguf.GgufJob(None, Path(), Path(), ("q8_0", "bf16"))
     assert gguf.can_prove(job) is False
-    assert "nothing will be proven: quantizing and checking a GGUF need" in capsys.readouterr().out
+    assert "the files will not be verified: quantizing and checking a GGUF need" in capsys.readouterr().out
     k_quant, matrix = (gguf.GgufJob(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
     for job in (k_quant, matrix):
         with user_error("llamacpp_no_compiler"):
