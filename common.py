@@ -88,6 +88,8 @@ class Message:
 
     def text(self, language: str) -> str:
         """The sentence in `language`, one of LANGUAGES."""
+        if self.code not in sentences():  # of a file that another version of the kit wrote
+            return f"{self.code} {self.fields or ''}".strip()
         sentence = sentences()[self.code][language]
         return _Sentence(language).vformat(sentence, (), self.fields) if self.fields else sentence
 

@@ -15,7 +15,7 @@ TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conve
 LEFT_BY_TRAINING = (
     *("checkpoint-[0-9]*", ".saving", ".replaced-*", "adapter_*", "tokenizer*", "special_tokens_map.json"),
     *("chat_template.jinja", "trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md"),
-    *("merged", "gguf", "eval", "report.html", "runs", TRAINED),
+    *("merged", "gguf", "eval", "report.html", "runs", "loading.log", TRAINED),
 )
 
 

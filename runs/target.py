@@ -105,7 +105,8 @@ def _adapter_target(folder: Path, loaded: Loaded) -> Target:
     if "model_name_or_path" in asked:
         base = config.model_name_or_path
     else:
-        base = config.model_name_or_path if run else settings.get("base_model_name_or_path") or None
+        # a recipe may have been trained on another base than it names: model_name_or_path=... on the command line
+        base = run_config(run).model_name_or_path if run else settings.get("base_model_name_or_path") or None
         if (revision := settings.get("revision")) not in (None, "main"):
             raise UserError("base_revision", folder=folder, revision=revision, base=base)
     return Target("adapter", folder, config, loaded, run, base)

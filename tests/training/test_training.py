@@ -95,7 +95,7 @@ def test_the_run_folder_is_complete(finished):
     assert names == {
         "config.yaml", "run.json", "trainer_log.jsonl", "training_loss.png", "adapter_config.json",
         "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-        "checkpoint-10", "checkpoint-12", "report.html", "trained.npy",
+        "checkpoint-10", "checkpoint-12", "report.html", "trained.npy", "loading.log",
     }  # fmt: skip
     trained, _ = dataset.read_conversations(run_config(finished))
     assert set(np.load(finished / "trained.npy").tolist()) == set(map(formats.fingerprint, trained))
