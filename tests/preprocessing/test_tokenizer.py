@@ -106,6 +106,7 @@ def test_a_tokenizer_that_cannot_be_loaded(embedded_model: Path, tmp_path: Path)
         load_base_tokenizer(Config(model_name_or_path="org/nowhere"))
 
 
+@pytest.mark.slow
 def test_preview_of_a_relabelled_model(embedded_model: Path, tmp_path: Path):
     """The whole command: as many tokens as with the right label."""
 

@@ -28,6 +28,7 @@ def metrics(folder: Path, data: Path) -> dict:
     return json.loads((folder / "eval" / data.stem / "metrics.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_documents_are_learned_and_evaluated(tmp_path, tiny_model):
     documents = [{"text": " ".join(["one two three"] * (i % 9 + 1)) + str(i)} for i in range(40)]
     data, folder = write_jsonl(tmp_path / "documents.jsonl", documents), tmp_path / "run"
@@ -57,6 +58,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_preferences_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
     data, folder = write_jsonl(tmp_path / "pairs.jsonl", PAIRS), tmp_path / "run"
     settings = (
@@ -85,6 +87,7 @@ def test_preferences_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
     assert found["models"]["trained"]["margin"] > found["models"]["base"]["margin"] + 1
 
 
+@pytest.mark.slow
 def test_first_losses_and_gradients_are_those_of_plain_pytorch(tmp_path, tiny_model):
     adapter = save_adapter(tiny_model, tmp_path / "adapter", noise=0.05)
     found = []
