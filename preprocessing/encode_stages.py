@@ -7,6 +7,7 @@ kto       {"prompt_ids", "completion_ids", "label" (bool)}: what TRL's KTOTraine
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from common import Config, Message
@@ -32,9 +33,14 @@ def encode_batch(
 
 
 def _conversations(conversations: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Any]:
+    samples = _encode(conversations, config, template, tokenizer)
+    return [sample if isinstance(sample, Message) else [sample] for sample in samples]
+
+
+def _encode(conversations: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Sample | Message]:
     from preprocessing.encode import encode
 
-    samples = encode(
+    return encode(
         conversations,
         template,
         tokenizer,
@@ -44,7 +50,6 @@ def _conversations(conversations: list[Any], config: Config, template: ChatTempl
         train_on_prompt=config.train_on_prompt,
         enable_thinking=config.enable_thinking,
     )
-    return [sample if isinstance(sample, Message) else [sample] for sample in samples]
 
 
 def _documents(documents: list[Any], config: Config, _: ChatTemplate, tokenizer: Any) -> list[Any]:
@@ -80,17 +85,8 @@ def _pairs(pairs: list[Any], config: Config, template: ChatTemplate, tokenizer: 
 
 
 def _judged(conversations: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Any]:
-    from preprocessing.encode import encode
-
-    samples = encode(
-        conversations,
-        template,
-        tokenizer,
-        cutoff_len=config.cutoff_len,
-        overlong=config.overlong,
-        mask_history=True,
-        enable_thinking=config.enable_thinking,
-    )
+    last_answer = dataclasses.replace(config, mask_history=True, train_on_prompt=False)
+    samples = _encode(conversations, last_answer, template, tokenizer)
     return [
         sample if isinstance(sample, Message) else [_split(sample, conversation["good"])]
         for sample, conversation in zip(samples, conversations, strict=True)
