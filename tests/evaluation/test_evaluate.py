@@ -117,7 +117,8 @@ def job_of(*arguments: str) -> Job:
 def made_run(folder: Path, copied: Path, **changes: object) -> Path:
     """A run with the adapter of another and its configuration with changes."""
     shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("eval", "report.html"))
-    changes = {"output_dir": str(folder), "dataset_dir": str(common.ROOT / "data")} | changes
+    base = run_config(copied).model_name_or_path
+    changes = {"model_name_or_path": base, "output_dir": str(folder), "dataset_dir": str(common.ROOT / "data")} | changes
     write_text(folder / "config.yaml", common.dump_config(dataclasses.replace(common.Config(), **changes)))
     return folder
 

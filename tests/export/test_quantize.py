@@ -264,8 +264,9 @@ def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
     assert llamacpp_library.converter() == tmp_path / "convert_hf_to_gguf.py"
 
 
-def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(monkeypatch):
+def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(tmp_path, monkeypatch):
     built = []
+    monkeypatch.setattr(llamacpp_library, "HOME", tmp_path)
     monkeypatch.setattr(llamacpp_library, "run_child", lambda command, _: built.append(command))
     monkeypatch.setattr(llamacpp_library.shutil, "copytree", lambda *_, **__: None)
     monkeypatch.setattr(llamacpp_library.os, "replace", lambda *_: None)

@@ -36,7 +36,7 @@ ADAPTERS = {
 }
 CASES = [
     *((architecture, "lora") for architecture in ARCHITECTURES),
-    *((architecture, "dora") for architecture in ("Llama", "Gemma2", "Phi3", "Qwen3Moe")),
+    *((architecture, "dora") for architecture in ("Llama", "Gemma2", "Phi3", "Olmo2")),
     *((architecture, "ends") for architecture in ("Llama", "Qwen3", "Mixtral")),
     *((architecture, "experts") for architecture in ("Mixtral", "Qwen3Moe", "GptOss")),
 ]
