@@ -15,12 +15,12 @@ without a key, beside 127.0.0.1 and localhost; *: any).
 from __future__ import annotations
 
 import os
+import sys
 
 import common
 from common import Message
 from inference.load import load
-from inference.server import listening, log, serve
-from inference.server_options import ServerOptions
+from inference.server_options import ServerOptions, listen
 from runs.configuration import run_command
 from runs.target import find, read_arguments
 
@@ -33,10 +33,13 @@ def main(argv: list[str]) -> None:
     options = ServerOptions.from_environment(os.environ)
     source = find(target, settings)
     for note in source.notes:
-        log(str(Message("note", text=note)))
-    with listening(options) as listener:
-        log(str(Message("loading", name=source.name)))
-        serve(load(source, only_replies=True), options, listener)
+        print(Message("note", text=note), file=sys.stderr)
+    with listen(options) as listener:
+        print(Message("loading", name=source.name), file=sys.stderr, flush=True)
+        model = load(source, only_replies=True)
+        from inference.server import serve  # what is wrong is told before this takes its second
+
+        serve(model, options, listener)
 
 
 if __name__ == "__main__":

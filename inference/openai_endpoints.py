@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from common import Message, UserError
+from common import UserError
 from inference import tool_calls
 from inference.engine import TokenLogprob
 from inference.generation import Generator, Job
 from inference.openai_errors import ApiError, refuse
 from inference.openai_messages import Tools, read_messages, read_tools
-from inference.openai_replies import Choice, chat_deltas, chat_message, completion_logprobs, token_logprobs, usage
+from inference.openai_replies import Choice, chat_deltas, chat_message, completion_logprobs, token_logprobs
 from inference.openai_schema import (
     ChatRequest,
     CompletionRequest,
@@ -28,6 +28,23 @@ def sse(content: dict[str, Any], event: str | None = None) -> bytes:
     """A server-sent event."""
     head = f"event: {event}\n" if event else ""
     return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def usage(job: Job) -> dict[str, Any]:
+    """Token counts as chats and completions give them."""
+    return {
+        "prompt_tokens": job.prompt_tokens,
+        "completion_tokens": job.completion_tokens,
+        "total_tokens": job.prompt_tokens + job.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
+    }
+
+
+def last_chunks(job: Job, head: dict[str, Any]) -> Iterator[bytes]:
+    """How the stream of a chat or a completion ends."""
+    if job.request.counts_usage:
+        yield sse({**head, "choices": [], "usage": usage(job)})
+    yield b"data: [DONE]\n\n"
 
 
 class Endpoint:
@@ -121,13 +138,11 @@ class ChatEndpoint(ChatPrompts):
             }
             for choice in job.choices
         ]
-        counts = usage(job.prompt_tokens, job.cached_tokens, job.completion_tokens)
-        return {**self._head(job, "chat.completion"), "choices": choices, "usage": counts}
+        return {**self._head(job, "chat.completion"), "choices": choices, "usage": usage(job)}
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         head = self._head(job, "chat.completion.chunk")
-        counted = job.request.stream_options is not None and job.request.stream_options.include_usage
-        empty = {"usage": None} if counted else {}
+        empty = {"usage": None} if job.request.counts_usage else {}
 
         def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
@@ -142,10 +157,8 @@ class ChatEndpoint(ChatPrompts):
                 logprobs = None
             if growth.finish_reason:
                 yield chunk(growth.index, {}, growth.finish_reason)
-        if counted:
-            counts = usage(job.prompt_tokens, job.cached_tokens, job.completion_tokens)
-            yield sse({**head, "choices": [], "usage": counts})
-        yield b"data: [DONE]\n\n"
+        for event in last_chunks(job, head):
+            yield event
 
     def _head(self, job: Job, kind: str) -> dict[str, Any]:
         head = {"id": job.id, "object": kind, "created": job.created, "model": self.model_name}
@@ -181,13 +194,11 @@ class CompletionEndpoint(Endpoint):
             self._choice(job, choice, choice.prefix + choice.text, choice.finish_reason, choice.logprobs)
             for choice in job.choices
         ]
-        counts = usage(job.prompt_tokens, job.cached_tokens, job.completion_tokens)
-        return {**self._head(job), "choices": choices, "usage": counts}
+        return {**self._head(job), "choices": choices, "usage": usage(job)}
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         head = self._head(job)
-        counted = job.request.stream_options is not None and job.request.stream_options.include_usage
-        empty = {"usage": None} if counted else {}
+        empty = {"usage": None} if job.request.counts_usage else {}
 
         def chunk(index: int, text: str, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
             choice = self._choice(job, job.choices[index], text, reason, logprobs)
@@ -202,10 +213,8 @@ class CompletionEndpoint(Endpoint):
                 yield chunk(growth.index, text, None, growth.logprobs)
             if growth.finish_reason:
                 yield chunk(growth.index, "", growth.finish_reason)
-        if counted:
-            counts = usage(job.prompt_tokens, job.cached_tokens, job.completion_tokens)
-            yield sse({**head, "choices": [], "usage": counts})
-        yield b"data: [DONE]\n\n"
+        for event in last_chunks(job, head):
+            yield event
 
     def _head(self, job: Job) -> dict[str, Any]:
         return {"id": job.id, "object": "text_completion", "created": job.created, "model": self.model_name}
@@ -217,8 +226,3 @@ class CompletionEndpoint(Endpoint):
         if job.request.kept_logprobs is not None:
             known = completion_logprobs(logprobs, self.engine, choice)
         return {"index": choice.index, "text": text, "finish_reason": reason, "logprobs": known}
-
-
-def no_embeddings() -> ApiError:
-    """The answer at /v1/embeddings."""
-    return ApiError(400, Message("api_no_embeddings"), code="unsupported_endpoint")

@@ -137,13 +137,3 @@ def _token_name(spelled: bytes) -> str:
         return spelled.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
-
-
-def usage(prompt: int, cached: int, completion: int) -> dict[str, Any]:
-    """Token counts as chats and completions give them."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }

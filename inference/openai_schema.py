@@ -63,6 +63,11 @@ class Request(pydantic.BaseModel):
             raise refuse("stream_options", Message("api_stream_options_alone"))
 
     @property
+    def counts_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
     def limit_field(self) -> str:
         """The field that limits the reply's tokens, as the client wrote it."""
         return "max_tokens"

@@ -7,54 +7,50 @@ import contextlib
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common import Message, UserError
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from common import Message
 from inference.engine import Engine
+from inference.generation import Generator, Job
+from inference.openai_endpoints import ChatEndpoint, CompletionEndpoint, Endpoint
+from inference.openai_errors import ApiError
+from inference.openai_responses import ResponsesEndpoint
+from inference.openai_schema import read_request
+from inference.server_guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key, read_body
+from inference.server_metrics import ServerMetrics
 from inference.server_options import ServerOptions
 
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    from starlette.responses import Response
-
-    from inference.generation import Job
-    from inference.openai_endpoints import Endpoint
-    from inference.openai_errors import ApiError
-
-HEAD_SECONDS = 20  # to send the head of a request
 MAX_CONNECTIONS = 512
-
-
-@contextlib.contextmanager
-def listening(options: ServerOptions) -> Iterator[socket.socket]:
-    """The server's socket, before anything heavy is loaded. Raises UserError where it cannot listen."""
-    try:
-        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((options.host, options.port), family=family)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError("api_cannot_listen", host=options.host, port=options.port, reason=reason) from None
-    with listener:
-        yield listener
+EXPOSED_HEADERS = ("X-Request-Id", "X-Dropped-Messages", "Retry-After")  # to the scripts of other origins
 
 
 def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> None:
     """Answers until Ctrl-C."""
-    import uvicorn
-
-    from inference.server_guard import MAX_HEAD, Guard, timed_protocol
-
     server = ApiServer(engine, options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
     log(str(Message("api_answers_at", model=server.model_name, url=url, slots=options.slots)))
+    cors = CORSMiddleware(
+        server.application(),
+        allow_origins=options.cors_origins,
+        allow_methods=("GET", "POST", "OPTIONS"),
+        allow_headers=("*",),
+        allow_private_network=True,  # a public page may ask a private address
+        expose_headers=EXPOSED_HEADERS,
+    )
     config = uvicorn.Config(
-        Guard(server.application(), options),
-        http=timed_protocol(HEAD_SECONDS),
+        Guard(cors, options),
+        http=TimedProtocol,
         root_path=options.root_path,
         log_level="warning",
         access_log=False,
@@ -76,9 +72,6 @@ class ApiServer:
     """One model behind OpenAI's routes."""
 
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
-        from inference.generation import Generator
-        from inference.server_metrics import ServerMetrics
-
         self.options = options
         self.model_name = options.model_name or Path(engine.name).name
         self.created = int(time.time())
@@ -88,14 +81,6 @@ class ApiServer:
 
     def application(self) -> Starlette:
         """The routes, without the Guard before them."""
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.routing import Route
-
-        from inference.openai_endpoints import ChatEndpoint, CompletionEndpoint
-        from inference.openai_errors import ApiError
-        from inference.openai_responses import ResponsesEndpoint
-
         routes = [
             Route(path, self._answering(endpoint(self.generator, self.model_name)), methods=["POST"])
             for path, endpoint in (
@@ -128,28 +113,17 @@ class ApiServer:
     # -- errors
 
     async def _on_api_error(self, request: Request, error: ApiError) -> Response:
-        from starlette.responses import JSONResponse
-
         self._log_request(request.scope["route"].path, error.status, str(error.message))
         return JSONResponse(error.body, error.status, headers=error.headers)
 
     async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
         """No such route, or another method."""
-        from starlette.responses import JSONResponse
-
-        from inference.openai_errors import ApiError
-
         message = Message("api_no_route", method=request.method, path=request.url.path[:200])
         refused = ApiError(error.status_code, message, code="unknown_url")
         return JSONResponse(refused.body, refused.status, headers=error.headers)
 
     async def _on_failure(self, request: Request, error: Exception) -> Response:
         """The client learns that the server failed; what happened stands in the log only."""
-        from starlette.responses import JSONResponse
-
-        from inference.openai_errors import ApiError
-        from inference.server_guard import ClientTooSlow
-
         if isinstance(error, ClientTooSlow):
             raise error
         self._log_request(request.scope["route"].path, 500, repr(error))
@@ -157,14 +131,7 @@ class ApiServer:
 
     # -- small routes
 
-    def _check_key(self, request: Request) -> None:
-        from inference.server_guard import check_key
-
-        check_key(request, self.options.key)
-
     def _check_model(self, name: str) -> None:
-        from inference.openai_errors import ApiError
-
         if name != self.model_name:
             message = Message("api_no_model", name=name[:200], model=self.model_name)
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -173,54 +140,37 @@ class ApiServer:
         return {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "onecard"}
 
     async def _list_models(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        self._check_key(request)
+        check_key(request, self.options.key)
         return JSONResponse({"object": "list", "data": [self._model_card()]})
 
     async def _show_model(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
-        self._check_key(request)
+        check_key(request, self.options.key)
         self._check_model(request.path_params["name"])
         return JSONResponse(self._model_card())
 
     async def _refuse_embeddings(self, request: Request) -> Response:
-        from inference.openai_endpoints import no_embeddings
-
-        self._check_key(request)
-        raise no_embeddings()
+        check_key(request, self.options.key)
+        raise ApiError(400, Message("api_no_embeddings"), code="unsupported_endpoint")
 
     async def _show_health(self, _: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         alive = self.generator.batch.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def _show_metrics(self, request: Request) -> Response:
-        from starlette.responses import PlainTextResponse
-
-        self._check_key(request)
+        check_key(request, self.options.key)
         return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     # -- replies
 
     def _answering(self, endpoint: Endpoint) -> Any:
         async def answer(request: Request) -> Response:
-            self._check_key(request)
+            check_key(request, self.options.key)
             return await self._answer(request, endpoint)
 
         return answer
 
     async def _answer(self, http: Request, endpoint: Endpoint) -> Response:
         """The response to a request: its replies as one JSON object, or streamed."""
-        from starlette.responses import JSONResponse, StreamingResponse
-
-        from inference.generation import Job
-        from inference.openai_errors import ApiError
-        from inference.openai_schema import read_request
-        from inference.server_guard import read_body
-
         request = read_request(await read_body(http, self.max_body), endpoint.form)
         self._check_model(request.model)
         path, job = http.scope["route"].path, Job.of(request, endpoint.id_prefix)
@@ -246,8 +196,6 @@ class ApiServer:
     async def _stream(
         self, path: str, endpoint: Endpoint, job: Job, watcher: asyncio.Task[None]
     ) -> AsyncIterator[bytes]:
-        from inference.openai_errors import ApiError
-
         try:
             async for event in endpoint.events(job):
                 yield event

@@ -7,43 +7,35 @@ across origins, or by a name that its owner points to 127.0.0.1 (DNS rebinding).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import h11
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common import Message
 from inference.openai_errors import ApiError
 from inference.server_options import LOOPBACK, ServerOptions
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
+HEAD_SECONDS = 20  # to send the head of a request
 BODY_SECONDS = 60  # to send the body of a request
 SEND_SECONDS = 60  # to take the next part of an answer
 MAX_HEAD = 32 << 10  # bytes of the head of a request
-EXPOSED_HEADERS = "X-Request-Id, X-Dropped-Messages, Retry-After"
 
 
 def check_key(request: Request, key: str | None) -> None:
     """Raises ApiError unless the request bears the key; the comparison takes the same time for every wrong one."""
     word, _, given = request.headers.get("authorization", "").partition(" ")
     found = given.strip().encode("latin-1") if word.lower() == "bearer" else b""
-    if key and not hmac.compare_digest(_digest(found), _digest(key.encode())):
+    if key and not hmac.compare_digest(found, key.encode()):
         raise ApiError(401, Message("api_wrong_key"), code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-
-def _digest(text: bytes) -> bytes:
-    return hashlib.sha256(text).digest()
 
 
 async def read_body(request: Request, largest: int) -> bytes:
     """The body of a request. Raises ApiError for more than `largest` bytes, and for a client that is too slow."""
-    from starlette.requests import ClientDisconnect
-
     length = request.headers.get("content-length", "0")
     close = {"Connection": "close"}
     too_large = ApiError(413, Message("api_body_too_large", bytes=largest), code="request_too_large", headers=close)
@@ -69,32 +61,34 @@ class ClientTooSlow(Exception):
 
 
 class Guard:
-    """ASGI middleware: refuses foreign hosts and origins, answers preflights, cuts off clients that read nothing."""
+    """ASGI middleware: refuses foreign hosts and origins, and cuts off clients that read nothing."""
 
     def __init__(self, app: Any, options: ServerOptions) -> None:
         self.app, self.options = app, options
 
-    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        from starlette.responses import JSONResponse, Response
-
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
                 raise ApiError(431, Message("api_head_too_large", bytes=MAX_HEAD), code="request_too_large")
             check_host(headers.get("host", ""), self.options)
-            allowed = check_origin(headers.get("origin"), self.options)
+            check_origin(headers.get("origin"), self.options)
         except ApiError as error:
             await JSONResponse(error.body, error.status)(scope, receive, send)
             return
-        send = _with_deadline(send)
-        if allowed and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-            await Response(status_code=204, headers=allowed | _preflight(headers))(scope, receive, send)
-            return
+
+        async def send_in_time(message: Any) -> None:
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise ClientTooSlow from None
+
         try:
-            await self.app(scope, receive, _with_headers(send, allowed))
+            await self.app(scope, receive, send_in_time)
         except ClientTooSlow:
             return  # without an end of the answer, which closes the connection
 
@@ -108,83 +102,41 @@ def check_host(header: str, options: ServerOptions) -> None:
         raise ApiError(403, Message("api_foreign_host", host=name[:100]), code="host_not_allowed")
 
 
-def check_origin(origin: str | None, options: ServerOptions) -> dict[str, str]:
-    """The CORS headers of an answer. Raises ApiError for a web page that API_CORS_ORIGINS does not name."""
-    if origin is None:
-        return {}
-    if "*" in options.cors_origins or origin.lower() in options.cors_origins:
-        allowed = "*" if "*" in options.cors_origins else origin
-        vary = {} if allowed == "*" else {"Vary": "Origin"}
-        return {"Access-Control-Allow-Origin": allowed, "Access-Control-Expose-Headers": EXPOSED_HEADERS, **vary}
-    raise ApiError(403, Message("api_foreign_origin", origin=origin[:100]), code="origin_not_allowed")
+def check_origin(origin: str | None, options: ServerOptions) -> None:
+    """Raises ApiError for a web page that API_CORS_ORIGINS does not name."""
+    if origin is not None and not {"*", origin} & set(options.cors_origins):
+        raise ApiError(403, Message("api_foreign_origin", origin=origin[:100]), code="origin_not_allowed")
 
 
-def _preflight(headers: dict[str, str]) -> dict[str, str]:
-    answer = {
-        "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-        "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "*"),
-        "Access-Control-Max-Age": "600",
-    }
-    if headers.get("access-control-request-private-network") == "true":  # a public page asks a private address
-        answer["Access-Control-Allow-Private-Network"] = "true"
-    return answer
+class TimedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, with at most HEAD_SECONDS for the head of a request (slowloris)."""
 
+    head_timer: asyncio.TimerHandle | None = None
 
-def _with_headers(send: Send, more: dict[str, str]) -> Send:
-    async def sending(message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start" and more:
-            added = [(name.lower().encode(), value.encode("latin-1")) for name, value in more.items()]
-            message = {**message, "headers": [*message.get("headers", []), *added]}
-        await send(message)
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_timer()
 
-    return sending
-
-
-def _with_deadline(send: Send) -> Send:
-    """Raises ClientTooSlow where a part of the answer is not taken within SEND_SECONDS."""
-
-    async def sending(message: MutableMapping[str, Any]) -> None:
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-        except TimeoutError:
-            raise ClientTooSlow from None
-
-    return sending
-
-
-def timed_protocol(seconds: float) -> type:
-    """uvicorn's HTTP protocol, with at most `seconds` for the head of a request (slowloris)."""
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class TimedProtocol(H11Protocol):
-        head_timer: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.head_timer = self.loop.call_later(seconds, self._cut_off)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            waiting = self.conn.their_state is h11.IDLE
-            if waiting and self.head_timer is None:
-                self.head_timer = self.loop.call_later(seconds, self._cut_off)
-            elif not waiting:
-                self._stop_timer()
-
-        def connection_lost(self, exc: Exception | None) -> None:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
             self._stop_timer()
-            super().connection_lost(exc)
+        elif self.head_timer is None:
+            self._start_timer()
 
-        def _stop_timer(self) -> None:
-            if self.head_timer:
-                self.head_timer.cancel()
-                self.head_timer = None
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
 
-        def _cut_off(self) -> None:
+    def _start_timer(self) -> None:
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self._cut_off)
+
+    def _stop_timer(self) -> None:
+        if self.head_timer:
+            self.head_timer.cancel()
             self.head_timer = None
-            if not self.transport.is_closing():
-                self.transport.abort()
 
-    return TimedProtocol
+    def _cut_off(self) -> None:
+        self.head_timer = None
+        if not self.transport.is_closing():
+            self.transport.abort()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-if TYPE_CHECKING:
-    from inference.engine import Reply
-    from inference.scheduler import Batch
+from inference.engine import Reply
+from inference.scheduler import Batch
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # upper ends of the histograms' buckets
 
@@ -15,8 +14,6 @@ class ServerMetrics:
     """Counters of requests, tokens and times, and what the batch does now."""
 
     def __init__(self, batch: Batch) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("onecard_requests", "Answered requests", ["path", "status"], registry=registry)
@@ -45,6 +42,4 @@ class ServerMetrics:
             self.seconds.observe(reply.seconds)
 
     def text(self) -> bytes:
-        from prometheus_client import generate_latest
-
         return generate_latest(self.registry)
