@@ -118,7 +118,8 @@ def made_run(folder: Path, copied: Path, **changes: object) -> Path:
     """A run with the adapter of another and its configuration with changes."""
     shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("eval", "report.html"))
     base = run_config(copied).model_name_or_path
-    changes = {"model_name_or_path": base, "output_dir": str(folder), "dataset_dir": str(common.ROOT / "data")} | changes
+    paths = {"model_name_or_path": base, "output_dir": str(folder), "dataset_dir": str(common.ROOT / "data")}
+    changes = {**paths, **changes}
     write_text(folder / "config.yaml", common.dump_config(dataclasses.replace(common.Config(), **changes)))
     return folder
 
