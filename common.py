@@ -270,8 +270,8 @@ class Config:
     _training: str = group("training")
     stage: str = option(
         "sft",
-        "what is learned: answers (sft), raw text (pt), which of two answers is better (dpo)",
-        choices=("sft", "pt", "dpo"),
+        "what is learned: answers (sft), raw text (pt), which answer is better (dpo), what is a good answer (kto)",
+        choices=("sft", "pt", "dpo", "kto"),
     )
     num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
     max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
@@ -349,11 +349,13 @@ class Config:
         choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"),
     )
     pref_beta: float = option(0.1, "closeness to the reference model; orpo: weight of the preference loss", minimum=0)
-    pref_ftx: float = option(0.0, "dpo: weight of the chosen answers' own loss", minimum=0)
+    pref_ftx: float = option(0.0, "weight of the chosen or good answers' own loss", minimum=0)
     simpo_gamma: float = option(0.5, "simpo: the margin by which the chosen answer is to be likelier", minimum=0)
     dpo_label_smoothing: float = option(
         0.0, "sigmoid: the share of pairs taken to be labelled wrongly", minimum=0, maximum=0.5
     )
+    kto_chosen_weight: float = option(1.0, "kto: weight of good answers in the loss", minimum=0)
+    kto_rejected_weight: float = option(1.0, "kto: weight of bad answers in the loss", minimum=0)
 
     _evaluation: str = group("evaluation during training")
     eval_strategy: str = option(

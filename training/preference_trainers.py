@@ -1,7 +1,7 @@
 """TRL's DPO and KTO on the kit's own token ids. To be imported after Unsloth, which replaces trl's classes.
 
-The reference is the same model with its adapter off, so there is no second copy of it. Batches are padded: `input_ids`,
-`attention_mask` and `completion_mask`, of pairs first all chosen, then all rejected sequences.
+The reference is the same model with its adapter off, so there is no second copy of it. A batch is padded:
+`input_ids`, `attention_mask` and `completion_mask`, a row an answer; of pairs first all chosen, then all rejected ones.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer
 
 from common import Config
-from training.preferences import WITHOUT_REFERENCE, preference_losses, remove_reference, smoothed_losses
+from training.preferences import WITHOUT_REFERENCE, judged_losses, pair_losses, remove_reference, with_mismatched
 from training.sft_trainer import RunTrainer
+from training.splitting import Splitter, with_gradients_apart
+
+IDS = ("input_ids", "attention_mask", "completion_mask")
 
 
-class DpoTrainer(RunTrainer, DPOTrainer):
-    """DPOTrainer on token ids as they are, without a copy of the adapter, and with ORPO, SimPO and smoothing."""
+class PreferenceTrainer(RunTrainer):
+    """What DPO and KTO share: token ids as they are, no copy of the adapter, exact means, batches that are split."""
+
+    train_splitter: Splitter
+    eval_splitter: Splitter
 
     def __init__(self, *, config: Config, **kwargs: Any) -> None:
         self.config = config
@@ -27,29 +33,102 @@ class DpoTrainer(RunTrainer, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # of token ids
 
-    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        if self.config.pref_loss not in WITHOUT_REFERENCE and not self.config.dpo_label_smoothing:
-            return super()._compute_loss(model, inputs, return_outputs)
-        loss, rewards = self._own_loss(model, inputs)
-        chosen, rejected = rewards.detach().chunk(2)
-        found = self._metrics["train" if self.model.training else "eval"]
-        found["rewards/chosen"].append(chosen.mean().item())
-        found["rewards/rejected"].append(rejected.mean().item())
-        found["rewards/accuracies"].append((chosen > rejected).float().mean().item())
-        found["rewards/margins"].append((chosen - rejected).mean().item())
-        return loss
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch with all that needs no gradient, by row: `reference` (log-probability) and `share` (of the loss)."""
+        raise NotImplementedError
 
-    def _own_loss(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss, and the rewards of all chosen, then all rejected answers."""
-        config, mask = self.config, inputs["completion_mask"]
-        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        logs = model(**given, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
-        means = logs / mask[:, 1:].sum(1)
-        if config.pref_loss in WITHOUT_REFERENCE:
-            losses = preference_losses(config, *means.chunk(2))
-            rewards = config.pref_beta * means
+    def losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The losses of the pairs or answers of a batch; logs their rewards."""
+        raise NotImplementedError
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """In pieces where the micro-batch does not fit into memory."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        train = super().training_step
+
+        def step(piece: dict[str, Any]) -> Any:
+            return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
+
+        model.train()
+        return self.train_splitter.run(self.with_reference(self._prepare_inputs(inputs)), step)
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        predict = super().prediction_step
+        batch = self.with_reference(self._prepare_inputs(inputs))
+        loss = self.eval_splitter.run(batch, lambda piece: predict(model, piece, *args, **kwargs)[0])
+        return loss, None, None  # prediction_loss_only
+
+    def _compute_loss(self, model: Any, inputs: Any, *_: Any) -> torch.Tensor:
+        batch = inputs if "share" in inputs else self.with_reference(inputs)
+        losses = self.losses(model, batch)
+        return (losses * batch["share"][: len(losses)]).sum()
+
+    def _log_probabilities(self, model: Any, batch: dict[str, Any], prefix: str = "") -> torch.Tensor:
+        """The log-probability of each row's answer."""
+        ids, attention, mask = (batch[prefix + name] for name in IDS)
+        labels = ids.masked_fill(mask == 0, -100)
+        given = {"input_ids": ids, "attention_mask": attention, "labels": labels}
+        return model(**given, use_cache=False, fused_lm_head=True).log_probs.sum(1)
+
+    def _note(self, name: str, values: torch.Tensor) -> None:
+        """Adds to what the next logged value of `name` is the mean of."""
+        self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += values.detach().tolist()
+
+
+class DpoTrainer(PreferenceTrainer, DPOTrainer):
+    """DPO, also with ORPO's and SimPO's loss, which have no reference."""
+
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        batch, rows = {name: inputs[name] for name in IDS}, len(inputs["input_ids"])
+        if self.config.pref_loss in WITHOUT_REFERENCE:
+            batch["reference"] = torch.zeros(rows, device=inputs["input_ids"].device)
         else:
-            rewards = config.pref_beta * (logs - torch.cat(self.compute_ref_log_probs(self.model, inputs)))
-            losses = smoothed_losses(rewards, config.dpo_label_smoothing)
-        return (losses - config.pref_ftx * means.chunk(2)[0]).mean(), rewards
+            batch["reference"] = torch.cat(self.compute_ref_log_probs(self.model, inputs))
+        return batch | {"share": torch.full_like(batch["reference"], 2 / rows)}
+
+    def losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        tokens = batch["completion_mask"][:, 1:].sum(1)
+        losses, rewards = pair_losses(self.config, self._log_probabilities(model, batch), batch["reference"], tokens)
+        chosen, rejected = rewards.chunk(2)
+        self._note("chosen", chosen)
+        self._note("rejected", rejected)
+        self._note("accuracies", (chosen > rejected).float())
+        self._note("margins", chosen - rejected)
+        return losses
+
+
+class KtoTrainer(PreferenceTrainer, KTOTrainer):
+    """KTO, whose KL is measured on each prompt with the answer to another one, also where a batch is one row."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss_type, self.calculate_KL = "kto", True  # see preferences.kto_arguments
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return with_mismatched(dataset)
+
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        reference, mismatched = self.compute_ref_log_probs(self.model, inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            kl = (self._log_probabilities(self.model, inputs, "KL_") - mismatched).mean().clamp(min=0)
+        batch = {name: inputs[name] for name in (*IDS, "label")} | {"reference": reference}
+        return batch | {"kl": kl.expand(len(reference)), "share": torch.full_like(reference, 1 / len(reference))}
+
+    def losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        good, kl, tokens = batch["label"].bool(), batch["kl"], batch["completion_mask"][:, 1:].sum(1)
+        logs = self._log_probabilities(model, batch)
+        losses, rewards = judged_losses(self.config, logs, batch["reference"], tokens, good, kl)
+        self._note("chosen", rewards[good])
+        self._note("rejected", rewards[~good])
+        self._note("accuracies", ((rewards > self.config.pref_beta * kl) == good).float())
+        return losses
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        found = self._metrics["train" if self.model.training else "eval"]
+        chosen, rejected = (found.get(f"rewards/{name}") for name in ("chosen", "rejected"))
+        for name in ("chosen", "rejected"):
+            if not found[f"rewards/{name}"]:  # no such answer since the last line
+                del found[f"rewards/{name}"]
+        if chosen and rejected:
+            found["rewards/margins"] = [sum(chosen) / len(chosen) - sum(rejected) / len(rejected)]
+        super().log(logs, *args, **kwargs)

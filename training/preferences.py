@@ -1,10 +1,13 @@
-"""What training on preferences needs beside TRL's trainers: their arguments, and the losses that they lack."""
+"""What training on preferences needs beside TRL's trainers: their arguments, the losses, KTO's mismatched answers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import Config
+
+if TYPE_CHECKING:
+    import datasets
 
 PREFERENCES = ("dpo", "kto")  # the stages
 WITHOUT_REFERENCE = ("orpo", "simpo")
@@ -17,12 +20,14 @@ REWARDS = {
 }
 
 
-def dpo_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of TRL's DPOConfig beside those of every training."""
-    arguments = {"beta": config.pref_beta, "max_length": config.cutoff_len, "disable_dropout": False}
-    loss = "sigmoid" if config.pref_loss in WITHOUT_REFERENCE else config.pref_loss  # those are computed here
-    types, weights = ([loss, "sft"], [1.0, config.pref_ftx]) if config.pref_ftx else ([loss], [1.0])
-    return arguments | {"loss_type": types, "loss_weights": weights}
+def preference_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of TRL's DPOConfig or KTOConfig beside those of every training; the losses are computed here."""
+    arguments = {"max_length": config.cutoff_len, "disable_dropout": False}
+    if config.stage == "kto":
+        # TRL refuses KTO in random order and with batches of one, because it takes the answers of other prompts from
+        # the same batch; here they come with the rows (with_mismatched), and KtoTrainer sets its own loss
+        arguments |= {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"}
+    return arguments
 
 
 def remove_reference(model: Any) -> None:
@@ -31,24 +36,56 @@ def remove_reference(model: Any) -> None:
         model.delete_adapter("ref")
 
 
-def preference_losses(config: Config, chosen: Any, rejected: Any) -> Any:
-    """ORPO (https://arxiv.org/abs/2403.07691) or SimPO (https://arxiv.org/abs/2405.14734), a loss for each pair.
+def with_mismatched(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Judged answers, each with the answer of the row before as `KL_completion_ids`, as KTO measures its KL on."""
+    import datasets
 
-    `chosen`, `rejected`: the mean log-probability of a token of each answer.
+    def read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows = [dataset[i] | {"KL_completion_ids": dataset[i - 1]["completion_ids"]} for i in batch["row"]]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    return datasets.Dataset.from_dict({"row": range(len(dataset))}).with_transform(read)
+
+
+def pair_losses(config: Config, logs: Any, reference: Any, tokens: Any) -> tuple[Any, Any]:
+    """DPO's loss of each pair (`pref_loss`, `pref_ftx`), and the rewards of all answers.
+
+    By answer, first all chosen, then all rejected: the log-probabilities by the model and by its reference, and tokens.
+    The losses: https://arxiv.org/abs/2305.18290 (sigmoid), 2305.10425 (hinge), 2310.12036 (ipo), 2403.07691 (orpo),
+    2405.14734 (simpo); smoothed: a share `dpo_label_smoothing` of the pairs is taken to be labelled wrongly.
     """
     import torch
-    from torch.nn.functional import logsigmoid
+    from torch.nn.functional import logsigmoid, relu
 
-    if config.pref_loss == "simpo":
-        return -logsigmoid(config.pref_beta * (chosen - rejected) - config.simpo_gamma)
-    odds = chosen - rejected - torch.log1p(-torch.exp(chosen)) + torch.log1p(-torch.exp(rejected))
-    return -chosen - config.pref_beta * logsigmoid(odds)
+    beta, kind, smoothing = config.pref_beta, config.pref_loss, config.dpo_label_smoothing
+    means = logs / tokens
+    chosen, rejected = means.chunk(2)
+    rewards = beta * (means if kind in WITHOUT_REFERENCE else logs - reference)
+    margin = rewards.chunk(2)[0] - rewards.chunk(2)[1]
+    if kind == "sigmoid":
+        losses = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+    elif kind == "hinge":
+        losses = relu(1 - margin)
+    elif kind == "ipo":
+        gained = ((logs - reference) / tokens).chunk(2)
+        losses = (gained[0] - gained[1] - 1 / (2 * beta)) ** 2
+    elif kind == "simpo":
+        losses = -logsigmoid(margin - config.simpo_gamma)
+    else:
+        odds = chosen - rejected - torch.log1p(-torch.exp(chosen)) + torch.log1p(-torch.exp(rejected))
+        losses = -chosen - beta * logsigmoid(odds)
+    return losses - config.pref_ftx * chosen, rewards
 
 
-def smoothed_losses(rewards: Any, smoothing: float) -> Any:
-    """DPO's loss where a share `smoothing` of the pairs is taken to be labelled wrongly (cDPO), for each pair."""
-    from torch.nn.functional import logsigmoid
+def judged_losses(config: Config, logs: Any, reference: Any, tokens: Any, good: Any, kl: Any) -> tuple[Any, Any]:
+    """KTO's loss (https://arxiv.org/abs/2402.01306) of each answer, and its reward.
 
-    chosen, rejected = rewards.chunk(2)
-    margin = chosen - rejected
-    return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+    By answer: the log-probability by the model and by its reference, tokens, whether it is a good one, and the KL of
+    model and reference that its reward is compared with.
+    """
+    import torch
+
+    gained = logs - reference
+    weights = torch.where(good, config.kto_chosen_weight, config.kto_rejected_weight)
+    losses = weights * (1 - torch.sigmoid(config.pref_beta * torch.where(good, gained - kl, kl - gained)))
+    return losses - config.pref_ftx * torch.where(good, logs / tokens, 0.0), config.pref_beta * gained

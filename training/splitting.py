@@ -1,7 +1,7 @@
-"""A flat micro-batch that does not fit into the card's memory is trained in pieces, which is the same.
+"""A micro-batch that does not fit into the card's memory is trained in pieces, which is the same.
 
-The loss is normalised by the learned tokens of the whole optimizer step, and no sample sees another: losses and
-gradients of the pieces add up to those of the micro-batch.
+The loss is normalised by the learned tokens of the whole optimizer step (of preferences: by the rows of the whole
+micro-batch), and no sample sees another: losses and gradients of the pieces add up to those of the micro-batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from tqdm import tqdm
 
 from common import Message, UserError
+
+Cut = Callable[[dict[str, Any]], list[dict[str, Any]]]  # a batch in two, or itself where it cannot be cut
 
 
 def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -33,24 +35,41 @@ def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return [left, right]
 
 
-def pieces(batch: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
-    """`batch` in pieces of at most `limit` tokens each, or of one sample."""
-    if limit is None or batch["input_ids"].shape[1] <= limit:
+def halves_of_rows(batch: dict[str, Any], of_pairs: bool = False) -> list[dict[str, Any]]:
+    """A padded batch cut between two rows, or two pairs (first all chosen, then all rejected); itself if it has one."""
+    count = len(batch["input_ids"]) // (1 + of_pairs)
+    if count == 1:
         return [batch]
-    cut = halves(batch)
-    return cut if len(cut) == 1 else [piece for half in cut for piece in pieces(half, limit)]
+    found = []
+    for part in (slice(0, count // 2), slice(count // 2, count)):
+        rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
+        rows = torch.cat([side[part] for side in rows.split(count)])
+        width = int(batch["attention_mask"][rows].sum(1).max())
+        found.append(
+            {name: tensor[rows] if tensor.ndim == 1 else tensor[rows, :width] for name, tensor in batch.items()}
+        )
+    return found
+
+
+def pieces(batch: dict[str, Any], limit: int | None, cut: Cut = halves) -> list[dict[str, Any]]:
+    """`batch` in pieces of at most `limit` tokens each, padding included, or of one sample."""
+    if limit is None or batch["input_ids"].numel() <= limit:
+        return [batch]
+    parts = cut(batch)
+    return parts if len(parts) == 1 else [piece for part in parts for piece in pieces(part, limit, cut)]
 
 
 class Splitter:
     """Runs a step on a batch, in halves where memory runs out; what did not fit is not tried again in this run."""
 
-    def __init__(self, settings: list[str]) -> None:
+    def __init__(self, settings: list[str], cut: Cut = halves) -> None:
         self.settings = settings  # what to change where a single sample does not fit
+        self.cut = cut
         self.limit: int | None = None  # tokens
 
     def run(self, batch: dict[str, Any], step: Callable[[dict[str, Any]], Any]) -> Any:
         """The sum of what `step` returns for the pieces. Raises UserError where a single sample does not fit."""
-        left, total = pieces(batch, self.limit), None
+        left, total = pieces(batch, self.limit, self.cut), None
         while left:
             piece = left.pop(0)
             try:
@@ -67,11 +86,11 @@ class Splitter:
         return total
 
     def _split(self, piece: dict[str, Any]) -> list[dict[str, Any]]:
-        cut, tokens = halves(piece), piece["input_ids"].shape[1]
+        cut, tokens = self.cut(piece), piece["input_ids"].numel()
         if len(cut) == 1:
             total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
             raise UserError("sample_does_not_fit", tokens=tokens, total=total / 1e9, settings=self.settings)
-        self.limit = max(half["input_ids"].shape[1] for half in cut)
+        self.limit = max(half["input_ids"].numel() for half in cut)
         tqdm.write(str(Message("micro_batch_split", tokens=tokens, limit=self.limit)), file=sys.stderr)
         return cut
 

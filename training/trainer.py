@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
 from training import attention, checkpoints, lora_linear, packing
 from training.plan import TrainingPlan
-from training.preferences import PREFERENCES, dpo_arguments
+from training.preferences import PREFERENCES, preference_arguments
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
@@ -212,7 +213,7 @@ def make_trainer(
     from transformers import PrinterCallback
 
     from training import callbacks
-    from training.splitting import Splitter
+    from training.splitting import Splitter, halves, halves_of_rows
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
@@ -229,7 +230,8 @@ def make_trainer(
     )
     trainer.plan, trainer.save_limit = plan, config.save_total_limit
     settings = smaller_settings(config, plan.longest)
-    trainer.train_splitter, trainer.eval_splitter = Splitter(settings), Splitter(settings)
+    cut = partial(halves_of_rows, of_pairs=config.stage == "dpo") if config.stage in PREFERENCES else halves
+    trainer.train_splitter, trainer.eval_splitter = Splitter(settings, cut), Splitter(settings, cut)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
     if held_out and config.stage not in PREFERENCES:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
@@ -243,10 +245,10 @@ def make_trainer(
 
 def _trainer_class(config: Config) -> tuple[type, dict[str, Any]]:
     """The trainer of the stage, and what only it takes."""
-    if config.stage == "dpo":
-        from training.preference_trainers import DpoTrainer
+    if config.stage in PREFERENCES:
+        from training.preference_trainers import DpoTrainer, KtoTrainer
 
-        return DpoTrainer, {"config": config}
+        return {"dpo": DpoTrainer, "kto": KtoTrainer}[config.stage], {"config": config}
     from training.sft_trainer import Trainer
 
     return Trainer, {"data_collator": packing.collate}
@@ -266,7 +268,7 @@ def smaller_settings(config: Config, longest: int) -> list[str]:
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
     import torch
-    from trl import DPOConfig, SFTConfig
+    from trl import DPOConfig, KTOConfig, SFTConfig
 
     on_gpu = torch.cuda.is_available()
     evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
@@ -311,8 +313,8 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": False,
     }
-    if config.stage == "dpo":
-        return DPOConfig(**arguments, **dpo_arguments(config))
+    if config.stage in PREFERENCES:
+        return {"dpo": DPOConfig, "kto": KTOConfig}[config.stage](**arguments, **preference_arguments(config))
     return SFTConfig(
         **arguments,
         dataset_kwargs={"skip_prepare_dataset": True},

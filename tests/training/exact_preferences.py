@@ -23,6 +23,11 @@ LOSSES = {name: {"pref_loss": name} for name in ("sigmoid", "hinge", "ipo", "orp
 LOSSES |= {"smoothed": {"dpo_label_smoothing": 0.2}, "with_ftx": {"pref_ftx": FTX}}
 
 
+# "kto" is of the other stage: the first answer of each pair is a good one, the second a bad one.
+KTO = {"stage": "kto", "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.5}
+RUNS = LOSSES | {"kto": KTO, "kto_with_ftx": KTO | {"pref_ftx": FTX}}
+
+
 def make_pairs() -> list[dict[str, list[int]]]:
     import numpy as np
 
@@ -31,6 +36,15 @@ def make_pairs() -> list[dict[str, list[int]]]:
     return [
         dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (draw(0, 256, n).tolist() for n in row), strict=True))
         for row in lengths
+    ]
+
+
+def make_judged() -> list[dict[str, Any]]:
+    """Both answers of the pairs, as rows of KTO."""
+    return [
+        {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{kind}_ids"], "label": kind == "chosen"}
+        for pair in make_pairs()
+        for kind in ("chosen", "rejected")
     ]
 
 
@@ -64,8 +78,9 @@ def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
     import common
     from training.plan import make_plan
 
-    pairs, found = datasets.Dataset.from_list(make_pairs()), {}
-    for name, settings in LOSSES.items():
+    found = {}
+    for name, settings in RUNS.items():
+        rows = datasets.Dataset.from_list(make_judged() if name.startswith("kto") else make_pairs())
         with tempfile.TemporaryDirectory() as folder:
             config = common.Config(
                 **{"model_name_or_path": model_folder, "adapter_name_or_path": adapter, "output_dir": folder},
@@ -78,7 +93,7 @@ def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
                     **settings,
                 },
             )
-            data = SimpleNamespace(train=pairs, eval=None, train_lengths=np.array([30, 40]), eval_lengths=None)
+            data = SimpleNamespace(train=rows, eval=None, train_lengths=np.array([30] * len(rows)), eval_lengths=None)
             precision = training.Precision(torch.float32, None)
             model = training.load_model(config, precision)
             tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -97,13 +112,12 @@ def by_hand(model_folder: str, adapter: str) -> dict[str, Any]:
         return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
 
     found = {}
-    for name in LOSSES:
+    for name in RUNS:
         model = PeftModel.from_pretrained(base(), adapter, is_trainable=True)
-        loss = torch.stack([pair_loss(name, pair, model, base()) for pair in make_pairs()]).mean()
-        if name == "with_ftx":  # the mean over all tokens of the chosen answers
-            pairs = make_pairs()
-            logs = sum(answer_log(model, pair["prompt_ids"], pair["chosen_ids"]) for pair in pairs)
-            loss = loss - FTX * logs / sum(len(pair["chosen_ids"]) for pair in pairs)
+        if name.startswith("kto"):
+            loss = judged_loss(FTX if name == "kto_with_ftx" else 0, model, base())
+        else:
+            loss = torch.stack([pair_loss(name, pair, model, base()) for pair in make_pairs()]).mean()
         loss.backward()
         found[name] = facts(model, loss)
     return found
@@ -126,7 +140,7 @@ def pair_loss(name: str, pair: dict[str, list[int]], model: Any, reference: Any)
         before = [answer_log(reference, pair["prompt_ids"], answer) for answer in answers]
     margin = BETA * ((chosen - before[0]) - (rejected - before[1]))
     if name in ("sigmoid", "with_ftx"):
-        return -logsigmoid(margin)
+        return -logsigmoid(margin) - (FTX * chosen / len(answers[0]) if name == "with_ftx" else 0)
     if name == "hinge":
         return relu(1 - margin)
     if name == "smoothed":
@@ -140,6 +154,27 @@ def pair_loss(name: str, pair: dict[str, list[int]], model: Any, reference: Any)
         return -logsigmoid(BETA * (chosen - rejected) - GAMMA)
     odds = torch.log(chosen.exp() / (1 - chosen.exp())) - torch.log(rejected.exp() / (1 - rejected.exp()))
     return -chosen - BETA * logsigmoid(odds)
+
+
+def judged_loss(ftx: float, model: Any, reference: Any) -> Any:
+    import torch
+
+    def gained(prompt: list[int], answer: list[int]) -> Any:
+        with torch.no_grad():
+            before = answer_log(reference, prompt, answer)
+        return answer_log(model, prompt, answer) - before
+
+    rows, losses = make_judged(), []
+    others = [gained(row["prompt_ids"], rows[i - 1]["completion_ids"]) for i, row in enumerate(rows)]
+    kl = torch.stack(others).mean().clamp(min=0).detach()
+    for row in rows:
+        distance = BETA * (gained(row["prompt_ids"], row["completion_ids"]) - kl)
+        if row["label"]:
+            own = answer_log(model, row["prompt_ids"], row["completion_ids"]) / len(row["completion_ids"])
+            losses.append(1.5 * (1 - torch.sigmoid(distance)) - ftx * own)
+        else:
+            losses.append(0.5 * (1 - torch.sigmoid(-distance)))
+    return torch.stack(losses).mean()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,39 @@ def test_preferences_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
     assert found["models"]["trained"]["margin"] > found["models"]["base"]["margin"] + 1
 
 
+JUDGED = [
+    {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
+    for pair in PAIRS
+    for kind in ("chosen", "rejected")
+]
+
+
+@pytest.mark.slow
+def test_judged_answers_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
+    data, folder = write_jsonl(tmp_path / "judged.jsonl", JUDGED), tmp_path / "run"
+    steps = ("max_steps=16", "save_strategy=steps", "save_steps=8", "save_total_limit=9", "eval_steps=8")
+    settings = ("stage=kto", "val_size=12", *steps)
+    done = train(tiny_model, folder, data, *settings, "per_device_train_batch_size=1", "gradient_accumulation_steps=4")
+    assert done.returncode == 0, done.stderr
+    last = read_log(folder)[-1]
+    assert last["eval_loss"] < 0.4 and last["eval_reward_accuracy"] > 0.8 and last["eval_reward_margin"] > 0.5
+    again = tmp_path / "again"
+    from_eight = f"resume_from_checkpoint={folder / 'checkpoint-8'}"
+    one_row = ("per_device_train_batch_size=1", "gradient_accumulation_steps=4")
+    done = train(tiny_model, again, data, *settings, *one_row, from_eight)
+    assert done.returncode == 0, done.stderr
+    weights = [(run_folder / "adapter_model.safetensors").read_bytes() for run_folder in (folder, again)]
+    assert weights[0] == weights[1]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:6])
+    done = run("evaluate.py", str(folder), f"dataset={data},{pairs}")
+    assert done.returncode == 0, done.stderr
+    found = metrics(folder, data)
+    assert (found["task"], found["rows"]) == ("judged", 12)
+    assert found["models"]["trained"]["roc_auc"] > found["models"]["base"]["roc_auc"]
+    figures = metrics(folder, pairs)["models"]
+    assert figures["trained"]["margin"] > figures["base"]["margin"] + 1
+
+
 @pytest.mark.slow
 def test_first_losses_and_gradients_are_those_of_plain_pytorch(tmp_path, tiny_model):
     adapter = save_adapter(tiny_model, tmp_path / "adapter", noise=0.05)
