@@ -2,7 +2,7 @@
 
 python bench/torture.py [WHAT ...] [--share 1.0] [--seed 0]
 
-WHAT: names of the table's first column, as "recipes" or "kills of train.py"; unset: all of them, on two CPU cores about
+WHAT: names of the table's first column, as "recipes" or "kills: train"; unset: all of them, on two CPU cores about
 an hour. --share 0.1 makes a tenth of each. Ends with status 1 where something was lost; its input is kept in
 .cache/torture. The load of api.py is a test of its own: python bench/api_load.py
 """
@@ -33,8 +33,9 @@ FUZZ = {
     "safetensors": 100,
     "GGUF headers": 50,
 }
-KILLS = {"train": 100, "merge": 30, "quantize": 30, "evaluate": 30, "download": 30}
-COUNTS = {**FUZZ, **{f"kills of {name}.py": count for name, count in KILLS.items()}}
+KILLS = {"train": 100, "train, pt": 30, "train, dpo": 100, "train, kto": 100}
+KILLS |= {"merge": 30, "quantize": 30, "evaluate": 30, "download": 30}
+COUNTS = {**FUZZ, **{f"kills: {name}": count for name, count in KILLS.items()}}
 
 
 def main() -> int:
@@ -74,7 +75,7 @@ def one(what: str, share: float, seed: int, folder: Path) -> int:
     if what in FUZZ:
         tally = fuzz.fuzz(what, count, folder, model, seed)
     else:
-        tally = kills.kill(what.removeprefix("kills of ").removesuffix(".py"), count, folder, model, seed)
+        tally = kills.kill(what.removeprefix("kills: "), count, folder, model, seed)
     survived = tally.worked + tally.refused
     seconds = time.monotonic() - started
     print(f"{what:<22}{tally.tried:>9,}{survived:>10,}{tally.tried - survived:>6}{seconds:>9.0f}", flush=True)

@@ -50,6 +50,7 @@ def start(victim: Victim, folder: Path) -> int:
     status = 1
     try:
         os.chdir(folder)
+        common.CACHE = folder / "cache"  # of its own: what it holds is made, and killed, anew
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -82,10 +83,10 @@ def finish(victim: Victim, folder: Path) -> float:
 
 def kill_at_random(victim: Victim, kills: int, folder: Path, seed: int = 0) -> Tally:
     """Kills the command `kills` times, a few times in a row in one folder, and compares what comes out in the end."""
-    draw, tally = random.Random(seed), Tally(f"kills of {victim.name}.py")
+    draw, tally = random.Random(seed), Tally(f"kills: {victim.name}")
     folder.mkdir()
     expected, seconds = None, 0.0
-    for name in ("warm", "undisturbed"):  # the first fills the caches
+    for name in ("warm", "undisturbed"):  # the first reads the files of packages
         place = folder / name
         place.mkdir()
         victim.prepare(place)
@@ -111,9 +112,10 @@ def kill_at_random(victim: Victim, kills: int, folder: Path, seed: int = 0) -> T
             assert victim.result(place) == expected, "the result differs from the undisturbed one"
         except (AssertionError, ValueError, OSError, KeyError) as error:
             tally.lost.append(f"{place}, {in_a_row} kills: {type(error).__name__}: {str(error)[:900]}")
-            continue
-        tally.worked += in_a_row
-        shutil.rmtree(place)
+        else:
+            tally.worked += in_a_row
+            shutil.rmtree(place)
+        print(f"{tally.what}: {tally.tried} made, {tally.worked} survived", file=sys.stderr, flush=True)
     return tally
 
 
@@ -131,7 +133,15 @@ TRAINING = [
 LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
 
 
-def training(model: Path) -> Victim:
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "sft": ROWS,
+    "pt": [{"text": f"{word} is a number"} for word in WORDS],
+    "dpo": [{"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "no"} for word in WORDS],
+    "kto": [{"prompt": f"Say {word}.", "completion": f"{word}!", "label": len(word) < 5} for word in WORDS],
+}
+
+
+def training(model: Path, stage: str = "sft") -> Victim:
     import train
     from training import trainer
 
@@ -151,8 +161,8 @@ def training(model: Path) -> Victim:
     return Victim(
         "train",
         train.main,
-        lambda _: [f"model_name_or_path={model}", "dataset=rows.jsonl", "output_dir=run", *TRAINING],
-        lambda folder: (write_jsonl(folder / "rows.jsonl", ROWS), None)[1],
+        lambda _: [f"model_name_or_path={model}", f"stage={stage}", "dataset=rows.jsonl", "output_dir=run", *TRAINING],
+        lambda folder: (write_jsonl(folder / "rows.jsonl", STAGES[stage]), None)[1],
         check,
         learned,
     )
@@ -195,15 +205,26 @@ def _prepare_run(folder: Path, model: Path) -> None:
 def evaluating(model: Path) -> Victim:
     import evaluate
 
+    expected: dict[str, Any] = {}
+
+    def results(folder: Path) -> dict[str, Any]:
+        """What is measured, by file, without what differs each time."""
+        found: dict[str, Any] = {}
+        for file in sorted((folder / "run" / "eval").glob("*/metrics.json")):
+            figures = json.loads(file.read_text())
+            for one in figures["models"].values():
+                one.pop("seconds", None)
+            found[file.parent.name] = {name: figures[name] for name in figures if name not in ("date", "command")}
+        return found
+
     def result(folder: Path) -> Any:
-        found = json.loads((folder / "run" / "eval" / "rows" / "metrics.json").read_text())
-        for one in found["models"].values():
-            one.pop("seconds", None)
-        return (folder / "run/eval/rows/predictions.jsonl").read_bytes(), found["models"], found["rows"]
+        predictions = {file.name: file.read_bytes() for file in (folder / "run/eval/rows").glob("predictions*.jsonl")}
+        expected.update(results(folder))
+        return predictions, results(folder)
 
     def check(folder: Path) -> None:
-        for file in (folder / "run").glob("eval/*/metrics.json"):
-            assert json.loads(file.read_text())["rows"] == len(ROWS)
+        for name, figures in results(folder).items():
+            assert figures == expected[name], f"{name}: metrics.json differs from the undisturbed one"
 
     return Victim(
         "evaluate",
@@ -219,17 +240,21 @@ def quantizing(model: Path) -> Victim:
     import quantize
 
     output = Path("model") / "gguf"
+    whole: dict[str, bytes] = {}
 
     def prepare(folder: Path) -> None:
         write_jsonl(folder / "rows.jsonl", ROWS * 5)
         shutil.copytree(model, folder / "model")
 
-    def result(folder: Path) -> dict[str, bytes]:
+    def files(folder: Path) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (folder / output).glob("*.gguf")}
 
+    def result(folder: Path) -> dict[str, bytes]:
+        whole.update(files(folder))
+        return files(folder)
+
     def check(folder: Path) -> None:
-        for file in (folder / output).glob("*.gguf"):
-            assert file.read_bytes()[:4] == b"GGUF"
+        assert files(folder).items() <= whole.items(), "a GGUF file differs from the undisturbed one"
 
     return Victim(
         "quantize",
@@ -243,7 +268,8 @@ def quantizing(model: Path) -> Victim:
 
 @contextlib.contextmanager
 def downloading(folder: Path) -> Iterator[Victim]:
-    """download.py from a hub in this process, which is in no hurry."""
+    """download.py from a hub that is in no hurry, in a process of its own: a fork beside its threads could wait forever
+    for a lock that one of them held."""
     import huggingface_hub.constants
     from test_download import WANTED, Hub, make_repository
 
@@ -251,9 +277,16 @@ def downloading(folder: Path) -> Iterator[Victim]:
 
     repository = make_repository(folder / "repository")
     huggingface_hub.constants.HF_HUB_OFFLINE = False
-    hub = Hub({"org/Tiny-Chat": repository})
-    hub.delay = 0.02
-    hub.handle_error = lambda *_: None  # of connections that a kill has cut
+    reader, writer = os.pipe()
+    server = os.fork()
+    if not server:
+        hub = Hub({"org/Tiny-Chat": repository})
+        hub.delay = 0.02
+        hub.handle_error = lambda *_: None  # of connections that a kill has cut
+        os.write(writer, hub.url.encode())
+        while True:
+            signal.pause()
+    url = os.read(reader, 100).decode()
     place = Path("models") / "Tiny-Chat"
 
     def result(folder: Path) -> dict[str, bytes]:
@@ -265,15 +298,22 @@ def downloading(folder: Path) -> Iterator[Victim]:
                 assert (folder / place / name).read_bytes() == (repository / name).read_bytes()
 
     try:
-        arguments = ["org/Tiny-Chat", "--mirror", hub.url]
+        arguments = ["org/Tiny-Chat", "--mirror", url]
         yield Victim("download", download.main, lambda _: arguments, lambda _: None, check, result)
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        hub.shutdown()
-        hub.server_close()
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
 
 
-KINDS: dict[str, Callable[[Path], Victim]] = {"train": training, "merge": merging, "evaluate": evaluating}
+KINDS: dict[str, Callable[[Path], Victim]] = {
+    "train": training,
+    "train, pt": lambda model: training(model, "pt"),
+    "train, dpo": lambda model: training(model, "dpo"),
+    "train, kto": lambda model: training(model, "kto"),
+    "merge": merging,
+    "evaluate": evaluating,
+}
 
 
 def small_model(folder: Path) -> Path:

@@ -135,14 +135,30 @@ def test_a_run_killed_after_it_stopped_early_stays_stopped(tiny_model, tmp_path)
     assert (read_run(folder)["steps"], read_run(folder)["stopped_early"]["code"]) == (12, "stopped_eval_loss")
 
 
+# A kill from outside can come too late: on a busy machine the run has ended by then.
+KILL_AFTER_A_CHECKPOINT = """
+import os, signal
+from training import checkpoints
+save = checkpoints.save_whole
+def killed(folder, step, write):
+    save(folder, step, write)
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save_whole = killed
+"""
+
+
+def kill_after_checkpoint(model: Path, folder: Path, step: int, *more: str) -> None:
+    process = start(model, folder, *more, patch=KILL_AFTER_A_CHECKPOINT.format(step=step))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, err
+    assert max(steps_saved(folder)) == step
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, tiny_model, tmp_path):
     folder = tmp_path / "run"
-    process = start(tiny_model, folder, "save_total_limit=5")
-    wait_until(lambda: max(steps_saved(folder), default=0) >= 8, process)
-    process.kill()
-    process.communicate()
-    newest = max(steps_saved(folder))
-    with open(folder / f"checkpoint-{newest}" / "adapter_model.safetensors", "r+b") as file:
+    kill_after_checkpoint(tiny_model, folder, 9, "save_total_limit=5")
+    with open(folder / "checkpoint-9" / "adapter_model.safetensors", "r+b") as file:
         file.seek(500)
         byte = file.read(1)
         file.seek(500)
@@ -150,17 +166,14 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, ti
     result = train(tiny_model, folder)
     assert result.returncode == 0, result.stderr
     damage = Message("damage_content", file="adapter_model.safetensors")
-    told = Message("checkpoint_damaged", checkpoint=folder / f"checkpoint-{newest}", damage=damage)
+    told = Message("checkpoint_damaged", checkpoint=folder / "checkpoint-9", damage=damage)
     assert str(told) in result.stdout
     assert learned(folder) == learned(undisturbed)
 
 
 def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_model, tmp_path):
     folder = tmp_path / "run"
-    process = start(tiny_model, folder)
-    wait_until(lambda: max(steps_saved(folder), default=0) >= 4, process)
-    process.kill()
-    process.communicate()
+    kill_after_checkpoint(tiny_model, folder, 4)
     write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "output": "twelve?"}])
     before = read_run(folder)["inputs"]
     result = train(tiny_model, folder)

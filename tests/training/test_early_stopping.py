@@ -109,6 +109,15 @@ def saved_steps(*settings: str, **sizes: int | None) -> list[int]:
     return [step for step in range(1, made.steps + 1) if made.saves_at(step)]
 
 
+@pytest.mark.parametrize(
+    "settings", [(), ("save_steps=7", "eval_steps=4"), ("save_strategy=no",), ("save_strategy=epoch", "eval_steps=15")]
+)
+def test_the_saves_are_counted_also_of_a_trillion_steps(settings: tuple[str, ...]) -> None:
+    made = plan_of(*settings)
+    assert made.count_saves() == len([step for step in range(1, made.steps + 1) if made.saves_at(step)])
+    assert (plan_of(*settings, steps=1 << 40).count_saves() == 0) == ("save_strategy=no" in settings)
+
+
 def test_a_checkpoint_is_kept_of_every_step_that_is_evaluated():
     found = plan_of()
     assert found.saves_evaluated and found.eval_samples == 40
