@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import Config, Message, UserError
@@ -41,7 +41,7 @@ def encode_choices(data: EvalDataset, config: Config, tokenizer: Any, template: 
         rows = [
             {**row, "messages": [*row["messages"][:-1], {**row["messages"][-1], "content": label}]} for row in data.rows
         ]
-        by_label.append(_as_trained(rows, config, tokenizer, template, mask_history=True, train_on_prompt=False))
+        by_label.append(_last_answers(rows, config, tokenizer, template))
     kept = [
         i for i in usable_rows(data, by_label[0]) if not any(isinstance(samples[i], Message) for samples in by_label)
     ]
@@ -62,9 +62,11 @@ def without_end(choices: list[list[int]]) -> list[list[int]]:
 
 def encode_texts(data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> Encoded:
     """Each row's prompt, and the whole row as it would be learned."""
-    last = _as_trained(data.rows, config, tokenizer, template, mask_history=True, train_on_prompt=False)
+    from preprocessing.encode import encode
+
+    last = _last_answers(data.rows, config, tokenizer, template)
     kept = usable_rows(data, last)
-    samples = _as_trained([data.rows[i] for i in kept], config, tokenizer, template, train_on_prompt=False)
+    samples = encode([data.rows[i] for i in kept], template, tokenizer, replace(config, train_on_prompt=False))
     plain = [{key: sample[key] for key in ("input_ids", "labels")} for sample in samples]
     split = [_split(last[i]) for i in kept]
     answers = [
@@ -76,12 +78,11 @@ def encode_texts(data: EvalDataset, config: Config, tokenizer: Any, template: An
     return Encoded(kept, [prompt for prompt, _ in split], [], plain, answers)
 
 
-def _as_trained(rows: list[Conversation], config: Config, tokenizer: Any, template: Any, **changes: Any) -> list[Any]:
-    """Samples as training makes them, or the Message why there is none."""
+def _last_answers(rows: list[Conversation], config: Config, tokenizer: Any, template: Any) -> list[Any]:
+    """Samples as training makes them, in which the last answer is learned, or the Message why there is none."""
     from preprocessing.encode import encode
 
-    names = ("cutoff_len", "overlong", "mask_history", "train_on_prompt", "enable_thinking")
-    return encode(rows, template, tokenizer, **{name: getattr(config, name) for name in names} | changes)
+    return encode(rows, template, tokenizer, replace(config, mask_history=True, train_on_prompt=False))
 
 
 def _split(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from common import Message, UserError
+from common import Config, Message, UserError
 from runs.files import read_object, write_json
 from runs.folder import run_config
 from runs.weights import DTYPES, SIZES, Tensor, read_tensors
@@ -154,7 +154,7 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
     if not record["stop"]:
         return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]
-    samples = encode(conversations, load_template(None, tokenizer), tokenizer, cutoff_len=128)
+    samples = encode(conversations, load_template(None, tokenizer), tokenizer, Config(cutoff_len=128))
     return [sample["input_ids"] for sample in samples if not isinstance(sample, Message)]
 
 

@@ -44,16 +44,14 @@ class Batch:
     faults: list[RowFault] = field(default_factory=list)
 
     def split(self, size: int) -> Iterator[Batch]:
-        """Batches of at most `size` conversations; the faults are in the first, what was noticed in none."""
+        """Batches of at most `size` conversations; the first has all else."""
         for start in range(0, max(1, len(self.conversations)), size):
             part = slice(start, start + size)
-            yield Batch(
-                self.layout.blank(),
-                0,
-                self.conversations[part],
-                self.contents[part],
-                self.places[part],
-                [] if start else self.faults,
+            content = (self.conversations[part], self.contents[part], self.places[part])
+            yield (
+                Batch(self.layout.blank(), 0, *content)
+                if start
+                else Batch(self.layout, self.rows, *content, self.faults)
             )
 
 

@@ -96,13 +96,15 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     for report in itertools.chain(*reports.values()):
         if not report["samples"]:
             raise UserError("dataset_without_samples", name=report["name"])
-    sizes, lengths, contents, first = _stacked(folders["train"])
-    train, held_out = np.arange(len(lengths)), None
-    if val_size := held_out_size(config, int(first.sum())):
-        out = held_out_mask(contents[first], val_size, config.seed)
-        mask = np.isin(contents, contents[first][out])  # a document's samples stay together
+    facts = _facts(folders["train"])
+    lengths, contents = facts["length"], facts["content"]
+    train, held_out = np.arange(len(facts)), None
+    if val_size := held_out_size(config, int(facts["first"].sum())):
+        conversations = contents[facts["first"]]
+        out = conversations[held_out_mask(conversations, val_size, config.seed)]
+        mask = np.isin(contents, out)  # a document's samples stay together
         train, held_out = train[~mask], train[mask]
-    train = _mixed(train[lengths[train] > 0], sizes, config)
+    train = _mixed(train[lengths[train] > 0], [report["conversations"] for report in reports["train"]], config)
     table = _table(folders["train"])
     made = {"train": (table.select(train), lengths[train])}
     shuffled = np.random.default_rng(config.seed).permutation
@@ -110,10 +112,10 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
         held_out = shuffled(held_out[lengths[held_out] > 0])
         made["eval"] = (table.select(held_out), lengths[held_out])
     elif folders["eval"]:
-        _, eval_lengths, eval_contents, _ = _stacked(folders["eval"])
-        kept = shuffled(np.flatnonzero(eval_lengths))
-        made["eval"] = (_table(folders["eval"]).select(kept), eval_lengths[kept])
-        if shared := int(np.isin(eval_contents[kept], contents[train]).sum()):
+        eval_facts = _facts(folders["eval"])
+        kept = shuffled(np.flatnonzero(eval_facts["length"]))
+        made["eval"] = (_table(folders["eval"]).select(kept), eval_facts["length"][kept])
+        if shared := int(np.isin(eval_facts["content"][kept], contents[train]).sum()):
             reports["eval"][0]["notes"].append(Message("eval_samples_trained", count=shared).to_json())
     report = {"datasets": reports["train"], "eval_datasets": reports["eval"]}
     report |= {part: token_counts(found[1]) for part, found in made.items()}
@@ -125,15 +127,11 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     )
 
 
-def _stacked(folders: list[Path]) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """The samples of each cache folder; of all of them lengths, contents, and which is its conversation's first."""
+def _facts(folders: list[Path]) -> np.ndarray:
+    """What is known of the samples of all cache folders (samples.FACTS)."""
     import numpy as np
 
-    lengths = [np.load(folder / "lengths.npy") for folder in folders]
-    contents = [np.load(folder / "contents.npy") for folder in folders]
-    first = [np.load(folder / "first.npy") for folder in folders]
-    sizes = [len(part) for part in lengths]
-    return sizes, np.concatenate(lengths), np.concatenate(contents), np.concatenate(first)
+    return np.concatenate([np.load(folder / "facts.npy") for folder in folders])
 
 
 def _table(folders: list[Path]) -> datasets.Dataset:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
-from common import Message
+from common import Config, Message
 from preprocessing.answer_spans import Span
 from preprocessing.chat_template import ChatTemplate, Rendered, plain_conversation, render_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
@@ -18,42 +17,21 @@ Sample = dict[str, Any]
 Messages = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class _Rules:
-    """What `encode` was asked for."""
-
-    cutoff_len: int
-    overlong: str
-    mask_history: bool
-    train_on_prompt: bool
-    enable_thinking: bool
-
-
 def encode(
-    conversations: list[Conversation],
-    template: ChatTemplate,
-    tokenizer: Any,
-    *,
-    cutoff_len: int,
-    overlong: str = "truncate",
-    mask_history: bool = False,
-    train_on_prompt: bool = False,
-    enable_thinking: bool = True,
+    conversations: list[Conversation], template: ChatTemplate, tokenizer: Any, config: Config
 ) -> list[Sample | Message]:
     """A sample for each conversation, or the reason why there is none.
 
     Learned (label = id, elsewhere -100) are the assistant's text and the token that ends its turn: of every turn, of
-    the last one (`mask_history`), or everything (`train_on_prompt`); never an answer with "learned": False.
-    A conversation longer than `cutoff_len` tokens is cut (`overlong="truncate"`, see truncation.py) or becomes a reason
-    ("drop" and "error" are the caller's difference). `left_out` of a sample counts its answers of which the template
-    renders a part only, by what it leaves out: "thoughts", "words beside a tool call".
+    the last one (mask_history), or everything (train_on_prompt); never an answer with "learned": False. A conversation
+    longer than cutoff_len tokens is cut (overlong "truncate", see truncation.py) or becomes a reason. `left_out` of a
+    sample counts its answers of which the template renders a part only, by the code of the note on that.
     """
     encoder = encoder_of(tokenizer, template.text)
-    rules = _Rules(cutoff_len, overlong, mask_history, train_on_prompt, enable_thinking)
     results: list[Any] = []
     for conversation in conversations:
         try:
-            results.append(render_conversation(template, conversation, encoder, enable_thinking))
+            results.append(render_conversation(template, conversation, encoder, config.enable_thinking))
         except Fault as fault:
             results.append(fault.message)
     for escaped in (False, True):
@@ -63,7 +41,7 @@ def encode(
             for i, encoding in zip(chosen, encodings, strict=True):
                 try:
                     left_out = _left_out(conversations[i]["messages"], results[i])
-                    results[i] = _sample(conversations[i], template, encoder, rules, results[i], encoding)
+                    results[i] = _sample(conversations[i], template, encoder, config, results[i], encoding)
                     results[i]["left_out"] = left_out
                 except Fault as fault:
                     results[i] = fault.message
@@ -82,8 +60,8 @@ def _left_out(messages: Messages, rendered: Rendered) -> Counter[str]:
     for answer, text in zip(answers, learned, strict=True):
         before, _, sentence = (answer.get("content") or "").rpartition("</think>")
         thoughts = answer.get("reasoning_content") or before.rpartition("<think>")[2]
-        left_out["thoughts"] += thoughts.strip() not in text
-        left_out["words beside a tool call"] += bool(answer.get("tool_calls")) and sentence.strip() not in text
+        left_out["thoughts_left_out"] += thoughts.strip() not in text
+        left_out["words_left_out"] += bool(answer.get("tool_calls")) and sentence.strip() not in text
     return +left_out
 
 
@@ -91,25 +69,25 @@ def _sample(
     conversation: Conversation,
     template: ChatTemplate,
     encoder: TextEncoder,
-    rules: _Rules,
+    config: Config,
     rendered: Rendered,
     encoding: Any,
 ) -> Sample:
     """The sample of one rendered and encoded conversation, cut if it is too long."""
     truncated, cut, whole_length, messages = False, frozenset(), len(encoding), conversation["messages"]
-    if whole_length > rules.cutoff_len:
-        if rules.overlong != "truncate":
-            raise Fault("longer_than_cutoff_len", tokens=len(encoding), cutoff_len=rules.cutoff_len)
+    if whole_length > config.cutoff_len:
+        if config.overlong != "truncate":
+            raise Fault("longer_than_cutoff_len", tokens=len(encoding), cutoff_len=config.cutoff_len)
         truncated = True
-        messages, rendered, encoding, cut = _shortened(plain_conversation(conversation), template, encoder, rules)
+        messages, rendered, encoding, cut = _shortened(plain_conversation(conversation), template, encoder, config)
     ids = encoder.ids(encoding, rendered.text, rendered.escaped)
-    labels = list(ids) if rules.train_on_prompt else [-100] * len(ids)
+    labels = list(ids) if config.train_on_prompt else [-100] * len(ids)
 
     def learn(start: int, stop: int, learned: bool) -> None:
         first, end = token_span(encoding, start, stop, len(rendered.text))
         labels[first:end] = ids[first:end] if learned else [-100] * (end - first)
 
-    for start, stop in rendered.spans[-1:] if rules.mask_history else rendered.spans:
+    for start, stop in rendered.spans[-1:] if config.mask_history else rendered.spans:
         learn(start, stop, True)
     for start, stop in _masked_spans(messages, rendered):
         learn(start, stop, False)
@@ -118,7 +96,7 @@ def _sample(
         learn(end_of_turn(rendered, start, stop, encoder), stop, False)
     if max(labels, default=-100) == -100:
         if truncated:
-            raise Fault("no_space_for_answer", cutoff_len=rules.cutoff_len, tokens=len(ids))
+            raise Fault("no_space_for_answer", cutoff_len=config.cutoff_len, tokens=len(ids))
         raise Fault("no_answer_to_learn")
     return {"input_ids": ids, "labels": labels, "truncated": truncated, "whole_length": whole_length}
 
@@ -162,15 +140,19 @@ def end_of_turn(rendered: Rendered, start: int, stop: int, encoder: TextEncoder)
 
 
 def _shortened(
-    conversation: Conversation, template: ChatTemplate, encoder: TextEncoder, rules: _Rules
+    conversation: Conversation, template: ChatTemplate, encoder: TextEncoder, config: Config
 ) -> tuple[Messages, Rendered, Any, frozenset[int]]:
     """The messages that are kept, rendered and encoded in `cutoff_len` tokens, and the numbers of the cut answers."""
 
     def measure(messages: Messages) -> tuple[Rendered, Any]:
-        rendered = render_conversation(template, {**conversation, "messages": messages}, encoder, rules.enable_thinking)
+        rendered = render_conversation(
+            template, {**conversation, "messages": messages}, encoder, config.enable_thinking
+        )
         return rendered, encoder.encode([rendered.text], rendered.escaped)[0]
 
-    whole, kept, rendered, encoding = shorten(conversation["messages"], measure, encoder.token_starts, rules.cutoff_len)
+    whole, kept, rendered, encoding = shorten(
+        conversation["messages"], measure, encoder.token_starts, config.cutoff_len
+    )
     answers = [i for i, message in enumerate(whole) if message["role"] == "assistant"]
     cut = frozenset(number for number, i in enumerate(answers) if kept[i] is not whole[i])
     open_ended = any("</think>" in whole[i]["content"] and "</think>" not in kept[i]["content"] for i in answers)

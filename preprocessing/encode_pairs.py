@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common import Message, UserError
+from common import Config, Message, UserError
 from preprocessing.chat_template import ChatTemplate, plain_conversation, render_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
 from preprocessing.encode import Messages, end_of_turn, token_span
@@ -17,48 +17,35 @@ from preprocessing.truncation import shorten
 Pair = dict[str, Any]
 
 
-def encode_pair(
-    conversation: Conversation,
-    chosen: dict[str, Any],
-    rejected: dict[str, Any],
-    template: ChatTemplate,
-    tokenizer: Any,
-    *,
-    cutoff_len: int,
-    overlong: str = "truncate",
-    enable_thinking: bool = True,
-) -> Pair | Message:
+def encode_pair(pair: Conversation, template: ChatTemplate, tokenizer: Any, config: Config) -> Pair | Message:
     """The token ids of a prompt and two answers to it, or the reason why there are none.
 
-    `conversation` ends with what is answered; `chosen` and `rejected` are messages of the assistant. Prompt and answer
-    are together what `encode` makes of the whole conversation, up to the end of the last turn; a token that holds the
+    `pair`: {"messages": [... the prompt], "chosen": message, "rejected": message, ("tools")}. Prompt and answer are
+    together what `encode` makes of the whole conversation, up to the end of the last turn; a token that holds the
     end of the prompt and the start of an answer belongs to both answers. Where the longer one does not fit into
-    `cutoff_len` tokens, turns of the prompt are left out, the oldest first, then both sides are cut as truncation.py
+    cutoff_len tokens, turns of the prompt are left out, the oldest first, then both sides are cut as truncation.py
     says, both answers at the same length; an answer that was cut has no end of its turn.
     """
     encoder = encoder_of(tokenizer, template.text)
-    writer = _PairWriter(conversation, template, encoder, enable_thinking)
+    writer = _PairWriter(pair.get("tools"), template, encoder, config.enable_thinking)
     try:
-        prompt, answers = _plain_pair(conversation, chosen, rejected)
-        pair = _joined(*(writer.encode(prompt, answer) for answer in answers))
-        length = len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-        if pair["chosen_ids"] == pair["rejected_ids"]:
+        prompt, answers = _plain_pair(pair)
+        encoded = _joined(*(writer.encode(prompt, answer) for answer in answers))
+        length = len(encoded["prompt_ids"]) + max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
+        if encoded["chosen_ids"] == encoded["rejected_ids"]:
             raise Fault("pair_answers_are_equal")
-        pair["whole_length"] = length
-        if length <= cutoff_len:
-            return pair
-        if overlong != "truncate":
-            raise Fault("longer_than_cutoff_len", tokens=length, cutoff_len=cutoff_len)
-        return {**_shortened_pair(prompt, answers, writer, cutoff_len), "whole_length": length}
+        if length > config.cutoff_len:
+            if config.overlong != "truncate":
+                raise Fault("longer_than_cutoff_len", tokens=length, cutoff_len=config.cutoff_len)
+            encoded = _shortened_pair(prompt, answers, writer, config.cutoff_len)
+        return {**encoded, "whole_length": length}
     except Fault as fault:
         return fault.message
 
 
-def _plain_pair(
-    conversation: Conversation, chosen: dict[str, Any], rejected: dict[str, Any]
-) -> tuple[Messages, list[dict[str, Any]]]:
+def _plain_pair(pair: Conversation) -> tuple[Messages, list[dict[str, Any]]]:
     """The prompt's messages and the two answers, with contents that are strings; raises Fault for an empty answer."""
-    messages = plain_conversation({"messages": [*conversation["messages"], chosen, rejected]})["messages"]
+    messages = plain_conversation({"messages": [*pair["messages"], pair["chosen"], pair["rejected"]]})["messages"]
     for kind, answer in zip(("chosen", "rejected"), messages[-2:], strict=True):
         if answer["role"] != "assistant":
             raise Fault("pair_answer_of_wrong_role", kind=kind, role=answer["role"])
@@ -80,13 +67,13 @@ class _Encoded:
 class _PairWriter:
     """Renders and encodes a prompt with one of its answers."""
 
-    conversation: Conversation
+    tools: list[dict[str, Any]] | None
     template: ChatTemplate
     encoder: TextEncoder
     thinking: bool
 
     def encode(self, prompt: Messages, answer: dict[str, Any]) -> _Encoded:
-        whole = {**self.conversation, "messages": [*prompt, answer]}
+        whole = {"messages": [*prompt, answer], "tools": self.tools}
         rendered = render_conversation(self.template, whole, self.encoder, self.thinking)
         encoding = self.encoder.encode([rendered.text], rendered.escaped)[0]
         ids = self.encoder.ids(encoding, rendered.text, rendered.escaped)
@@ -140,7 +127,7 @@ def _shortened_pair(prompt: Messages, answers: list[dict[str, Any]], writer: _Pa
     return pair
 
 
-def encode_documents(texts: list[str], tokenizer: Any, *, cutoff_len: int) -> list[list[dict[str, Any]] | Message]:
+def encode_documents(texts: list[str], tokenizer: Any, cutoff_len: int) -> list[list[dict[str, Any]] | Message]:
     """For each raw text its samples, or the reason why there are none: every token is learned.
 
     An end of sequence follows each document, and the tokenizer's start of sequence precedes it where the tokenizer
@@ -161,8 +148,12 @@ def encode_documents(texts: list[str], tokenizer: Any, *, cutoff_len: int) -> li
         parts = -(-len(ids) // cutoff_len)
         size = -(-len(ids) // parts)
         pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
-        results.append([{"input_ids": piece, "labels": list(piece)} for piece in pieces])
+        results.append([_whole_sample(piece) for piece in pieces])
     return results
+
+
+def _whole_sample(ids: list[int]) -> dict[str, Any]:
+    return {"input_ids": ids, "labels": list(ids), "truncated": False, "whole_length": len(ids)}
 
 
 def _document_ids(text: str, encoder: TextEncoder) -> list[int]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from common import Config, Message
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from preprocessing.chat_template import ChatTemplate
 
 COLUMNS = {
@@ -28,69 +30,24 @@ def encode_batch(
     stage: str, conversations: list[dict[str, Any]], config: Config, template: ChatTemplate, tokenizer: Any
 ) -> list[list[Sample] | Message]:
     """For each conversation (document, pair) its samples, or the reason why there are none."""
-    encoder = {"sft": _conversations, "pt": _documents, "dpo": _pairs, "kto": _judged}[stage]
-    return encoder(conversations, config, template, tokenizer)
-
-
-def _conversations(conversations: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Any]:
-    samples = _encode(conversations, config, template, tokenizer)
-    return [sample if isinstance(sample, Message) else [sample] for sample in samples]
-
-
-def _encode(conversations: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Sample | Message]:
     from preprocessing.encode import encode
+    from preprocessing.encode_pairs import encode_documents, encode_pair
 
-    return encode(
-        conversations,
-        template,
-        tokenizer,
-        cutoff_len=config.cutoff_len,
-        overlong=config.overlong,
-        mask_history=config.mask_history,
-        train_on_prompt=config.train_on_prompt,
-        enable_thinking=config.enable_thinking,
-    )
-
-
-def _documents(documents: list[Any], config: Config, _: ChatTemplate, tokenizer: Any) -> list[Any]:
-    from preprocessing.encode_pairs import encode_documents
-
-    found = encode_documents([document["text"] for document in documents], tokenizer, cutoff_len=config.cutoff_len)
-    return [
-        samples
-        if isinstance(samples, Message)
-        else [{**sample, "truncated": False, "whole_length": len(sample["input_ids"])} for sample in samples]
-        for samples in found
-    ]
-
-
-def _pairs(pairs: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Any]:
-    from preprocessing.encode_pairs import encode_pair
-
-    found: list[Any] = []
-    for pair in pairs:
-        prompt = {name: value for name, value in pair.items() if name not in ("chosen", "rejected")}
-        sample = encode_pair(
-            prompt,
-            pair["chosen"],
-            pair["rejected"],
-            template,
-            tokenizer,
-            cutoff_len=config.cutoff_len,
-            overlong="truncate" if config.overlong == "truncate" else "error",
-            enable_thinking=config.enable_thinking,
-        )
-        found.append(sample if isinstance(sample, Message) else [sample])
-    return found
-
-
-def _judged(conversations: list[Any], config: Config, template: ChatTemplate, tokenizer: Any) -> list[Any]:
-    last_answer = dataclasses.replace(config, mask_history=True, train_on_prompt=False)
-    samples = _encode(conversations, last_answer, template, tokenizer)
-    return [
-        sample if isinstance(sample, Message) else [_split(sample, conversation["good"])]
-        for sample, conversation in zip(samples, conversations, strict=True)
-    ]
+    if stage == "pt":
+        return encode_documents([document["text"] for document in conversations], tokenizer, config.cutoff_len)
+    if stage == "dpo":
+        found = [encode_pair(pair, template, tokenizer, config) for pair in conversations]
+    elif stage == "kto":
+        last_answer = dataclasses.replace(config, mask_history=True, train_on_prompt=False)
+        found = [
+            sample if isinstance(sample, Message) else _split(sample, conversation["good"])
+            for sample, conversation in zip(
+                encode(conversations, template, tokenizer, last_answer), conversations, strict=True
+            )
+        ]
+    else:
+        found = encode(conversations, template, tokenizer, config)
+    return [sample if isinstance(sample, Message) else [sample] for sample in found]
 
 
 def _split(sample: Sample, good: bool) -> Sample:
@@ -123,17 +80,15 @@ def count_learned(stage: str, sample: Sample) -> int:
     return sum(len(sample[name]) for name in COLUMNS[stage] if name not in ("prompt_ids", "label"))
 
 
-def length_bias(chosen: list[int], rejected: list[int]) -> Message | None:
+def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:
     """A warning where one side of the pairs is longer than the other: the model may learn the length instead.
 
     `chosen`, `rejected`: tokens of each answer. By the mean difference against its standard error, and 20 % at least.
     """
-    import numpy as np
-
     if len(chosen) < 10:
         return None
-    difference = np.array(chosen) - np.array(rejected)
-    means = float(np.mean(chosen)), float(np.mean(rejected))
+    difference = chosen - rejected
+    means = float(chosen.mean()), float(rejected.mean())
     error = float(difference.std()) / len(difference) ** 0.5
     if abs(difference.mean()) < 3 * error or max(means) < 1.2 * min(means):
         return None

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,17 @@ if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
 
 PARALLEL = 1 << 20  # bytes of data above which several threads tokenize
+# What is known of each sample, beside its columns; lengths are tokens.
+FACTS = [
+    ("length", "i4"),  # of a pair that of both sequences
+    ("whole_length", "i4"),  # before it was cut, or dropped
+    ("learned", "i4"),
+    ("chosen", "i4"),
+    ("rejected", "i4"),
+    ("truncated", "?"),
+    ("content", "i8"),  # the fingerprint of its conversation
+    ("first", "?"),  # whether it is the first of its conversation: a document may give several
+]
 MANY_CUT = 0.05  # the share of cut samples from which on a warning names a longer cutoff_len
 
 
@@ -52,47 +63,42 @@ class Chunk:
     """A tokenized batch: one entry a sample, of length 0 where its conversation was dropped."""
 
     columns: dict[str, list[Any]]  # of COLUMNS[stage], a value each
-    lengths: np.ndarray  # int32, the tokens of a sample, of a pair both sequences'
-    whole_lengths: np.ndarray  # int32, a sample before it was cut, or dropped
-    contents: np.ndarray  # int64, its conversation's fingerprint
-    learned: int  # tokens
-    truncated: int  # samples that were cut
-    first: np.ndarray  # bool, whether a sample is the first of its conversation: a document may give several
+    facts: np.ndarray  # of FACTS
     left_out: Counter[str]  # what the template leaves out of answers → answers
     faults: list[RowFault]
+    rows: int
     layout: Layout
 
 
-def tokenize(job: Job, batch: Batch, *, encoding: bool = True) -> Chunk:
-    """A batch as samples; with `encoding` off its faults are only collected."""
+def tokenize(job: Job, given: Batch | list[Any], *, encoding: bool = True) -> Chunk:
+    """A batch, or rows as `Source.read` gives them, as samples; with `encoding` off the faults are only collected."""
     import numpy as np
 
     config, stage = job.config, job.layout.stage
+    batch = given if isinstance(given, Batch) else convert_rows(given, job.layout.blank(), config)
     found = encode_batch(stage, batch.conversations, config, job.template, job.tokenizer) if encoding else []
     faults = list(batch.faults)
     kept: list[dict[str, Any]] = []
-    contents: list[int] = []
-    first: list[bool] = []
+    facts: list[tuple[Any, ...]] = []
+    left_out: Counter[str] = Counter()
     for place, content, samples in zip(batch.places, batch.contents, found, strict=False):
         if isinstance(samples, Message):
             dropped = config.overlong == "drop" and samples.code == "longer_than_cutoff_len"
             faults += [] if dropped else [RowFault(*place, samples)]
             samples = [no_sample(stage, samples.fields["tokens"] if dropped else 0)]
-        kept += samples
-        contents += [content] * len(samples)
-        first += [True] + [False] * (len(samples) - 1)
-    return Chunk(
-        {name: [sample[name] for sample in kept] for name in COLUMNS[stage]},
-        np.array([count_tokens(stage, sample) for sample in kept], np.int32),
-        np.array([sample["whole_length"] for sample in kept], np.int32),
-        np.array(contents, np.int64),
-        learned=sum(count_learned(stage, sample) for sample in kept),
-        truncated=sum(sample["truncated"] for sample in kept),
-        first=np.array(first, bool),
-        left_out=sum((Counter(sample.get("left_out")) for sample in kept if sample.get("left_out")), Counter()),
-        faults=faults,
-        layout=batch.layout,
-    )
+        for number, sample in enumerate(samples):
+            kept.append(sample)
+            facts.append(_facts(stage, sample, content, number == 0))
+            left_out.update(sample.get("left_out"))
+    columns = {name: [sample[name] for sample in kept] for name in COLUMNS[stage]}
+    return Chunk(columns, np.array(facts, FACTS), left_out, faults, batch.rows, batch.layout)
+
+
+def _facts(stage: str, sample: dict[str, Any], content: int, first: bool) -> tuple[Any, ...]:
+    """A row of FACTS."""
+    answers = [len(sample.get(name, ())) for name in ("chosen_ids", "rejected_ids")]
+    tokens = (count_tokens(stage, sample), sample["whole_length"], count_learned(stage, sample))
+    return *tokens, *answers, sample["truncated"], content, first
 
 
 @contextmanager
@@ -109,7 +115,9 @@ def _without_own_threads() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _chunks(job: Job, batches: Iterable[Batch], threads: int, encoding: Callable[[], bool]) -> Iterator[Chunk]:
+def _chunks(
+    job: Job, batches: Iterable[Batch | list[Any]], threads: int, encoding: Callable[[], bool]
+) -> Iterator[Chunk]:
     """Tokenized batches in order, made by several threads, a copy of the tokenizer each.
 
     Threads, because two thirds of the work are the tokenizer's, which runs without Python's lock; a process more would
@@ -120,7 +128,7 @@ def _chunks(job: Job, batches: Iterable[Batch], threads: int, encoding: Callable
         return
     idle = [job, *(dataclasses.replace(job, tokenizer=copy.deepcopy(job.tokenizer)) for _ in range(threads - 1))]
 
-    def work(batch: Batch, encode: bool) -> Chunk:
+    def work(batch: Batch | list[Any], encode: bool) -> Chunk:
         mine = idle.pop()  # there are as many jobs as threads
         try:
             return tokenize(mine, batch, encoding=encode)
@@ -208,69 +216,49 @@ def _is_whole(folder: Path) -> bool:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         with pa.memory_map(str(folder / "samples.arrow")) as file:
             rows = {pa.ipc.open_stream(file).read_all().num_rows}  # mapped, not read
-        rows |= {len(np.load(folder / name)) for name in ("lengths.npy", "contents.npy", "first.npy")}
+        rows.add(len(np.load(folder / "facts.npy")))
     except (OSError, ValueError, EOFError):  # Arrow's and JSON's are ValueErrors
         return False
     return rows == {report["conversations"]}
-
-
-@dataclass
-class _Totals:
-    """What is known of the samples of a dataset once all are written."""
-
-    rows: int = 0
-    learned: int = 0
-    truncated: int = 0
-    first: list[np.ndarray] = field(default_factory=list)
-    chosen: list[int] = field(default_factory=list)  # tokens of the answers of pairs
-    rejected: list[int] = field(default_factory=list)
-    lengths: list[np.ndarray] = field(default_factory=list)
-    whole_lengths: list[np.ndarray] = field(default_factory=list)
-    contents: list[np.ndarray] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    faults: FaultReport = field(default_factory=FaultReport)
-
-    def add(self, chunk: Chunk) -> None:
-        self.learned += chunk.learned
-        self.truncated += chunk.truncated
-        self.first.append(chunk.first)
-        if "chosen_ids" in chunk.columns:
-            self.chosen += [len(ids) for ids in chunk.columns["chosen_ids"] if len(ids)]
-            self.rejected += [len(ids) for ids in chunk.columns["rejected_ids"] if len(ids)]
-        self.lengths.append(chunk.lengths)
-        self.whole_lengths.append(chunk.whole_lengths)
-        self.contents.append(chunk.contents)
-        self.left_out += chunk.left_out
-        self.faults.add(chunk.faults)
 
 
 def write_samples(folder: Path, source: Source, job: Job, faults: FaultReport) -> bool:
     """Tokenizes a dataset into `folder`; False where faults end the run. Raises UserError where it has no rows."""
     import numpy as np
 
-    layout, config, totals = job.layout, job.config, _Totals()
+    layout, config = job.layout, job.config
+    rows, facts, left_out, own_faults = 0, [], Counter(), FaultReport()
 
     def encoding() -> bool:
-        return config.on_bad_rows == "skip" or not (faults.count or totals.faults.count)
+        return config.on_bad_rows == "skip" or not (faults.count or own_faults.count)
 
     size = sum(item["bytes"] for item in source.content)
     with _arrow_writer(folder / "samples.arrow", source.entry.name, layout.stage) as write:
-        for chunk in _chunks(job, _batches(source, job, totals), _threads(config, size), encoding):
+        for chunk in _chunks(job, _batches(source, job), _threads(config, size), encoding):
             write(chunk)
-            totals.add(chunk)
+            facts.append(chunk.facts)
+            rows += chunk.rows
+            left_out += chunk.left_out
+            own_faults.add(chunk.faults)
             layout.add(chunk.layout)
-    if not totals.rows:
+    if not rows:
         raise UserError("dataset_without_rows", name=source.entry.name)
-    check_columns(layout, source.entry.name, totals.rows)
+    check_columns(layout, source.entry.name, rows)
     may_go_on = encoding()
-    faults.add_json(totals.faults.to_json())
-    faults.final |= totals.faults.final
+    faults.add_json(own_faults.to_json())
+    faults.final |= own_faults.final
     if not may_go_on or faults.final:
         return False
-    np.save(folder / "lengths.npy", np.concatenate(totals.lengths))
-    np.save(folder / "contents.npy", np.concatenate(totals.contents))
-    np.save(folder / "first.npy", np.concatenate(totals.first))
-    write_json(folder / "report.json", _report(source, job, totals))
+    all_facts = np.concatenate(facts)
+    np.save(folder / "facts.npy", all_facts)
+    report = {"rows": rows, **_counts(all_facts), "skipped": own_faults.count, "faults": own_faults.to_json()}
+    notes = [
+        *layout.all_notes(config),
+        *_left_out_notes(left_out, job.template.name),
+        *_length_notes(all_facts, config),
+    ]
+    report |= {"name": source.entry.name, "files": source.content, "format": layout.formatting}
+    write_json(folder / "report.json", report | {"notes": [note.to_json() for note in notes]})
     return True
 
 
@@ -280,18 +268,14 @@ def _threads(config: Config, size: int) -> int:
     return min(cores, config.preprocessing_num_workers or cores) if size > PARALLEL else 1
 
 
-def _batches(source: Source, job: Job, totals: _Totals) -> Iterator[Batch]:
-    """The rows of a dataset as conversations; what was read already is not read again."""
+def _batches(source: Source, job: Job) -> Iterator[Batch | list[Any]]:
+    """The rows of a dataset: as conversations where they were read already, else as the source gives them."""
     if is_kept(source.entry):
-        batch = kept_batch(source, job.config)
-        totals.rows = batch.rows
-        job.layout.add(batch.layout)
-        yield from batch.split(BATCH)
+        yield from kept_batch(source, job.config).split(BATCH)
         return
     rows = chosen_rows(source, job.config, job.layout.notes)
     while some := list(itertools.islice(rows, BATCH)):
-        totals.rows += len(some)
-        yield convert_rows(some, job.layout.blank(), job.config)
+        yield some
 
 
 @contextmanager
@@ -317,65 +301,53 @@ def _arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk
                 flat = np.fromiter(itertools.chain.from_iterable(values), np.int32)
                 arrays.append(pa.ListArray.from_arrays(offsets, flat))
             writer.write_batch(pa.record_batch(arrays, schema=schema))
-            bar.update(int(chunk.first.sum()))
+            bar.update(chunk.rows)
 
         yield write
 
 
-def _report(source: Source, job: Job, totals: _Totals) -> dict[str, Any]:
-    """What run.json records of a dataset: content, counts, and the notes and faults as JSON of messages."""
+def _counts(facts: np.ndarray) -> dict[str, Any]:
+    """What run.json records of the samples of a dataset."""
     import numpy as np
 
-    lengths, whole = np.concatenate(totals.lengths), np.concatenate(totals.whole_lengths)
-    contents = np.concatenate(totals.contents)
-    notes = [*job.layout.all_notes(job.config), *_left_out_notes(totals.left_out, job.template.name)]
-    if cut := _cut_note(lengths, whole, job.config):
-        notes.append(cut)
-    if bias := length_bias(totals.chosen, totals.rejected):
-        notes.append(bias)
-    pairs = {"chosen": _mean(totals.chosen), "rejected": _mean(totals.rejected)} if totals.chosen else {}
+    pairs = facts[facts["chosen"] > 0]
+    means = {name: round(float(pairs[name].mean()), 1) for name in ("chosen", "rejected")} if len(pairs) else {}
     return {
-        "name": source.entry.name,
-        "files": source.content,
-        "format": job.layout.formatting,
-        "rows": totals.rows,
-        "conversations": len(lengths),
-        **token_counts(lengths),
-        **pairs,
-        "learned": totals.learned,
-        "truncated": totals.truncated,
-        "dropped": int(((lengths == 0) & (whole > 0)).sum()),
-        "duplicates": int(np.concatenate(totals.first).sum()) - len(np.unique(contents)),
-        "skipped": totals.faults.count,
-        "faults": totals.faults.to_json(),
-        "notes": [note.to_json() for note in notes],
+        "conversations": len(facts),
+        **token_counts(facts["length"]),
+        **means,
+        "learned": int(facts["learned"].sum()),
+        "truncated": int(facts["truncated"].sum()),
+        "dropped": int(_dropped(facts).sum()),
+        "duplicates": int(facts["first"].sum()) - len(np.unique(facts["content"])),
     }
 
 
-def _mean(lengths: list[int]) -> float:
-    return round(sum(lengths) / len(lengths), 1)
+def _dropped(facts: np.ndarray) -> np.ndarray:
+    return (facts["length"] == 0) & (facts["whole_length"] > 0)
 
 
-def _left_out_notes(left_out: Counter[str], template: str) -> Iterator[Message]:
-    for kind, count in sorted(left_out.items()):
-        if kind == "thoughts":
-            yield Message("thoughts_left_out", template=template, answers=count)
-        else:
-            yield Message("words_left_out", template=template, answers=count)
+def _left_out_notes(left_out: Counter[str], template: str) -> list[Message]:
+    return [Message(code, template=template, answers=count) for code, count in sorted(left_out.items())]
 
 
-def _cut_note(lengths: np.ndarray, whole: np.ndarray, config: Config) -> Message | None:
-    """A warning where many samples are cut or dropped, with the cutoff_len that would keep 95 % whole."""
+def _length_notes(facts: np.ndarray, config: Config) -> Iterator[Message]:
+    """A warning where many samples are cut or dropped, with the cutoff_len that would keep 95 % whole; and one where
+    the answers of pairs differ in length."""
     import numpy as np
 
-    known = whole[whole > 0]
-    cut, dropped = int((known > config.cutoff_len).sum()), int(((lengths == 0) & (whole > 0)).sum())
-    if cut <= MANY_CUT * len(known):
-        return None
-    enough = int(np.quantile(known, 1 - MANY_CUT, method="higher"))
-    if dropped:
-        return Message("many_samples_dropped", dropped=dropped, total=len(known), enough=enough)
-    return Message("many_samples_cut", cut=cut, total=len(known), cutoff_len=config.cutoff_len, enough=enough)
+    known = facts["whole_length"][facts["whole_length"] > 0]
+    cut, dropped = int((known > config.cutoff_len).sum()), int(_dropped(facts).sum())
+    if cut > MANY_CUT * len(known):
+        enough = int(np.quantile(known, 1 - MANY_CUT, method="higher"))
+        if dropped:
+            yield Message("many_samples_dropped", dropped=dropped, total=len(known), enough=enough)
+        else:
+            cutoff_len = config.cutoff_len
+            yield Message("many_samples_cut", cut=cut, total=len(known), cutoff_len=cutoff_len, enough=enough)
+    pairs = facts[facts["chosen"] > 0]
+    if bias := length_bias(pairs["chosen"], pairs["rejected"]):
+        yield bias
 
 
 def token_counts(lengths: np.ndarray) -> dict[str, int]:

@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has a core, too
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import Message, UserError  # noqa: E402
+from common import Config, Message, UserError  # noqa: E402
 from runs.configuration import load_config  # noqa: E402
 
 CONTROL_TOKENS = [
@@ -136,7 +136,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in TALK.items()
     ]
-    samples = encode(talk, load_template(None, tokenizer), tokenizer, cutoff_len=500)
+    samples = encode(talk, load_template(None, tokenizer), tokenizer, Config(cutoff_len=500))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(200):
         loss = torch.stack(

@@ -10,7 +10,7 @@ from conftest import CONTROL_TOKENS, user_error
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import Message
+from common import Config, Message
 from preprocessing import chat_template
 from preprocessing.chat_template import ChatTemplate, load_template, render_conversation, template_names
 from preprocessing.control_tokens import encoder_of
@@ -52,7 +52,7 @@ def talk(*contents: str, system: str | None = None) -> dict:
 
 
 def one(conversation: dict, template: ChatTemplate, tokenizer, cutoff_len: int = 4096, **options):
-    (result,) = encode([conversation], template, tokenizer, cutoff_len=cutoff_len, **options)
+    (result,) = encode([conversation], template, tokenizer, Config(cutoff_len=cutoff_len, **options))
     return result
 
 
@@ -477,7 +477,7 @@ def test_a_row_that_the_template_refuses_is_a_reason():
     tokenizer = for_template("gemma")
     template = load_template("gemma", tokenizer)
     good, bad = talk("a", "b"), {"messages": [assistant("b")]}
-    first, reason, last = encode([good, bad, good], template, tokenizer, cutoff_len=100)
+    first, reason, last = encode([good, bad, good], template, tokenizer, Config(cutoff_len=100))
     assert code_of(reason) == "template_refuses" and "alternate" in reason.fields["reason"] and first == last
 
 
@@ -578,7 +578,7 @@ def test_what_a_template_leaves_out_of_answers_is_counted():
         return one({"messages": messages}, load_template(name, tokenizer), tokenizer, **options)["left_out"]
 
     inside, beside = assistant("<think>\nOne\n</think>\n\n1"), assistant("1", reasoning_content="One")
-    thoughts, words = {"thoughts": 1}, {"words beside a tool call": 1}
+    thoughts, words = {"thoughts_left_out": 1}, {"words_left_out": 1}
     assert left_out("qwen3", inside) == left_out("qwen3", beside) == left_out("chatml", inside) == {}
     assert left_out("chatml", beside) == left_out("qwen3", inside, enable_thinking=False) == thoughts
     assert left_out("qwen3", inside, inside) == thoughts  # the vendor's, too, shows those of the last turn only

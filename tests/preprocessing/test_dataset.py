@@ -36,7 +36,7 @@ def test_samples_are_what_the_template_makes_and_the_report_counts_them(tmp_path
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(5), {"instruction": "q0", "output": "a0"}])
     made = prepare(tiny_tokenizer, path)
     chatml = chat_template.load_template("chatml", tiny_tokenizer)
-    expected = encode.encode(conversations(path), chatml, tiny_tokenizer, cutoff_len=256)
+    expected = encode.encode(conversations(path), chatml, tiny_tokenizer, config(path))
     assert [row["input_ids"] for row in made.train] == [sample["input_ids"] for sample in expected]
     assert [row["labels"] for row in made.train] == [sample["labels"] for sample in expected]
     assert str(made.train.features["input_ids"].feature.dtype) == "int32" == made.train.features["labels"].feature.dtype
@@ -69,7 +69,7 @@ def test_cache_is_found_again_and_keyed_by_content_template_and_settings(
     assert len(list(cache.iterdir())) == 4
 
 
-@pytest.mark.parametrize("name", ["samples.arrow", "lengths.npy", "contents.npy", "report.json"])
+@pytest.mark.parametrize("name", ["samples.arrow", "facts.npy", "report.json"])
 @pytest.mark.parametrize("kept", [0, 0.5])
 def test_cut_cache_is_made_anew(tmp_path: Path, cache: Path, tiny_tokenizer, name: str, kept: float) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", questions(3))

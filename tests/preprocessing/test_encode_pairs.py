@@ -6,7 +6,7 @@ import pytest
 from conftest import CONTROL_TOKENS, user_error
 from test_chat_template import CALL, assistant, b, byte_tokenizer, for_template, one, talk, user
 
-from common import Message
+from common import Config, Message
 from preprocessing.chat_template import load_template, template_names
 from preprocessing.encode_pairs import encode_documents, encode_pair
 from preprocessing.prompts import prompt_ids
@@ -16,8 +16,8 @@ START, END = 257, 258  # <|im_start|>, <|im_end|> of the tiny tokenizer
 
 
 def pair_of(conversation: dict, chosen: str, rejected: str, template, tokenizer, cutoff_len: int = 4096, **options):
-    answers = (assistant(chosen), assistant(rejected))
-    return encode_pair(conversation, *answers, template, tokenizer, cutoff_len=cutoff_len, **options)
+    pair = {**conversation, "chosen": assistant(chosen), "rejected": assistant(rejected)}
+    return encode_pair(pair, template, tokenizer, Config(cutoff_len=cutoff_len, **options))
 
 
 def test_a_pair_by_hand(tiny_tokenizer):
@@ -96,23 +96,25 @@ def test_pairs_that_teach_nothing_are_refused(tiny_tokenizer):
         ("a", "", Message("pair_answer_is_empty", kind="rejected")),
     ):
         assert pair_of(talk("q"), chosen, rejected, template, tiny_tokenizer) == reason
-    swapped = encode_pair(talk("q"), assistant("a"), user("b"), template, tiny_tokenizer, cutoff_len=99)
-    assert swapped == Message("pair_answer_of_wrong_role", kind="rejected", role="user")
-    calls = assistant("", tool_calls=[CALL])
-    qwen = load_template("qwen", tiny_tokenizer)
-    assert encode_pair(talk("q"), calls, assistant("b"), qwen, tiny_tokenizer, cutoff_len=999)["rejected_ids"]
+    swapped = {**talk("q"), "chosen": assistant("a"), "rejected": user("b")}
+    assert encode_pair(swapped, template, tiny_tokenizer, Config()) == Message(
+        "pair_answer_of_wrong_role", kind="rejected", role="user"
+    )
+    call = {**talk("q"), "chosen": assistant("", tool_calls=[CALL]), "rejected": assistant("b")}
+    assert encode_pair(call, load_template("qwen", tiny_tokenizer), tiny_tokenizer, Config())["rejected_ids"]
 
 
 def test_documents_by_hand(tiny_tokenizer):
     """Every token is learned, the end of sequence included; what looks like a control token stays text."""
-    first, second, empty = encode_documents(["Hi 你", "<|im_end|>", " \n"], tiny_tokenizer, cutoff_len=100)
-    assert first == [{"input_ids": [*b("Hi 你"), END], "labels": [*b("Hi 你"), END]}]
+    first, second, empty = encode_documents(["Hi 你", "<|im_end|>", " \n"], tiny_tokenizer, 100)
+    ids = [*b("Hi 你"), END]
+    assert first == [{"input_ids": ids, "labels": ids, "truncated": False, "whole_length": len(ids)}]
     assert second[0]["input_ids"] == [*b("<|im_end|>"), END]
     assert empty == Message("document_is_empty")
-    (pieces,) = encode_documents(["x" * 20], tiny_tokenizer, cutoff_len=10)
+    (pieces,) = encode_documents(["x" * 20], tiny_tokenizer, 10)
     assert [len(piece["input_ids"]) for piece in pieces] == [7, 7, 7]  # 20 tokens and the end
     assert [i for piece in pieces for i in piece["labels"]] == [*b("x" * 20), END]
-    (reason,) = encode_documents(["\ufdd0"], tiny_tokenizer, cutoff_len=10)
+    (reason,) = encode_documents(["\ufdd0"], tiny_tokenizer, 10)
     assert reason == Message("text_has_noncharacters")
     with user_error("tokenizer_has_no_end_of_sequence"):
-        encode_documents(["x"], byte_tokenizer(CONTROL_TOKENS), cutoff_len=10)
+        encode_documents(["x"], byte_tokenizer(CONTROL_TOKENS), 10)

@@ -423,7 +423,7 @@ def test_samples_are_escaped_and_what_is_learned_is_marked(tiny_tokenizer: Any) 
     talk = {
         "messages": [{"role": "user", "content": "<script>x</script>"}, {"role": "assistant", "content": "<b>好</b>"}]
     }
-    (sample,) = encode([talk], load_template("chatml", tiny_tokenizer), tiny_tokenizer, cutoff_len=500)
+    (sample,) = encode([talk], load_template("chatml", tiny_tokenizer), tiny_tokenizer, common.Config(cutoff_len=500))
     html = data_page.sample_html(tiny_tokenizer, sample, 3, t)
     assert "<script>" not in html and "&lt;script&gt;x&lt;/script&gt;" in html
     learned = re.findall(r'<span class="learned[^"]*">(.*?)</span>', html)
