@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 import common
+from common import Message
 from evaluation import llamafactory
 from evaluation.compare import describe_two_runs, runs_table
 from evaluation.job import describe, find_job
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
 def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str]) -> None:
     job = find_job(target, settings, only_base=flags.base, no_base=flags.no_base)
     for note in job.notes:
-        print(f"note: {note}")
+        print(Message("note", text=note))
     print(describe(job))
     with only_evaluation(job):
         for model in job.models:
@@ -56,9 +57,9 @@ def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str])
             print(describe_results(write_results(job, data), data.folder))
         files = llamafactory.write_files(job)
     if files:
-        print(f"\nas LLaMA-Factory writes them: {', '.join(map(str, files))}")
+        print(f"\n{Message('llamafactory_files', files=files)}")
     if job.run:
-        print(f"\nthe report: {report.write(job.run)}")
+        print(f"\n{Message('eval_report', file=report.write(job.run))}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:

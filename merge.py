@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import common
-from common import UserError
+from common import Message, UserError
 from export import merged_model, verify
 from runs.configuration import run_command
 from runs.target import read_arguments
@@ -31,15 +31,15 @@ def main(argv: list[str]) -> None:
         return
     job = merged_model.find_job(target, settings)
     for note in job.notes:
-        print(f"note: {note}")
+        print(Message("note", text=note))
     if flags.push and merged_model.is_verified(job):  # its upload failed
         merged_model.check_push(flags.push, job)
     else:
         merged_model.merge(job, verifying=not flags.no_verify, repo=flags.push)
     if flags.push:
         merged_model.push(flags.push, job)
-    print(f"talk to it: {common.command('chat.py', job.output)}")
-    print(f"make a GGUF: {common.command('quantize.py', job.output)}")
+    print(Message("talk_to_it", command=common.command("chat.py", job.output)))
+    print(Message("make_a_gguf", command=common.command("quantize.py", job.output)))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import common
+from common import Message
 from preprocessing import dataset
 from preprocessing.data_report import format_report, show_sample
 from runs.configuration import load_config, run_command
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> None:
     print(format_report(prepared.report))
     count = len(prepared.train)
     for index in sorted({0, count // 2, count - 1}):
-        print(f"\n--- sample {index + 1} of {count:,} ---\n{show_sample(tokenizer, prepared.train[index])}")
+        title = Message("sample_number", number=index + 1, count=count)
+        print(f"\n{title}\n{show_sample(tokenizer, prepared.train[index])}")
 
 
 def name_datasets(argv: list[str]) -> list[str]:

@@ -19,9 +19,11 @@ import shlex
 from typing import Any
 
 import common
+from common import Message
 from export import gguf
 from export.gguf import TYPES, GgufJob
 from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS
+from preprocessing.data_report import format_table, table_head
 from runs.configuration import run_command
 from runs.disk import check_free_space
 from runs.target import read_arguments
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> None:
     logging.disable(logging.WARNING)  # what transformers says on import is not about this
     job = gguf.find_job(flags.type, target, settings)
     for note in job.notes:
-        print(f"note: {note}")
+        print(Message("note", text=note))
     proving = not flags.no_verify and gguf.can_prove(job)
     if flags.push:
         gguf.check_push(flags.push, job, proving)
@@ -44,8 +46,9 @@ def main(argv: list[str]) -> None:
     if flags.push:
         gguf.push(flags.push, job)
     first = job.types[0]
-    print(f"talk to it: {common.command('chat.py', job.file(first))}")
-    print(f"in Ollama:  {shlex.join(['ollama', 'create', job.name, '-f', str(job.modelfile(first))])}")
+    print(Message("talk_to_it", command=common.command("chat.py", job.file(first))))
+    ollama = shlex.join(["ollama", "create", job.name, "-f", str(job.modelfile(first))])
+    print(Message("in_ollama", command=ollama))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
@@ -70,45 +73,42 @@ def make(job: GgufJob, proving: bool, max_divergence: float | None) -> None:
     gguf.merge_first(job, proving)
     gguf.check_merge(job)
     if proving or job.needs_matrix:
-        print(f"data       {len(job.samples[0])} samples, of which {PROOF_TOKENS} tokens prove it")
+        print(Message("gguf_data", samples=len(job.samples[0]), tokens=PROOF_TOKENS))
     print(table(job, gguf.make_files(job, proving, max_divergence, needed)))
 
 
 def table(job: GgufJob, results: dict[str, dict[str, Any]]) -> str:
     """The results as aligned text: one line a type, the 16-bit model first."""
     count, own = gguf.weights_of(job.model)
-    head = ("type", "MB", "bits/weight", "KL divergence", "same first choice", "perplexity", "tokens/s")
-    head += ("prompt tokens/s",)
-    lines = [head]
+    lines = [table_head(Message("gguf_table"))]
     for kind, result in results.items():
-        size = (kind, f"{result['bytes'] / 1e6:.0f}", f"{8 * result['bytes'] / count:.2f}")
+        size = [kind, f"{result['bytes'] / 1e6:.0f}", f"{8 * result['bytes'] / count:.2f}"]
         if "verified" not in result:
-            lines.append((*size, "not verified", "", "", "", ""))
+            lines.append([*size, str(Message("not_verified")), "", "", "", ""])
             continue
         if len(lines) == 1:
             lines.append(reference_line(result, count, TYPES[own].bits))
         lines.append(
-            (
+            [
                 *size,
                 f"{result['kl_divergence']:.6f}",
                 f"{result['top1_agreement']:.2%}",
                 f"{result['perplexity']:.4f}",
                 f"{result['tokens_per_second']:.1f}",
                 f"{result['prompt_tokens_per_second']:.0f}",
-            )
+            ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rows = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = format_table(lines)
     if noise := max(DTYPE_DIVERGENCE[result.get("reference_dtype", "float32")] for result in results.values()):
-        rows.append(f"(that type alone makes a divergence of about {noise:g}: three times that is allowed on top)")
-    return "\n".join(rows)
+        text += f"\n{Message('divergence_of_type', divergence=noise)}"
+    return text
 
 
-def reference_line(result: dict[str, Any], count: int, bits: float) -> tuple[str, ...]:
+def reference_line(result: dict[str, Any], count: int, bits: float) -> list[str]:
     """The line of the 16-bit model, whose perplexity was measured beside a file's."""
-    exact = result["reference_dtype"] == "float32"
-    name = "16-bit model" if exact else f"16-bit model, in {result['reference_dtype']}"
-    return name, f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", f"{result['reference_perplexity']:.4f}", "", ""
+    dtype = result["reference_dtype"]
+    name = str(Message("model_of_16_bit") if dtype == "float32" else Message("model_of_16_bit_in", dtype=dtype))
+    return [name, f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", f"{result['reference_perplexity']:.4f}", "", ""]
 
 
 if __name__ == "__main__":

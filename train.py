@@ -87,11 +87,9 @@ def announce(run: Run, model: Any) -> None:
     config = run.config
     trainable = count_trainable(model)
     named = Message("model_parameters", model=config.model_name_or_path, total=run.model.parameters, trained=trainable)
-    print(f"model      {named}")
     tokenized = Message("data_tokenized", samples=run.plan.samples, tokens=run.plan.tokens, longest=run.plan.longest)
-    print(f"data       {tokenized}")
-    print(f"steps      {plan.describe_steps(config, run.plan)}")
-    print(f"held out   {plan.describe_evaluations(config, run.plan)}")
+    steps, held_out = plan.describe_steps(config, run.plan), plan.describe_evaluations(config, run.plan)
+    print(Message("training_announced", model=named, data=tokenized, steps=steps, held_out=held_out))
     for warning in plan.find_warnings(config, run.plan):
         print(Message("warning", text=warning))
     print(show_sample(run.tokenizer, run.data.train[0]))
@@ -115,15 +113,14 @@ def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
             f"\n{Message('stopped_early', step=facts['steps'], steps=facts['total_steps'], reason=early.reason)}",
             end="",
         )
-    print_result(facts)
-    print(f"report     {written}")
+    print_result(facts, written)
     if facts["eval_loss"] is not None:
         print(Message("measure_it", command=common.command("evaluate.py", folder)))
     print_next(folder)
 
 
-def print_result(facts: dict[str, Any]) -> None:
-    """Says how long the training took and where its loss began and ended."""
+def print_result(facts: dict[str, Any], written: Path) -> None:
+    """Says how long the training took, where its loss began and ended, and where the report is."""
     minutes, seconds = divmod(round(facts["seconds"] or time.process_time()), 60)
     finished = Message(
         "finished_in",
@@ -138,8 +135,8 @@ def print_result(facts: dict[str, Any]) -> None:
     if facts["eval_loss"] is not None:
         held_out = Message("best_eval_loss", loss=facts["eval_loss"], step=facts["best_step"])
     first, last = facts["first_loss"] or math.nan, facts["last_loss"] or math.nan
-    print(f"\nfinished   {finished}")
-    print(f"loss       {Message('loss_first_last', first=first, last=last, held_out=held_out)}")
+    loss = Message("loss_first_last", first=first, last=last, held_out=held_out)
+    print(f"\n{Message('training_ended', finished=finished, loss=loss, report=written)}")
 
 
 def print_notes(notes: list[Any]) -> None:

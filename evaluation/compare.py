@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import common
-from common import UserError
+from common import Message, UserError
 from evaluation import metrics
 from evaluation.data import GENERAL
 from evaluation.results import describe_difference, figures_table
-from preprocessing.data_report import format_table
+from preprocessing.data_report import format_table, table_head
 from runs import charts
 from runs.files import read_json, read_jsonl
 from runs.folder import is_run, read_run, run_config, run_folders
+from runs.metric_names import METRICS
 from runs.process import is_alive
 
 
 def runs_table() -> list[list[str]]:
     """All runs, newest first: how they went and what they reached. Raises UserError where there is none."""
-    rows = [["run", "status", "steps", "of", "minutes", "loss", "eval_loss", "measured on", "figure"]]
+    rows = [table_head(Message("runs_table"))]
     for folder in run_folders():
         run = read_run(folder) or {}
         minutes = f"{run['seconds'] / 60:.1f}" if run.get("seconds") else "-"
@@ -51,7 +52,7 @@ def key_figure(folder: Path) -> tuple[str, str]:
         of_model = "" if label == "trained" else f" ({label})"
         for key in ("accuracy", "exact_match"):
             if key in models.get(label, {}):
-                return found["dataset"], f"{key} {models[label][key]:.3f}{of_model}"
+                return found["dataset"], f"{METRICS[key].head} {models[label][key]:.3f}{of_model}"
     return "-", "-"
 
 
@@ -67,7 +68,7 @@ def describe_two_runs(first: Path, second: Path) -> str:
             blocks.append(_describe_dataset(file, other, str(first), str(second)))
     picture = second / f"loss_beside_{first.resolve().name}.png"
     charts.draw_losses({str(folder): read_jsonl(folder / "trainer_log.jsonl") for folder in (first, second)}, picture)
-    return "\n\n".join([*blocks, f"both losses: {picture}"])
+    return "\n\n".join([*blocks, str(Message("both_losses", file=picture))])
 
 
 def _settings(*folders: Path) -> list[list[str]]:
@@ -101,13 +102,15 @@ def _describe_dataset(first: Path, second: Path, *names: str) -> str:
     title = found[0]["dataset"]
     same = all(found[0][key] == found[1][key] for key in ("task", "labels"))
     if not same or any("trained" not in part["models"] for part in found):
-        return f"{title}: not evaluated in the same way; evaluate both again"
+        return str(Message("evaluated_differently", name=title))
     models = {name: part["models"]["trained"] for name, part in zip(names, found, strict=True)}
     text = f"{title}\n{format_table(figures_table(found[0]['task'], models))}"
     pair = paired_predictions(*(file.parent / "predictions.jsonl" for file in (first, second)))
     if pair is None:
         return text
-    return f"{text}\n{names[1]} - {names[0]} on {pair['rows']:,} rows of both: {describe_difference(pair)}"
+    difference = describe_difference(pair)
+    facts = Message("difference_of_runs", one=names[1], other=names[0], rows=pair["rows"], difference=difference)
+    return f"{text}\n{facts}"
 
 
 def paired_predictions(first: Path, second: Path) -> dict[str, Any] | None:

@@ -152,16 +152,22 @@ def tokenizer_of(job: Job) -> tuple[Any, Any]:
 
 def describe(job: Job) -> str:
     """What will be done, a line for the models and for each dataset."""
-    lines = [f"models     {', '.join(f'{model.label} ({model.source.name})' for model in job.models)}"]
+    lines = [Message("eval_models", models=[f"{model.label} ({model.source.name})" for model in job.models])]
     for data in job.datasets:
-        tasks = {"classification": f"choose among {', '.join(data.labels)}", "text": "texts", "loss": "perplexity"}
-        tasks |= {
-            "documents": "perplexity",
-            "pairs": "preference accuracy",
-            "judged": "likelihood of good and bad answers",
-        }
-        if len(data.labels) == 2:
-            tasks["classification"] += f"; positive is {data.labels[1]} (to swap: {swapped_labels(data.labels)})"
-        left_out = f"; {data.left_out:,} that were trained on are left out" if data.left_out else ""
-        lines.append(f"data       {data.name}: {len(data.rows):,} rows, {tasks[data.task]}{left_out}")
-    return "\n".join(lines)
+        left_out = Message("eval_rows_left_out", count=data.left_out) if data.left_out else ""
+        task = _describe_task(data)
+        lines.append(Message("eval_data", name=data.name, rows=len(data.rows), task=task, left_out=left_out))
+    return "\n".join(map(str, lines))
+
+
+def _describe_task(data: EvalDataset) -> Message:
+    if data.task == "classification" and len(data.labels) == 2:
+        return Message(
+            "eval_task_two_labels", labels=data.labels, swap=swapped_labels(data.labels), last=data.labels[1]
+        )
+    return {
+        "classification": Message("eval_task_labels", labels=data.labels),
+        "text": Message("eval_task_texts"),
+        "pairs": Message("eval_task_pairs"),
+        "judged": Message("eval_task_judged"),
+    }.get(data.task, Message("eval_task_perplexity"))

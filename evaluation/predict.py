@@ -33,7 +33,7 @@ def predict(job: Job, model: EvalModel) -> None:
     if not todo:
         print(Message("eval_all_predicted", model=model.label))
         return
-    print(f"loading {model.source.name} ...", flush=True)
+    print(Message("eval_loading", model=model.source.name), flush=True)
     scorer = scoring.scorer_for(load(model.source))
     for data, missing in todo:
         started, batches = time.monotonic(), 0

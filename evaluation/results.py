@@ -66,20 +66,20 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
 
 def describe_results(found: dict[str, Any], folder: Path) -> str:
     """The content of a metrics.json as text: the table, the differences, and whether something was forgotten."""
-    lines = [f"\n{found['dataset']}: {found['rows']:,} rows"]
+    lines = [f"\n{Message('eval_dataset_rows', name=found['dataset'], rows=found['rows'])}"]
     lines.append(format_table(figures_table(found["task"], found["models"])))
     lines += [f"{name}: {describe_difference(pair)}" for name, pair in found.get("paired", {}).items()]
     if found["dataset"] == GENERAL and found["task"] != "classification":
         lines += map(str, forgetting(found["models"]))
-    return "\n".join([*lines, f"all of it: {folder}"])
+    return "\n".join([*lines, str(Message("eval_all_results", folder=folder))])
 
 
 def figures_table(task: str, models: dict[str, Any]) -> list[list[str]]:
     """The figures, a row for each model."""
     main, *others = COLUMNS[task]
     names = [name for group in others for name in group]
-    titles = [title for name in main for title in (METRICS[name].short, "95 %")]
-    table = [["model", *titles, *(METRICS[name].short for name in names)]]
+    titles = [title for name in main for title in (METRICS[name].head, "95 %")]
+    table = [[str(Message("eval_model")), *titles, *(METRICS[name].head for name in names)]]
     for label, figures in models.items():
         cells = [cell for name in main for cell in (f"{figures[name]:.3f}", _interval(figures[f"{name}_interval"]))]
         table.append([label, *cells, *("-" if figures[name] is None else f"{figures[name]:.3f}" for name in names)])
@@ -90,10 +90,10 @@ def _interval(interval: list[float]) -> str:
     return "{:.3f}-{:.3f}".format(*interval)
 
 
-def describe_difference(pair: dict[str, Any]) -> str:
-    """A difference of accuracies (metrics.paired) as text."""
+def describe_difference(pair: dict[str, Any]) -> Message:
+    """A difference of accuracies (metrics.paired)."""
     low, high = pair["difference_interval"]
-    return f"accuracy {pair['difference']:+.3f} ({low:+.3f} to {high:+.3f}), McNemar's p {pair['mcnemar_p']:.2g}"
+    return Message("eval_difference", difference=pair["difference"], low=low, high=high, p=pair["mcnemar_p"])
 
 
 def forgetting(models: dict[str, Any]) -> list[Message]:

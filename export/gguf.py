@@ -204,14 +204,14 @@ def can_prove(job: GgufJob) -> bool:
     if missing and (by_library or job.needs_matrix):
         raise UserError.from_message(missing)
     if missing:
-        print(f"note: {Message('gguf_not_proven', reason=missing)}")
+        print(Message("note", text=Message("gguf_not_proven", reason=missing)))
     return not missing
 
 
 def merge_first(job: GgufJob, proving: bool) -> None:
     """Runs merge.py where there is no merged model yet."""
     if job.merges_first:
-        print("merging first", flush=True)
+        print(Message("merging_first"), flush=True)
         command = [
             sys.executable,
             str(common.ROOT / "merge.py"),
@@ -260,7 +260,7 @@ def types_to_make(job: GgufJob, proving: bool) -> tuple[str, ...]:
     if there and (len(made) == len(job.types) or len(made) < len(there)):
         raise UserError("gguf_exists", files=[job.file(kind) for kind in there])
     for kind in made:
-        print(f"note: {Message('gguf_kept', file=job.file(kind))}")
+        print(Message("note", text=Message("gguf_kept", file=job.file(kind))))
     return tuple(kind for kind in job.types if kind not in made)
 
 
@@ -291,8 +291,8 @@ def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
     if job.merges_first and existing_folder(job.output).stat().st_dev == existing_folder(job.model).stat().st_dev:
         needed += size(own)
     sizes = {kind: sizes[kind] for kind in job.types}
-    parts = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items())
-    print(f"model      {job.model} ({count / 1e6:.0f} M weights, {own})\noutput     {job.output} (at most {parts})")
+    parts = [f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items()]
+    print(Message("gguf_plan", model=job.model, millions=count / 1e6, dtype=own, output=job.output, sizes=parts))
     return needed, sizes
 
 
@@ -432,4 +432,4 @@ def push(repo: str, job: GgufJob) -> None:
 
     names = [path.name for kind in job.types for path in (job.file(kind), job.modelfile(kind))]
     address = hub.upload(job.output, repo, ignore=[p.name for p in job.output.iterdir() if p.name not in names])
-    print(f"uploaded   {address}")
+    print(Message("uploaded", address=address))

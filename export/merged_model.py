@@ -80,7 +80,7 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
         if verifying:
             verify_in_child(folder)
         write_card(job, folder)
-    print(f"merged     {job.output} ({plan.size / 1e9:.2f} GB)")
+    print(Message("merged", output=job.output, gb=plan.size / 1e9))
 
 
 def verify_in_child(folder: Path) -> None:
@@ -126,29 +126,29 @@ def push(repo: str, job: MergeJob) -> None:
     from export import hub
 
     weights = ["model*.safetensors", "model.safetensors.index.json"]
-    print(f"uploaded   {hub.upload(job.output, repo, ignore=[RECORD], delete=weights)}")
+    print(Message("uploaded", address=hub.upload(job.output, repo, ignore=[RECORD], delete=weights)))
 
 
 def announce(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTemplate | None) -> None:
     changed = sum(tensor.update is not None for tensor in plan.tensors)
     dtypes = sorted({tensor.dtype for tensor in plan.tensors if tensor.dtype in DTYPES.values()})
-    print(
-        f"base       {job.base} ({len(plan.tensors)} tensors)\n"
-        f"adapter    {job.adapter} ({kind(adapter)}, {len(adapter.tensors)} tensors, for {changed} of the base's)\n"
-        f"output     {job.output} ({plan.size / 1e9:.2f} GB, {' and '.join(dtypes)})\n"
-        f"template   {f'{template.name}, ends a turn with ' + ' '.join(template.stop) if template else 'none'}"
-    )
-    if template is None:
-        print(f"note: {Message('merge_without_template')}")
+    print(Message("merge_base", base=job.base, tensors=len(plan.tensors)))
+    own = len(adapter.tensors)
+    print(Message("merge_adapter", adapter=job.adapter, kind=kind(adapter), tensors=own, changed=changed))
+    print(Message("merge_output", output=job.output, gb=plan.size / 1e9, dtypes=dtypes))
+    if template:
+        print(Message("merge_template", name=template.name or Message("template_of_run"), stop=" ".join(template.stop)))
+    else:
+        print(Message("note", text=Message("merge_without_template")))
     if plan.untied:
-        print(f"note: {Message('merge_unties')}")
+        print(Message("note", text=Message("merge_unties")))
     if dtypes == ["F32"]:
-        print(f"note: {Message('merge_in_float32')}")
+        print(Message("note", text=Message("merge_in_float32")))
 
 
 def announce_survival(record: dict[str, Any]) -> None:
     if (share := record["adapter_share"]) is not None:
-        print(f"rounding   {share:.1%} of the adapter's product arrives in the weights in {record['dtype']}")
+        print(Message("merge_rounding", share=share, dtype=record["dtype"]))
 
 
 def kind(adapter: Adapter) -> str:
@@ -171,7 +171,7 @@ FROM_BASE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")  # code for trust_rem
 class TrainedTemplate:
     """The chat template as it is saved, and the control tokens that end a turn."""
 
-    name: str
+    name: str | None  # None: as the run has saved it
     text: str
     stop: list[str]
     stop_ids: list[int]
@@ -191,7 +191,7 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     run = read_run(job.run) if job.run else None
     jinja = (job.run or job.adapter) / "chat_template.jinja"
     if run and run.get("stop") and jinja.exists() and job.config.template == run_config(job.run).template:
-        name, text, stop = "the run's", jinja.read_text(encoding="utf-8"), run["stop"]
+        name, text, stop = None, jinja.read_text(encoding="utf-8"), run["stop"]
     elif job.config.template is None and not tokenizer.chat_template:
         return None
     else:

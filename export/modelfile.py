@@ -20,7 +20,7 @@ def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_
     shape = template_shape(tokenizer)
     if shape is None:
         note = Message("modelfile_without_template")
-        print(f"note: {note}")
+        print(Message("note", text=note))
         lines.append(f"# {note}")
     else:
         if adds_bos and tokenizer.bos_token:

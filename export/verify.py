@@ -110,16 +110,24 @@ def verify_merged(folder: Path) -> None:
     if not proof["difference"] <= 3 * proof["rounding"] + 1e-6 * rms(expected):
         raise UserError("merge_differs", difference=proof["difference"], rounding=proof["rounding"])
     if proof["adapter_effect"] < proof["rounding"]:
-        print(f"note: {Message('adapter_below_rounding', dtype=record['dtype'])}")
+        print(Message("note", text=Message("adapter_below_rounding", dtype=record["dtype"])))
 
 
 def print_proof(proof: dict[str, Any], dtype: str) -> None:
     print(
-        f"proof      {proof['prompts']} prompts, {proof['positions']} positions, {proof['computed_in']}\n"
-        f"           logits move by {proof['adapter_effect']:.2g} (rms) through the adapter; merged, they differ from\n"
-        f"           base + adapter by {proof['difference']:.2g} (at most {proof['largest_difference']:.2g}), where\n"
-        f"           rounding to {dtype} alone makes {proof['rounding']:.2g}; same first choice "
-        f"{proof['same_first_choice']:.1%},\n           mean KL divergence {proof['mean_kl']:.2g}"
+        Message(
+            "merge_proof",
+            prompts=proof["prompts"],
+            positions=proof["positions"],
+            computed_in=proof["computed_in"],
+            effect=proof["adapter_effect"],
+            difference=proof["difference"],
+            largest=proof["largest_difference"],
+            dtype=dtype,
+            rounding=proof["rounding"],
+            same=proof["same_first_choice"],
+            kl=proof["mean_kl"],
+        )
     )
 
 
@@ -150,7 +158,7 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
             few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
             conversations = dataset.read_conversations(few)[0][:8]
         except UserError as error:
-            print(f"note: {Message('proof_without_data', reason=error)}")
+            print(Message("note", text=Message("proof_without_data", reason=error)))
     tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
     if not record["stop"]:
         return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]

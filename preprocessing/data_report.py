@@ -19,6 +19,11 @@ def _width(text: str) -> int:
     return sum(2 if east_asian_width(character) in "WF" else 1 for character in text)
 
 
+def table_head(names: Message) -> list[str]:
+    """The head of a table, whose columns the sentence of `names` separates by |."""
+    return str(names).split("|")
+
+
 def format_table(rows: list[list[str]]) -> str:
     """Aligned columns, the first one to the left, the others to the right."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
@@ -44,15 +49,15 @@ def notes_of(report: dict[str, Any]) -> list[Message]:
 def format_report(report: dict[str, Any]) -> str:
     """The report of `dataset.prepare` as an aligned table, with its notes and the rows that were skipped."""
     every = report["datasets"] + report["eval_datasets"]
-    table = [["dataset", *COUNTS]]
+    table = [table_head(Message("data_table"))]
     for item in every:
         cells = {name: f"{item[name]:,}" for name in COUNTS}
         cells["learned"] = f"{item['learned'] / max(1, item['tokens']):.1%}"
         table.append([item["name"], *cells.values()])
-    for part, label in (("train", "= train"), ("eval", "= held out")):
+    for part, label in (("train", Message("table_train")), ("eval", Message("table_held_out"))):
         if part in report and (len(every) > 1 or "eval" in report):
             cells = [f"{report[part][name]:,}" if name in report[part] else "" for name in COUNTS]
-            table.append([label, *cells])
+            table.append([str(label), *cells])
     return "\n".join([format_table(table), *map(str, notes_of(report))])
 
 
@@ -70,7 +75,8 @@ def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
         shown.append(f"{before}{text}{after}" if learned else text)
     count = sum(label != -100 for label in sample["labels"])
     total = len(sample["labels"])
-    return "".join(shown).rstrip("\n") + f"\n({count} of {total} tokens are learned, {count / total:.0%})"
+    share = Message("share_learned", learned=count, total=total, share=count / total)
+    return "".join(shown).rstrip("\n") + f"\n{share}"
 
 
 def _show_answers(tokenizer: Any, sample: dict[str, Any]) -> str:

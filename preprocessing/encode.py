@@ -25,7 +25,7 @@ def encode(
     Learned (label = id, elsewhere -100) are the assistant's text and the token that ends its turn: of every turn, of
     the last one (mask_history), or everything (train_on_prompt); never an answer with "learned": False. A conversation
     longer than cutoff_len tokens is cut (overlong "truncate", see truncation.py) or becomes a reason. `left_out` of a
-    sample counts its answers of which the template renders a part only, by the code of the note on that.
+    sample counts its answers of which the template renders a part only: "thoughts", "words_beside_call".
     """
     encoder = encoder_of(tokenizer, template.text)
     results: list[Any] = []
@@ -60,8 +60,8 @@ def _left_out(messages: Messages, rendered: Rendered) -> Counter[str]:
     for answer, text in zip(answers, learned, strict=True):
         before, _, sentence = (answer.get("content") or "").rpartition("</think>")
         thoughts = answer.get("reasoning_content") or before.rpartition("<think>")[2]
-        left_out["thoughts_left_out"] += thoughts.strip() not in text
-        left_out["words_left_out"] += bool(answer.get("tool_calls")) and sentence.strip() not in text
+        left_out["thoughts"] += thoughts.strip() not in text
+        left_out["words_beside_call"] += bool(answer.get("tool_calls")) and sentence.strip() not in text
     return +left_out
 
 

@@ -327,8 +327,11 @@ def _dropped(facts: np.ndarray) -> np.ndarray:
     return (facts["length"] == 0) & (facts["whole_length"] > 0)
 
 
-def _left_out_notes(left_out: Counter[str], template: str) -> list[Message]:
-    return [Message(code, template=template, answers=count) for code, count in sorted(left_out.items())]
+def _left_out_notes(left_out: Counter[str], template: str) -> Iterator[Message]:
+    if count := left_out["thoughts"]:
+        yield Message("thoughts_left_out", template=template, answers=count)
+    if count := left_out["words_beside_call"]:
+        yield Message("words_left_out", template=template, answers=count)
 
 
 def _length_notes(facts: np.ndarray, config: Config) -> Iterator[Message]:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from common import user_language
+
 
 class MetricName(NamedTuple):
-    """`short` is a column's head in the terminal; `en` and `zh` stand on pages."""
+    """`short` is a column's head in an English terminal; `en` and `zh` stand on pages."""
 
     short: str
     en: str
     zh: str
+
+    @property
+    def head(self) -> str:
+        """A column's head in the terminal, in the user's language."""
+        return self.zh if user_language() == "zh" else self.short
 
 
 METRICS = {

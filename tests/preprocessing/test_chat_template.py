@@ -578,7 +578,7 @@ def test_what_a_template_leaves_out_of_answers_is_counted():
         return one({"messages": messages}, load_template(name, tokenizer), tokenizer, **options)["left_out"]
 
     inside, beside = assistant("<think>\nOne\n</think>\n\n1"), assistant("1", reasoning_content="One")
-    thoughts, words = {"thoughts_left_out": 1}, {"words_left_out": 1}
+    thoughts, words = {"thoughts": 1}, {"words_beside_call": 1}
     assert left_out("qwen3", inside) == left_out("qwen3", beside) == left_out("chatml", inside) == {}
     assert left_out("chatml", beside) == left_out("qwen3", inside, enable_thinking=False) == thoughts
     assert left_out("qwen3", inside, inside) == thoughts  # the vendor's, too, shows those of the last turn only
