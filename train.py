@@ -20,7 +20,7 @@ from runs.configuration import check_training_asked_for, load_config, run_comman
 from runs.disk import explaining_full_disk
 from runs.lock import locked
 from training import preflight, record, resume, trainer
-from training.preflight import Run
+from training.findings import Run
 
 if TYPE_CHECKING:
     from training.callbacks import EarlyStopping

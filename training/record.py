@@ -23,7 +23,7 @@ from training.hardware import peak_memory
 
 if TYPE_CHECKING:
     from preprocessing.dataset import Prepared
-    from training.preflight import Run
+    from training.findings import Run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
 

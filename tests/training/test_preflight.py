@@ -20,8 +20,8 @@ from conftest import ROOT, run, write_jsonl
 import common
 from common import Message
 from runs.configuration import load_config
-from training import hardware, memory, preflight
-from training.preflight import Run
+from training import check_machine, hardware, memory, preflight
+from training.findings import Run
 
 GB = 1e9
 LLAMA3_8B = {
@@ -188,7 +188,7 @@ def test_a_driver_too_old_for_torch_is_told_with_what_fits(card):
 
 @pytest.mark.parametrize("driver", ["525.60.13", "535.104.05", "550.54.15", "570.86.10", "580.65.06"])
 def test_drivers_of_rented_machines_run_the_pinned_torch(card, monkeypatch, driver):
-    assert preflight.pinned_packages("gpu")["torch"] == "2.10.0"  # built for CUDA 12.8
+    assert check_machine.pinned_packages("gpu")["torch"] == "2.10.0"  # built for CUDA 12.8
     monkeypatch.setattr(hardware, "torch_cuda", lambda: (12, 8))
     assert hardware.gpu_fault(card(driver)) is None
 

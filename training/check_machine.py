@@ -1,0 +1,118 @@
+"""Checks before a training: this machine, what is installed on it, and the run folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import common
+from common import Message
+from training import hardware, resume
+from training.findings import Finding, Run, fault, note, ok
+from training.memory import GB
+
+# Packages without which nothing trains; another one of requirements.txt may be missing.
+NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo")
+
+
+def check_python(_: Run) -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
+        yield ok(Message("python_fits", version=found))
+    else:
+        yield fault(Message("python_does_not_fit", version=found))
+
+
+def check_processes(_: Run) -> Iterator[Finding]:
+    """A launcher (torchrun, accelerate launch) has started several processes, which would write to one run folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        yield fault(Message("several_processes", count=int(count)))
+
+
+def check_card(run: Run) -> Iterator[Finding]:
+    run.gpu = gpu = common.find_gpu()
+    if gpu is None:
+        yield note(Message("no_card"))
+        if run.config.quantization_bit == 8:
+            yield fault(Message("eight_bit_needs_card"))
+        return
+    yield ok(Message("card_found", name=gpu.name, free=gpu.free_memory / GB, total=gpu.total_memory / GB))
+    if reason := hardware.gpu_fault(gpu):
+        yield fault(Message("card_unusable", reason=reason))
+    else:
+        cuda = ".".join(map(str, gpu.cuda))
+        yield ok(Message("driver_fits", driver=gpu.driver, cuda=cuda, built_for=hardware.torch_cuda()[0]))
+
+
+def check_packages(run: Run) -> Iterator[Finding]:
+    """Compares what is installed with what `make setup` installs for this device."""
+    missing, other = [], []
+    for name, wanted in pinned_packages("cpu" if run.gpu is None else "gpu").items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            if name in NEEDED:
+                missing.append(name)
+            else:
+                other.append(f"{name} - ({wanted})")
+            continue
+        if found.split("+")[0] != wanted:
+            other.append(f"{name} {found} ({wanted})")
+    if missing:
+        yield fault(Message("packages_missing", names=missing))
+    if other:
+        yield note(Message("packages_not_as_pinned", names=other))
+    if not missing and not other:
+        yield ok(Message("packages_as_pinned", torch=version("torch"), unsloth=version("unsloth")))
+
+
+def pinned_packages(device: str) -> dict[str, str]:
+    """Name → version of the requirements for `device`, "cpu" or "gpu"."""
+    names = ("requirements.txt", f"requirements-{device}.txt", "requirements-unsloth.txt")
+    lines = "".join((common.ROOT / name).read_text(encoding="utf-8") for name in names)
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.MULTILINE))
+
+
+def check_trackers(run: Run) -> Iterator[Finding]:
+    for package in run.config.report_to:
+        if package != "none" and importlib.util.find_spec(package) is None:
+            yield fault(Message("tracker_not_installed", package=package, python=sys.executable))
+
+
+def check_imports(_: Run) -> Iterator[Finding]:
+    """Imports Unsloth in a process of its own; it takes ten seconds and may end the process."""
+    command = [sys.executable, "-c", "import unsloth"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        yield fault(Message("unsloth_does_not_import", reason=last))
+    else:
+        yield ok(Message("unsloth_imports"))
+
+
+def check_run(run: Run) -> Iterator[Finding]:
+    run.resume = resume.plan_resume(run.loaded, run.folder)
+    for message in (*run.resume.damaged, run.resume.message):
+        if message:
+            yield note(message)
+
+
+def check_output(run: Run) -> Iterator[Finding]:
+    """Whether the run folder, or the folder in which it will be made, can be written."""
+    folder = run.folder
+    while not folder.exists() and not folder.is_symlink():
+        folder = folder.parent
+    if not folder.is_dir():
+        yield fault(Message("output_is_no_folder", folder=run.folder, path=folder))
+    else:
+        try:
+            tempfile.TemporaryDirectory(dir=folder).cleanup()
+        except OSError as error:
+            yield fault(Message("output_not_writable", folder=run.folder, path=folder, reason=error.strerror))

@@ -1,0 +1,151 @@
+"""Checks before a training: the base model, and the adapter to go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import common
+from common import Config, Message
+from runs.adapter import Adapter
+from runs.base_tensors import check_fits
+from runs.target import missing_from_model
+from training.findings import Finding, Run, fault, note, ok
+from training.memory import EMBEDDED_SHAPE, GB, ModelSize, linear_modules, model_like, read_model
+
+
+def check_model(run: Run) -> Iterator[Finding]:
+    """Keeps the model's size: all of it where it is on the disk; else what config.json says, where that can be had."""
+    name = run.config.model_name_or_path
+    path = Path(name).expanduser()
+    missing = missing_from_model(path)
+    if not missing:
+        run.model = read_model(path)
+        yield ok(Message("model_is_whole", folder=path, gb=run.model.bytes / GB))
+    elif name == common.EMBEDDED_MODEL and not path.exists():
+        run.model = model_like(EMBEDDED_SHAPE)
+        yield note(Message("model_will_be_made", folder=path))
+    elif path.exists():
+        yield fault(Message("model_not_whole", model=path, missing=missing))
+    else:
+        yield from _missing_model(run, path)
+    if run.model:
+        yield from _model_faults(run.config, run.model)
+
+
+def _missing_model(run: Run, path: Path) -> Iterator[Finding]:
+    name = hub_name(run.config.model_name_or_path)
+    fetch = common.command("download.py", name or f"ORG/{path.name}")
+    yield fault(Message("model_not_on_disk", folder=path, command=fetch))
+    if name and run.ask_hub:
+        yield from _ask_hub(run, name)
+
+
+def _ask_hub(run: Run, name: str) -> Iterator[Finding]:
+    """What can be told of a model before it is fetched."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if not is_reachable(hub):
+        yield note(Message("hub_not_reachable", hub=hub))
+        return
+    yield note(Message("hub_answers", hub=hub))
+    if settings := hub_config(hub, name):
+        run.model = model_like(settings)
+
+
+def hub_name(name: str) -> str | None:
+    """A model's ORG/NAME on the hub, where `name` is one or the folder of a model that a shipped recipe fetches."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if is_hub_name and not name.startswith("models/") and not Path(name).parent.exists():
+        return name
+    fetched = {
+        found.partition("/")[2]: found
+        for recipe in sorted((common.ROOT / "configs").glob("*.yaml"))
+        for found in re.findall(r"download\.py (\S+/\S+)", recipe.read_text(encoding="utf-8"))
+    }
+    return fetched.get(Path(name).name) if Path(name).parent == Path("models") else None
+
+
+def hub_config(hub: str, name: str) -> dict[str, Any] | None:
+    """config.json of a model on the hub; None where it cannot be had."""
+    try:
+        with urllib.request.urlopen(f"{hub}/{name}/resolve/main/config.json", timeout=5) as answer:
+            return json.load(answer)
+    except (OSError, ValueError):  # offline, gated, or no hub
+        return None
+
+
+def is_reachable(address: str) -> bool:
+    """Whether a server accepts a connection at `address` within three seconds."""
+    parts = urlsplit(address)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _model_faults(config: Config, model: ModelSize) -> Iterator[Finding]:
+    """What of the settings the model cannot follow."""
+    context = model.settings.get("max_position_embeddings")
+    if context and config.cutoff_len > context:
+        name = config.model_name_or_path
+        yield fault(Message("cutoff_beyond_context", cutoff_len=config.cutoff_len, model=name, context=context))
+    if model.folder is None:  # the names of its modules are a guess
+        return
+    method = quantization_method(model.folder)
+    if method not in (None, "bitsandbytes"):
+        yield fault(Message("trained_base_is_quantized", folder=model.folder, method=method))
+        return
+    matrices = {name for name, shape in model.shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    modules = {name.split(".")[-2] for name in matrices} | {"lm_head"}  # a tied one has no weights of its own
+    unknown = [target for target in config.lora_target if target.split(".")[-1] not in modules]
+    if config.lora_target != ("all",) and unknown and config.adapter_name_or_path is None:
+        yield fault(Message("unknown_lora_target", targets=unknown, modules=sorted(linear_modules(model))))
+
+
+def quantization_method(folder: Path) -> str | None:
+    """How the weights of a model on the disk are quantized ("gptq", "awq", "bitsandbytes", ...); None: they are not."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = settings.get("quantization_config")
+    return str(quantization.get("quant_method", "?")) if quantization else None
+
+
+def check_adapter(run: Run) -> Iterator[Finding]:
+    """The adapter to go on with: a whole LoRA adapter; settings that it does not follow are noted."""
+    named = run.config.adapter_name_or_path
+    if named is None:
+        return
+    folder = Path(named).expanduser()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            yield fault(Message("adapter_lacks_file", folder=folder, file=name))
+            return
+    try:
+        settings = Adapter(folder).settings
+        kind, has = settings["peft_type"], (settings["r"], settings["lora_alpha"], set(settings["target_modules"]))
+    except (KeyError, TypeError):
+        yield fault(Message("adapter_unreadable", folder=folder))
+        return
+    if kind != "LORA":
+        yield fault(Message("adapter_is_no_lora", folder=folder, kind=kind))
+        return
+    base = Path(run.config.model_name_or_path).expanduser()
+    if not missing_from_model(base):
+        check_fits(folder, base)
+    given = (run.config.lora_rank, run.config.alpha, set(run.config.lora_target))
+    names = ("lora_rank", "lora_alpha", "lora_target")
+    ignored = [
+        name
+        for name, its, ours in zip(names, has, given, strict=True)
+        if its != ours and ours != {"all"} and name in run.loaded.given
+    ]
+    if ignored:
+        yield note(Message("adapter_settings_ignored", names=ignored, folder=folder, rank=settings["r"]))
