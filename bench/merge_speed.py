@@ -10,7 +10,6 @@ no disk, neither to the merge nor to the copy, so both are measured by what they
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from statistics import median
 
 from tokenize_speed import MODEL, ROOT, peer_python
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 ADAPTER = """
 import sys, torch
@@ -155,6 +154,7 @@ def big(layers: int, folder: Path) -> None:
 def make_8b(layers: int, base: Path, run: Path) -> None:
     """A base of the shape of Llama-3-8B, all zeros, and a random adapter of rank 16 on all projections."""
     import numpy as np
+    from conftest import write_hollow_weights
     from safetensors.numpy import save_file
 
     shape = LLAMA3_8B
@@ -178,14 +178,8 @@ def make_8b(layers: int, base: Path, run: Path) -> None:
             low[f"base_model.model.{module}.lora_B.weight"] = rng.standard_normal((size[0], 16), np.float32) * 0.01
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
-    header, end = {}, 0
-    for name, size in weights.items():
-        start, end = end, end + 2 * int(np.prod(size))
-        header[name] = {"dtype": "BF16", "shape": size, "data_offsets": [start, end]}
     base.mkdir()
-    text = json.dumps(header).encode()
-    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(base / "model.safetensors", 8 + len(text) + end)
+    write_hollow_weights(base / "model.safetensors", weights)
     (base / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": false}')
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(MODEL / name, base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -74,35 +75,48 @@ def user_error(code: str, **fields: object) -> Iterator[pytest.ExceptionInfo[Use
 
 def make_tiny_model(folder: Path) -> Path:
     """A random Llama of 2 layers with a byte-level tokenizer, saved as a normal checkpoint."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(CONTROL_TOKENS)
-    tokenizer = PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    )
+    ).save_pretrained(folder)
+    return save_random_model(folder, folder, max_position_embeddings=8192, tie_word_embeddings=True)
+
+
+def save_random_model(
+    folder: Path, tokenizer: Path, architecture: str = "Llama", *, dtype: str = "float32", **settings
+) -> Path:
+    """A random model of 2 layers behind the tokenizer of another folder, saved as a normal checkpoint."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": len(tokenizer)}
+    tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    config = getattr(transformers, f"{architecture}Config")(**{**sizes, **tokens, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_hollow_weights(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
+    """A safetensors file of zeros of any size, which takes no space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * {"F32": 4, "U8": 1}.get(dtype, 2)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + end)
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +176,25 @@ def embedded_model() -> Path:
         result = run("download.py")
     assert result.returncode == 0, result.stderr
     return ROOT / "models" / "SmolLM2-135M-Instruct"
+
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+SAY = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
+# A training of SAY with dropout, a logging step that is no save step, evaluations, and a checkpoint of neither: what
+# must go on exactly after a kill.
+SAY_SETTINGS = [
+    "cutoff_len=128", "max_steps=14", "per_device_train_batch_size=2", "gradient_accumulation_steps=1", "lora_rank=4",
+    "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
+    "bf16=false", "early_stopping=no",
+]  # fmt: skip
+LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
+
+
+def what_was_learned(folder: Path) -> tuple[bytes, list[dict]]:
+    """The adapter of a run, and of each line of its log what must not depend on an interruption."""
+    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    return weights, [{name: line.get(name) for name in LEARNED} for line in lines]
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-from conftest import user_error
+from conftest import save_random_model, user_error
 from test_merge import distance, load, logits, merged, peft_logits, train_adapter
 
 import merge
 from runs.files import write_json
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-SIZES |= {"head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
-def make_moe(kind: str, tokenizer: Path, folder: Path) -> Path:
-    """A tiny random model with experts, saved as transformers does, with a tokenizer's files beside it."""
-    import torch
-    import transformers
+ARCHITECTURES = {
+    "Mixtral": {"intermediate_size": 48, "num_local_experts": 4},
+    "Qwen3Moe": {"intermediate_size": 64, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    # as many columns as rows in down_proj, as the real one has
+    "GptOss": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
 
-    vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    sizes = {**SIZES, "vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 258, "pad_token_id": 258}
-    torch.manual_seed(5)
-    if kind == "mixtral":
-        config = transformers.MixtralConfig(**sizes, intermediate_size=48, num_local_experts=4)
-    elif kind == "qwen3_moe":
-        config = transformers.Qwen3MoeConfig(
-            **sizes, intermediate_size=64, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
-        )
-    else:  # as many columns as rows in down_proj, as the real one has
-        config = transformers.GptOssConfig(**sizes, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
-    for name, weight in model.named_parameters():
-        if "experts" in name:
-            weight.data.normal_(0, 0.2)
-    model.save_pretrained(folder)
-    for path in tokenizer.iterdir():
-        if path.name.startswith("tokenizer") or path.name == "chat_template.jinja":
-            shutil.copy(path, folder)
-    return folder
+
+def make_moe(architecture: str, tokenizer: Path, folder: Path) -> Path:
+    """A tiny random model with experts."""
+    sizes = {"hidden_size": 32, "head_dim": 16, "tie_word_embeddings": False, "initializer_range": 0.2}
+    return save_random_model(folder, tokenizer, architecture, **sizes, **ARCHITECTURES[architecture])
 
 
 KINDS = {
@@ -60,9 +44,9 @@ KINDS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_experts_are_merged_as_by_peft(architecture: str, kind: str, tiny_model: Path, tmp_path: Path) -> None:
-    if (architecture, kind) == ("gpt_oss", "one of them"):
+    if (architecture, kind) == ("GptOss", "one of them"):
         pytest.skip("square, see the next test")
     base = make_moe(architecture, tiny_model, tmp_path / "base")
     folder = train_adapter(base, tmp_path / "adapter", **KINDS[kind])
@@ -75,7 +59,7 @@ def test_experts_are_merged_as_by_peft(architecture: str, kind: str, tiny_model:
 
 @pytest.mark.filterwarnings("ignore")
 def test_square_experts_alone_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    base = make_moe("gpt_oss", tiny_model, tmp_path / "base")
+    base = make_moe("GptOss", tiny_model, tmp_path / "base")
     folder = train_adapter(base, tmp_path / "adapter", **KINDS["one of them"])
     with user_error("adapter_experts_square"):
         merge.main([str(folder), "--no-verify"])
@@ -83,7 +67,7 @@ def test_square_experts_alone_are_refused(tiny_model: Path, tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_saved_router_has_another_name_on_the_disk(tiny_model: Path, tmp_path: Path) -> None:
-    base = make_moe("mixtral", tiny_model, tmp_path / "base")
+    base = make_moe("Mixtral", tiny_model, tmp_path / "base")
     folder = train_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
     apart, _ = peft_logits(base, folder)
     assert distance(logits(load(merged(folder))), apart) < 5e-5
@@ -91,7 +75,7 @@ def test_a_saved_router_has_another_name_on_the_disk(tiny_model: Path, tmp_path:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_rank_of_experts_is_told(tiny_model: Path, tmp_path: Path) -> None:
-    base = make_moe("qwen3_moe", tiny_model, tmp_path / "base")
+    base = make_moe("Qwen3Moe", tiny_model, tmp_path / "base")
     folder = train_adapter(base, tmp_path / "adapter", **KINDS["experts"])
     settings = json.loads((folder / "adapter_config.json").read_text())
     write_json(folder / "adapter_config.json", {**settings, "rank_pattern": {"experts.down_proj": 3}})

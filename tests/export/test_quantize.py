@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import test_hub
-from conftest import ROOT, make_run, run, user_error, write_jsonl
+from conftest import ROOT, make_run, run, save_random_model, user_error, write_hollow_weights, write_jsonl
 
 import quantize
 from common import Config, Message, UserError, dump_config
@@ -73,10 +72,7 @@ def test_help_names_every_type():
 def make_model(folder: Path, dtype: str = "F16", shape: tuple[int, ...] = (4, 2)) -> Path:
     """A folder with a config and weights of zeros, enough for what is asked before the converter."""
     folder.mkdir(parents=True)
-    size = math.prod(shape) * {"F32": 4, "U8": 1}.get(dtype, 2)
-    header = json.dumps({"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(folder / "model.safetensors", 8 + len(header) + size)  # takes no space on the disk
+    write_hollow_weights(folder / "model.safetensors", {"w": shape}, dtype)
     (folder / "config.json").write_text('{"vocab_size": 8}')
     return folder
 
@@ -408,28 +404,9 @@ def test_braces_of_a_template_are_no_code():
 @pytest.fixture(scope="module")
 def small_model(embedded_model, tmp_path_factory) -> Path:
     """Two layers of random weights behind the embedded model's tokenizer: what a proof needs, in seconds."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "small"
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 2048}
+    more = {"tie_word_embeddings": True, "initializer_range": 0.1, "dtype": "bfloat16"}
+    return save_random_model(tmp_path_factory.mktemp("models") / "small", embedded_model, **sizes, **more)
 
 
 @pytest.fixture

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
+from conftest import save_random_model
 from test_experts import EXPERTS
 from test_merge import distance, load, logits, merged, peft_logits, train_adapter
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2}
-SIZES |= {"pad_token_id": 2}
 ARCHITECTURES = {
     "Llama": {"tie_word_embeddings": True},
     "Qwen2": {},
@@ -46,25 +43,13 @@ QUICK = {("Llama", "lora"), ("Qwen3Moe", "experts")}
 @pytest.fixture(scope="module")
 def bases(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """Makes a tiny random model of an architecture behind the embedded model's tokenizer, which llama.cpp knows."""
-    import torch
-    import transformers
-
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
         if architecture not in made:
             folder = made[architecture] = tmp_path_factory.mktemp("bases") / architecture
-            settings = {**SIZES, "vocab_size": 49152, **ARCHITECTURES[architecture]}
-            torch.manual_seed(7)
-            config = getattr(transformers, f"{architecture}Config")(**settings)
-            model = transformers.AutoModelForCausalLM.from_config(config).float()
-            for name, weight in model.named_parameters():
-                if weight.dim() > 1 and "embed" not in name:
-                    weight.data.normal_(0, 0.1)
-            model.save_pretrained(folder)
-            for path in embedded_model.iterdir():
-                if path.name.startswith("tokenizer") or path.name == "chat_template.jinja":
-                    shutil.copy(path, folder)
+            more = {"bos_token_id": 1, "initializer_range": 0.1, **ARCHITECTURES[architecture]}
+            save_random_model(folder, embedded_model, architecture, **more)
         return made[architecture]
 
     return make

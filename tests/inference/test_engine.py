@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, run, save_adapter, user_error
+from conftest import ROOT, TALK, make_run, run, save_adapter, save_random_model, user_error
 
 from common import Message, UserError
 from inference import sampling, transformers_engine
@@ -249,22 +249,7 @@ def test_prompt_longer_than_one_piece(engine_of_tiny) -> None:
 
 
 def test_cache_of_a_sliding_window(tiny_model: Path, tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=263,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=24,
-        max_position_embeddings=512,
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    save_random_model(tmp_path, tiny_model, "Mistral", intermediate_size=64, sliding_window=24)
     model, fresh = load(str(tmp_path), EXACT), load(str(tmp_path), EXACT)
     messages = []
     for turn in range(4):
@@ -397,14 +382,7 @@ def test_quick_start_answers_as_a_full_one_and_hides_nothing_for_good(tiny_model
 @pytest.mark.slow
 def test_quick_start_of_what_only_peft_loads(tmp_path: Path, tiny_model: Path) -> None:
     """GPT-2's layers are no nn.Linear, which shows only once transformers was imported the quick way."""
-    import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, eos_token_id=258, bos_token_id=None)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_random_model(tmp_path / "base", tiny_model, "GPT2", pad_token_id=None)
     adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     done = subprocess.run([sys.executable, "-c", QUICK, str(adapter)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -428,16 +406,9 @@ def test_rows_of_a_batch_are_what_they_are_alone(engine_of_tiny) -> None:
 
 
 def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
-
     from inference.batch_kernels import FlatKernel
 
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = MistralConfig(
-        vocab_size=263, num_key_value_heads=2, sliding_window=24, max_position_embeddings=512, **sizes
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path / "window")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "window")
+    save_random_model(tmp_path / "window", tiny_model, "Mistral", intermediate_size=64, sliding_window=24)
     both = load(str(save_adapter(parrot, tmp_path / "adapter")), EXACT, with_base=True)
     for model in (load(str(tmp_path / "window"), EXACT), both, both.base):
         assert isinstance(model.batch_kernel(4), FlatKernel)

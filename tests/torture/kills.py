@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import make_run, write_jsonl
+from conftest import SAY, SAY_SETTINGS, WORDS, make_run, save_random_model, what_was_learned, write_jsonl
 from fuzz import Tally
 
 import common
@@ -122,19 +122,9 @@ def kill_at_random(victim: Victim, kills: int, folder: Path, seed: int = 0) -> T
 # ---------------------------------------------------------------------------------------------------------------------
 # The commands
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
-# Dropout, a logging step that is no save step, evaluations, and a checkpoint of neither: all must resume exactly.
-TRAINING = [
-    "cutoff_len=128", "max_steps=14", "per_device_train_batch_size=2", "gradient_accumulation_steps=1", "lora_rank=4",
-    "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
-    "bf16=false", "early_stopping=no",
-]  # fmt: skip
-LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
-
 
 STAGES: dict[str, list[dict[str, Any]]] = {
-    "sft": ROWS,
+    "sft": SAY,
     "pt": [{"text": f"{word} is a number"} for word in WORDS],
     "dpo": [{"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "no"} for word in WORDS],
     "kto": [{"prompt": f"Say {word}.", "completion": f"{word}!", "label": len(word) < 5} for word in WORDS],
@@ -147,11 +137,6 @@ def training(model: Path, stage: str = "sft") -> Victim:
 
     trainer.import_unsloth()
 
-    def learned(folder: Path) -> Any:
-        lines = [json.loads(line) for line in (folder / "run" / "trainer_log.jsonl").read_text().splitlines()]
-        weights = (folder / "run" / "adapter_model.safetensors").read_bytes()
-        return weights, [{name: line.get(name) for name in LEARNED} for line in lines]
-
     def check(folder: Path) -> None:
         from training.checkpoints import find_damage
 
@@ -161,10 +146,10 @@ def training(model: Path, stage: str = "sft") -> Victim:
     return Victim(
         "train",
         train.main,
-        lambda _: [f"model_name_or_path={model}", f"stage={stage}", "dataset=rows.jsonl", "output_dir=run", *TRAINING],
+        lambda _: [f"model_name_or_path={model}", f"stage={stage}", "dataset=rows.jsonl", "output_dir=run", *SAY_SETTINGS],
         lambda folder: (write_jsonl(folder / "rows.jsonl", STAGES[stage]), None)[1],
         check,
-        learned,
+        lambda folder: what_was_learned(folder / "run"),
     )
 
 
@@ -195,7 +180,7 @@ def merging(model: Path) -> Victim:
 
 
 def _prepare_run(folder: Path, model: Path) -> None:
-    write_jsonl(folder / "rows.jsonl", ROWS)
+    write_jsonl(folder / "rows.jsonl", SAY)
     made = folder.parent.parent / "one-run"
     if not made.exists():
         make_run(model, made)
@@ -243,7 +228,7 @@ def quantizing(model: Path) -> Victim:
     whole: dict[str, bytes] = {}
 
     def prepare(folder: Path) -> None:
-        write_jsonl(folder / "rows.jsonl", ROWS * 5)
+        write_jsonl(folder / "rows.jsonl", SAY * 5)
         shutil.copytree(model, folder / "model")
 
     def files(folder: Path) -> dict[str, bytes]:
@@ -316,30 +301,6 @@ KINDS: dict[str, Callable[[Path], Victim]] = {
 }
 
 
-def small_model(folder: Path) -> Path:
-    """Two layers of random weights behind the embedded model's tokenizer, which llama.cpp's converter knows."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(common.ROOT / common.EMBEDDED_MODEL)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def kill(name: str, count: int, folder: Path, model: Path, seed: int = 0) -> Tally:
     """Kills of a command, with a folder for each series below `folder`."""
     place = folder / f"kills-{name}"
@@ -348,5 +309,9 @@ def kill(name: str, count: int, folder: Path, model: Path, seed: int = 0) -> Tal
         with downloading(place) as victim:
             return kill_at_random(victim, count, place / "downloads", seed)
     if name == "quantize":
-        return kill_at_random(quantizing(small_model(folder / "small")), count, place, seed)
+        embedded = common.ROOT / common.EMBEDDED_MODEL  # its tokenizer is one that llama.cpp's converter knows
+        small = save_random_model(
+            folder / "small", embedded, dtype="bfloat16", tie_word_embeddings=True, initializer_range=0.1
+        )
+        return kill_at_random(quantizing(small), count, place, seed)
     return kill_at_random(KINDS[name](model), count, place, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -11,28 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Finished, run, write_jsonl
+from conftest import ROOT, SAY, SAY_SETTINGS, Finished, run, what_was_learned, write_jsonl
 from test_training import read_run
 
 from common import Message
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
-# Dropout, a logging step that is no save step, evaluations, and a checkpoint of neither: all must resume exactly.
-SETTINGS = [
-    "cutoff_len=128", "max_steps=14", "per_device_train_batch_size=2", "gradient_accumulation_steps=1", "lora_rank=4",
-    "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
-    "bf16=false", "early_stopping=no",
-]  # fmt: skip
-
 
 def command(model: Path, folder: Path, *more: str) -> list[str]:
     rows = folder.parent / "rows.jsonl"
     if not rows.exists():
-        write_jsonl(rows, ROWS)
-    return ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *more]
+        write_jsonl(rows, SAY)
+    return ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SAY_SETTINGS, *more]
 
 
 def train(model: Path, folder: Path, *more: str) -> Finished:
@@ -55,13 +45,6 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def learned(folder: Path) -> tuple[bytes, list[dict]]:
-    """The adapter, and of each line of the log what must not depend on an interruption."""
-    lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    keys = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
-    return (folder / "adapter_model.safetensors").read_bytes(), [{k: line.get(k) for k in keys} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +85,7 @@ def test_an_interrupted_evaluation_is_repeated(undisturbed, tiny_model, tmp_path
         assert process.returncode == 130 and max(steps_saved(folder)) == 8
     result = train(tiny_model, folder)
     assert result.returncode == 0, result.stderr
-    assert learned(folder) == learned(undisturbed)
+    assert what_was_learned(folder) == what_was_learned(undisturbed)
     assert read_run(folder)["best_step"] == read_run(undisturbed)["best_step"]
 
 
@@ -120,7 +103,7 @@ def test_a_run_killed_after_its_last_step_trains_no_other_one(undisturbed, tiny_
     assert process.returncode == 9 and max(steps_saved(folder)) == 14
     result = train(tiny_model, folder)
     assert result.returncode == 0, result.stderr
-    assert learned(folder) == learned(undisturbed)
+    assert what_was_learned(folder) == what_was_learned(undisturbed)
     assert read_run(folder)["steps"] == 14
 
 
@@ -168,13 +151,13 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, ti
     damage = Message("damage_content", file="adapter_model.safetensors")
     told = Message("checkpoint_damaged", checkpoint=folder / "checkpoint-9", damage=damage)
     assert str(told) in result.stdout
-    assert learned(folder) == learned(undisturbed)
+    assert what_was_learned(folder) == what_was_learned(undisturbed)
 
 
 def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_model, tmp_path):
     folder = tmp_path / "run"
     kill_after_checkpoint(tiny_model, folder, 4)
-    write_jsonl(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "output": "twelve?"}])
+    write_jsonl(tmp_path / "rows.jsonl", [*SAY[:-1], {**SAY[-1], "output": "twelve?"}])
     before = read_run(folder)["inputs"]
     result = train(tiny_model, folder)
     assert (result.returncode, result.error.code) == (2, "inputs_changed")
@@ -267,7 +250,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(und
     assert read_run(folder)["error"]["code"] == "disk_full" and 4 in steps_saved(folder)
     result = train(tiny_model, folder)
     assert result.returncode == 0, result.stderr
-    assert learned(folder) == learned(undisturbed)
+    assert what_was_learned(folder) == what_was_learned(undisturbed)
 
 
 def test_a_second_training_in_the_same_folder_is_refused(tiny_model, tmp_path):

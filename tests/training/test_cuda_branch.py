@@ -9,29 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model
-
-
-def make_model(folder: Path, kind: str) -> Path:
-    """The tests' tiny Llama, or random weights of another architecture with its tokenizer and sizes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    make_tiny_model(folder)
-    if kind != "llama":
-        sizes = json.loads((folder / "config.json").read_text())
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
-        config = AutoConfig.for_model(kind, head_dim=16, **{name: sizes[name] for name in names})
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).to(torch.float32).save_pretrained(folder)
-    return folder
+from conftest import ROOT, save_random_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
-def test_unsloths_cuda_branch_trains_what_the_samples_alone_would(tmp_path: Path, kind: str):
-    model = make_model(tmp_path / "tiny", kind)
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mistral"])
+def test_unsloths_cuda_branch_trains_what_the_samples_alone_would(tiny_model: Path, tmp_path: Path, kind: str):
+    model = save_random_model(tmp_path / "tiny", tiny_model, kind, **({} if kind == "Llama" else {"head_dim": 16}))
     environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")}
     script = str(ROOT / "tests" / "training" / "cuda_on_cpu.py")
     done = subprocess.run([sys.executable, script, str(model)], capture_output=True, text=True, env=environment)

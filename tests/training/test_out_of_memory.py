@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, WORDS, write_jsonl
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!" * n} for n, word in enumerate(WORDS, 1)]
 SETTINGS = [
     "cutoff_len=256", "max_steps=4", "per_device_train_batch_size=4", "per_device_eval_batch_size=3", "lora_rank=4",

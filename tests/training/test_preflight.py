@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import threading
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, run, write_jsonl
+from conftest import ROOT, run, write_hollow_weights, write_jsonl
 
 import common
 from common import Message
@@ -49,14 +48,7 @@ def llama3_8b(tmp_path_factory) -> Path:
         ):
             shapes[f"model.layers.{layer}.{name}.weight"] = [rows, columns]
         shapes[f"model.layers.{layer}.input_layernorm.weight"] = [hidden]
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)  # a hole of 16 GB, which takes no space
+    write_hollow_weights(folder / "model.safetensors", shapes)  # 16 GB
     (folder / "config.json").write_text(json.dumps(LLAMA3_8B))
     return folder
 
