@@ -16,7 +16,7 @@ from pathlib import Path
 
 import common
 from common import Message, UserError
-from export import merged_model, verify
+from export import hub, merged_model, verify
 from runs.configuration import run_command
 from runs.target import read_arguments
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     for note in job.notes:
         print(Message("note", text=note))
     if flags.push and merged_model.is_verified(job):  # its upload failed
-        merged_model.check_push(flags.push, job)
+        hub.check_access(flags.push, job.config.overwrite_output_dir)
     else:
         merged_model.merge(job, verifying=not flags.no_verify, repo=flags.push)
     if flags.push:

@@ -63,14 +63,3 @@ def document_windows(ids: Sequence[int], length: int) -> list[Sample]:
         labels = [-100] * (end - start) + list(ids[end:last])
         windows.append({"input_ids": list(ids[start:last]), "labels": labels})
     return windows
-
-
-def document_perplexity(scorer: Any, documents: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
-    """Loss and perplexity of documents (token ids) with the interval over documents; `length`: tokens of a window.
-
-    Documents never see each other. One of fewer than two tokens has nothing to predict and is left out.
-    """
-    windows = [document_windows(ids, length) for ids in documents if len(ids) > 1]
-    losses = iter(batched_losses(scorer, [window for document in windows for window in document]))
-    sums = [tuple(map(sum, zip(*(next(losses) for _ in document), strict=True))) for document in windows]
-    return {"rows": len(sums)} | metrics.perplexity(sums)

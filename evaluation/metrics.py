@@ -172,13 +172,10 @@ def majority(trained: Sequence[str], truth: Sequence[str], labels: Sequence[str]
     Where nothing of that is known, in the evaluated rows themselves.
     """
     import numpy as np
-    from sklearn.dummy import DummyClassifier
 
     seen = [labels.index(label) for label in trained if label in labels] or [labels.index(label) for label in truth]
-    dummy = DummyClassifier(strategy="prior").fit(np.zeros((len(seen), 1)), seen)
-    shares = np.zeros((len(truth), len(labels)))
-    shares[:, dummy.classes_] = dummy.predict_proba(np.zeros((len(truth), 1)))
-    return shares
+    shares = np.bincount(seen, minlength=len(labels)) / len(seen)
+    return np.tile(shares, (len(truth), 1))
 
 
 def paired(truth: Sequence[str], first: Sequence[str], second: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import common
 from common import SAVES, Config, Message, UserError
-from export import llamacpp
+from export import hub, llamacpp
 from export.verify import PROOF_LENGTH, PROOF_TOKENS, GgufProof, own_dtype, spread
 from inference import llamacpp_library
 from inference.child_process import run_child
@@ -35,7 +35,7 @@ RECORD = "gguf.json"
 
 @dataclass(frozen=True)
 class GgufType:
-    """A GGUF type: llama.cpp's number for it, bits a weight in a large model, and how much divergence is usual.
+    """A GGUF type: bits a weight in a large model, and how much divergence is usual.
 
     `limits` are mean KL divergences in nats, three times those measured: on Llama 3 8B by llama.cpp's authors
     (tools/perplexity/README.md of the pinned source), and on the embedded model of 135 M weights with quantize.py.
@@ -43,32 +43,31 @@ class GgufType:
     several nats.
     """
 
-    number: int
     bits: float
     limits: tuple[float, float]
     needs_matrix: bool = False
 
 
 TYPES = {
-    "f32": GgufType(0, 32, (0.002, 0.001)),
-    "f16": GgufType(1, 16, (0.002, 0.001)),
-    "bf16": GgufType(32, 16, (0.002, 0.002)),
-    "q8_0": GgufType(7, 8.5, (0.005, 0.025)),
-    "q6_k": GgufType(18, 6.6, (0.017, 0.08)),
-    "q5_k_m": GgufType(17, 5.7, (0.033, 0.6)),
-    "q5_0": GgufType(8, 5.6, (0.067, 0.6)),
-    "q4_k_m": GgufType(15, 4.9, (0.1, 0.35)),
-    "q4_0": GgufType(2, 4.7, (0.22, 2.0)),
-    "q3_k_m": GgufType(12, 4.0, (0.31, 0.9)),
-    "q2_k": GgufType(10, 3.2, (1.4, 2.2)),
-    "iq4_nl": GgufType(25, 4.7, (0.11, 0.7), True),
-    "iq4_xs": GgufType(30, 4.5, (0.11, 0.7), True),
-    "iq3_m": GgufType(27, 3.8, (0.31, 0.9), True),
-    "iq3_s": GgufType(26, 3.7, (0.34, 1.0), True),
-    "iq3_xxs": GgufType(23, 3.3, (0.56, 1.4), True),
-    "iq2_m": GgufType(29, 2.9, (1.0, 1.9), True),
-    "iq2_xs": GgufType(20, 2.6, (1.7, 2.4), True),
-    "iq2_xxs": GgufType(19, 2.4, (2.5, 2.8), True),
+    "f32": GgufType(32, (0.002, 0.001)),
+    "f16": GgufType(16, (0.002, 0.001)),
+    "bf16": GgufType(16, (0.002, 0.002)),
+    "q8_0": GgufType(8.5, (0.005, 0.025)),
+    "q6_k": GgufType(6.6, (0.017, 0.08)),
+    "q5_k_m": GgufType(5.7, (0.033, 0.6)),
+    "q5_0": GgufType(5.6, (0.067, 0.6)),
+    "q4_k_m": GgufType(4.9, (0.1, 0.35)),
+    "q4_0": GgufType(4.7, (0.22, 2.0)),
+    "q3_k_m": GgufType(4.0, (0.31, 0.9)),
+    "q2_k": GgufType(3.2, (1.4, 2.2)),
+    "iq4_nl": GgufType(4.7, (0.11, 0.7), True),
+    "iq4_xs": GgufType(4.5, (0.11, 0.7), True),
+    "iq3_m": GgufType(3.8, (0.31, 0.9), True),
+    "iq3_s": GgufType(3.7, (0.34, 1.0), True),
+    "iq3_xxs": GgufType(3.3, (0.56, 1.4), True),
+    "iq2_m": GgufType(2.9, (1.0, 1.9), True),
+    "iq2_xs": GgufType(2.6, (1.7, 2.4), True),
+    "iq2_xxs": GgufType(2.4, (2.5, 2.8), True),
 }
 LARGE = 10**9  # weights from which on the limits of the 8B model hold
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # the converter writes these itself: no compiler is needed
@@ -350,19 +349,10 @@ def convert(job: GgufJob, kind: str, work: Path) -> Path:
 
 
 def card(job: GgufJob) -> dict[str, Any]:
-    """The head of the model's card (licence, base model), as the converter reads it; the base's name from the merge."""
-    import yaml
-
-    path = job.model / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    head = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
-    try:
-        known = yaml.safe_load(head[1]) if head else {}
-    except yaml.YAMLError:  # a card is for people: a broken one stops nothing
-        known = {}
+    """The head of the model's card, as the converter reads it; the base's name from the merge."""
     name = job.merge_record.get("base_name")
     base = {"base_model": Path(name).name} if name else {}
-    return base | (known if isinstance(known, dict) else {})
+    return base | hub.card_head(job.model)
 
 
 def importance_matrix(job: GgufJob, start: Path, work: Path) -> Path | None:
@@ -388,8 +378,7 @@ def make(job: GgufJob, kind: str, start: Path, matrix: Path | None, work: Path) 
     elif llamacpp_library.missing():
         return convert(job, kind, work)
     else:
-        number = TYPES[kind].number
-        llamacpp.call(llamacpp.quantize, doing, source=start, target=target, ftype=number, matrix=used)
+        llamacpp.call(llamacpp.quantize, doing, source=start, target=target, kind=kind, matrix=used)
     return target
 
 
@@ -419,8 +408,6 @@ def read_record(job: GgufJob) -> dict[str, Any]:
 
 def check_push(repo: str, job: GgufJob, proving: bool) -> None:
     """Raises UserError where the hub would refuse the files, or they will not be proven."""
-    from export import hub
-
     if not proving:
         raise UserError("push_needs_proof")
     hub.check_access(repo, job.config.overwrite_output_dir)
@@ -428,8 +415,6 @@ def check_push(repo: str, job: GgufJob, proving: bool) -> None:
 
 def push(repo: str, job: GgufJob) -> None:
     """Uploads the files just made, and nothing else of their folder."""
-    from export import hub
-
     names = [path.name for kind in job.types for path in (job.file(kind), job.modelfile(kind))]
     address = hub.upload(job.output, repo, ignore=[p.name for p in job.output.iterdir() if p.name not in names])
     print(Message("uploaded", address=address))

@@ -1,26 +1,42 @@
-"""Uploads a finished folder to the hub."""
+"""Uploading a finished folder to the hub, and the head of a model's card."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from common import UserError
 from runs import network
 
 
+def card_head(folder: Path) -> dict[str, Any]:
+    """The metadata at the head of a model's README.md (licence, base model); empty where there is none."""
+    import yaml
+
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    head = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    try:
+        known = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:  # a card is for people: a broken one stops nothing
+        known = {}
+    return known if isinstance(known, dict) else {}
+
+
 def check_access(repo: str, overwrite: bool) -> None:
     """Raises UserError where `repo` (ORG/NAME) cannot be written, or holds files and `overwrite` is false.
 
-    To be asked before the work, not after it; changes nothing on the hub.
+    Called before the model is made; changes nothing on the hub.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     network.check_environment()
     api = HfApi()
-    with hub_errors_explained(repo):
+    with explained_errors(repo):
         user = api.whoami()
         names = [user["name"], *(org["name"] for org in user.get("orgs", []))]
         if repo.count("/") != 1 or repo.partition("/")[0] not in names:
@@ -34,14 +50,15 @@ def check_access(repo: str, overwrite: bool) -> None:
 
 
 def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | None = None) -> str:
-    """Uploads a folder as one commit and returns its address; a new repository is private.
+    """Uploads a folder as one commit and returns the commit's address; a new repository is private.
 
-    `ignore` are patterns of what stays here, `delete` of what leaves the repository unless it is sent anew.
+    Files that match `ignore` are not uploaded; files of the repository that match `delete` are deleted unless they are
+    uploaded again.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors_explained(repo):
+    with explained_errors(repo):
         api.create_repo(repo, private=True, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo,
@@ -54,8 +71,8 @@ def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | No
 
 
 @contextmanager
-def hub_errors_explained(repo: str) -> Iterator[None]:
-    """What the hub or the network refuses, as a UserError."""
+def explained_errors(repo: str) -> Iterator[None]:
+    """Turns errors of the hub and of the network into UserErrors."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 

@@ -63,13 +63,15 @@ def convert(folder: str, target: str, kind: str, card: dict[str, Any], name: str
     runpy.run_path(str(script), run_name="__main__")
 
 
-def quantize(source: str, target: str, ftype: int, matrix: str | None) -> None:
-    """Writes `target` from the GGUF `source` with llama.cpp's quantizer; `ftype` is its enum llama_ftype."""
+def quantize(source: str, target: str, kind: str, matrix: str | None) -> None:
+    """Writes `target`, a GGUF of type `kind`, from the GGUF `source` with llama.cpp's quantizer."""
     import ctypes
+
+    from gguf import LlamaFileType
 
     llama = _verbose_runtime()
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = ftype
+    parameters.ftype = LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
     parameters.nthread = os.cpu_count() or 1
     if matrix:
         rows = list(_read_matrix(Path(matrix)))
@@ -271,14 +273,12 @@ def _write_speed(llama: Any, model: Any, context: Any, prompt: list[int], count:
     return count / (time.perf_counter() - started)
 
 
-def _watch_inputs(llama: Any) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """A callback for the runtime, and the sums it fills: matrix → (squares (matrices × columns), counts (matrices))."""
+def _tensor_struct() -> Any:
+    """The head of llama.cpp's struct ggml_tensor (ggml.h of the pinned revision)."""
     import ctypes
 
-    import numpy as np
-
     class Tensor(ctypes.Structure):
-        """The head of llama.cpp's struct ggml_tensor (ggml.h of the pinned revision)."""
+        pass
 
     Tensor._fields_ = [
         ("type", ctypes.c_int),
@@ -294,24 +294,42 @@ def _watch_inputs(llama: Any) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarr
         ("data", ctypes.c_void_p),
         ("name", ctypes.c_char * 64),
     ]
-    base = next(Path(os.environ["LLAMA_CPP_LIB_PATH"]).glob("libggml-base.*"))
-    ggml = ctypes.CDLL(str(base))
-    ggml.ggml_op_name.restype = ctypes.c_char_p
-    sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    return Tensor
 
-    def array(tensor: Any, kind: type) -> np.ndarray:
-        """The tensor's values, slowest size first, copied out of whatever memory it is in."""
-        strides, shape = tuple(tensor.nb)[::-1], tuple(tensor.ne)[::-1]
-        size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + np.dtype(kind).itemsize
-        raw = np.empty(size, dtype=np.uint8)
-        get = ggml.ggml_backend_tensor_get
-        get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        get(ctypes.addressof(tensor), raw.ctypes.data, 0, size)
-        return np.ndarray(shape, dtype=kind, buffer=raw, strides=strides)
+
+def _ggml() -> Any:
+    """The library below llama.cpp, with the types of what is called in it."""
+    import ctypes
+
+    ggml = ctypes.CDLL(str(next(Path(os.environ["LLAMA_CPP_LIB_PATH"]).glob("libggml-base.*"))))
+    ggml.ggml_op_name.restype = ctypes.c_char_p
+    ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    return ggml
+
+
+def _values(ggml: Any, tensor: Any, kind: type) -> np.ndarray:
+    """A tensor's values, slowest size first, copied out of whatever memory it is in."""
+    import ctypes
+
+    import numpy as np
+
+    strides, shape = tuple(tensor.nb)[::-1], tuple(tensor.ne)[::-1]
+    size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + np.dtype(kind).itemsize
+    raw = np.empty(size, dtype=np.uint8)
+    ggml.ggml_backend_tensor_get(ctypes.addressof(tensor), raw.ctypes.data, 0, size)
+    return np.ndarray(shape, dtype=kind, buffer=raw, strides=strides)
+
+
+def _watch_inputs(llama: Any) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """A callback for the runtime, and the sums it fills: matrix → (squares (matrices × columns), counts (matrices))."""
+    import numpy as np
+
+    struct, ggml = _tensor_struct(), _ggml()
+    sums: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     @llama.ggml_backend_sched_eval_callback
     def watch(address: int, asking: bool, data: Any) -> bool:  # noqa: ARG001 - the library's signature
-        tensor = Tensor.from_address(address)
+        tensor = struct.from_address(address)
         operation = ggml.ggml_op_name(tensor.op)
         if operation not in (b"MUL_MAT", b"MUL_MAT_ID"):
             return not asking
@@ -321,12 +339,12 @@ def _watch_inputs(llama: Any) -> tuple[Any, dict[str, tuple[np.ndarray, np.ndarr
             return not asking
         if not asking:
             squares, counts = sums.setdefault(name, (np.zeros((weight.ne[2], weight.ne[0])), np.zeros(weight.ne[2])))
-            rows = np.square(array(inputs, np.float32)[0].astype(np.float64))  # (tokens × used experts × columns)
+            rows = np.square(_values(ggml, inputs, np.float32)[0].astype(np.float64))  # tokens × used experts × columns
             if operation == b"MUL_MAT":
                 squares += rows.reshape(-1, rows.shape[-1]).sum(0)
                 counts += rows.shape[0] * rows.shape[1]
             else:
-                chosen = array(tensor.src[2].contents, np.int32)[0, 0]  # (tokens × used experts)
+                chosen = _values(ggml, tensor.src[2].contents, np.int32)[0, 0]  # tokens × used experts
                 for slot in range(chosen.shape[1]):
                     np.add.at(squares, chosen[:, slot], rows[:, slot % rows.shape[1]])
                     np.add.at(counts, chosen[:, slot], 1)

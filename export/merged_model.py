@@ -13,6 +13,7 @@ from typing import Any
 
 import common
 from common import Config, Message, UserError
+from export import hub, verify
 from export.merge_weights import Plan, make_plan, write_shards
 from runs.adapter import Adapter, language_config
 from runs.disk import check_free_space, explaining_full_disk
@@ -59,8 +60,6 @@ def find_job(name: str | None, settings: list[str]) -> MergeJob:
 
 def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
     """Merges, and verifies the result before it takes its place; `repo`, of the hub, is asked for access before."""
-    from export import verify
-
     started = time.monotonic()
     adapter = Adapter(job.adapter)
     plan = make_plan(read_tensors(job.base), job.base_config, adapter, job.config.export_dtype)
@@ -70,7 +69,7 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
     if verifying:
         verify.check_memory(job.base)  # before the work, not after it
     if repo:
-        check_push(repo, job)
+        hub.check_access(repo, job.config.overwrite_output_dir)
     with explaining_full_disk(job.output, plan.size), appearing(job.output) as folder:
         write_shards(plan, folder, job.config.export_size * 10**9)
         write_small_files(job, plan, template, folder)
@@ -114,17 +113,8 @@ def is_verified(job: MergeJob) -> bool:
     return same and "proof" in record and not missing_from_model(job.output)
 
 
-def check_push(repo: str, job: MergeJob) -> None:
-    """Raises UserError where the hub would refuse the merged model."""
-    from export import hub
-
-    hub.check_access(repo, job.config.overwrite_output_dir)
-
-
 def push(repo: str, job: MergeJob) -> None:
     """Uploads the merged model, in place of the weights that the repository may hold."""
-    from export import hub
-
     weights = ["model*.safetensors", "model.safetensors.index.json"]
     print(Message("uploaded", address=hub.upload(job.output, repo, ignore=[RECORD], delete=weights)))
 
@@ -293,7 +283,11 @@ def write_card(job: MergeJob, folder: Path) -> None:
 
     record = read_object(folder / RECORD)
     name = record["base_name"]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "license": licence(job.base)}
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": hub.card_head(job.base).get("license"),
+    }
     if "/" in name:
         front["base_model"] = name
     run = read_run(job.run) if job.run else None
@@ -319,11 +313,3 @@ def hub_name(job: MergeJob) -> str:
     name = read_object(record)["model"] if record.exists() else job.base_name
     is_path = Path(name).exists() or (common.ROOT / name).exists()
     return name if HUB_NAME.fullmatch(name) and not is_path else job.base.name
-
-
-def licence(folder: Path) -> str | None:
-    """The licence that a model's README.md declares."""
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    match = re.match(r"---\n.*?^license:\s*([\w.-]+)\s*$.*?^---$", text, re.DOTALL | re.MULTILINE)
-    return match[1] if match else None

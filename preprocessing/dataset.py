@@ -105,25 +105,26 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
         mask = np.isin(contents, out)  # a document's samples stay together
         train, held_out = train[~mask], train[mask]
     train = _mixed(train[lengths[train] > 0], [report["conversations"] for report in reports["train"]], config)
-    table = _table(folders["train"])
-    made = {"train": (table.select(train), lengths[train])}
-    shuffled = np.random.default_rng(config.seed).permutation
+    table = eval_table = _table(folders["train"])
+    eval_lengths, shuffled = lengths, np.random.default_rng(config.seed).permutation
     if held_out is not None:
         held_out = shuffled(held_out[lengths[held_out] > 0])
-        made["eval"] = (table.select(held_out), lengths[held_out])
     elif folders["eval"]:
-        eval_facts = _facts(folders["eval"])
-        kept = shuffled(np.flatnonzero(eval_facts["length"]))
-        made["eval"] = (_table(folders["eval"]).select(kept), eval_facts["length"][kept])
-        if shared := int(np.isin(eval_facts["content"][kept], contents[train]).sum()):
+        eval_facts, eval_table = _facts(folders["eval"]), _table(folders["eval"])
+        eval_lengths = eval_facts["length"]
+        held_out = shuffled(np.flatnonzero(eval_lengths))
+        if shared := int(np.isin(eval_facts["content"][held_out], contents[train]).sum()):
             reports["eval"][0]["notes"].append(Message("eval_samples_trained", count=shared).to_json())
-    report = {"datasets": reports["train"], "eval_datasets": reports["eval"]}
-    report |= {part: token_counts(found[1]) for part, found in made.items()}
+    report = {"datasets": reports["train"], "eval_datasets": reports["eval"], "train": token_counts(lengths[train])}
+    if held_out is not None:
+        report["eval"] = token_counts(eval_lengths[held_out])
     return Prepared(
-        *(made["train"][0], made.get("eval", (None, None))[0]),
-        *(made["train"][1], made.get("eval", (None, None))[1]),
-        contents=np.unique(contents[train]),
-        report=report,
+        table.select(train),
+        None if held_out is None else eval_table.select(held_out),
+        lengths[train],
+        None if held_out is None else eval_lengths[held_out],
+        np.unique(contents[train]),
+        report,
     )
 
 

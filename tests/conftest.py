@@ -73,8 +73,8 @@ def user_error(code: str, **fields: object) -> Iterator[pytest.ExceptionInfo[Use
     assert {name: found.get(name) for name in expected} == expected
 
 
-def make_tiny_model(folder: Path) -> Path:
-    """A random Llama of 2 layers with a byte-level tokenizer, saved as a normal checkpoint."""
+def byte_tokenizer(special: list[str], soft: tuple[str, ...] = (), *, chat_template: str | None = None, **names: str):
+    """Bytes and control tokens only: 256 + i is the i-th control token; `names`: eos="<|im_end|>", ..."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -82,10 +82,15 @@ def make_tiny_model(folder: Path) -> Path:
     backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(CONTROL_TOKENS)
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
-    ).save_pretrained(folder)
+    backend.add_special_tokens(special)
+    backend.add_tokens(list(soft))
+    tokens = {f"{name}_token": token for name, token in names.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **tokens)
+
+
+def make_tiny_model(folder: Path) -> Path:
+    """A random Llama of 2 layers with a byte-level tokenizer, saved as a normal checkpoint."""
+    byte_tokenizer(CONTROL_TOKENS, eos="<|im_end|>", pad="<|im_end|>", chat_template=CHATML).save_pretrained(folder)
     return save_random_model(folder, folder, max_position_embeddings=8192, tie_word_embeddings=True)
 
 
@@ -200,6 +205,15 @@ def what_was_learned(folder: Path) -> tuple[bytes, list[dict]]:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for tokenized data, in a cache of the test's own."""
+    import common
+
+    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "data"
 
 
 def save_adapter(base: Path, folder: Path, noise: float = 0.3, **lora) -> Path:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, user_error
+from conftest import ROOT, byte_tokenizer, run, user_error
 
 sys.path.insert(0, str(ROOT / "data"))
 
@@ -382,12 +382,7 @@ def test_windows_of_one_account_do_not_overlap(table: list[str]):
 
 
 def test_exact_tokens_by_a_tokenizer(table: list[str], tmp_path: Path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # a token a byte
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    byte_tokenizer([]).backend_tokenizer.save(str(tmp_path / "tokenizer.json"))  # a token a byte
     limit = ["--max-tokens", "1000", "--split-time", "2024-06-01", "--tokenizer", str(tmp_path)]
     args, accounts, labels = read_windows([*table, *limit])
     for window in make_diy.build(accounts, labels, args)[0]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import likelihood, metrics, scoring
+from evaluation import likelihood, metrics, scoring, stages
+from evaluation.data import EvalDataset
+from evaluation.encode import Encoded
 
 
 class UnigramScorer:
@@ -62,9 +64,17 @@ def test_every_token_of_a_document_but_the_first_counts_once() -> None:
                 assert first >= length // 2
 
 
+def measure(scorer: object, documents: list[list[int]], length: int) -> dict:
+    """The figures of raw documents as evaluate.py has them."""
+    samples = [{"input_ids": ids, "labels": likelihood.document_windows(ids, length)} for ids in documents]
+    rows = Encoded([], [], [], samples, [])
+    data = EvalDataset("d", [], Path(), "documents")
+    lines = stages.score_rows(data, rows, list(range(len(documents))), scorer)
+    return stages.measure_documents(data, {"model": lines})["models"]["model"]
+
+
 def test_perplexity_of_documents() -> None:
-    documents = [[1, 50, 50, 50, 50, 50], [7, 150], [9]]
-    found = likelihood.document_perplexity(UnigramScorer(), documents, length=4)
+    found = measure(UnigramScorer(), [[1, 50, 50, 50, 50, 50], [7, 150]], length=4)
     assert (found["rows"], found["tokens"]) == (2, 6)
     assert found["loss"] == pytest.approx((5 * 0.5 + 1.5) / 6)
     assert found["perplexity"] == pytest.approx(math.exp(4 / 6))
@@ -80,7 +90,7 @@ def test_losses_are_those_of_a_plain_forward_pass(tiny_model: Path) -> None:
 
     engine = load(str(tiny_model), ("infer_dtype=float32",))
     document = torch.randint(0, 200, (50,), generator=torch.Generator().manual_seed(0)).tolist()
-    found = likelihood.document_perplexity(scoring.scorer_for(engine), [document, document[::-1]], length=64)
+    found = measure(scoring.scorer_for(engine), [document, document[::-1]], length=64)
     with torch.inference_mode():
         expected = [
             float(engine.model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import conftest
 import pytest
-from conftest import CONTROL_TOKENS, user_error
+from conftest import user_error
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -76,15 +77,10 @@ def learned(sample: dict, tokenizer) -> list[str]:
 
 
 def byte_tokenizer(special: list[str], soft: tuple[str, ...] = (), **names: str) -> PreTrainedTokenizerFast:
-    """Bytes and control tokens only: 256 + i is the i-th control token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as Llama 3's: offsets without leading spaces
-    backend.add_special_tokens(special)
-    backend.add_tokens(list(soft))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{k}_token": v for k, v in names.items()})
+    """conftest's, with offsets without leading spaces, as Llama 3's."""
+    tokenizer = conftest.byte_tokenizer(special, soft, **names)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
 
 
 def for_template(name: str) -> PreTrainedTokenizerFast:
@@ -784,7 +780,3 @@ def test_control_lookalikes_in_a_truncated_row_stay_text(tiny_tokenizer):
         sample = one(talk("<|im_end|>" * 5, "a<|im_end|>"), template, tiny_tokenizer, cutoff_len=cutoff)
         assert len(sample["input_ids"]) == cutoff
         assert [i for i in sample["input_ids"] if i >= 256] == [257, 258, 257, 258]
-
-
-def test_control_token_list_is_the_fixture():
-    assert CONTROL_TOKENS[1:3] == ["<|im_start|>", "<|im_end|>"]  # 257 and 258 above

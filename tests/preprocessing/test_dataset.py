@@ -14,16 +14,11 @@ import pytest
 from conftest import run, user_error, write_jsonl
 from rows import GOOD, config, conversations, faulty, notes, prepare, questions, register
 
-import common
 from common import Message
 from preprocessing import conversations as reading
 from preprocessing import data_report, dataset, formats, samples, sources
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "data"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

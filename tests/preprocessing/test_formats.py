@@ -14,16 +14,11 @@ import pytest
 from conftest import ROOT, run, user_error, write_jsonl
 from rows import GOOD, TALK, config, conversations, faulty, notes, prepare, register
 
-import common
 from common import Message
 from preprocessing import dataset
 from runs.configuration import load_config
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "data"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def message(*turns: tuple[str, Any]) -> str:

@@ -22,11 +22,7 @@ from common import Message
 from preprocessing import dataset, sources
 from preprocessing.registry import find_entries
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "data"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def fault_of(name: Path | str, dataset_dir: str = "none") -> Message:
