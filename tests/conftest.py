@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,6 +62,12 @@ def run(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None, **
         if told.exists():
             finished.error = Message.from_json(json.loads(told.read_text(encoding="utf-8")))
     return finished
+
+
+def ok(done: subprocess.CompletedProcess) -> Any:
+    """A command that must have ended well."""
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, byte_tokenizer, run, user_error
+from conftest import ROOT, byte_tokenizer, ok, run, user_error
 
 sys.path.insert(0, str(ROOT / "data"))
 
@@ -114,8 +114,7 @@ def shipped(name: str):
 
 @pytest.mark.parametrize("name", FRAUD)
 def test_shipped_files_are_what_the_seed_makes(name: str, tmp_path: Path):
-    result = run("data/make_diy.py", *make_diy.SHIPPED[name].split(), "--out", str(tmp_path / name))
-    assert result.returncode == 0, result.stderr
+    ok(run("data/make_diy.py", *make_diy.SHIPPED[name].split(), "--out", str(tmp_path / name)))
     for file in (f"{name}.json", f"{name}_test.json"):
         assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes()
 
@@ -287,8 +286,7 @@ def table(tmp_path: Path) -> list[str]:
 
 def test_own_table_end_to_end(table: list[str], tmp_path: Path):
     extra = ["--window", "64", "--max-tokens", "1024", "--split-time", "2024-06-01", "--balance", "1"]
-    result = run("data/make_diy.py", *table, *extra)
-    assert result.returncode == 0, result.stderr
+    result = ok(run("data/make_diy.py", *table, *extra))
     assert "7 fraud, 7 normal" in result.stdout and "3 fraud, 9 normal" in result.stdout
     train, test = (json.loads((tmp_path / f"my{end}.json").read_text(encoding="utf-8")) for end in ("", "_test"))
     assert (len(train), len(test)) == (14, 12)
@@ -304,8 +302,7 @@ def test_own_table_end_to_end(table: list[str], tmp_path: Path):
 @pytest.mark.slow
 def test_baseline_of_an_own_table(table: list[str], tmp_path: Path):
     make_diy.main(table)
-    result = run("data/baseline.py", str(tmp_path / "my.json"), str(tmp_path / "my_test.json"))
-    assert result.returncode == 0, result.stderr
+    result = ok(run("data/baseline.py", str(tmp_path / "my.json"), str(tmp_path / "my_test.json")))
     assert f"{tmp_path / 'my.json'}: 28 samples, held out 12, 3 of them fraud\n" in result.stdout
     assert re.search(r"majority vote +0\.750   0\.468 to 0\.911 .*0\.500   0\.500 to 0\.500\n", result.stdout)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import ROOT, run, user_error
+from conftest import ROOT, ok, run, user_error
 
 import common
 import download
@@ -90,8 +90,7 @@ def test_embedded_weights_equal_the_dequantization_of_transformers(embedded_mode
 
 @pytest.mark.slow
 def test_embedded_made_afresh_is_the_same(embedded_model, tmp_path):
-    result = run("download.py", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    ok(run("download.py", cwd=tmp_path))
     made = tmp_path / common.EMBEDDED_MODEL
     assert {path.name for path in made.parent.iterdir()} == {made.name}  # nothing left beside it
     assert len(list(made.iterdir())) == 8
@@ -328,8 +327,7 @@ def assert_whole(folder: Path, repository: Path):
 
 
 def test_download_as_a_user_does(hub, repository, tmp_path):
-    result = run("download.py", "org/Tiny-Chat", cwd=tmp_path, env=environment(hub))
-    assert result.returncode == 0, result.stderr
+    result = ok(run("download.py", "org/Tiny-Chat", cwd=tmp_path, env=environment(hub)))
     assert_whole(tmp_path / "models" / "Tiny-Chat", repository)
     assert {name for name, _ in hub.requests} == WANTED  # no pickle, no second copy was even asked for
     assert f"org/Tiny-Chat at {COMMIT}: 8 files, 25.2 MB, from {hub.url}" in result.stdout

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_run, run, user_error, write_jsonl
+from conftest import make_run, ok, run, user_error, write_jsonl
 
 import common
 import evaluate
@@ -75,8 +75,7 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     from inference.load import load
 
     home = trained.parent.parent
-    result = run("evaluate.py", str(trained), f"dataset={home}/odd_test.jsonl", *QUIET, cwd=home)
-    assert result.returncode == 0, result.stderr
+    ok(run("evaluate.py", str(trained), f"dataset={home}/odd_test.jsonl", *QUIET, cwd=home))
     folder = trained / "eval" / "odd_test"
     lines = read(folder / "predictions.jsonl")
     assert [line["prompt"] for line in lines] == [row["instruction"] for row in ODD[40:]]
@@ -291,8 +290,7 @@ def test_do_eval_measures_the_loss_alone(trained: Path, tmp_path: Path) -> None:
     lines = [f"adapter_name_or_path: {trained}", f"model_name_or_path: {run_config(trained).model_name_or_path}"]
     lines += [f"eval_dataset: {home}/say.jsonl,{home}/odd_test.jsonl", "do_eval: true", f"output_dir: {tmp_path}/out"]
     recipe.write_text("\n".join(lines))
-    result = run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home)
-    assert result.returncode == 0, result.stderr
+    ok(run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home))
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["all_results.json", "eval_results.json"]
     found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert found.keys() == {f"eval_{key}" for key in EVAL_KEYS}
@@ -305,8 +303,7 @@ def test_do_eval_measures_the_loss_alone(trained: Path, tmp_path: Path) -> None:
 def test_texts_in_llamafactorys_files(trained: Path) -> None:
     home = trained.parent.parent
     recipe = write_recipe(home / "predict.yaml", trained, f"{home}/say.jsonl", home / "predicted")
-    result = run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home)
-    assert result.returncode == 0, result.stderr
+    ok(run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home))
     lines = read(home / "predicted" / "generated_predictions.jsonl")
     assert [line["label"] for line in lines] == [row["output"] for row in SAID]
     assert all(list(line) == ["prompt", "predict", "label"] and "<|im_start|>" in line["prompt"] for line in lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, user_error, write_jsonl
+from conftest import ROOT, ok, run, user_error, write_jsonl
 from test_hub import Hub, hub_environment, standin
 
 import common
@@ -290,8 +290,7 @@ def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[st
     (base / "LICENSE").write_text("the licence")
     write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.6, "do_sample": True})
     folder = make_finished_run(plain, tmp_path / "saves" / "first", base, dataset=("rows",), learning_rate=1e-3)
-    result = run("merge.py", "--no-verify", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = ok(run("merge.py", "--no-verify", cwd=tmp_path))
     out = folder / "merged"
     assert result.stdout.splitlines()[-2:] == [
         f"talk to it: python {ROOT / 'chat.py'} saves/first/merged",
@@ -667,8 +666,7 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
     assert result.error.code == "push_failed"
     standin.broken = False
     before = (lora / "merged" / "model.safetensors").stat().st_ino
-    result = run("merge.py", str(lora), "--push", "me/mine", env=environment)
-    assert result.returncode == 0, result.stderr
+    result = ok(run("merge.py", str(lora), "--push", "me/mine", env=environment))
     assert f"uploaded   {standin.url}/me/mine/commit/1" in result.stdout
     assert (lora / "merged" / "model.safetensors").stat().st_ino == before
     sent, local = standin.repos["me/mine"], {path.name: path.read_bytes() for path in (lora / "merged").iterdir()}
@@ -711,8 +709,7 @@ def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path
     load(base).to(torch.bfloat16).save_pretrained(base)
     folder = make_finished_run(plain, tmp_path / "saves" / "proven", base, dataset=(str(data),))
     shutil.copy(base / "chat_template.jinja", folder)
-    result = run("merge.py", "saves/proven", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = ok(run("merge.py", "saves/proven", cwd=tmp_path))
     proof = json.loads((folder / "merged" / "merge.json").read_text())["proof"]
     assert proof["prompts"] == 8
     assert 0.3 * proof["rounding"] < proof["difference"] < 3 * proof["rounding"] < proof["adapter_effect"]
@@ -745,8 +742,7 @@ def test_an_update_too_small_for_the_type_is_no_fault_of_the_merge(lora: Path, m
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     folder = make_finished_run(lora, tmp_path / "saves" / "short", base, dataset=(str(data),))
     shutil.copy(base / "chat_template.jinja", folder)
-    result = run("merge.py", "saves/short", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    ok(run("merge.py", "saves/short", cwd=tmp_path))
     proof = json.loads((folder / "merged" / "merge.json").read_text())["proof"]
     assert proof["difference"] > 0.2 * proof["adapter_effect"]
     assert proof["difference"] == pytest.approx(proof["rounding"], rel=0.1)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import test_hub
-from conftest import ROOT, make_run, run, save_random_model, user_error, write_hollow_weights, write_jsonl
+from conftest import ROOT, make_run, ok, run, save_random_model, user_error, write_hollow_weights, write_jsonl
 
 import quantize
 from common import Config, Message, UserError, dump_config
@@ -434,8 +434,7 @@ def test_the_embedded_model_keeps_its_answers(embedded_model, tmp_path):
     for path in embedded_model.iterdir():
         if path.is_file():
             (model / path.name).symlink_to(path)
-    result = run("quantize.py", str(model), "--type", "q4_k_m,f16")
-    assert result.returncode == 0, result.stderr
+    result = ok(run("quantize.py", str(model), "--type", "q4_k_m,f16"))
     record = json.loads((model / "gguf" / "gguf.json").read_text())["files"]
     f16, q4 = record["it-f16.gguf"], record["it-q4_k_m.gguf"]
     assert f16["kl_divergence"] < 1e-4 and f16["top1_agreement"] > 0.99
@@ -469,8 +468,7 @@ def test_every_kind_of_type_is_what_it_says(model, rows):
     from gguf import LlamaFileType
 
     types = [kind for kind in gguf.TYPES if not kind.startswith("iq")]  # those: in the next test
-    result = run("quantize.py", str(model), "--type", ",".join(types), f"dataset={rows}", "--no-verify")
-    assert result.returncode == 0, result.stderr
+    result = ok(run("quantize.py", str(model), "--type", ",".join(types), f"dataset={rows}", "--no-verify"))
     assert result.stdout.count("not verified") == len(types)
     sizes = {}
     for kind in types:
@@ -486,8 +484,7 @@ def test_every_kind_of_type_is_what_it_says(model, rows):
 @pytest.mark.slow
 def test_coarser_types_diverge_more(model, rows):
     types = "bf16,q8_0,q4_k_m,q2_k,iq4_xs,iq3_xxs"
-    result = run("quantize.py", str(model), "--type", types, f"dataset={rows}", "--max-divergence", "9")
-    assert result.returncode == 0, result.stderr
+    ok(run("quantize.py", str(model), "--type", types, f"dataset={rows}", "--max-divergence", "9"))
     files = json.loads((model / "gguf" / "gguf.json").read_text())["files"]
     kl = {entry["type"]: entry["kl_divergence"] for entry in files.values()}
     assert kl["bf16"] < 1e-3
@@ -506,8 +503,7 @@ def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, s
     assert "merging first\n" in result.stdout
     file = folder / "gguf" / "talker-q8_0.gguf"
     before, standin.broken = file.stat().st_ino, False
-    result = run("quantize.py", *arguments, env=environment)
-    assert result.returncode == 0, result.stderr
+    ok(run("quantize.py", *arguments, env=environment))
     assert file.stat().st_ino == before
     assert standin.repos["me/talker"].keys() == {".gitattributes", "talker-q8_0.gguf", "talker-q8_0.Modelfile"}
     assert standin.repos["me/talker"]["talker-q8_0.gguf"] == file.read_bytes()
@@ -581,8 +577,7 @@ llamacpp.call(llamacpp.quantize, "x", source=source, target=target, kind=kind.lo
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     model = Path(shutil.copytree(small_model, tmp_path / "small"))
-    result = run("quantize.py", str(model), "--type", "q4_k_m,iq4_xs", f"dataset={rows}")
-    assert result.returncode == 0, result.stderr
+    ok(run("quantize.py", str(model), "--type", "q4_k_m,iq4_xs", f"dataset={rows}"))
     assert (tmp_path / "called").read_text() == "Q4_K_M False\nIQ4_XS True\n"
     assert (model / "gguf" / "small-iq4_xs.gguf").stat().st_size > 10**6
 
@@ -637,6 +632,5 @@ def test_a_kill_leaves_nothing_that_looks_whole(model, rows):
     process.communicate()
     assert not list(output.glob("*.gguf")) and not (output / "gguf.json").exists()
     assert len(list(output.glob(".work-*"))) == 1
-    result = run("quantize.py", str(model), "--type", "q8_0", f"dataset={rows}")
-    assert result.returncode == 0, result.stderr
+    ok(run("quantize.py", str(model), "--type", "q8_0", f"dataset={rows}"))
     assert sorted(path.name for path in output.iterdir()) == ["gguf.json", "small-q8_0.Modelfile", "small-q8_0.gguf"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from conftest import ROOT, TALK, make_run, run
+from conftest import ROOT, TALK, make_run, ok, run
 
 GREEDY = ("do_sample=false", "infer_dtype=float32", "max_new_tokens=60")
 PROMPT = "\x1b\\[1m> "  # as it comes out of the terminal
@@ -204,8 +204,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_chat(tiny_model: Path, tmp_path: P
 @pytest.mark.slow
 def test_base_answers_beside_the_trained_model(parrot: Path, tmp_path: Path) -> None:
     make_run(parrot, tmp_path / "saves" / "mine")
-    result = run("chat.py", "--base", "-p", "hi", *GREEDY, input="", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = ok(run("chat.py", "--base", "-p", "hi", *GREEDY, input="", cwd=tmp_path))
     before, trained = result.stdout.split("[trained]\n")
     assert before == f"[before training]\n{TALK['hi']}\n"
     assert trained.strip() and trained.strip() != TALK["hi"]

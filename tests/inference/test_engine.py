@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, run, save_adapter, save_random_model, user_error
+from conftest import ROOT, TALK, make_run, ok, run, save_adapter, save_random_model, user_error
 
 from common import Message, UserError
 from inference import sampling, transformers_engine
@@ -369,8 +369,7 @@ from transformers.models.llama import LlamaForCausalLM
 def test_quick_start_answers_as_a_full_one_and_hides_nothing_for_good(tiny_model: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tiny_model, tmp_path / "adapter")
     targets = [str(tiny_model), str(adapter)]
-    done = subprocess.run([sys.executable, "-c", QUICK, *targets], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = ok(subprocess.run([sys.executable, "-c", QUICK, *targets], cwd=ROOT, capture_output=True, text=True))
     told = json.loads(done.stdout)
     assert told["slow"] == []
     for target in targets:
@@ -384,8 +383,7 @@ def test_quick_start_of_what_only_peft_loads(tmp_path: Path, tiny_model: Path) -
     """GPT-2's layers are no nn.Linear, which shows only once transformers was imported the quick way."""
     save_random_model(tmp_path / "base", tiny_model, "GPT2", pad_token_id=None)
     adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
-    done = subprocess.run([sys.executable, "-c", QUICK, str(adapter)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = ok(subprocess.run([sys.executable, "-c", QUICK, str(adapter)], cwd=ROOT, capture_output=True, text=True))
     found = json.loads(done.stdout)["logits"][str(adapter)]
     assert found == pytest.approx(logits(load(str(adapter), EXACT), [5, 17, 99, 200]).tolist(), abs=1e-4)
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, run, user_error
+from conftest import ROOT, TALK, make_run, ok, run, user_error
 
 from common import Message
 
@@ -895,8 +895,7 @@ def test_a_short_load_leaves_nothing_behind(tiny_server: Server) -> None:
         "--clients",
         "24",
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = ok(subprocess.run(command, capture_output=True, text=True, timeout=200))
     assert "0 answers of 500" in result.stdout
 
 
@@ -905,8 +904,7 @@ def test_merged_folder_is_what_vllm_reads(parrot: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
     make_run(parrot, tmp_path / "saves" / "mine")
-    result = run("merge.py", "saves/mine", "--no-verify", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    ok(run("merge.py", "saves/mine", "--no-verify", cwd=tmp_path))
     folder = tmp_path / "saves" / "mine" / "merged"
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, user_error, write_jsonl
+from conftest import ok, run, user_error, write_jsonl
 from rows import GOOD, config, conversations, faulty, notes, prepare, questions, register
 
 from common import Message
@@ -289,8 +289,7 @@ def test_table_is_aligned_with_chinese_names() -> None:
 def test_command_line_prints_report_and_samples(tmp_path: Path, tiny_model: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(7), {"instruction": "q", "output": None}])
     environment = {**os.environ, "ONECARD_CACHE": str(tmp_path / "cache")}
-    done = run("preview.py", str(path), f"model_name_or_path={tiny_model}", "on_bad_rows=skip", env=environment)
-    assert done.returncode == 0, done.stderr
+    done = ok(run("preview.py", str(path), f"model_name_or_path={tiny_model}", "on_bad_rows=skip", env=environment))
     lines = done.stdout.splitlines()
     assert lines[0].split()[:4] == ["dataset", "rows", "samples", "tokens"] and lines[1].split()[1:3] == ["8", "7"]
     assert done.stdout.count("--- sample") == 3 and "⟦a0<|im_end|>⟧" in done.stdout

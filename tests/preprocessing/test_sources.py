@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import run, user_error, write_jsonl
+from conftest import ok, run, user_error, write_jsonl
 from rows import GOOD, TALK, config, conversations, faulty, prepare, questions, register
 
 import common
@@ -404,8 +404,7 @@ def test_dataset_of_the_hub_by_hf_endpoint(tmp_path: Path, tiny_model: Path, hub
         "ONECARD_CACHE": str(tmp_path / "cache"),
     }
     settings = [f"dataset_dir={folder}", f"model_name_or_path={tiny_model}"]
-    done = run("preview.py", "rows", *settings, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = ok(run("preview.py", "rows", *settings, env=environment))
     assert done.stdout.splitlines()[1].split()[:3] == ["rows", "3", "3"]
     assert f"/datasets/me/rows/resolve/{HubHandler.commit}/train.jsonl" in hub.asked
     done = run("preview.py", "gone", *settings, env=environment)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import run, user_error
+from conftest import ok, run, user_error
 from test_chat_template import pieces_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -111,8 +111,7 @@ def test_preview_of_a_relabelled_model(embedded_model: Path, tmp_path: Path):
     """The whole command: as many tokens as with the right label."""
 
     def shown(folder: Path) -> str:
-        result = run("preview.py", f"model_name_or_path={folder}", "dataset=identity", "template=chatml")
-        assert result.returncode == 0, result.stderr
+        result = ok(run("preview.py", f"model_name_or_path={folder}", "dataset=identity", "template=chatml"))
         return result.stdout
 
     assert shown(relabelled(embedded_model, tmp_path / "model", "LlamaTokenizerFast")) == shown(embedded_model)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAY, SAY_SETTINGS, Finished, run, what_was_learned, write_jsonl
+from conftest import ROOT, SAY, SAY_SETTINGS, Finished, ok, run, what_was_learned, write_jsonl
 from test_training import read_run
 
 from common import Message
@@ -50,8 +50,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 @pytest.fixture(scope="module")
 def undisturbed(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    result = train(tiny_model, folder)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, folder))
     return folder
 
 
@@ -83,8 +82,7 @@ def test_an_interrupted_evaluation_is_repeated(undisturbed, tiny_model, tmp_path
     assert time.monotonic() - sent < 10
     if number == signal.SIGTERM:
         assert process.returncode == 130 and max(steps_saved(folder)) == 8
-    result = train(tiny_model, folder)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, folder))
     assert what_was_learned(folder) == what_was_learned(undisturbed)
     assert read_run(folder)["best_step"] == read_run(undisturbed)["best_step"]
 
@@ -101,8 +99,7 @@ def test_a_run_killed_after_its_last_step_trains_no_other_one(undisturbed, tiny_
     process = start(tiny_model, folder, patch=KILL_BEFORE_THE_LAST_SAVE)
     process.communicate(timeout=300)
     assert process.returncode == 9 and max(steps_saved(folder)) == 14
-    result = train(tiny_model, folder)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, folder))
     assert what_was_learned(folder) == what_was_learned(undisturbed)
     assert read_run(folder)["steps"] == 14
 
@@ -113,8 +110,7 @@ def test_a_run_killed_after_it_stopped_early_stays_stopped(tiny_model, tmp_path)
     process = start(tiny_model, folder, *more, patch=KILL_BEFORE_THE_LAST_SAVE)
     process.communicate(timeout=300)
     assert process.returncode == 9 and max(steps_saved(folder)) == 12
-    result = train(tiny_model, folder, *more)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, folder, *more))
     assert (read_run(folder)["steps"], read_run(folder)["stopped_early"]["code"]) == (12, "stopped_eval_loss")
 
 
@@ -146,8 +142,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, ti
         byte = file.read(1)
         file.seek(500)
         file.write(bytes([byte[0] ^ 1]))
-    result = train(tiny_model, folder)
-    assert result.returncode == 0, result.stderr
+    result = ok(train(tiny_model, folder))
     damage = Message("damage_content", file="adapter_model.safetensors")
     told = Message("checkpoint_damaged", checkpoint=folder / "checkpoint-9", damage=damage)
     assert str(told) in result.stdout
@@ -164,8 +159,7 @@ def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_
     (change,) = result.error.fields["changes"]
     assert (change.code, change.fields["name"]) == ("input_changed", str(tmp_path / "rows.jsonl"))
     checkpoint = result.error.fields["checkpoint"]
-    result = train(tiny_model, folder, f"resume_from_checkpoint={checkpoint}")
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, folder, f"resume_from_checkpoint={checkpoint}"))
     assert read_run(folder)["earlier_inputs"] == [before] and read_run(folder)["inputs"] != before
 
 
@@ -248,8 +242,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(und
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err, err
     assert read_run(folder)["error"]["code"] == "disk_full" and 4 in steps_saved(folder)
-    result = train(tiny_model, folder)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, folder))
     assert what_was_learned(folder) == what_was_learned(undisturbed)
 
 

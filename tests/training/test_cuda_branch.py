@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_random_model
+from conftest import ROOT, ok, save_random_model
 
 
 @pytest.mark.slow
@@ -18,8 +18,7 @@ def test_unsloths_cuda_branch_trains_what_the_samples_alone_would(tiny_model: Pa
     model = save_random_model(tmp_path / "tiny", tiny_model, kind, **({} if kind == "Llama" else {"head_dim": 16}))
     environment = {**os.environ, "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled")}
     script = str(ROOT / "tests" / "training" / "cuda_on_cpu.py")
-    done = subprocess.run([sys.executable, script, str(model)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ok(subprocess.run([sys.executable, script, str(model)], capture_output=True, text=True, env=environment))
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["dtype"], report["trainer"]) == ("torch.float16", "UnslothSFTTrainer")
     assert report["attention"]["packed"] > 0
@@ -36,6 +35,5 @@ def plain_loss(model: Path) -> str:
     """exact_training's loss of the same samples by plain transformers, in a process without Unsloth."""
     code = "import exact_training as e, sys; e.LENGTHS = ((3, 2), (6, 5), (5, 2)); print(e.plain_loss(sys.argv[1]))"
     folder = ROOT / "tests" / "training"
-    done = subprocess.run([sys.executable, "-c", code, str(model)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = ok(subprocess.run([sys.executable, "-c", code, str(model)], cwd=folder, capture_output=True, text=True))
     return done.stdout.split()[-1]

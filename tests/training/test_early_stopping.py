@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TALK, run, user_error, write_jsonl
+from conftest import TALK, ok, run, user_error, write_jsonl
 from test_training import read_run, train
 
 from common import Config, Message
@@ -187,8 +187,7 @@ def guesses(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_stops_when_the_held_out_loss_rises_and_keeps_the_best(tiny_model, guesses, tmp_path):
     folder = tmp_path / "run"
     more = ["val_size=8", "max_steps=300", "eval_steps=5", "early_stopping_patience=3", "save_total_limit=1"]
-    result = train(tiny_model, guesses, folder, *more)
-    assert result.returncode == 0, result.stderr
+    result = ok(train(tiny_model, guesses, folder, *more))
     state = read_run(folder)
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     measured = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
@@ -210,8 +209,7 @@ def test_training_stops_when_the_held_out_loss_rises_and_keeps_the_best(tiny_mod
 def test_where_the_best_is_not_kept_the_record_is_of_the_last_step(tiny_model, guesses, tmp_path):
     folder = tmp_path / "run"
     more = ["val_size=8", "max_steps=60", "eval_steps=5", "early_stopping=no", "load_best_model_at_end=false"]
-    result = train(tiny_model, guesses, folder, *more)
-    assert result.returncode == 0, result.stderr
+    result = ok(train(tiny_model, guesses, folder, *more))
     assert "warning: the adapter of the last step is kept" in result.stdout
     state = read_run(folder)
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
@@ -223,8 +221,7 @@ def test_where_the_best_is_not_kept_the_record_is_of_the_last_step(tiny_model, g
 def test_training_stops_when_everything_is_known_by_heart(parrot, tmp_path):
     talk = [{"instruction": question, "output": answer} for question, answer in TALK.items()]
     rows = write_jsonl(tmp_path / "rows.jsonl", talk)
-    result = train(parrot, rows, tmp_path / "run", "num_train_epochs=200", "learning_rate=1e-4")
-    assert result.returncode == 0, result.stderr
+    result = ok(train(parrot, rows, tmp_path / "run", "num_train_epochs=200", "learning_rate=1e-4"))
     assert "warning: 200 passes over 2 samples" in result.stdout
     state = read_run(tmp_path / "run")
     assert state["steps"] == 30 and state["stopped_early"]["code"] == "stopped_memorized"
@@ -240,8 +237,7 @@ def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path):
     rows = [{"instruction": f"say {n}", "output": "x" * (1 + 30 * (n % 2))} for n in range(8)]
     data, held_out = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "held.jsonl", rows[:4])
     more = ["max_steps=1", "learning_rate=0", "per_device_eval_batch_size=1", "eval_steps=1"]
-    result = train(tiny_model, data, tmp_path / "run", f"eval_dataset={held_out}", *more)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, data, tmp_path / "run", f"eval_dataset={held_out}", *more))
     config = load_config([f"model_name_or_path={tiny_model}", f"dataset={held_out}", "cutoff_len=128"]).config
     from preprocessing.chat_template import load_template
     from preprocessing.tokenizer import load_base_tokenizer

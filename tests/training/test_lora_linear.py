@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, ok, run
 
 
 def adapted(bias: bool = False, magnitude: float = 1e-4, **lora):
@@ -99,8 +99,7 @@ def test_training_in_bfloat16_has_the_losses_of_float32(tmp_path: Path, embedded
     losses = []
     for precision in ("true", "false"):
         folder = tmp_path / precision
-        result = run("train.py", *settings, f"bf16={precision}", f"output_dir={folder}", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+        ok(run("train.py", *settings, f"bf16={precision}", f"output_dir={folder}", cwd=tmp_path))
         lines = (folder / "trainer_log.jsonl").read_text().splitlines()
         losses.append([line["loss"] for line in map(json.loads, lines) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=0.03)

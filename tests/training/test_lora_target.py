@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, user_error
+from conftest import ROOT, ok, user_error
 
 from runs.configuration import load_config
 from training import memory, trainer
@@ -70,8 +70,7 @@ def test_unsloth_adapts_them_all(tmp_path: Path):
         (tmp_path / name / "config.json").unlink()
         model.save_pretrained(tmp_path / name)
     command = [sys.executable, "-c", WITH_UNSLOTH, *map(str, folders)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = ok(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
     config = load_config(["lora_rank=4"]).config
     for folder, trained in json.loads(result.stdout.splitlines()[-1]).items():
         assert trained == memory.adapter_parameters(config, memory.tensor_shapes(Path(folder))), folder

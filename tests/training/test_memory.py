@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ok
 
 from training import memory
 
@@ -16,8 +16,7 @@ from training import memory
 @pytest.mark.slow
 def test_what_a_layer_keeps_is_what_is_counted(tmp_path: Path):
     command = [sys.executable, str(ROOT / "tests" / "training" / "count_saved.py"), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = ok(subprocess.run(command, capture_output=True, text=True))
     found = json.loads(result.stdout.splitlines()[-1])
     assert len(found["counts"]) == 5
     for count in found["counts"]:

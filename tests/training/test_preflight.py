@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, run, write_hollow_weights, write_jsonl
+from conftest import ROOT, ok, run, write_hollow_weights, write_jsonl
 
 import common
 from common import Message
@@ -217,8 +217,7 @@ def test_a_run_that_will_work(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 3)
     folder = tmp_path / "run"
     settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={folder}", "cutoff_len=64"]
-    result = run("train.py", "--dry-run", *settings, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout
+    result = ok(run("train.py", "--dry-run", *settings, cwd=tmp_path))
     for what in ("python", "packages", "model", "data", "plan", "memory", "disk", "unsloth"):
         assert f"{what}  " in result.stdout
     assert result.stdout.rstrip().endswith("yes")

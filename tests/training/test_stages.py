@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, save_adapter, write_jsonl
+from conftest import ROOT, ok, run, save_adapter, write_jsonl
 
 from runs.log import read_log
 
@@ -32,13 +32,11 @@ def metrics(folder: Path, data: Path) -> dict:
 def test_documents_are_learned_and_evaluated(tmp_path, tiny_model):
     documents = [{"text": " ".join(["one two three"] * (i % 9 + 1)) + str(i)} for i in range(40)]
     data, folder = write_jsonl(tmp_path / "documents.jsonl", documents), tmp_path / "run"
-    done = train(tiny_model, folder, data, "stage=pt", "max_steps=40")
-    assert done.returncode == 0, done.stderr
+    done = ok(train(tiny_model, folder, data, "stage=pt", "max_steps=40"))
     assert "packed rows" in done.stdout and "100.0%" in done.stdout  # of the tokens are learned
     losses = [line["eval_loss"] for line in read_log(folder) if "eval_loss" in line]
     assert losses[-1] < 4.8
-    done = run("evaluate.py", str(folder))
-    assert done.returncode == 0, done.stderr
+    ok(run("evaluate.py", str(folder)))
     found = metrics(folder, data)
     assert (found["task"], found["rows"]) == ("documents", 6)
     assert found["models"]["trained"]["perplexity"] < found["models"]["base"]["perplexity"] / 2
@@ -69,18 +67,15 @@ def test_preferences_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
         "save_total_limit=9",
         "eval_steps=8",
     )
-    done = train(tiny_model, folder, data, *settings)
-    assert done.returncode == 0, done.stderr
+    done = ok(train(tiny_model, folder, data, *settings))
     assert "[chosen] yes please" in done.stdout and "[rejected] no no" in done.stdout
     last = read_log(folder)[-1]
     assert last["eval_loss"] < 0.5 and last["eval_reward_accuracy"] == 1 and last["eval_reward_margin"] > 0.5
     again = tmp_path / "again"
-    done = train(tiny_model, again, data, *settings, f"resume_from_checkpoint={folder / 'checkpoint-8'}")
-    assert done.returncode == 0, done.stderr
+    ok(train(tiny_model, again, data, *settings, f"resume_from_checkpoint={folder / 'checkpoint-8'}"))
     weights = [(run_folder / "adapter_model.safetensors").read_bytes() for run_folder in (folder, again)]
     assert weights[0] == weights[1]
-    done = run("evaluate.py", str(folder))
-    assert done.returncode == 0, done.stderr
+    ok(run("evaluate.py", str(folder)))
     found = metrics(folder, data)
     assert (found["task"], found["rows"]) == ("pairs", 6)
     assert "preference_accuracy_interval" in found["models"]["trained"]
@@ -99,20 +94,17 @@ def test_judged_answers_are_learned_resumed_and_evaluated(tmp_path, tiny_model):
     data, folder = write_jsonl(tmp_path / "judged.jsonl", JUDGED), tmp_path / "run"
     steps = ("max_steps=16", "save_strategy=steps", "save_steps=8", "save_total_limit=9", "eval_steps=8")
     settings = ("stage=kto", "val_size=12", *steps)
-    done = train(tiny_model, folder, data, *settings, "per_device_train_batch_size=1", "gradient_accumulation_steps=4")
-    assert done.returncode == 0, done.stderr
+    ok(train(tiny_model, folder, data, *settings, "per_device_train_batch_size=1", "gradient_accumulation_steps=4"))
     last = read_log(folder)[-1]
     assert last["eval_loss"] < 0.4 and last["eval_reward_accuracy"] > 0.8 and last["eval_reward_margin"] > 0.5
     again = tmp_path / "again"
     from_eight = f"resume_from_checkpoint={folder / 'checkpoint-8'}"
     one_row = ("per_device_train_batch_size=1", "gradient_accumulation_steps=4")
-    done = train(tiny_model, again, data, *settings, *one_row, from_eight)
-    assert done.returncode == 0, done.stderr
+    ok(train(tiny_model, again, data, *settings, *one_row, from_eight))
     weights = [(run_folder / "adapter_model.safetensors").read_bytes() for run_folder in (folder, again)]
     assert weights[0] == weights[1]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:6])
-    done = run("evaluate.py", str(folder), f"dataset={data},{pairs}")
-    assert done.returncode == 0, done.stderr
+    ok(run("evaluate.py", str(folder), f"dataset={data},{pairs}"))
     found = metrics(folder, data)
     assert (found["task"], found["rows"]) == ("judged", 12)
     assert found["models"]["trained"]["roc_auc"] > found["models"]["base"]["roc_auc"]
@@ -127,8 +119,7 @@ def test_first_losses_and_gradients_are_those_of_plain_pytorch(tmp_path, tiny_mo
     for way in ("kit", "plain"):
         script = Path(__file__).with_name("exact_preferences.py")
         command = [sys.executable, str(script), way, str(tiny_model), str(adapter)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = ok(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
         found.append(json.loads(done.stdout.splitlines()[-1]))
     kit, plain = found
     for name in plain:

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Finished, run, save_adapter, user_error, write_jsonl
+from conftest import ROOT, Finished, ok, run, save_adapter, user_error, write_jsonl
 
 import common
 import train as script
@@ -64,8 +64,7 @@ def finished(tiny_model, tmp_path_factory) -> Path:
     """Folder of a finished run of 12 steps; treat it as read-only."""
     folder = tmp_path_factory.mktemp("finished")
     rows = write_jsonl(folder / "rows.jsonl", ROWS)
-    result = train(tiny_model, rows, folder / "run", "save_steps=5")
-    assert result.returncode == 0, result.stderr
+    result = ok(train(tiny_model, rows, folder / "run", "save_steps=5"))
     (folder / "stdout").write_text(result.stdout)
     return folder / "run"
 
@@ -74,8 +73,7 @@ def finished(tiny_model, tmp_path_factory) -> Path:
 def test_packed_batches_and_micro_batches_train_the_same(tiny_model):
     """Loss and gradients of a flat batch, a packed row and the samples alone; steps cut into micro-batches."""
     script = [sys.executable, str(ROOT / "tests" / "training" / "exact_training.py"), str(tiny_model)]
-    result = subprocess.run(script, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = ok(subprocess.run(script, capture_output=True, text=True))
     report = json.loads(result.stdout.splitlines()[-1])
     exact = report["device"] == "cpu"  # float32; a card computes in bfloat16, with 8 bits of mantissa
     same = {"abs": 1e-5} if exact else {"rel": 1e-3}
@@ -164,8 +162,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny_mo
 
 @pytest.mark.slow
 def test_its_own_config_trains_the_same_losses(finished, tmp_path):
-    result = run("train.py", str(finished / "config.yaml"), f"output_dir={tmp_path / 'again'}", cwd=finished.parent)
-    assert result.returncode == 0, result.stderr
+    ok(run("train.py", str(finished / "config.yaml"), f"output_dir={tmp_path / 'again'}", cwd=finished.parent))
     on_card = common.find_gpu() is not None  # whose kernels do not add up in one order
     expected = pytest.approx(losses(finished), rel=1e-2) if on_card else losses(finished)
     assert losses(tmp_path / "again") == expected
@@ -188,8 +185,7 @@ LONGER = ["save_steps=4", "max_steps=40"]  # enough steps that a signal comes be
 @pytest.fixture(scope="module")
 def uninterrupted(finished, tiny_model) -> Path:
     folder = finished.parent / "uninterrupted"
-    result = train(tiny_model, finished.parent / "rows.jsonl", folder, *LONGER)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, finished.parent / "rows.jsonl", folder, *LONGER))
     return folder
 
 
@@ -217,8 +213,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(finished, uninterrupted
         command = shlex.join(command)
         assert read_run(folder)["status"] == "running"  # nobody was left to write it
     assert not (folder / "adapter_model.safetensors").exists()
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=rows.parent)
-    assert result.returncode == 0, result.stderr
+    result = ok(subprocess.run(command, shell=True, capture_output=True, text=True, cwd=rows.parent))
     assert "going on from" in result.stdout
     assert read_run(folder)["status"] == "finished"
     assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-4)
@@ -301,8 +296,7 @@ def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
 @pytest.mark.slow
 def test_a_new_run_goes_on_from_the_checkpoint_of_another(finished, tiny_model, tmp_path):
     rows, more = finished.parent / "rows.jsonl", f"resume_from_checkpoint={finished / 'checkpoint-10'}"
-    result = train(tiny_model, rows, tmp_path / "run", "save_steps=5", more)
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, rows, tmp_path / "run", "save_steps=5", more))
     assert losses(tmp_path / "run") == pytest.approx({n: losses(finished)[n] for n in (11, 12)}, rel=1e-4)
     config = run_config(tmp_path / "run")
     assert (config.resume_from_checkpoint, config.overwrite_output_dir) == (None, False)
@@ -311,11 +305,21 @@ def test_a_new_run_goes_on_from_the_checkpoint_of_another(finished, tiny_model, 
 @pytest.mark.slow
 def test_held_out_data_choose_the_best_step_and_an_adapter_is_trained_further(finished, tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "more.jsonl", ROWS * 5)
-    result = train(
-        tiny_model, rows, tmp_path / "run", "val_size=4", "eval_steps=2", "save_steps=2", "max_steps=6",
-        "neat_packing=true", "use_rslora=true", "save_total_limit=1", f"adapter_name_or_path={finished}",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    ok(
+        train(
+            tiny_model,
+            rows,
+            tmp_path / "run",
+            "val_size=4",
+            "eval_steps=2",
+            "save_steps=2",
+            "max_steps=6",
+            "neat_packing=true",
+            "use_rslora=true",
+            "save_total_limit=1",
+            f"adapter_name_or_path={finished}",
+        )
+    )
     lines = [json.loads(line) for line in (tmp_path / "run" / "trainer_log.jsonl").read_text().splitlines()]
     measured = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert sorted(measured) == [2, 4, 6]
@@ -333,8 +337,7 @@ def test_held_out_data_choose_the_best_step_and_an_adapter_is_trained_further(fi
 def test_the_tutorials_own_files_train(tiny_model, tmp_path, name):
     """Unchanged, with the data of data/; only the model's path differs (and two steps are enough here)."""
     more = [f"model_name_or_path={tiny_model}", f"output_dir={tmp_path / 'run'}", "max_steps=2"]
-    result = run("train.py", f"tests/tutorial/{name}", *more)
-    assert result.returncode == 0, result.stderr
+    result = ok(run("train.py", f"tests/tutorial/{name}", *more))
     assert "note: fp16" in result.stdout
     assert "<|start_header_id|>" in (tmp_path / "run" / "chat_template.jinja").read_text()
     state = read_run(tmp_path / "run")
@@ -358,8 +361,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
     result = train(tiny_model, data, folder)
     assert result.returncode == 2
     assert result.error.code == "unknown_run"
-    result = train(tiny_model, data, folder, "overwrite_output_dir=true", "max_steps=1", "use_dora=true")
-    assert result.returncode == 0, result.stderr
+    ok(train(tiny_model, data, folder, "overwrite_output_dir=true", "max_steps=1", "use_dora=true"))
     assert not (folder / "checkpoint-99").exists()
     assert (folder / "notes.txt").read_text() == "mine"
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -372,12 +374,10 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
 def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
     """A step on the tiny model, with the data of data/; and the recipe is what one talks to."""
     more = [f"model_name_or_path={tiny_model}", f"dataset_dir={ROOT / 'data'}", "max_steps=1", "cutoff_len=256"]
-    result = run("train.py", str(recipe), *more, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    ok(run("train.py", str(recipe), *more, cwd=tmp_path))
     assert read_run(tmp_path / "saves" / recipe.stem)["steps"] == 1
     if recipe.stem == "llama3-8b-chinese-chat":
-        said = run("chat.py", str(recipe), "-p", "hi", "max_new_tokens=2", cwd=tmp_path, input="")
-        assert said.returncode == 0, said.stderr
+        ok(run("chat.py", str(recipe), "-p", "hi", "max_new_tokens=2", cwd=tmp_path, input=""))
 
 
 @pytest.mark.slow

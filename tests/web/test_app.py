@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, Server, browsing, serving
-from conftest import ROOT, make_run, run, user_error
+from conftest import ROOT, make_run, ok, run, user_error
 
 import common
 from preprocessing import formats, registry, sources
@@ -309,8 +309,7 @@ def test_a_conversation_is_led_mended_and_saved(page: Any, desk: Path) -> None:
     assert json.loads(Path(download.value.path()).read_text(encoding="utf-8")) == [row]
     assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert row["messages"][2]["content"].startswith("<think>\nEasy.\n</think>")
-    checked = run("preview.py", "chats", f"model_name_or_path={ROOT / common.EMBEDDED_MODEL}", cwd=desk)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    ok(run("preview.py", "chats", f"model_name_or_path={ROOT / common.EMBEDDED_MODEL}", cwd=desk))
 
     page.locator("#chat-new").click()
     page.get_by_text("Write something").wait_for()
