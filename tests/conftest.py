@@ -70,6 +70,13 @@ def ok(done: subprocess.CompletedProcess) -> Any:
     return done
 
 
+def refused(done: Finished, code: str) -> Message:
+    """The error of a command that must have ended with status 2 and this error, told without a traceback."""
+    assert (done.returncode, done.error and done.error.code) == (2, code), done.stderr
+    assert "Traceback" not in done.stderr
+    return done.error
+
+
 @contextmanager
 def user_error(code: str, **fields: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
     """Expects a UserError of this code, with at least these fields (paths and tuples compare as JSON has them)."""

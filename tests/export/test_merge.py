@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, ok, run, user_error, write_jsonl
+from conftest import ROOT, ok, refused, run, user_error, write_jsonl
 from test_hub import Hub, hub_environment, standin
 
 import common
@@ -661,9 +661,7 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
     assert (result.error.code, result.error.fields["count"]) == ("push_repo_not_empty", 1)
     assert not (lora / "merged").exists()
     standin.broken = True
-    result = run("merge.py", str(lora), "--push", "me/mine", env=environment)
-    assert result.returncode == 2
-    assert result.error.code == "push_failed"
+    refused(run("merge.py", str(lora), "--push", "me/mine", env=environment), "push_failed")
     standin.broken = False
     before = (lora / "merged" / "model.safetensors").stat().st_ino
     result = ok(run("merge.py", str(lora), "--push", "me/mine", env=environment))
@@ -723,9 +721,7 @@ def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path
     from safetensors.torch import save_file
 
     save_file(weights, folder / "merged" / "model.safetensors")
-    result = run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path)
-    assert result.returncode == 2
-    assert result.error.code == "merge_differs"
+    refused(run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path), "merge_differs")
 
 
 @pytest.mark.slow
@@ -819,7 +815,7 @@ def test_a_full_tmpfs(lora: Path, tmp_path: Path) -> None:
         pytest.skip("mounting is not allowed here")
     try:
         result = run("merge.py", str(lora), "--no-verify", f"export_dir={small / 'merged'}")
-        assert (result.returncode, result.error.code) == (2, "disk_full")
+        refused(result, "disk_full")
         assert result.error.fields["needed"] > result.error.fields["free"]
         assert list(small.iterdir()) == []
     finally:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAY, SAY_SETTINGS, Finished, ok, run, what_was_learned, write_jsonl
+from conftest import ROOT, SAY, SAY_SETTINGS, Finished, ok, refused, run, what_was_learned, write_jsonl
 from test_training import read_run
 
 from common import Message
@@ -155,7 +155,7 @@ def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_
     write_jsonl(tmp_path / "rows.jsonl", [*SAY[:-1], {**SAY[-1], "output": "twelve?"}])
     before = read_run(folder)["inputs"]
     result = train(tiny_model, folder)
-    assert (result.returncode, result.error.code) == (2, "inputs_changed")
+    refused(result, "inputs_changed")
     (change,) = result.error.fields["changes"]
     assert (change.code, change.fields["name"]) == ("input_changed", str(tmp_path / "rows.jsonl"))
     checkpoint = result.error.fields["checkpoint"]
@@ -218,7 +218,7 @@ def small_disk(tmp_path: Path):
 
 def test_space_for_the_checkpoints_of_the_whole_run_is_checked_before_the_start(tiny_model, small_disk):
     result = train(tiny_model, small_disk / "run")
-    assert (result.returncode, result.error.code) == (2, "disk_too_small")
+    refused(result, "disk_too_small")
     estimate = result.error.fields["estimate"].fields
     assert estimate["free"] < 0.05 < estimate["checkpoints"]
     assert not (small_disk / "run").exists()
@@ -254,5 +254,5 @@ def test_a_second_training_in_the_same_folder_is_refused(tiny_model, tmp_path):
     result = train(tiny_model, folder)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert (result.returncode, result.error.code) == (2, "run_is_training")
+    refused(result, "run_is_training")
     assert result.error.fields["process"] == process.pid

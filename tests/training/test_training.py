@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Finished, ok, run, save_adapter, user_error, write_jsonl
+from conftest import ROOT, Finished, ok, refused, run, save_adapter, user_error, write_jsonl
 
 import common
 import train as script
@@ -358,9 +358,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
     folder = tmp_path / "run"
     (folder / "checkpoint-99").mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    result = train(tiny_model, data, folder)
-    assert result.returncode == 2
-    assert result.error.code == "unknown_run"
+    refused(train(tiny_model, data, folder), "unknown_run")
     ok(train(tiny_model, data, folder, "overwrite_output_dir=true", "max_steps=1", "use_dora=true"))
     assert not (folder / "checkpoint-99").exists()
     assert (folder / "notes.txt").read_text() == "mine"
@@ -476,9 +474,7 @@ def test_bad_input_deletes_nothing_of_an_earlier_run(tiny_model, data, tmp_path)
 @pytest.mark.slow
 def test_a_held_out_part_that_is_not_there_deletes_nothing(tiny_model, data, tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="finished")
-    result = train(tiny_model, data, folder, "overwrite_output_dir=true", "eval_strategy=steps")
-    assert result.returncode == 2
-    assert result.error.code == "nothing_held_out"
+    refused(train(tiny_model, data, folder, "overwrite_output_dir=true", "eval_strategy=steps"), "nothing_held_out")
     assert read_run(folder) == {"status": "finished"} and (folder / "checkpoint-4").is_dir()
 
 
@@ -549,7 +545,7 @@ def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
     for more in ("seed=42", "overwrite_output_dir=true"):
         result = train(tiny_model, data, folder, more)
-        assert (result.returncode, result.error.code) == (2, "run_is_training")
+        refused(result, "run_is_training")
         assert result.error.fields["process"] == os.getpid()
 
 

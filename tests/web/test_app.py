@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, Server, browsing, serving
-from conftest import ROOT, make_run, ok, run, user_error
+from conftest import ROOT, make_run, ok, refused, run, user_error
 
 import common
 from preprocessing import formats, registry, sources
@@ -168,7 +168,7 @@ def test_a_model_that_is_not_there_is_refused_at_once(target: str) -> None:
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("webui.py", "--port", str(taken.getsockname()[1]))
-    assert (result.returncode, result.error.code) == (2, "web_address_taken")
+    refused(result, "web_address_taken")
     assert "choose another port: --port" in result.stderr
 
 
