@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common import Config, Message, UserError
 from runs.charts import draw_loss
@@ -38,9 +38,7 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.drawn_at = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from tqdm import tqdm
 
         # a resumed run goes on from its checkpoint: what was logged after that will be logged again
@@ -59,14 +57,14 @@ class Progress(TrainerCallback):
             total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=1, file=sys.stderr
         )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
         if state.global_step == state.max_steps:
             control.should_log = True  # the last loss and the whole time, whatever logging_steps is
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
@@ -100,9 +98,7 @@ class Progress(TrainerCallback):
             "remaining": round(seconds / max(steps, 1) * (state.max_steps - state.global_step), 1),
         }
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.close()
         if self.plot_loss:
             self.draw()
@@ -134,26 +130,20 @@ class Interruption(TrainerCallback):
         self.asked = True
         print(f"\n{Message('saving_then_stopping')}", file=sys.stderr)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             raise EvaluationInterrupted
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.asked:
             control.should_evaluate = control.should_save = False
 
@@ -164,9 +154,7 @@ class Resuming(TrainerCallback):
     def __init__(self, restore: Callable[[], None]) -> None:
         self.restore = restore
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
 
 
@@ -176,7 +164,7 @@ class Saves(TrainerCallback):
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan = plan
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
             control.should_save = control.should_save or self.plan.saves_at(state.global_step)
 
@@ -192,13 +180,11 @@ class EarlyStopping(TrainerCallback):
         self.config, self.plan = config, plan
         self.reason: Message | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A run that had stopped, but was killed before its adapter was saved, has the reason in its checkpoint."""
         self.on_log(args, state, control)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.reason = self.reason or early_stopping.stop_reason(state.log_history, self.config, self.plan.epoch_steps)
         if self.reason:
             control.should_training_stop = True
@@ -214,14 +200,12 @@ class FiniteGradients(TrainerCallback):
     def __init__(self, last_norm: Callable[[], float]) -> None:
         self.last_norm = last_norm
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.fp16 and not math.isfinite(norm := self.last_norm()):
             raise UserError("gradient_not_finite", value=str(norm), step=state.global_step + 1)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if args.fp16:
             check_finite_weights(model, state.global_step + 1)

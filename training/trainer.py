@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from training.callbacks import EarlyStopping
 
 LOADING_LOG = "loading.log"  # in the run folder: what libraries print while they load the model
+# Settings that transformers' arguments call by the same name.
+SAME_NAMES = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
+    "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "logging_steps", "logging_first_step",
+)  # fmt: skip
 # What Unsloth calls the matrices of fused experts, which are no linear layers.
 EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
@@ -273,29 +279,12 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
     on_gpu = torch.cuda.is_available()
     evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
     arguments = {
-        "output_dir": config.output_dir,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.lr_scheduler_type,
+        **{name: getattr(config, name) for name in SAME_NAMES},
         "warmup_steps": config.warmup_steps or config.warmup_ratio,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": config.optim,
-        "optim_args": config.optim_args,
-        "adam_beta1": config.adam_beta1,
-        "adam_beta2": config.adam_beta2,
-        "adam_epsilon": config.adam_epsilon,
-        "seed": config.seed,
         "data_seed": config.seed,
         "bf16": precision.mixed == "bf16",
         "fp16": precision.mixed == "fp16",
         "gradient_checkpointing": bool(checkpointing_setting(config, not on_gpu)),
-        "logging_steps": config.logging_steps,
-        "logging_first_step": config.logging_first_step,
         "logging_nan_inf_filter": False,  # it would hide a NaN and go on
         "eval_strategy": plan.eval_strategy,
         "eval_steps": plan.eval_steps,
