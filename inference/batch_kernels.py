@@ -252,7 +252,6 @@ def flat_attention(
 
     `query` is 1 x heads x T x d, `key` and `value` 1 x key-value heads x T x d. Returns 1 x T x heads x d.
     """
-    from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     work: list[_Segment] | None = getattr(_forward_pass, "segments", None)
@@ -260,32 +259,41 @@ def flat_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    heads, shared, at = query.shape[1], key.shape[1], 0
-    result = query.new_empty(1, query.shape[2], heads, value.shape[3])
+    at = 0
+    result = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     for segment in work:
-        to = at + segment.tokens
-        keys, values = segment.cache.append(module.layer_idx, key[:, :, at:to], value[:, :, at:to])
-        if segment.tokens == 1:  # the heads that share a key are like tokens that see the same
-            if sliding_window is not None:
-                keys, values = keys[:, :, -sliding_window:], values[:, :, -sliding_window:]
-            grouped = query[:, :, at].reshape(1, shared, heads // shared, -1)
-            seen = scaled_dot_product_attention(grouped, keys, values, scale=scaling)
-            result[:, at] = seen.reshape(1, heads, -1)
+        new = slice(at, at + segment.tokens)
+        keys, values = segment.cache.append(module.layer_idx, key[:, :, new], value[:, :, new])
+        if segment.tokens == 1:
+            result[:, new] = _attend_one(query[:, :, new], keys, values, sliding_window, scaling)
         else:
             mask = segment.mask(sliding_window, query.device)
-            grouped = heads != shared
-            if grouped and not _may_group(query.device, mask):
-                keys, values = (part.repeat_interleave(heads // shared, 1) for part in (keys, values))
-                grouped = False
-            seen = scaled_dot_product_attention(
-                query[:, :, at:to],
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-            result[:, at:to] = seen.transpose(1, 2)
-        at = to
+            result[:, new] = _attend_several(query[:, :, new], keys, values, mask, scaling)
+        at = new.stop
     return result, None
+
+
+def _attend_one(query: Any, keys: Any, values: Any, window: int | None, scaling: float | None) -> Any:
+    """Attention of one token, 1 x 1 x heads x d: the heads that share a key are like tokens that see the same."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if window is not None:
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
+    heads, shared = query.shape[1], keys.shape[1]
+    grouped = query.reshape(1, shared, heads // shared, -1)
+    return scaled_dot_product_attention(grouped, keys, values, scale=scaling).reshape(1, 1, heads, -1)
+
+
+def _attend_several(query: Any, keys: Any, values: Any, mask: Any, scaling: float | None) -> Any:
+    """Attention of several tokens, 1 x T x heads x d; causal without a mask."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    heads, shared = query.shape[1], keys.shape[1]
+    grouped = heads != shared
+    if grouped and not _may_group(query.device, mask):
+        keys, values = (part.repeat_interleave(heads // shared, 1) for part in (keys, values))
+        grouped = False
+    seen = scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+    return seen.transpose(1, 2)
