@@ -146,7 +146,13 @@ def training(model: Path, stage: str = "sft") -> Victim:
     return Victim(
         "train",
         train.main,
-        lambda _: [f"model_name_or_path={model}", f"stage={stage}", "dataset=rows.jsonl", "output_dir=run", *SAY_SETTINGS],
+        lambda _: [
+            f"model_name_or_path={model}",
+            f"stage={stage}",
+            "dataset=rows.jsonl",
+            "output_dir=run",
+            *SAY_SETTINGS,
+        ],
         lambda folder: (write_jsonl(folder / "rows.jsonl", STAGES[stage]), None)[1],
         check,
         lambda folder: what_was_learned(folder / "run"),
