@@ -127,7 +127,7 @@ def announce(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTempl
     print(Message("merge_adapter", adapter=job.adapter, kind=kind(adapter), tensors=own, changed=changed))
     print(Message("merge_output", output=job.output, gb=plan.size / 1e9, dtypes=dtypes))
     if template:
-        print(Message("merge_template", name=template.name or Message("template_of_run"), stop=" ".join(template.stop)))
+        print(Message("merge_template", name=template.name, stop=" ".join(template.stop)))
     else:
         print(Message("note", text=Message("merge_without_template")))
     if plan.untied:
@@ -161,7 +161,7 @@ FROM_BASE = ("*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")  # code for trust_rem
 class TrainedTemplate:
     """The chat template as it is saved, and the control tokens that end a turn."""
 
-    name: str | None  # None: as the run has saved it
+    name: str | Message
     text: str
     stop: list[str]
     stop_ids: list[int]
@@ -181,14 +181,15 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     run = read_run(job.run) if job.run else None
     jinja = (job.run or job.adapter) / "chat_template.jinja"
     if run and run.get("stop") and jinja.exists() and job.config.template == run_config(job.run).template:
-        name, text, stop = None, jinja.read_text(encoding="utf-8"), run["stop"]
+        name, text, stop = Message("template_of_run"), jinja.read_text(encoding="utf-8"), run["stop"]
     elif job.config.template is None and not tokenizer.chat_template:
         return None
     else:
-        from preprocessing.chat_template import load_template
+        from preprocessing.chat_template import OWN, load_template
 
         template = load_template(job.config.template, tokenizer, job.config.stage)
-        name, text, stop = template.name, template.saved, template.stop
+        name = Message("own_template") if template.name == OWN else template.name
+        text, stop = template.saved, template.stop
     return TrainedTemplate(name, text, list(stop), [tokenizer.backend.token_to_id(token) for token in stop])
 
 
