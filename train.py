@@ -134,6 +134,9 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
     held_out = ""
     if facts["eval_loss"] is not None:
         held_out = Message("best_eval_loss", loss=facts["eval_loss"], step=facts["best_step"])
+    if facts["eval_reward_accuracy"] is not None:
+        accuracy = facts["eval_reward_accuracy"]
+        held_out = Message("best_preference", accuracy=accuracy, loss=facts["eval_loss"], step=facts["best_step"])
     first, last = facts["first_loss"] or math.nan, facts["last_loss"] or math.nan
     loss = Message("loss_first_last", first=first, last=last, held_out=held_out)
     print(f"\n{Message('training_ended', finished=finished, loss=loss, report=written)}")

@@ -12,6 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from runs.metric_names import REWARDS
+
 Points = Sequence[tuple[float, float]]
 Text = str | tuple[str, str]  # one text for both languages, or one in English and one in Chinese
 
@@ -29,9 +31,9 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def points_of(log: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines of a trainer_log.jsonl that have a value for `key`."""
-    return [(line["step"], line[key]) for line in log if line.get(key) is not None]
+def points_of(log: Sequence[dict[str, Any]], *keys: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines of a trainer_log.jsonl that have a value for a key."""
+    return [(line["step"], line[key]) for line in log for key in keys if line.get(key) is not None]
 
 
 def smoothed_points(points: Points) -> list[tuple[float, float]]:
@@ -80,28 +82,39 @@ def picture(path: Path, *, columns: int = 1, size: tuple[float, float] = (8, 4.5
 
 
 def draw_loss(log: Sequence[dict[str, Any]], path: Path) -> None:
-    """The training loss, raw and smoothed, and the evaluation loss, of the lines of a trainer_log.jsonl."""
+    """The training loss, raw and smoothed, and the evaluation loss, of the lines of a trainer_log.jsonl.
+
+    Where rewards were learned their margin beside it.
+    """
     draw_losses({path.resolve().parent.name: log}, path)
 
 
 def draw_losses(logs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """As `draw_loss`, of several runs by name."""
-    with picture(path) as (axes,):
-        for i, (name, log) in enumerate(logs.items()):
-            color, prefix = COLORS[i % len(COLORS)], f"{name}: " if len(logs) > 1 else ""
-            if training := points_of(log, "loss"):
-                axes.plot(*zip(*training, strict=True), color=color, linewidth=1, alpha=0.35)
-                smoothed = smoothed_points(training)
-                axes.plot(*zip(*smoothed, strict=True), color=color, linewidth=2, label=f"{prefix}loss, smoothed")
-            if evaluation := points_of(log, "eval_loss"):
-                look = {"color": COLORS[1] if len(logs) == 1 else color, "linestyle": "--" if prefix else "-"}
-                look |= {"marker": "o", "markersize": 4, "linewidth": 2, "label": f"{prefix}eval_loss"}
-                axes.plot(*zip(*evaluation, strict=True), **look)
-        axes.set(xlabel="step", ylabel="loss", title="" if len(logs) > 1 else next(iter(logs)))
+    drawn = ["loss", *(key for key in REWARDS if any(points_of(log, key) for log in logs.values()))]
+    with picture(path, columns=len(drawn), size=(8 + 5 * (len(drawn) - 1), 4.5)) as panels:
+        for key, axes in zip(drawn, panels, strict=True):
+            _draw_curves(logs, key, axes)
+
+
+def _draw_curves(logs: dict[str, Sequence[dict[str, Any]]], key: str, axes: Any) -> None:
+    """A value of the training, raw and smoothed, and the same of the evaluations."""
+    for i, (name, log) in enumerate(logs.items()):
+        color, prefix = COLORS[i % len(COLORS)], f"{name}: " if len(logs) > 1 else ""
+        if training := points_of(log, key):
+            axes.plot(*zip(*training, strict=True), color=color, linewidth=1, alpha=0.35)
+            smoothed = smoothed_points(training)
+            axes.plot(*zip(*smoothed, strict=True), color=color, linewidth=2, label=f"{prefix}{key}, smoothed")
+        if evaluation := points_of(log, f"eval_{key}"):
+            look = {"color": COLORS[1] if len(logs) == 1 else color, "linestyle": "--" if prefix else "-"}
+            look |= {"marker": "o", "markersize": 4, "linewidth": 2, "label": f"{prefix}eval_{key}"}
+            axes.plot(*zip(*evaluation, strict=True), **look)
+    axes.set(xlabel="step", ylabel=key, title="" if len(logs) > 1 else next(iter(logs)))
+    if key == "loss":
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize=9)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=9)
 
 
 def draw_classification(models: dict[str, Any], folder: Path) -> None:

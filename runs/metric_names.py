@@ -20,6 +20,11 @@ class MetricName(NamedTuple):
         return self.zh if user_language() == "zh" else self.short
 
 
+# Keys of trainer_log.jsonl where rewards are learned, and with eval_ before them.
+REWARDS = {
+    "reward_margin": MetricName("margin", "reward margin", "奖励间隔"),
+    "reward_accuracy": MetricName("accuracy", "reward accuracy", "奖励准确率"),
+}
 METRICS = {
     "accuracy": MetricName("accuracy", "accuracy", "准确率"),
     "balanced_accuracy": MetricName("balanced", "balanced accuracy", "平衡准确率"),

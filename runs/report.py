@@ -15,7 +15,7 @@ from runs import charts
 from runs.charts import Curve
 from runs.files import read_json, read_jsonl, write_text
 from runs.folder import read_run, run_config
-from runs.metric_names import METRICS
+from runs.metric_names import METRICS, REWARDS
 
 MODELS = {"base": "训练前", "trained": "训练后", "majority vote": "多数类", "model": "模型"}
 TEMPLATE = Path(__file__).with_name("report.jinja")
@@ -51,6 +51,7 @@ def facts(folder: Path) -> dict[str, Any]:
         "log": log,
         "loss": loss_chart(log),
         "rate": rate_chart(log),
+        "rewards": [reward_chart(log, key) for key in REWARDS if charts.points_of(log, key, f"eval_{key}")],
         "speed": log[-1].get("tokens_per_second") if log else None,
         "evaluations": [
             e | {"charts": classification_charts(e["models"]) if e["task"] == "classification" else []}
@@ -141,6 +142,16 @@ def loss_chart(log: list[dict[str, Any]]) -> str:
         Curve(("held out", "留出集"), evaluation, 1, dots=True),
     ]
     return charts.line_chart(("loss", "损失"), ("step", "步数"), curves)
+
+
+def reward_chart(log: list[dict[str, Any]], key: str) -> str:
+    """What of the rewards is logged under `key`, while training and on the held-out part."""
+    name = (REWARDS[key].en, REWARDS[key].zh)
+    curves = [
+        Curve(("training, smoothed", "训练（平滑）"), charts.smoothed_points(charts.points_of(log, key)), 0),
+        Curve(("held out", "留出集"), charts.points_of(log, f"eval_{key}"), 1, dots=True),
+    ]
+    return charts.line_chart(name, ("step", "步数"), curves)
 
 
 def rate_chart(log: list[dict[str, Any]]) -> str:

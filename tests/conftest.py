@@ -206,7 +206,7 @@ SAY_SETTINGS = [
     "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
     "bf16=false", "early_stopping=no",
 ]  # fmt: skip
-LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
+LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "reward_margin", "eval_reward_accuracy")
 
 
 def what_was_learned(folder: Path) -> tuple[bytes, list[dict]]:

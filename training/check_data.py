@@ -12,7 +12,7 @@ from runs.folder import read_run
 from training import hardware, packing, resume
 from training.findings import Finding, Run, fault, note, ok
 from training.inputs import describe_inputs, find_changes
-from training.memory import GB, checkpoint_bytes, estimate_memory, needs, smallest_change
+from training.memory import GB, checkpoint_bytes, estimate_memory, needs, sequences, smallest_change
 from training.plan import TrainingPlan, describe_evaluations, describe_steps, find_warnings, make_plan
 
 CLEARLY = 1.2  # an estimate of memory that is so many times what is free is taken at its word
@@ -112,9 +112,7 @@ def check_memory(run: Run) -> Iterator[Finding]:
         yield note(Message("size_unknown"))
         return
     config = run.config
-    longest = (
-        run.plan.longest if run.plan and not config.packing else config.cutoff_len * (2 if config.stage == "dpo" else 1)
-    )
+    longest = run.plan.longest if run.plan and not config.packing else config.cutoff_len * sequences(config)
     try:
         parts = estimate_memory(config, run.model, config.per_device_train_batch_size * longest, run.gpu)
     except KeyError:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import Config, Message
+from training.preferences import REWARDS
 
+ACCURACY = f"eval_{REWARDS['reward_accuracy']}"
 MEMORIZED = 0.05  # a mean loss, in nats a token, below which there is nothing left to learn
 
 
@@ -57,8 +59,12 @@ def stop_reason(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int)
         return None
     patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
     evaluations = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
-    if evaluations and has_stalled(evaluations, patience, threshold, epoch_steps):
-        step, _ = last_gain(evaluations, threshold)  # the lowest may be later, by less than the threshold
+    wrong = [(line["step"], 1 - line[ACCURACY]) for line in log if ACCURACY in line]
+    measured = [points for points in (evaluations, wrong) if points]
+    if measured and all(has_stalled(points, patience, threshold, epoch_steps) for points in measured):
+        step = max(last_gain(points, threshold)[0] for points in measured)  # the lowest may be later, but not by much
+        if wrong:
+            return Message("stopped_preference", threshold=threshold, step=step)
         return Message("stopped_eval_loss", threshold=threshold, step=step)
     losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
     if not evaluations and has_memorized(losses, epoch_steps):

@@ -214,6 +214,11 @@ def mask_memory(config: Config, settings: dict[str, Any], tokens: int) -> float:
     return 0.0 if has_own else float(tokens * tokens)
 
 
+def sequences(config: Config) -> int:
+    """How many sequences of up to cutoff_len tokens a sample has."""
+    return 2 if config.stage == "dpo" else 1
+
+
 def needs(config: Config, model: ModelSize, longest: int, gpu: Gpu | None) -> float:
     """Bytes at the peak, where the longest sample has `longest` tokens."""
     tokens = config.per_device_train_batch_size * longest
@@ -236,12 +241,12 @@ def smallest_change(
     if gpu and config.quantization_bit is None:
         changes = [*changes, *({**change, "quantization_bit": 4} for change in ({}, *changes))]
     most = changes[-1] if changes else {}
-    shorter, cutoff = [], longest // 2
+    shorter, cutoff = [], longest // 2 // sequences(config)
     while cutoff >= 256:
         shorter.append({**most, "cutoff_len": cutoff})
         cutoff //= 2
     for change in (*changes, *shorter):
         changed = dataclasses.replace(config, **change)
-        if needs(changed, model, min(longest, changed.cutoff_len), gpu) <= free:
+        if needs(changed, model, min(longest, changed.cutoff_len * sequences(config)), gpu) <= free:
             return change
     return None

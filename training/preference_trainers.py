@@ -12,8 +12,17 @@ import torch
 from trl import DPOTrainer, KTOTrainer
 
 from common import Config
-from training.preferences import WITHOUT_REFERENCE, judged_losses, pair_losses, remove_reference, with_mismatched
-from training.sft_trainer import RunTrainer
+from runs.files import read_json
+from training.preferences import (
+    BEST_BY,
+    WITHOUT_REFERENCE,
+    judged_losses,
+    pair_losses,
+    preference_error,
+    remove_reference,
+    with_mismatched,
+)
+from training.sft_trainer import LOSS_STATE, RunTrainer
 from training.splitting import Splitter, with_gradients_apart
 
 IDS = ("input_ids", "attention_mask", "completion_mask")
@@ -74,6 +83,26 @@ class PreferenceTrainer(RunTrainer):
         """Adds to what the next logged value of `name` is the mean of."""
         self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += values.detach().tolist()
 
+    def since_log(self) -> dict[str, Any]:
+        return {**super().since_log(), "rewards": self._metrics["train"]}
+
+    def restore(self) -> None:
+        super().restore()
+        if self.resumed_from:
+            saved = read_json(self.resumed_from / LOSS_STATE, default={}).get("rewards", {})
+            self._metrics["train"].update(saved)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        found = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name, values in found.items() if not values]:
+            del found[name]  # no answer of this kind since the last line
+        means = {name: sum(values) / len(values) for name, values in found.items()}
+        if means.keys() >= {"rewards/chosen", "rewards/rejected"}:
+            found["rewards/margins"] = [means["rewards/chosen"] - means["rewards/rejected"]]
+        if "eval_loss" in logs:
+            logs[BEST_BY] = preference_error(found["rewards/accuracies"], logs["eval_loss"])
+        super().log(logs, *args, **kwargs)
+
 
 class DpoTrainer(PreferenceTrainer, DPOTrainer):
     """DPO, also with ORPO's and SimPO's loss, which have no reference."""
@@ -93,7 +122,6 @@ class DpoTrainer(PreferenceTrainer, DPOTrainer):
         self._note("chosen", chosen)
         self._note("rejected", rejected)
         self._note("accuracies", (chosen > rejected).float())
-        self._note("margins", chosen - rejected)
         return losses
 
 
@@ -122,13 +150,3 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):
         self._note("rejected", rewards[~good])
         self._note("accuracies", ((rewards > self.config.pref_beta * kl) == good).float())
         return losses
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        found = self._metrics["train" if self.model.training else "eval"]
-        chosen, rejected = (found.get(f"rewards/{name}") for name in ("chosen", "rejected"))
-        for name in ("chosen", "rejected"):
-            if not found[f"rewards/{name}"]:  # no such answer since the last line
-                del found[f"rewards/{name}"]
-        if chosen and rejected:
-            found["rewards/margins"] = [sum(chosen) / len(chosen) - sum(rejected) / len(rejected)]
-        super().log(logs, *args, **kwargs)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 PREFERENCES = ("dpo", "kto")  # the stages
 WITHOUT_REFERENCE = ("orpo", "simpo")
+BEST_BY = "eval_preference_error"  # what the best checkpoint has the least of
 # Names in the log → TRL's.
 REWARDS = {
     "reward_accuracy": "rewards/accuracies",
@@ -28,6 +29,14 @@ def preference_arguments(config: Config) -> dict[str, Any]:
         # the same batch; here they come with the rows (with_mismatched), and KtoTrainer sets its own loss
         arguments |= {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"}
     return arguments
+
+
+def preference_error(right: list[float], loss: float) -> float:
+    """The share of held-out answers that are preferred wrongly; of equal ones the one of the lower loss is lower.
+
+    `right`: 1 or 0 for each pair or answer. A loss, none of which is negative, never outweighs an answer.
+    """
+    return (right.count(0.0) + loss / (1 + loss)) / len(right)
 
 
 def remove_reference(model: Any) -> None:

@@ -20,6 +20,7 @@ from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log
 from runs.secrets import typed_command
 from training.hardware import peak_memory
+from training.preferences import REWARDS
 
 if TYPE_CHECKING:
     from preprocessing.dataset import Prepared
@@ -93,7 +94,8 @@ def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str,
     state, lines = trainer.state, read_log(run.folder)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
     best_is_kept = trainer.args.load_best_model_at_end and state.best_global_step
-    last_eval_loss = evaluations[-1]["eval_loss"] if evaluations else None
+    best = [line for line in evaluations if line["step"] == state.best_global_step] if best_is_kept else []
+    kept = (best or evaluations or [{}])[-1]
     return {
         "steps": state.global_step,
         "total_steps": state.max_steps,
@@ -106,7 +108,8 @@ def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str,
         "train_loss": mean_loss(lines),
         "first_loss": next((line["loss"] for line in lines if "loss" in line), None),
         "last_loss": last_value(lines, "loss"),
-        "eval_loss": state.best_metric if best_is_kept else last_eval_loss,
+        "eval_loss": kept.get("eval_loss"),
+        "eval_reward_accuracy": kept.get(f"eval_{REWARDS['reward_accuracy']}"),
         "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
         "peak_memory": peak_memory(),
     }

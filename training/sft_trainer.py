@@ -60,6 +60,10 @@ class RunTrainer:
     def _misses_evaluation(self, step: int, log: list[dict[str, Any]]) -> bool:
         return self.plan.evaluates_at(step) and step not in {line["step"] for line in log if "eval_loss" in line}
 
+    def since_log(self) -> dict[str, Any]:
+        """What the next logged line is to begin with."""
+        return {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+
     def restore(self) -> None:
         """What a resumed run needs besides what transformers restores: the losses since the last logged step, which
         the next logged one is a mean of, and where the best checkpoint is now (in another run's folder, perhaps)."""
@@ -123,8 +127,7 @@ class RunTrainer:
                 best = folder / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(beside / f"checkpoint-{step}" / "trainer_state.json"))
-            since_log = {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
-            (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(since_log), encoding="utf-8")
+            (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(self.since_log()), encoding="utf-8")
 
         checkpoints.save_whole(folder, step, write)
         self.saved.append(step)

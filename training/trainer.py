@@ -20,8 +20,9 @@ from runs.adapter import Adapter
 from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
 from training import attention, checkpoints, lora_linear, packing
+from training.memory import sequences
 from training.plan import TrainingPlan
-from training.preferences import PREFERENCES, preference_arguments
+from training.preferences import BEST_BY, PREFERENCES, preference_arguments
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
@@ -268,7 +269,8 @@ def learned_tokens(samples: Any) -> int:
 def smaller_settings(config: Config, longest: int) -> list[str]:
     """The two settings to change where a single sample does not fit into memory."""
     other = "gradient_checkpointing=true" if config.gradient_checkpointing == "false" else "lora_target=q_proj,v_proj"
-    return ["quantization_bit=4" if config.quantization_bit is None else other, f"cutoff_len={longest // 2}"]
+    shorter = longest // 2 // sequences(config)
+    return ["quantization_bit=4" if config.quantization_bit is None else other, f"cutoff_len={shorter}"]
 
 
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
@@ -292,7 +294,7 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         "save_steps": (plan.eval_steps if evaluated else plan.save_steps) or 500,
         "save_total_limit": None,  # checkpoints.delete_old
         "load_best_model_at_end": evaluated,
-        "metric_for_best_model": "eval_loss",
+        "metric_for_best_model": BEST_BY if config.stage in PREFERENCES else "eval_loss",
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding" if config.stage in PREFERENCES else "all",
         "report_to": [name for name in config.report_to if name != "none"],

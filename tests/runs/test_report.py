@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_jsonl
+from PIL import Image
 
 from common import Message, sentences
 from evaluation import metrics
@@ -94,7 +96,14 @@ def test_losses_of_one_and_of_two_runs_are_drawn(tmp_path: Path) -> None:
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]
     charts.draw_loss(log, tmp_path / "one.png")
     charts.draw_losses({"a": log, "b": []}, tmp_path / "two.png")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png"]
+    rewards = [*log, {"step": 2, "loss": 1.0, "reward_margin": 0.5, "eval_reward_accuracy": 0.75}]
+    charts.draw_loss(rewards, tmp_path / "with_margin.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.png", "two.png", "with_margin.png"]
+    widths = [Image.open(tmp_path / f"{name}.png").width for name in ("one", "with_margin")]
+    assert widths[1] > 1.5 * widths[0]
+    write_jsonl(tmp_path / "trainer_log.jsonl", rewards)
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert "reward margin" in page and "奖励间隔" in page and "reward accuracy" in page
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

@@ -149,6 +149,30 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, ti
     assert what_was_learned(folder) == what_was_learned(undisturbed)
 
 
+PAIRS = [
+    {"prompt": row["instruction"], "chosen": row["output"], "rejected": f"No, I do not say {row['output']}"}
+    for row in SAY
+]
+JUDGED = [
+    {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
+    for pair in PAIRS
+    for kind in ("chosen", "rejected")
+]
+
+
+@pytest.mark.parametrize(("stage", "rows"), [("dpo", PAIRS), ("kto", JUDGED)])
+def test_a_training_on_preferences_goes_on_after_a_kill(tiny_model, tmp_path, stage: str, rows: list[dict]):
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
+    ok(train(tiny_model, undisturbed, f"stage={stage}"))
+    kill_after_checkpoint(tiny_model, folder, 6, f"stage={stage}")
+    ok(train(tiny_model, folder, f"stage={stage}"))
+    assert what_was_learned(folder) == what_was_learned(undisturbed)
+    kept = [read_run(run_folder) for run_folder in (folder, undisturbed)]
+    assert kept[0]["best_step"] == kept[1]["best_step"]
+    assert kept[0]["eval_reward_accuracy"] == kept[1]["eval_reward_accuracy"] > 0
+
+
 def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_model, tmp_path):
     folder = tmp_path / "run"
     kill_after_checkpoint(tiny_model, folder, 4)

@@ -17,6 +17,7 @@ from preprocessing import dataset
 from runs.configuration import load_config
 from training import early_stopping, plan
 from training.plan import TrainingPlan
+from training.preferences import preference_error
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,24 @@ def test_the_reason_names_the_step_that_is_counted_from():
     log = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([2, 1, 0.9999, 0.9998, 0.9997], 1)]
     reason = early_stopping.stop_reason(log, load_config(["early_stopping_patience=3"]).config, 10)
     assert reason == Message("stopped_eval_loss", threshold=0.001, step=20)
+
+
+def test_preferences_stop_when_neither_accuracy_nor_loss_gains():
+    def reason(losses: list[float], accuracies: list[float]) -> Message | None:
+        found = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate(losses, 1)]
+        log = [line | {"eval_rewards/accuracies": right} for line, right in zip(found, accuracies, strict=True)]
+        return early_stopping.stop_reason(log, load_config(["early_stopping_patience=3"]).config, 10)
+
+    assert reason([0.7, 0.6, 0.6, 0.6, 0.6], [0.5, 0.6, 0.7, 0.8, 0.9]) is None
+    assert reason([0.7, 0.6, 0.5, 0.4, 0.3], [0.9, 0.9, 0.9, 0.9, 0.9]) is None
+    stopped = Message("stopped_preference", threshold=0.001, step=20)
+    assert reason([0.7, 0.6, 0.6, 0.6, 0.6], [0.9, 0.9, 0.9, 0.8, 0.9]) == stopped
+
+
+def test_the_best_preferences_are_those_of_the_highest_accuracy_then_of_the_lowest_loss():
+    right, wrong = [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]
+    errors = [preference_error(right, 0.1), preference_error(right, 0.2), preference_error(wrong, 0.0)]
+    assert errors == sorted(errors) and errors[2] == pytest.approx(2 / 3) and preference_error(right, 99.0) < errors[2]
 
 
 def test_a_tenth_is_held_out_by_default_where_there_is_enough():

@@ -17,6 +17,10 @@ from conftest import ROOT, WORDS, ok, write_jsonl
 pytestmark = pytest.mark.slow
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!" * n} for n, word in enumerate(WORDS, 1)]
+PAIRS = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "No, I will not."} for row in ROWS]
+JUDGED = [
+    {"prompt": row["instruction"], "completion": row["output"], "label": i % 2 == 0} for i, row in enumerate(ROWS)
+]
 SETTINGS = [
     "cutoff_len=256", "max_steps=4", "per_device_train_batch_size=4", "per_device_eval_batch_size=3", "lora_rank=4",
     "learning_rate=0.01", "logging_steps=1", "eval_steps=2", "val_size=3", "bf16=false", "early_stopping=no",
@@ -30,7 +34,7 @@ real_run, real_backward = splitting.Splitter.run, accelerate.Accelerator.backwar
 def run(self, batch, step):
     def counted(piece):
         global size, number
-        size = piece["input_ids"].shape[1]
+        size = piece["input_ids"].numel()
         evaluates = "prediction_step" in step.__qualname__
         number += not evaluates
         if evaluates and size > {limit} and number >= {first}:
@@ -48,10 +52,10 @@ splitting.Splitter.run = run
 """
 
 
-def train(model: Path, folder: Path, *more: str, limit: int = 1 << 30, first: int = 1):
+def train(model: Path, folder: Path, *more: str, limit: int = 1 << 30, first: int = 1, data: list | None = None):
     """Trains with memory for `limit` tokens from the micro-batch `first` on."""
     rows = folder.parent / "rows.jsonl"
-    write_jsonl(rows, ROWS)
+    write_jsonl(rows, data or ROWS)
     words = ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *more]
     patch = PATCH.format(limit=limit, first=first)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}\nfrom training import trainer\n"
@@ -86,6 +90,24 @@ def test_a_run_whose_memory_ran_out_learns_the_same(tiny_model, tmp_path, first:
     for line, other in zip(log, expected_log, strict=True):
         for key in {"loss", "eval_loss", "tokens"} & set(line):
             assert line[key] == pytest.approx(other[key], rel=1e-6), (line, other)
+
+
+@pytest.mark.parametrize(("stage", "data"), [("dpo", PAIRS), ("kto", JUDGED)])
+def test_preferences_whose_memory_ran_out_learn_the_same(tiny_model, tmp_path, stage: str, data: list):
+    import torch
+
+    settings = (f"stage={stage}", "pref_ftx=0.3", "gradient_accumulation_steps=2")
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    assert (result := train(tiny_model, undisturbed, *settings, data=data)).returncode == 0, result.stderr[-3000:]
+    result = train(tiny_model, disturbed, *settings, limit=260, first=2, data=data)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert 1 <= result.stderr.count("out of memory: a micro-batch") <= 5
+    (weights, log), (expected, expected_log) = learned(disturbed), learned(undisturbed)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6, msg=name)
+    for line, other in zip(log, expected_log, strict=True):
+        for key in {"loss", "eval_loss", "eval_reward_margin", "tokens"} & set(line):
+            assert line[key] == pytest.approx(other[key], rel=1e-5), (line, other)
 
 
 def test_a_sample_that_does_not_fit_ends_the_run_with_what_to_change(tiny_model, tmp_path):

@@ -17,6 +17,7 @@ from common import Config, UserError
 from runs import charts
 from runs.configuration import Loaded, load_config
 from runs.files import read_jsonl
+from runs.metric_names import REWARDS
 from runs.target import missing_from_model
 from training.hardware import free_memory
 from training.memory import estimate_memory, read_model
@@ -214,7 +215,21 @@ def plots_html(names: Sequence[str], t: Translator) -> tuple[str, str]:
         return large, ""
     small = [charts.line_chart(t("Learning rate"), t("step"), rates, nothing, 110)]
     small.append(charts.line_chart(t("Tokens per second"), t("step"), speeds, nothing, 110))
-    return large, f'<div class="two">{"".join(small)}</div>'
+    return large, f'<div class="two">{"".join([*reward_plots(names, t), *small])}</div>'
+
+
+def reward_plots(names: Sequence[str], t: Translator) -> list[str]:
+    """A small plot of what each run has logged of its rewards; none of runs that have no rewards."""
+    logs, plots = {name.rpartition("/")[2]: read_log(run_folder(name)) for name in names}, []
+    for key, title in REWARDS.items():
+        curves = []
+        for index, (name, lines) in enumerate(logs.items()):
+            curves.append(charts.Curve(name, charts.smoothed_points(charts.points_of(lines, key)), index))
+            held_out, color = charts.points_of(lines, f"eval_{key}"), index if len(names) > 1 else 1
+            curves.append(charts.Curve(f"{name}: {t('held out')}", held_out, color, dots=True))
+        if any(curve.points for curve in curves):
+            plots.append(charts.line_chart(title.zh if t.language == "zh" else title.en, t("step"), curves, "", 110))
+    return plots
 
 
 def log_html(name: str | None, t: Translator) -> str:

@@ -1,9 +1,10 @@
-"""The first loss and gradients of preference training: by the kit, or by hand with PEFT. Prints them as JSON.
+"""The first loss and gradients of stages dpo, kto and pt: by the kit, or by hand with PEFT. Prints them as JSON.
 
-    python tests/training/exact_preferences.py (kit|plain) MODEL ADAPTER
+    python tests/training/exact_stages.py (kit|plain) MODEL ADAPTER
 
-In float32 on a CPU. The plain side has a second copy of the model as its reference and writes each loss as its paper
-does: plain TRL cannot compute it on a CPU (its kernel is Triton's). test_stages.py compares the two, each in a process:
+In float32 on a CPU. The plain side takes one sequence at a time, has a second copy of the model as its reference and
+writes each loss as its paper does: plain TRL cannot compute them on a CPU (the kernel of its output layer is Triton's).
+test_stages.py compares the two, each in a process:
 Unsloth patches transformers.
 """
 
@@ -25,7 +26,7 @@ LOSSES |= {"smoothed": {"dpo_label_smoothing": 0.2}, "with_ftx": {"pref_ftx": FT
 
 # "kto" is of the other stage: the first answer of each pair is a good one, the second a bad one.
 KTO = {"stage": "kto", "kto_chosen_weight": 1.5, "kto_rejected_weight": 0.5}
-RUNS = LOSSES | {"kto": KTO, "kto_with_ftx": KTO | {"pref_ftx": FTX}}
+RUNS = LOSSES | {"kto": KTO, "kto_with_ftx": KTO | {"pref_ftx": FTX}, "pt": {"stage": "pt", "packing": True}}
 
 
 def make_pairs() -> list[dict[str, list[int]]]:
@@ -46,6 +47,12 @@ def make_judged() -> list[dict[str, Any]]:
         for pair in make_pairs()
         for kind in ("chosen", "rejected")
     ]
+
+
+def make_documents() -> list[dict[str, list[int]]]:
+    """What fits into one packed row."""
+    sequences = [pair["prompt_ids"] + pair["rejected_ids"] for pair in make_pairs()]
+    return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 
 def measured(trainer: Any) -> dict[str, Any]:
@@ -80,7 +87,8 @@ def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
 
     found = {}
     for name, settings in RUNS.items():
-        rows = datasets.Dataset.from_list(make_judged() if name.startswith("kto") else make_pairs())
+        make = {"kto": make_judged, "pt": make_documents}.get(settings.get("stage"), make_pairs)
+        rows = datasets.Dataset.from_list(make())
         with tempfile.TemporaryDirectory() as folder:
             config = common.Config(
                 **{"model_name_or_path": model_folder, "adapter_name_or_path": adapter, "output_dir": folder},
@@ -93,7 +101,7 @@ def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
                     **settings,
                 },
             )
-            data = SimpleNamespace(train=rows, eval=None, train_lengths=np.array([30] * len(rows)), eval_lengths=None)
+            data = SimpleNamespace(train=rows, eval=None, train_lengths=np.array([20] * len(rows)), eval_lengths=None)
             precision = training.Precision(torch.float32, None)
             model = training.load_model(config, precision)
             tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -114,7 +122,9 @@ def by_hand(model_folder: str, adapter: str) -> dict[str, Any]:
     found = {}
     for name in RUNS:
         model = PeftModel.from_pretrained(base(), adapter, is_trainable=True)
-        if name.startswith("kto"):
+        if name == "pt":
+            loss = documents_loss(model)
+        elif name.startswith("kto"):
             loss = judged_loss(FTX if name == "kto_with_ftx" else 0, model, base())
         else:
             loss = torch.stack([pair_loss(name, pair, model, base()) for pair in make_pairs()]).mean()
@@ -154,6 +164,11 @@ def pair_loss(name: str, pair: dict[str, list[int]], model: Any, reference: Any)
         return -logsigmoid(BETA * (chosen - rejected) - GAMMA)
     odds = torch.log(chosen.exp() / (1 - chosen.exp())) - torch.log(rejected.exp() / (1 - rejected.exp()))
     return -chosen - BETA * logsigmoid(odds)
+
+
+def documents_loss(model: Any) -> Any:
+    sequences = [document["input_ids"] for document in make_documents()]
+    return -sum(answer_log(model, ids[:1], ids[1:]) for ids in sequences) / sum(len(ids) - 1 for ids in sequences)
 
 
 def judged_loss(ftx: float, model: Any, reference: Any) -> Any:
