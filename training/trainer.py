@@ -19,7 +19,7 @@ from common import Config, Message, UserError
 from runs.adapter import Adapter
 from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
-from training import attention, checkpoints, lora_linear, packing
+from training import checkpoints, packing
 from training.memory import sequences
 from training.plan import TrainingPlan
 from training.preferences import BEST_BY, PREFERENCES, preference_arguments
@@ -79,8 +79,12 @@ def load_model(config: Config, precision: Precision) -> Any:
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
         enable_hf_packed_attention()
-    if model.device.type == "cpu" and precision.mixed == "bf16":
-        lora_linear.round_once(model)
+    if model.device.type == "cpu":
+        from training import lora_linear
+
+        lora_linear.speed_up(model)
+        if precision.mixed == "bf16":
+            lora_linear.store_in_bfloat16(model)
     return model
 
 
@@ -97,6 +101,8 @@ def check_quantized(model: Any, bits: int | None, log: Path) -> None:
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
     import torch
     from unsloth import FastLanguageModel
+
+    from training import attention
 
     on_cpu = not torch.cuda.is_available()
     checkpointing = checkpointing_setting(config, on_cpu)

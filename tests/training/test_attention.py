@@ -5,20 +5,41 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
-@pytest.mark.parametrize("scaling", [None, 0.3])
-def test_blockwise_attention_is_causal_attention(length: int, scaling: float | None):
+def exact(query, key, value, lengths: list[int], scaling: float | None, window: int | None):
+    """Attention of each sample alone, in float64."""
+    import torch
+
+    parts = []
+    for q, k, v in zip(*(x.double().split(lengths, 2) for x in (query, key, value)), strict=True):
+        places = torch.arange(q.shape[2])
+        distance = places[:, None] - places[None, :]
+        seen = (distance >= 0) & (distance < (window or len(places)))
+        attention = torch.nn.functional.scaled_dot_product_attention
+        parts.append(attention(q, k, v, attn_mask=seen, enable_gqa=True, scale=scaling))
+    return torch.cat(parts, 2)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "scaling", "window"),
+    [
+        ([1], None, None),
+        ([129], 0.3, None),
+        ([300], None, None),
+        ([7, 128, 1, 40, 290, 3], None, None),
+        ([300, 20], None, 50),
+        ([300, 20], None, 1000),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_each_sample_alone(lengths, scaling, window):
     import torch
 
     from training.attention import blockwise_attention
 
     torch.manual_seed(0)
-    tensors = [torch.randn(1, heads, length, 16, requires_grad=True) for heads in (6, 2, 2)]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.double() for x in tensors), is_causal=True, enable_gqa=True, scale=scaling
-    )
+    tensors = [torch.randn(1, heads, sum(lengths), 16, requires_grad=True) for heads in (6, 2, 2)]
+    expected = exact(*tensors, lengths, scaling, window)
     with torch.autocast("cpu", torch.bfloat16):
-        output = blockwise_attention(*tensors, scaling)
+        output = blockwise_attention(*tensors, scaling, lengths, window)
     assert output.shape == expected.shape
     weights = torch.randn(expected.shape, dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weights).sum(), tensors)
@@ -27,19 +48,10 @@ def test_blockwise_attention_is_causal_attention(length: int, scaling: float | N
         assert float((one - other).norm()) <= 0.02 * float(other.norm()) + 1e-6
 
 
-def test_samples_of_a_flat_batch_do_not_see_each_other_in_bfloat16():
+def test_masks_of_a_long_sample_are_small():
     import torch
 
-    from training.attention import sample_attention
+    from training.attention import BLOCK, blocks_of
 
-    torch.manual_seed(0)
-    lengths = torch.tensor([5, 40, 1030, 3], dtype=torch.int32)  # below and above the length of the blockwise form
-    query, key, value = (torch.randn(1, heads, int(lengths.sum()), 16) for heads in (4, 2, 2))
-    with torch.autocast("cpu", torch.bfloat16):
-        together, _ = sample_attention(None, query, key, value, None, packed_seq_lengths=lengths)
-        start = 0
-        for length in lengths.tolist():
-            parts = [x[:, :, start : start + length] for x in (query, key, value)]
-            alone, _ = sample_attention(None, *parts, None, packed_seq_lengths=torch.tensor([length]))
-            assert torch.equal(together[:, start : start + length], alone)
-            start += length
+    blocks = blocks_of((20_000,), None, torch.bfloat16)
+    assert sum(block.mask.numel() for block in blocks) <= 20_000 * BLOCK

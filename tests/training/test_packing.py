@@ -9,7 +9,7 @@ import pytest
 
 from common import Message
 from runs.configuration import load_config
-from training import attention, packing
+from training import packing
 
 
 def test_best_fit_takes_the_fullest_row_that_fits():
@@ -59,10 +59,12 @@ def test_packed_rows_give_the_same_batch():
 def flat_model(folder, **config):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from training.attention import register_sample_attention
+
     return AutoModelForCausalLM.from_pretrained(
         folder,
         config=AutoConfig.from_pretrained(folder, **config),
-        attn_implementation=attention.register_sample_attention(),
+        attn_implementation=register_sample_attention(),
         dtype="float32",
     )
 
@@ -94,6 +96,8 @@ def test_a_sliding_window_is_kept():
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
+    from training.attention import register_sample_attention
+
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -103,7 +107,7 @@ def test_a_sliding_window_is_kept():
     samples = random_samples([20, 3])
     with torch.no_grad():
         alone = torch.cat([reference(input_ids=torch.tensor([s["input_ids"]])).logits[0] for s in samples])
-        reference.set_attn_implementation(attention.register_sample_attention())
+        reference.set_attn_implementation(register_sample_attention())
         together = reference(**packing.collate(samples)).logits[0]
     assert torch.allclose(together, alone, atol=1e-5)
 
