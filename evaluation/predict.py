@@ -87,18 +87,17 @@ def _row_facts(data: EvalDataset, rows: Encoded, position: int) -> dict[str, Any
 def choose(data: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
     """Prediction and probabilities for rows of a closed set: what the model gives to each label, made to sum to 1."""
     import numpy as np
+    from scipy.special import softmax
 
     choices = [rows.choices[i] for i in positions]
     logs = np.array(scorer.choices([rows.prompts[i] for i in positions], choices))
-    shares = np.exp(logs - logs.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
     return [
         {
             "prediction": data.labels[int(row.argmax())],
             "probabilities": dict(zip(data.labels, row.tolist(), strict=True)),
             "mass": float(np.exp(log).sum()),  # of all labels together, among everything that the model could answer
         }
-        for row, log in zip(shares, logs, strict=True)
+        for row, log in zip(softmax(logs, axis=1), logs, strict=True)
     ]
 
 

@@ -228,10 +228,10 @@ class LlamaCppScorer:
     def _after(self, ids: list[int]) -> Any:
         """log-probabilities (vocabulary,) of the token after `ids`."""
         import numpy as np
+        from scipy.special import log_softmax
 
         model = self.model
         model.n_tokens = common_prefix(list(model.eval_tokens), ids[:-1])  # llama.cpp forgets what comes after it
         model.eval(ids[model.n_tokens :])
-        logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),)).astype(np.float64)
-        logits = logits - logits.max()
-        return logits - np.log(np.exp(logits).sum())
+        logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),))
+        return log_softmax(logits.astype(np.float64))

@@ -80,14 +80,13 @@ def measure_judged(data: EvalDataset, predictions: dict[str, list[dict[str, Any]
 
     Raises UserError where all answers are of one kind.
     """
+    from sklearn.metrics import roc_auc_score
+
     models = {}
     for name, lines in predictions.items():
-        by_kind = {
-            kind: [-line["nats"] / line["tokens"] for line in lines if line["label"] == kind]
-            for kind in ("good", "bad")
-        }
-        if not all(by_kind.values()):
+        good = [line["label"] == "good" for line in lines]
+        if all(good) or not any(good):
             raise UserError("eval_answers_of_one_kind", dataset=data.name)
-        wins = sum((good > bad) + (good == bad) / 2 for good in by_kind["good"] for bad in by_kind["bad"])
-        models[name] = {"rows": len(lines), "roc_auc": wins / (len(by_kind["good"]) * len(by_kind["bad"]))}
+        likelihoods = [-line["nats"] / line["tokens"] for line in lines]
+        models[name] = {"rows": len(lines), "roc_auc": float(roc_auc_score(good, likelihoods))}
     return {"models": models}

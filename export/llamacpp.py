@@ -257,10 +257,9 @@ def _logits(llama: Any, model: Any, context: Any, ids: list[int], position: int 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     import numpy as np
+    from scipy.special import log_softmax
 
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return log_softmax(logits.astype(np.float64), axis=1)
 
 
 def _write_speed(llama: Any, model: Any, context: Any, prompt: list[int], count: int = 48) -> float:

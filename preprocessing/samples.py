@@ -281,7 +281,6 @@ def _batches(source: Source, job: Job) -> Iterator[Batch | list[Any]]:
 @contextmanager
 def _arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk], None]]:
     """A function that appends chunks to an Arrow file of the columns of a stage, beside a progress bar."""
-    import numpy as np
     import pyarrow as pa
     from tqdm import tqdm
 
@@ -291,16 +290,7 @@ def _arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk
     with bar, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
         def write(chunk: Chunk) -> None:
-            arrays = []
-            for column, values in chunk.columns.items():
-                if column == "label":
-                    arrays.append(pa.array(values, pa.bool_()))
-                    continue
-                lengths = np.fromiter(map(len, values), np.int32, len(values))
-                offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-                flat = np.fromiter(itertools.chain.from_iterable(values), np.int32)
-                arrays.append(pa.ListArray.from_arrays(offsets, flat))
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pydict(chunk.columns, schema=schema))
             bar.update(chunk.rows)
 
         yield write

@@ -67,13 +67,9 @@ def torch_cuda() -> tuple[int, int] | None:
 
 def free_memory() -> int:
     """Bytes of main memory that a new process can have."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(re.search(r"MemAvailable:\s+(\d+)", text)[1]) * 1024
-    except (OSError, TypeError):
-        import psutil
+    import psutil
 
-        return psutil.virtual_memory().available
+    return psutil.virtual_memory().available
 
 
 def peak_memory() -> int:
