@@ -306,7 +306,12 @@ def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[st
     assert "license: apache-2.0\n" in card
     assert "Trained on: rows (7 steps)." in card
     assert str(tmp_path) not in card
-    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    settings = json.loads((out / "tokenizer_config.json").read_text())
+    assert "chat_template" not in settings and settings["eos_token"] == "<|im_end|>"
+    config = json.loads((out / "config.json").read_text())  # what vLLM reads
+    assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
+    names = values(out).keys()
+    assert "model.layers.0.self_attn.q_proj.weight" in names and not any("lora" in name for name in names)
 
 
 def test_llamafactory_merge_file_unchanged(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:

@@ -897,26 +897,3 @@ def test_a_short_load_leaves_nothing_behind(tiny_server: Server) -> None:
     ]
     result = ok(subprocess.run(command, capture_output=True, text=True, timeout=200))
     assert "0 answers of 500" in result.stdout
-
-
-@pytest.mark.slow
-def test_merged_folder_is_what_vllm_reads(parrot: Path, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    make_run(parrot, tmp_path / "saves" / "mine")
-    ok(run("merge.py", "saves/mine", "--no-verify", cwd=tmp_path))
-    folder = tmp_path / "saves" / "mine" / "merged"
-    config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
-    assert "quantization_config" not in config
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        assert set(json.loads(index.read_text())["weight_map"].values()) == {file.name for file in files}
-    names = {name for file in files for name in safe_open(file, "np").keys()}  # noqa: SIM118
-    assert "model.layers.0.self_attn.q_proj.weight" in names and not any("lora" in name for name in names)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    assert (folder / "tokenizer.json").is_file() and tokenizer["eos_token"] == "<|im_end|>"
-    assert "im_start" in (folder / "chat_template.jinja").read_text()
-    end = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    assert 258 in (end if isinstance(end, list) else [end])
