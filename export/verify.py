@@ -142,13 +142,14 @@ QUESTIONS = (
 
 
 def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
-    """Token ids of up to 8 conversations of the run's data, at most 128 tokens each; else of the QUESTIONS."""
+    """Token ids of up to 8 rows of the run's data as its stage has them, at most 128 each; else of the QUESTIONS."""
     from preprocessing import dataset
     from preprocessing.chat_template import load_template
-    from preprocessing.encode import encode
+    from preprocessing.encode_stages import encode_batch, sequence_of
     from preprocessing.tokenizer import load_tokenizer
 
-    conversations = [
+    stage = "sft"
+    rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in QUESTIONS
     ]
@@ -156,14 +157,15 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
         try:
             config = run_config(Path(record["run"]))
             few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
-            conversations = dataset.read_conversations(few)[0][:8]
+            stage, rows = config.stage, dataset.read_conversations(few)[0][:8]
         except UserError as error:
             print(Message("note", text=Message("proof_without_data", reason=error)))
     tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
     if not record["stop"]:
-        return [tokenizer(c["messages"][-1]["content"])["input_ids"] for c in conversations]
-    samples = encode(conversations, load_template(None, tokenizer), tokenizer, Config(cutoff_len=128))
-    return [sample["input_ids"] for sample in samples if not isinstance(sample, Message)]
+        texts = [row.get("text") or row["messages"][-1]["content"] for row in rows]
+        return [tokenizer(text)["input_ids"][:128] for text in texts]
+    found = encode_batch(stage, rows, Config(cutoff_len=128), load_template(None, tokenizer, stage), tokenizer)
+    return [sequence_of(samples[0]) for samples in found if not isinstance(samples, Message)]
 
 
 def adapter_logits(record: dict[str, Any], prompts: Any, device: str, dtype: str) -> list[torch.Tensor]:
@@ -356,10 +358,12 @@ class GgufProof:
 
 def spread(samples: Any, tokens: int, longest: int) -> list[list[int]]:
     """Token ids of samples spread evenly over the data, each cut to `longest`, `tokens` in all at most."""
+    from preprocessing.encode_stages import sequence_of
+
     order = sorted(range(len(samples)), key=lambda i: (i * 2654435761) % 2**32)  # a fixed shuffle
     chosen, left = [], tokens
     for i in order:
-        ids = [int(token) for token in samples[i]["input_ids"][: min(longest, left)]]
+        ids = [int(token) for token in sequence_of(samples[i])[: min(longest, left)]]
         if len(ids) > 1:
             chosen.append(ids)
             left -= len(ids)

@@ -59,6 +59,12 @@ def _split(sample: Sample, good: bool) -> Sample:
     return {"prompt_ids": ids[:first], "completion_ids": ids[first:end], "label": good, **facts}
 
 
+def sequence_of(sample: Sample) -> list[int]:
+    """The token ids of a sample, of a pair those with the chosen answer."""
+    answer = sample.get("chosen_ids", sample.get("completion_ids", []))
+    return sample["input_ids"] if "input_ids" in sample else [*sample["prompt_ids"], *answer]
+
+
 def no_sample(stage: str, whole_length: int) -> Sample:
     """What stands for a conversation that was dropped."""
     empty = {name: False if name == "label" else [] for name in COLUMNS[stage]}

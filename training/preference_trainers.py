@@ -19,6 +19,7 @@ from training.preferences import (
     judged_losses,
     pair_losses,
     preference_error,
+    ranked_right,
     remove_reference,
     with_mismatched,
 )
@@ -26,6 +27,7 @@ from training.sft_trainer import LOSS_STATE, RunTrainer
 from training.splitting import Splitter, with_gradients_apart
 
 IDS = ("input_ids", "attention_mask", "completion_mask")
+KINDS = ("rewards/chosen", "rewards/rejected")
 
 
 class PreferenceTrainer(RunTrainer):
@@ -49,6 +51,10 @@ class PreferenceTrainer(RunTrainer):
     def losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The losses of the pairs or answers of a batch; logs their rewards."""
         raise NotImplementedError
+
+    def accuracy(self, chosen: list[float], rejected: list[float]) -> tuple[float, int]:
+        """The share of comparisons in which the better answer has the higher reward, and how many there are."""
+        return ranked_right(chosen, rejected), len(chosen) * len(rejected)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """In pieces where the micro-batch does not fit into memory."""
@@ -93,14 +99,15 @@ class PreferenceTrainer(RunTrainer):
             self._metrics["train"].update(saved)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        found = self._metrics["train" if self.model.training else "eval"]
-        for name in [name for name, values in found.items() if not values]:
-            del found[name]  # no answer of this kind since the last line
-        means = {name: sum(values) / len(values) for name, values in found.items()}
-        if means.keys() >= {"rewards/chosen", "rewards/rejected"}:
-            found["rewards/margins"] = [means["rewards/chosen"] - means["rewards/rejected"]]
+        found, accuracy, comparisons = self._metrics["train" if self.model.training else "eval"], 1.0, 1
+        chosen, rejected = (found.pop(name, []) for name in KINDS)
+        found |= {name: values for name, values in zip(KINDS, (chosen, rejected), strict=True) if values}
+        if chosen and rejected:
+            found["rewards/margins"] = [sum(chosen) / len(chosen) - sum(rejected) / len(rejected)]
+            accuracy, comparisons = self.accuracy(chosen, rejected)
+            found["rewards/accuracies"] = [accuracy]
         if "eval_loss" in logs:
-            logs[BEST_BY] = preference_error(found["rewards/accuracies"], logs["eval_loss"])
+            logs[BEST_BY] = preference_error(accuracy, comparisons, logs["eval_loss"])
         super().log(logs, *args, **kwargs)
 
 
@@ -121,8 +128,12 @@ class DpoTrainer(PreferenceTrainer, DPOTrainer):
         chosen, rejected = rewards.chunk(2)
         self._note("chosen", chosen)
         self._note("rejected", rejected)
-        self._note("accuracies", (chosen > rejected).float())
         return losses
+
+    def accuracy(self, chosen: list[float], rejected: list[float]) -> tuple[float, int]:
+        """Of the pairs themselves."""
+        right = [good > bad for good, bad in zip(chosen, rejected, strict=True)]
+        return sum(right) / len(right), len(right)
 
 
 class KtoTrainer(PreferenceTrainer, KTOTrainer):
@@ -148,5 +159,4 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):
         losses, rewards = judged_losses(self.config, logs, batch["reference"], tokens, good, kl)
         self._note("chosen", rewards[good])
         self._note("rejected", rewards[~good])
-        self._note("accuracies", ((rewards > self.config.pref_beta * kl) == good).float())
         return losses

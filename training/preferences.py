@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 from common import Config
@@ -31,12 +32,18 @@ def preference_arguments(config: Config) -> dict[str, Any]:
     return arguments
 
 
-def preference_error(right: list[float], loss: float) -> float:
-    """The share of held-out answers that are preferred wrongly; of equal ones the one of the lower loss is lower.
+def preference_error(accuracy: float, comparisons: int, loss: float) -> float:
+    """The share of held-out comparisons that come out wrong; of equal ones the one of the lower loss is lower.
 
-    `right`: 1 or 0 for each pair or answer. A loss, none of which is negative, never outweighs an answer.
+    The loss, which is never negative, outweighs no comparison.
     """
-    return (right.count(0.0) + loss / (1 + loss)) / len(right)
+    return 1 - accuracy + loss / (1 + loss) / comparisons
+
+
+def ranked_right(chosen: list[float], rejected: list[float]) -> float:
+    """The share of all pairs of a good and a bad answer in which the good one has the higher reward."""
+    ordered = sorted(rejected)
+    return sum(bisect_left(ordered, reward) for reward in chosen) / (len(chosen) * len(rejected))
 
 
 def remove_reference(model: Any) -> None:

@@ -20,6 +20,7 @@ import merge
 from export import merge_weights, merged_model, verify
 from runs import weights
 from runs.adapter import Adapter
+from runs.configuration import load_config
 from runs.files import sha256, write_json, write_text
 
 __all__ = ["standin"]  # a fixture
@@ -856,3 +857,22 @@ def test_links_do_not_lead_out_of_the_folders(lora: Path, models: dict[str, Path
     shutil.rmtree(elsewhere)
     with user_error("output_is_broken_link", output=lora / "merged"):
         merged(lora, f"model_name_or_path={base}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "ending"),
+    [
+        ("dpo", {"prompt": "Hi.", "chosen": "Hello.", "rejected": "What?"}, "Hello.<|im_end|>"),
+        ("kto", {"prompt": "Hi.", "completion": "Hello.", "label": True}, "Hello.<|im_end|>"),
+        ("pt", {"text": "Once upon a time."}, "Once upon a time.<|im_end|>"),
+    ],
+)
+def test_the_proof_reads_the_rows_of_every_stage(
+    tmp_path, tiny_model, tiny_tokenizer, stage: str, row: dict, ending: str
+):
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    settings = [f"stage={stage}", f"dataset={data}", f"model_name_or_path={tiny_model}"]
+    write_text(tmp_path / "config.yaml", common.dump_config(load_config(settings).config))
+    record = {"run": str(tmp_path), "stop": ["<|im_end|>"], "trust_remote_code": False}
+    (ids,) = verify.proof_prompts(tiny_model, record)
+    assert tiny_tokenizer.decode(ids).endswith(ending)

@@ -17,7 +17,7 @@ from preprocessing import dataset
 from runs.configuration import load_config
 from training import early_stopping, plan
 from training.plan import TrainingPlan
-from training.preferences import preference_error
+from training.preferences import preference_error, ranked_right
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,10 @@ def test_preferences_stop_when_neither_accuracy_nor_loss_gains():
 
 
 def test_the_best_preferences_are_those_of_the_highest_accuracy_then_of_the_lowest_loss():
-    right, wrong = [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]
-    errors = [preference_error(right, 0.1), preference_error(right, 0.2), preference_error(wrong, 0.0)]
-    assert errors == sorted(errors) and errors[2] == pytest.approx(2 / 3) and preference_error(right, 99.0) < errors[2]
+    errors = [preference_error(2 / 3, 3, 0.1), preference_error(2 / 3, 3, 0.2), preference_error(1 / 3, 3, 0.0)]
+    assert errors == sorted(errors) and errors[2] == pytest.approx(2 / 3)
+    assert preference_error(2 / 3, 3, 99.0) < errors[2]
+    assert ranked_right([1.0, 0.0], [0.5, 0.0, -1.0]) == pytest.approx(4 / 6)  # equal rewards are no success
 
 
 def test_a_tenth_is_held_out_by_default_where_there_is_enough():
