@@ -28,126 +28,108 @@ def message(*turns: tuple[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Faulty rows
 
-FAULTS: list[tuple[str, int, str, dict[str, Any]]] = [
-    ('{"instruction": "q", "output": "a"', 1, "json_broken", {"line": 1, "column": 35}),
+# What stands in the file, and the fault of its first row, unless the fields say which.
+FAULTS: list[tuple[str, str, dict[str, Any]]] = [
+    ('{"instruction": "q", "output": "a"', "json_broken", {"line": 1, "column": 35}),
     (
         '\n{"instruction": "q" "output": "a"}',
-        2,
         "json_broken",
-        {"line": 2, "column": 21, "problem": "Expecting ',' delimiter"},
+        {"row": 2, "line": 2, "column": 21, "problem": "Expecting ',' delimiter"},
     ),
-    ('{"instruction": "q", "output": null}', 1, "value_null", {"where": "output"}),
-    ('{"instruction": "q", "output": 5}', 1, "value_no_text", {"where": "output", "value": "5"}),
-    ('{"instruction": "q", "output": true}', 1, "value_no_text", {"where": "output", "value": "true"}),
-    ('{"instruction": "q", "output": " "}', 1, "value_empty", {"where": "output"}),
-    ('{"instruction": "q", "output": ["a"]}', 1, "value_list", {"where": "output"}),
-    ('{"instruction": "q", "output": {"a": 1}}', 1, "value_object", {"where": "output"}),
-    ('{"instruction": 3, "output": "a"}', 1, "value_no_text", {"where": "instruction", "value": "3"}),
-    (
-        '{"instruction": "", "input": "", "output": "a"}',
-        1,
-        "question_empty",
-        {"columns": ["instruction", "input"]},
-    ),
+    ('{"instruction": "q", "output": null}', "value_null", {"where": "output"}),
+    ('{"instruction": "q", "output": 5}', "value_no_text", {"where": "output", "value": "5"}),
+    ('{"instruction": "q", "output": true}', "value_no_text", {"where": "output", "value": "true"}),
+    ('{"instruction": "q", "output": " "}', "value_empty", {"where": "output"}),
+    ('{"instruction": "q", "output": ["a"]}', "value_list", {"where": "output"}),
+    ('{"instruction": "q", "output": {"a": 1}}', "value_object", {"where": "output"}),
+    ('{"instruction": 3, "output": "a"}', "value_no_text", {"where": "instruction", "value": "3"}),
+    ('{"instruction": "", "input": "", "output": "a"}', "question_empty", {"columns": ["instruction", "input"]}),
     (
         json.dumps(GOOD) + '\n{"instruction": "q", "ouput": "a"}',
-        2,
         "column_missing",
-        {"column": "output", "near": "ouput", "columns": ["instruction", "ouput"]},
+        {"row": 2, "column": "output", "near": "ouput", "columns": ["instruction", "ouput"]},
     ),
-    (json.dumps({**GOOD, "history": [["a", "b", "c"]]}), 1, "history_no_pair", {"item": 1}),
-    (json.dumps({**GOOD, "history": [["a", "b"], "c"]}), 1, "history_no_pair", {"item": 2}),
-    (json.dumps({**GOOD, "history": {"a": "b"}}), 1, "history_no_list", {}),
-    (json.dumps({**GOOD, "history": [["a", None]]}), 1, "value_null", {"where": Message("history_answer", item=1)}),
-    (json.dumps({**GOOD, "output": "\ud83d"}), 1, "half_a_character", {"character": "\\ud83d"}),
-    (json.dumps(GOOD) + "\n[1]", 2, "row_no_object", {"value": "[1]"}),
-    (json.dumps(GOOD) + "\n\ufeff" + json.dumps(GOOD), 2, "line_starts_with_bom", {"line": 2}),
-    (message(), 1, "conversation_empty", {}),
-    ('{"messages": null}', 1, "value_null", {"where": "messages"}),
-    ('{"messages": {"role": "user"}}', 1, "messages_no_list", {"column": "messages"}),
-    (message(("user", "q")), 1, "order_end", {"role": "user"}),
-    (message(("assistant", "a")), 1, "order_start", {"role": "assistant"}),
+    (json.dumps({**GOOD, "history": [["a", "b", "c"]]}), "history_no_pair", {"item": 1}),
+    (json.dumps({**GOOD, "history": [["a", "b"], "c"]}), "history_no_pair", {"item": 2}),
+    (json.dumps({**GOOD, "history": {"a": "b"}}), "history_no_list", {}),
+    (json.dumps({**GOOD, "history": [["a", None]]}), "value_null", {"where": Message("history_answer", item=1)}),
+    (json.dumps({**GOOD, "output": "\ud83d"}), "half_a_character", {"character": "\\ud83d"}),
+    (json.dumps(GOOD) + "\n[1]", "row_no_object", {"row": 2, "value": "[1]"}),
+    (json.dumps(GOOD) + "\n\ufeff" + json.dumps(GOOD), "line_starts_with_bom", {"row": 2, "line": 2}),
+    (message(), "conversation_empty", {}),
+    ('{"messages": null}', "value_null", {"where": "messages"}),
+    ('{"messages": {"role": "user"}}', "messages_no_list", {"column": "messages"}),
+    (message(("user", "q")), "order_end", {"role": "user"}),
+    (message(("assistant", "a")), "order_start", {"role": "assistant"}),
     (
         message(("user", "q"), ("user", "q"), ("assistant", "a")),
-        1,
         "order_wrong",
         {"number": 2, "role": "user", "before": "user"},
     ),
     (
         message(("user", "q"), ("assistant", "a"), ("system", "s")),
-        1,
         "order_wrong",
         {"number": 3, "role": "system", "before": "assistant"},
     ),
-    (message(("system", "s")), 1, "conversation_empty", {}),
-    (message(("usr", "q"), ("assistant", "a")), 1, "role_unknown", {"number": 1, "role": "usr"}),
-    (
-        message(("user", "q"), ("assistant", None)),
-        1,
-        "value_null",
-        {"where": Message("answer_of_message", number=2)},
-    ),
+    (message(("system", "s")), "conversation_empty", {}),
+    (message(("usr", "q"), ("assistant", "a")), "role_unknown", {"number": 1, "role": "usr"}),
+    (message(("user", "q"), ("assistant", None)), "value_null", {"where": Message("answer_of_message", number=2)}),
     (
         message(("user", "q"), ("assistant", 0)),
-        1,
         "value_no_text",
         {"where": Message("answer_of_message", number=2), "value": "0"},
     ),
     (
         '{"messages": [{"role": "user", "contnt": "q"}]}',
-        1,
         "message_lacks",
         {"number": 1, "key": "content", "near": "contnt"},
     ),
-    ('{"messages": ["hello"]}', 1, "message_no_object", {"number": 1}),
+    ('{"messages": ["hello"]}', "message_no_object", {"number": 1}),
     (
         message(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")),
-        1,
         "part_unknown",
         {"number": 1, "type": "image_url"},
     ),
     (
         '{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{x"}]}',
-        1,
         "value_broken_json",
         {"where": Message("tool_call_of_message", number=2)},
     ),
-    ('{"instruction": "q", "output": "a", "tools": "[{]"}', 1, "value_broken_json", {"where": "tools", "column": 3}),
-    ('{"instruction": "q", "output": "a", "tools": "[3]"}', 1, "tools_form", {}),
-    ('{"instruction": "q", "output": "a", "tools": "[{}]"}', 1, "tools_without_name", {}),
-    ('{"instruction": "q", "output": "bad", "kto_tag": false}', 1, "data_is_kto", {}),
-    ('{"prompt": "q", "completion": "bad", "label": false}', 1, "data_is_kto", {}),
-    ('{"instruction": "q", "output": "a", "chosen": "a", "rejected": "b"}', 1, "data_is_pairs", {}),
+    ('{"instruction": "q", "output": "a", "tools": "[{]"}', "value_broken_json", {"where": "tools", "column": 3}),
+    ('{"instruction": "q", "output": "a", "tools": "[3]"}', "tools_form", {}),
+    ('{"instruction": "q", "output": "a", "tools": "[{}]"}', "tools_without_name", {}),
+    ('{"instruction": "q", "output": "bad", "kto_tag": false}', "data_is_kto", {}),
+    ('{"prompt": "q", "completion": "bad", "label": false}', "data_is_kto", {}),
+    ('{"instruction": "q", "output": "a", "chosen": "a", "rejected": "b"}', "data_is_pairs", {}),
     (
-        '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, '
-        '"rejected": {"from": "gpt", "value": "b"}}',
-        1,
+        (
+            '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, '
+            '"rejected": {"from": "gpt", "value": "b"}}'
+        ),
         "data_is_pairs",
         {},
     ),
-    ('{"instruction": "q", "output": "a", "images": ["a.png"]}', 1, "data_has_media", {"kind": "images"}),
+    ('{"instruction": "q", "output": "a", "images": ["a.png"]}', "data_has_media", {"kind": "images"}),
     (
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}',
-        1,
         "message_weight",
         {"number": 2, "key": "weight", "value": "0.5"},
     ),
     (
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": false}]}',
-        1,
         "no_answer_is_learned",
         {},
     ),
 ]
 
 
-@pytest.mark.parametrize(("content", "row", "code", "fields"), FAULTS)
+@pytest.mark.parametrize(("content", "code", "fields"), FAULTS)
 def test_a_faulty_row_is_named_with_file_row_and_reason(
-    tmp_path: Path, content: str, row: int, code: str, fields: dict[str, Any]
+    tmp_path: Path, content: str, code: str, fields: dict[str, Any]
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(content, encoding="utf-8")
-    with faulty(code, row=row, file=path, **fields):
+    with faulty(code, **{"row": 1, "file": path, **fields}):
         dataset.check(config(path))
 
 

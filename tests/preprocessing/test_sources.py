@@ -109,78 +109,60 @@ def test_long_json_list_needs_little_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "row", "code", "fields"),
+    ("name", "content", "code", "fields"),
     [
-        ("a.json", json.dumps([GOOD]).encode("utf-16"), 1, "file_is_utf16", {}),
+        ("a.json", json.dumps([GOOD]).encode("utf-16"), "file_is_utf16", {}),
         (
             "a.jsonl",
             b'{"instruction": "q", "output": "a"}\n{"instruction": "\xc4\xe3"}',
-            2,
             "line_not_utf8",
-            {"line": 2, "byte": 18},
+            {"row": 2, "line": 2, "byte": 18},
         ),
-        (
-            "a.json",
-            b'[\n{"instruction": "\xc4\xe3", "output": "a"}]',
-            1,
-            "line_not_utf8",
-            {"line": 2, "byte": 18},
-        ),
-        ("a.csv", "instruction,output\n你,好\n".encode("gbk"), 1, "line_not_utf8", {"line": 2, "byte": 1}),
-        ("a.csv", b"instruction,output,output\nq,a,b\n", 1, "csv_column_twice", {"column": "output"}),
-        ("a.csv", b"instruction,output\nq\n", 1, "csv_row_length", {"line": 2, "values": 1, "columns": 2}),
-        ("a.csv", b'instruction,output\nq,a\n"q,a\n', 2, "csv_broken", {"line": 3}),
-        ("a.csv", b"instruction;output\nq;a\n", 1, "csv_separator", {"separator": ";"}),
-        ("a.csv", b"instruction\toutput\nq\ta\n", 1, "csv_separator", {"separator": "tab"}),
-        ("a.json", b'[{"instruction": "q", "output": "a"},]', 2, "json_list_broken", {"line": 1, "column": 38}),
+        ("a.json", b'[\n{"instruction": "\xc4\xe3", "output": "a"}]', "line_not_utf8", {"line": 2, "byte": 18}),
+        ("a.csv", "instruction,output\n你,好\n".encode("gbk"), "line_not_utf8", {"line": 2, "byte": 1}),
+        ("a.csv", b"instruction,output,output\nq,a,b\n", "csv_column_twice", {"column": "output"}),
+        ("a.csv", b"instruction,output\nq\n", "csv_row_length", {"line": 2, "values": 1, "columns": 2}),
+        ("a.csv", b'instruction,output\nq,a\n"q,a\n', "csv_broken", {"row": 2, "line": 3}),
+        ("a.csv", b"instruction;output\nq;a\n", "csv_separator", {"separator": ";"}),
+        ("a.csv", b"instruction\toutput\nq\ta\n", "csv_separator", {"separator": "tab"}),
+        ("a.json", b'[{"instruction": "q", "output": "a"},]', "json_list_broken", {"row": 2, "line": 1, "column": 38}),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"}',
-            2,
             "json_list_broken",
-            {"line": 1, "column": 37, "problem": "Expecting ',' or ']'"},
+            {"row": 2, "line": 1, "column": 37, "problem": "Expecting ',' or ']'"},
         ),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"}] x',
-            2,
             "json_list_broken",
-            {"problem": "text after the end of the list"},
+            {"row": 2, "problem": "text after the end of the list"},
         ),
-        ("a.json", b"[] x", 1, "json_list_broken", {"problem": "text after the end of the list"}),
-        ("a.json", b"[" + b"1" * 5000 + b"]", 1, "json_list_broken", {"line": 1}),
-        ("a.jsonl", b"1" * 5000, 1, "json_broken", {"line": 1}),
-        ("a.json", b"[" * 100_000, 1, "json_too_deep", {}),
-        ("a.jsonl", b'{"a":' * 100_000, 1, "json_too_deep", {}),
-        ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), 1, "object_over_lines", {}),
-        (
-            "a.json",
-            b'\xef\xbb\xbf\n{"data": [\n' + json.dumps(GOOD).encode() + b"]}",
-            1,
-            "object_over_lines",
-            {},
-        ),
-        ("a.parquet", b"no parquet", 1, "file_not_of_type", {"type": "Parquet"}),
-        ("a.arrow", b"no arrow", 1, "file_not_of_type", {"type": "Arrow"}),
-        ("a.arrow", b"", 1, "file_not_of_type", {"type": "Arrow"}),
-        ("a.txt", b"Once upon a time\n", 1, "text_without_answers", {}),
-        ("a.jsonl", b"", None, "dataset_without_rows", {}),
-        ("a.json", b"[]", None, "dataset_without_rows", {}),
-        ("a.jsonl", b'{"text": "hello"}', None, "columns_unknown", {"columns": ["text"]}),
+        ("a.json", b"[] x", "json_list_broken", {"problem": "text after the end of the list"}),
+        ("a.json", b"[" + b"1" * 5000 + b"]", "json_list_broken", {"line": 1}),
+        ("a.jsonl", b"1" * 5000, "json_broken", {"line": 1}),
+        ("a.json", b"[" * 100_000, "json_too_deep", {}),
+        ("a.jsonl", b'{"a":' * 100_000, "json_too_deep", {}),
+        ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), "object_over_lines", {}),
+        ("a.json", b'\xef\xbb\xbf\n{"data": [\n' + json.dumps(GOOD).encode() + b"]}", "object_over_lines", {}),
+        ("a.parquet", b"no parquet", "file_not_of_type", {"type": "Parquet"}),
+        ("a.arrow", b"no arrow", "file_not_of_type", {"type": "Arrow"}),
+        ("a.arrow", b"", "file_not_of_type", {"type": "Arrow"}),
+        ("a.txt", b"Once upon a time\n", "text_without_answers", {}),
+        ("a.jsonl", b"", "dataset_without_rows", {"row": None}),
+        ("a.json", b"[]", "dataset_without_rows", {"row": None}),
+        ("a.jsonl", b'{"text": "hello"}', "columns_unknown", {"row": None, "columns": ["text"]}),
         (
             "a.csv",
             b"Instruction, Output \nq,a\n",
-            None,
             "columns_misspelt",
-            {"found": ["Instruction", " Output "], "wanted": ["instruction", "output"]},
+            {"row": None, "found": ["Instruction", " Output "], "wanted": ["instruction", "output"]},
         ),
     ],
 )
-def test_what_is_wrong_with_a_file(
-    tmp_path: Path, name: str, content: bytes, row: int | None, code: str, fields: dict
-) -> None:
+def test_what_is_wrong_with_a_file(tmp_path: Path, name: str, content: bytes, code: str, fields: dict) -> None:
     (tmp_path / name).write_bytes(content)
-    with faulty(code, row=row, **fields):
+    with faulty(code, **{"row": 1, **fields}):
         dataset.check(config(tmp_path / name))
 
 
