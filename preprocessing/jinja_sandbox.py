@@ -27,7 +27,7 @@ from preprocessing.faults import Fault
 CPU_SECONDS = 2.0  # of one rendering, or of one compilation; an ordinary one takes a thousandth
 STEPS = 5_000_000  # rounds of loops in one rendering
 CALL = 5  # steps that a call costs
-STEPS_PER_LOOK = 200  # after so many steps the clock is looked at, which takes as long as several steps
+STEPS_PER_LOOK = 200  # after so many steps the clock is looked at: a system call, which most renderings do without
 CHARACTERS = 64_000_000  # of one text, and of all that one rendering writes
 ITEMS = 1_000_000  # of one list, and bits of one number
 TEMPLATE_CHARACTERS = 1_000_000
@@ -117,17 +117,19 @@ def _tags_as_filter(text: str) -> str:
 class _Budget(threading.local):
     """What the rendering of this thread may still spend."""
 
-    steps, characters, end, next_look = STEPS, CHARACTERS, 0.0, STEPS
+    steps, characters, end, next_look = STEPS, CHARACTERS, None, STEPS
 
     def start(self) -> None:
-        self.steps, self.characters, self.end = STEPS, CHARACTERS, time.thread_time() + CPU_SECONDS
+        self.steps, self.characters, self.end = STEPS, CHARACTERS, None
         self.next_look = STEPS - STEPS_PER_LOOK
 
     def step(self, count: int = 1) -> None:
         self.steps -= count
         if self.steps < self.next_look:
             self.next_look = self.steps - STEPS_PER_LOOK
-            if self.steps < 0 or time.thread_time() > self.end:
+            now = time.thread_time()
+            self.end = self.end or now + CPU_SECONDS
+            if self.steps < 0 or now > self.end:
                 raise _LimitExceeded
 
     def write(self, value: Any) -> Any:
