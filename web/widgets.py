@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -188,40 +188,33 @@ async def serve_file(request: Any) -> Any:
 # Bringing a page up to date
 
 
-def changes(
-    shown: dict[str, Any], now: dict[str, Any], *, choices: Collection[str] = (), visible: Collection[str] = ()
-) -> dict[str, Any]:
-    """What to send to a page that shows `shown` already, and then shows `now`: what is the same is skipped.
+def changes(shown: dict[Any, Any], now: dict[Any, Any], held: dict[Any, Any] | None = None) -> dict[Any, Any]:
+    """What to send to a page that shows `shown` already, and then shows `now` (component → value or gr.update).
 
-    Without this a page that looks every two seconds would redraw what one is reading. The parts in `choices` are those
-    of a dropdown, and those in `visible` show or hide a component; all others are values.
+    What is the same is skipped: a page that looks every two seconds would redraw what one is reading. `held` has what
+    visitors chose in dropdowns: it is not sent back to them, as they may be choosing now.
     """
-    import gradio as gr
-
     sent = {}
-    for name, value in now.items():
-        if name in shown and shown[name] == value:
-            sent[name] = gr.skip()
-        elif name in choices:
-            sent[name] = gr.update(choices=value)
-        else:
-            sent[name] = gr.update(visible=value) if name in visible else value
-    shown.update(now)
+    for component, update in now.items():
+        if shown.get(component._id) != update:
+            shown[component._id] = update
+            same = held and component in held and update["value"] == held[component]
+            sent[component] = {key: part for key, part in update.items() if key != "value"} if same else update
     return sent
 
 
-def outdated(was_busy: Any) -> Any:
-    """An update that clears a refusal message once the device's user has changed."""
-    import gradio as gr
+def outdated(shown: dict[Any, Any], *faults: Any) -> dict[Any, Any]:
+    """Clears the components of refusals once the device is no longer used."""
+    user = control.device_user()
+    before, shown["device_user"] = shown.get("device_user"), user
+    return dict.fromkeys(faults, "") if before and user is None else {}
 
-    return "" if was_busy is None else gr.skip()
 
-
-def offer(names: list[str], chosen: str | None, held: str | None) -> Any:
-    """A dropdown's new choices; its value only if it is no longer what it `held`: the visitor may be choosing now."""
-    import gradio as gr
-
-    return gr.update(choices=names) if chosen == held else gr.update(choices=names, value=chosen)
+def turn_to(page: int, total: int, size: int) -> tuple[int, int, range]:
+    """The number of a page (from 0; beyond the end it is the last one), how many there are, and what stands on it."""
+    pages = max(1, -(-total // size))
+    page = min(max(page, 0), pages - 1)
+    return page, pages, range(page * size, min(total, (page + 1) * size))
 
 
 def run_now(function: Any, t: Translator, *arguments: Any) -> tuple[str, float]:

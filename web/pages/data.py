@@ -16,6 +16,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+from gradio.context import Context
+
 import common
 from common import Config, UserError
 from preprocessing import dataset
@@ -237,10 +240,7 @@ def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Tr
 
 def samples_html(tokenizer: Any, prepared: dataset.Prepared, page: int, t: Translator) -> tuple[str, int, int]:
     """A page of samples (from 0) with the page's number and how many there are; a number beyond the end is the last."""
-    total = len(prepared.train)
-    pages = max(1, -(-total // SAMPLES))
-    page = min(max(page, 0), pages - 1)
-    shown = range(page * SAMPLES, min(total, (page + 1) * SAMPLES))
+    page, pages, shown = widgets.turn_to(page, len(prepared.train), SAMPLES)
     return "".join(sample_html(tokenizer, prepared.train[i], i + 1, t) for i in shown), page, pages
 
 
@@ -256,8 +256,6 @@ class DataPage:
     """
 
     def __init__(self, t: Translator, options: dict[str, Any], read: Callable[..., Config]) -> None:
-        import gradio as gr
-
         self.t, self.options, self.read = t, options, read
         with gr.Row(equal_height=False):
             with gr.Column(min_width=330):
@@ -269,8 +267,6 @@ class DataPage:
         options |= {"model_name_or_path": self.model, "template": self.template, "dataset": self.names}
 
     def place_model(self) -> None:
-        import gradio as gr
-
         t, embedded = self.t, common.EMBEDDED_MODEL
         gr.HTML(widgets.heading(t("Model")), padding=False)
         self.model = gr.Dropdown(
@@ -302,8 +298,6 @@ class DataPage:
             self.fetching = gr.HTML(elem_id="fetch-state", padding=False)
 
     def place_data(self) -> None:
-        import gradio as gr
-
         t = self.t
         gr.HTML(widgets.heading(t("Data")), padding=False)
         self.names = gr.Dropdown(
@@ -321,8 +315,6 @@ class DataPage:
         self.check = gr.Button(t("Check the data"), variant="primary", elem_id="check-data")
 
     def place_report(self) -> None:
-        import gradio as gr
-
         t = self.t
         nothing = widgets.empty(t("Check the data to see its tokens, and what is learned of them."))
         self.report = gr.HTML(nothing, elem_id="report", padding=False)
@@ -339,8 +331,6 @@ class DataPage:
 
     def show(self, page: int, *values: Any) -> list[Any]:
         """The report of the data and a page of samples: report, lengths, details, samples, where, number."""
-        import gradio as gr
-
         t, hidden = self.t, gr.update(visible=False)
         try:
             config = self.read(*values)
@@ -358,8 +348,6 @@ class DataPage:
 
     def take_upload(self, file: str, chosen: list[str], *values: Any) -> list[Any]:
         """Keeps an uploaded file, chooses it, and shows the report."""
-        import gradio as gr
-
         t = self.t
 
         def check(path: Path) -> None:
@@ -384,8 +372,6 @@ class DataPage:
         return [names if o is self.names else v for o, v in zip(self.options.values(), values, strict=True)]
 
     def begin_download(self, name: str, source: str) -> tuple[str, Any]:
-        import gradio as gr
-
         try:
             html = widgets.job_box(start_download(name, source, self.t.language), self.t)
         except UserError as error:
@@ -396,23 +382,19 @@ class DataPage:
         if job := newest_download():
             jobs.interrupt(job)
 
-    def watch(self, model: str | None, shown: dict[str, Any]) -> list[Any]:
-        """What has changed on the disk, for the components of `connect`."""
+    def watch(self, model: str | None, shown: dict[str, Any]) -> dict[Any, Any]:
+        """What has changed on the disk."""
         now = {
-            "job": widgets.job_box(newest_download(), self.t),
-            "facts": model_facts(model or "", self.t),
-            "fetch": is_embedded_missing(model),
-            "models": models(),
-            "datasets": datasets(),
+            self.fetching: widgets.job_box(newest_download(), self.t),
+            self.facts: model_facts(model or "", self.t),
+            self.fetch_embedded: gr.update(visible=is_embedded_missing(model)),
+            self.model: gr.update(choices=models()),
+            self.names: gr.update(choices=datasets()),
         }
-        sent = widgets.changes(shown, now, choices=("models", "datasets"), visible=("fetch",))
-        return [*sent.values(), shown]
+        return {**widgets.changes(shown, now), self.seen: shown}
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the disk every two seconds and when `tab` is opened."""
-        import gradio as gr
-        from gradio.context import Context
-
         values = list(self.options.values())
         shown = [self.report, self.lengths, self.details, self.samples, self.where, self.number]
         hidden = {"show_progress": "hidden"}

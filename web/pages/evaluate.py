@@ -8,6 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+from gradio.context import Context
+
 from common import UserError
 from runs.files import read_jsonl
 from runs.metric_names import METRICS
@@ -103,10 +106,9 @@ def predictions_html(folder: Path, page: int, t: Translator) -> tuple[str, int, 
     """A page of predictions beside what was right and what the base said; with its number (from 0) and their count."""
     lines = read_jsonl(folder / "predictions.jsonl")
     before = {line["row"]: line for line in read_jsonl(folder / "predictions.base.jsonl")}
-    pages = max(1, -(-len(lines) // SHOWN))
-    page = min(max(page, 0), pages - 1)
+    page, pages, shown = widgets.turn_to(page, len(lines), SHOWN)
     rows = []
-    for line in lines[page * SHOWN : (page + 1) * SHOWN]:
+    for line in (lines[i] for i in shown):
         right = line.get("prediction", "").strip() == line["label"].strip()
         mark = ' <span class="right">✓</span>' if right else ""
         base = answer(before.get(line["row"], {}), t)
@@ -146,8 +148,6 @@ class EvaluatePage:
     """The components, inside an open gr.Tab, and what they do."""
 
     def __init__(self, t: Translator) -> None:
-        import gradio as gr
-
         self.t = t
         self.place_start()
         self.fault = gr.HTML(elem_id="eval-fault", padding=False)
@@ -158,8 +158,6 @@ class EvaluatePage:
         self.seen, self.page, self.acted, self.timer = gr.State(dict), gr.State(0), gr.State(0.0), gr.Timer(2)
 
     def place_start(self) -> None:
-        import gradio as gr
-
         t = self.t
         with gr.Row(equal_height=False):
             self.run = gr.Dropdown([], label=t("Run"), elem_id="eval-run", min_width=240)
@@ -178,8 +176,6 @@ class EvaluatePage:
                     self.stop = gr.Button(t("Stop"), variant="stop", elem_id="eval-stop", min_width=60, visible=False)
 
     def place_predictions(self) -> None:
-        import gradio as gr
-
         with gr.Row(elem_classes="pager"):
             gr.HTML(widgets.heading(self.t("Predictions")), padding=False)
             plain = {"show_label": False, "container": False}
@@ -189,10 +185,8 @@ class EvaluatePage:
             self.forth = gr.Button("›", min_width=40, scale=0, elem_id="eval-forth")
         self.predictions = gr.HTML(elem_id="eval-predictions", padding=False)
 
-    def watch(self, name: str | None, held: str | None, wanted: int, shown: dict[str, Any]) -> list[Any]:
-        """What has changed of the run's evaluations, for the components of `connect`."""
-        import gradio as gr
-
+    def watch(self, name: str | None, held: str | None, wanted: int, shown: dict[str, Any]) -> dict[Any, Any]:
+        """What has changed of the run's evaluations."""
         t = self.t
         names, chosen = control.choose_trained(name)
         parts = [folder.name for folder in evaluations(chosen)]
@@ -202,32 +196,25 @@ class EvaluatePage:
             html, number, pages = predictions_html(run_folder(chosen) / "eval" / part, wanted, t)
         job = control.newest_job(chosen, ("evaluate",))
         now = {
-            "run": (names, chosen),
-            "data": data_page.datasets(),
-            "fault": control.device_user(),
-            "job": widgets.job_box(job, t),
-            "results": results_html(chosen, t),
-            "fold": bool(html),
-            "which": (parts, part),
-            "where": t("page {n} of {total}", n=f"{number + 1:,}", total=f"{pages:,}"),
-            "predictions": html,
-            "stop": jobs.is_running(job),
+            self.run: gr.update(choices=names, value=chosen),
+            self.data: gr.update(choices=data_page.datasets()),
+            self.job: widgets.job_box(job, t),
+            self.results: results_html(chosen, t),
+            self.fold: gr.update(visible=bool(html)),
+            self.which: gr.update(choices=parts, value=part),
+            self.where: t("page {n} of {total}", n=f"{number + 1:,}", total=f"{pages:,}"),
+            self.predictions: html,
+            self.stop: gr.update(visible=jobs.is_running(job)),
         }
-        sent = widgets.changes(shown, now, choices=("data",), visible=("fold", "stop"))
-        sent["fault"] = widgets.outdated(sent["fault"])
-        for key, before in (("run", name), ("which", held)):
-            if isinstance(sent[key], tuple):
-                sent[key] = widgets.offer(*now[key], before)
-        return [*sent.values(), gr.skip() if number == wanted else number, shown]
+        sent = widgets.changes(shown, now, {self.run: name, self.which: held})
+        turned = {} if number == wanted else {self.page: number}
+        return {**sent, **widgets.outdated(shown, self.fault), **turned, self.seen: shown}
 
     def begin(self, name: str | None, data: list[str] | None, base: bool) -> tuple[str, float]:
         return widgets.run_now(start, self.t, name, data or [], base, self.t)
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        import gradio as gr
-        from gradio.context import Context
-
         quiet = {"show_progress": "hidden"}
         self.go.click(self.begin, [self.run, self.data, self.base], [self.fault, self.acted], **quiet)
         self.stop.click(lambda name: control.stop_newest(name, ("evaluate",)), self.run, **quiet)

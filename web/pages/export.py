@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import gradio as gr
+from gradio.context import Context
 
 import common
 from common import UserError
@@ -144,8 +148,6 @@ class ExportPage:
     """The components, inside an open gr.Tab, and what they do."""
 
     def __init__(self, t: Translator) -> None:
-        import gradio as gr
-
         self.t = t
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=330):
@@ -160,8 +162,6 @@ class ExportPage:
         self.seen, self.acted, self.timer = gr.State(dict), gr.State(0.0), gr.Timer(2)
 
     def place_start(self) -> None:
-        import gradio as gr
-
         t = self.t
         self.run = gr.Dropdown([], label=t("Run"), elem_id="export-run")
         gr.HTML(heading(t("Merge"), note(t("One 16-bit model for transformers and vLLM."))), padding=False)
@@ -174,45 +174,35 @@ class ExportPage:
             self.overwrite = gr.Checkbox(False, label=t("Replace files that are there"))
         self.stop = gr.Button(t("Stop"), variant="stop", elem_id="export-stop", visible=False)
 
-    def watch(self, name: str | None, shown: dict[str, Any]) -> list[Any]:
-        """What has changed of the run's files, for the components of `connect`."""
+    def watch(self, name: str | None, shown: dict[str, Any]) -> dict[Any, Any]:
+        """What has changed of the run's files."""
         t = self.t
         names, chosen = control.choose_trained(name)
         job, text = control.newest_job(chosen, ("merge", "quantize")), modelfile_text(chosen)
         now = {
-            "run": (names, chosen),
-            "fault": control.device_user(),
-            "types": type_choices(chosen, t),
-            "files": files_html(chosen, t),
-            "job": widgets.job_box(job, t),
-            "proof": proof_html(chosen, t),
-            "fold": bool(text),
-            "modelfile": text,
-            "stop": jobs.is_running(job),
+            self.run: gr.update(choices=names, value=chosen),
+            self.types: gr.update(choices=type_choices(chosen, t)),
+            self.files: files_html(chosen, t),
+            self.job: widgets.job_box(job, t),
+            self.proof: proof_html(chosen, t),
+            self.fold: gr.update(visible=bool(text)),
+            self.modelfile: text,
+            self.stop: gr.update(visible=jobs.is_running(job)),
         }
-        sent = widgets.changes(shown, now, choices=("types",), visible=("fold", "stop"))
-        if isinstance(sent["run"], tuple):
-            sent["run"] = widgets.offer(names, chosen, name)
-        sent["fault"] = widgets.outdated(sent["fault"])
-        return [*sent.values(), shown]
+        sent = widgets.changes(shown, now, {self.run: name})
+        return {**sent, **widgets.outdated(shown, self.fault), self.seen: shown}
 
-    def beginning(self, kind: str) -> Callable[..., tuple[str, float]]:
-        """The function of the button that starts merge.py or quantize.py."""
-
-        def begin(name: str | None, types: list[str], overwrite: bool, verify: bool) -> tuple[str, float]:
-            return widgets.run_now(start_export, self.t, name, kind, types, overwrite, verify, self.t.language)
-
-        return begin
+    def begin(self, kind: str, *chosen: Any) -> tuple[str, float]:
+        """What the button does that starts merge.py or quantize.py; `chosen` are run, types, overwrite and verify."""
+        name, *options = chosen
+        return widgets.run_now(start_export, self.t, name, kind, *options, self.t.language)
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        import gradio as gr
-        from gradio.context import Context
-
         quiet = {"show_progress": "hidden"}
         chosen = [self.run, self.types, self.overwrite, self.verify]
         for button, kind in ((self.merge, "merge"), (self.quantize, "quantize")):
-            button.click(self.beginning(kind), chosen, [self.fault, self.acted], **quiet)
+            button.click(functools.partial(self.begin, kind), chosen, [self.fault, self.acted], **quiet)
         self.stop.click(lambda name: control.stop_newest(name, ("merge", "quantize")), self.run, **quiet)
         watched = [self.run, self.fault, self.types, self.files, self.job, self.proof, self.fold, self.modelfile]
         watched += [self.stop, self.seen]

@@ -10,13 +10,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import psutil
+from gradio.context import Context
 
 import common
 from common import Config, UserError
 from runs import charts
+from runs import log as run_log
 from runs.configuration import Loaded, load_config
-from runs.files import read_jsonl
+from runs.log import last_value
 from runs.metric_names import REWARDS
 from runs.target import missing_from_model
 from training.hardware import free_memory
@@ -96,11 +99,7 @@ def memory_bar(parts: dict[str, float], free: int, total: int, device: str, t: T
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of trainer_log.jsonl that are of this kit: LLaMA-Factory's have the same file, but other keys."""
-    return [line for line in read_jsonl(folder / "trainer_log.jsonl") if line.keys() >= LOGGED]
-
-
-def newest(lines: list[dict[str, Any]], key: str) -> Any:
-    return next((line[key] for line in reversed(lines) if key in line), None)
+    return [line for line in run_log.read_log(folder) if line.keys() >= LOGGED]
 
 
 def memory_used(run: dict[str, Any]) -> int | None:
@@ -171,7 +170,7 @@ def figures(folder: Path, state: str, run: dict[str, Any], lines: list[dict[str,
     step = (state == "finished" and run.get("steps")) or last["step"]  # not every step has a line
     left = last["remaining"] - (time.time() - (folder / "trainer_log.jsonl").stat().st_mtime)
     memory = memory_used(run) if state == "running" else run.get("peak_memory")
-    loss, held_out, rate = newest(lines, "loss"), newest(lines, "eval_loss"), newest(lines, "learning_rate")
+    loss, held_out, rate = last_value(lines, "loss"), last_value(lines, "eval_loss"), last_value(lines, "learning_rate")
     shown = [
         (t("step"), f"{step:,} / {last['total_steps']:,}"),
         (t("loss"), decimals(loss)),
@@ -257,9 +256,9 @@ def run_row(name: str, t: Translator) -> list[str]:
         state_badge(control.run_state(folder), t),
         escape(Path(run.get("model", "–")).name),
         escape(data or "–"),
-        f"{run.get('steps') or newest(lines, 'step') or 0:,}",
-        decimals(run.get("last_loss") or newest(lines, "loss")),
-        decimals(run.get("eval_loss") or newest(lines, "eval_loss")),
+        f"{run.get('steps') or last_value(lines, 'step') or 0:,}",
+        decimals(run.get("last_loss") or last_value(lines, "loss")),
+        decimals(run.get("eval_loss") or last_value(lines, "eval_loss")),
         widgets.duration(lines[-1]["elapsed"]) if lines else "–",
     ]
 
@@ -272,8 +271,6 @@ class TrainPage:
     """The components, inside an open gr.Tab, and what they do; adds its options to `options` (name → component)."""
 
     def __init__(self, t: Translator, options: dict[str, Any]) -> None:
-        import gradio as gr
-
         self.t, self.options = t, options
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=330):
@@ -307,16 +304,13 @@ class TrainPage:
         }
 
     def place_first_settings(self) -> None:
-        import gradio as gr
-
         t, labels = self.t, self.labels()
         with gr.Group(elem_classes="tight"):
             with gr.Row():
                 self.run_name = gr.Textbox(label=t("Name of the run"), max_lines=1, elem_id="run-name")
                 recipes = [(path.stem, str(path)) for path in sorted((common.ROOT / "configs").glob("*.yaml"))]
                 self.recipe = gr.Dropdown(recipes, value=None, label=t("Start from a recipe"), elem_id="recipe-choice")
-            if len(fields.choices_of("stage")) > 1:
-                self.options["stage"] = fields.make_field("stage", labels["stage"], None, t)
+            self.options["stage"] = fields.make_field("stage", labels["stage"], None, t)
             for pair in zip(fields.FIRST[:-1:2], fields.FIRST[1::2], strict=True):
                 with gr.Row():
                     for name in pair:
@@ -324,8 +318,6 @@ class TrainPage:
             self.options["packing"] = fields.make_field("packing", labels["packing"], None, t)
 
     def place_start(self) -> None:
-        import gradio as gr
-
         t = self.t
         self.memory = gr.HTML(elem_id="memory", padding=False)
         self.fault = gr.HTML(elem_id="train-fault", padding=False)
@@ -336,8 +328,6 @@ class TrainPage:
 
     def place_other_settings(self) -> None:
         """Every other option of a training, folded by its group."""
-        import gradio as gr
-
         t = self.t
         with gr.Accordion(t("All other settings"), open=False, elem_id="all-settings"):
             for title, names in fields.folded_groups().items():
@@ -348,8 +338,6 @@ class TrainPage:
                             self.options[name] = fields.make_field(name, name, t.help(name), t)
 
     def place_recipe(self) -> None:
-        import gradio as gr
-
         t = self.t
         with gr.Accordion(t("Command and recipe"), open=False, elem_id="recipe"):
             gr.HTML(note(t("What the page starts, for a terminal or a script:")))
@@ -363,8 +351,6 @@ class TrainPage:
         self.loaded_note = gr.HTML(elem_id="load-state", padding=False)
 
     def place_run(self) -> None:
-        import gradio as gr
-
         t = self.t
         with gr.Row(elem_classes="when-run"):
             self.run = gr.Dropdown([], label=t("Run"), elem_id="run", min_width=200)
@@ -388,8 +374,6 @@ class TrainPage:
 
     def show_settings(self, name: str, others: dict[str, str], *values: Any) -> list[Any]:
         """Faults or notes, memory, command, recipe, whether the run is there, and no refusal."""
-        import gradio as gr
-
         t, there = self.t, gr.update(visible=control.exists(name))
         try:
             loaded = self.read(name, others, *values)
@@ -403,8 +387,6 @@ class TrainPage:
 
     def fill(self, path: str | None) -> list[Any]:
         """The fields of a recipe that was uploaded or chosen: a note, the run's name, the others, all options."""
-        import gradio as gr
-
         t = self.t
         if not path:
             return [gr.skip()] * (len(self.options) + 3)
@@ -423,68 +405,50 @@ class TrainPage:
 
     def fit_model(self, model: str, *values: Any) -> list[Any]:
         """Good values for another model, where the fields still hold those that the page had put there."""
-        import gradio as gr
-
         changed = fields.fitting(model or "", dict(zip(fields.PRESET, values, strict=True)))
         return [changed.get(name, gr.skip()) for name in fields.PRESET]
 
     # ---- the run
 
     def begin(self, over: bool, name: str, others: dict[str, str], *values: Any) -> list[Any]:
-        import gradio as gr
-
         try:
             folder = control.start_run(self.read(name, others, *values).config, over, self.t.language)
         except UserError as error:
             return [fault(error, self.t), gr.update(visible=control.exists(name)), gr.skip()]
         return ["", False, gr.update(choices=control.run_names(), value=control.name_of(folder))]
 
-    def acting(self, action: Callable[[Path], None]) -> Callable[[str | None], tuple[str, float]]:
-        """A button's function that does something with the run that is looked at."""
+    def act(self, action: Callable[[Path], None], name: str | None) -> tuple[str, float]:
+        """What a button does with the run that is looked at."""
+        return widgets.run_now(lambda: action(run_folder(name)) if name else None, self.t)
 
-        def act(name: str | None) -> tuple[str, float]:
-            return widgets.run_now(lambda: action(run_folder(name)) if name else None, self.t)
-
-        return act
-
-    def watch(self, name: str | None, others: list[str], shown: dict[str, Any]) -> list[Any]:
-        """What has changed of the runs, for the components of `connect_run`."""
+    def watch(self, name: str | None, others: list[str], shown: dict[str, Any]) -> dict[Any, Any]:
+        """What has changed of the runs."""
         t = self.t
         names = control.run_names()
         chosen = name if name in names else (control.training_now() or next(iter(names), None))
         several = [chosen, *(other for other in others or [] if other != chosen)] if chosen else []
         state = control.run_state(run_folder(chosen)) if chosen else "none"
         large, small = plots_html(several, t)
-        at_work = state in ("running", "starting")
-        device_user = control.device_user()
+        at_work = gr.update(visible=state in ("running", "starting"))
         now = {
-            "run": (names, chosen),
-            "compare": [other for other in names if other != chosen],
-            "status": status_html(chosen, t),
-            "loss": large,
-            "small": small,
-            "log": log_html(chosen, t),
-            "runs": runs_html(t),
-            "pause": at_work,
-            "go_on": state in ("interrupted", "killed", "aborted", "failed"),
-            "abort": at_work,
-            "action_fault": device_user,
-            "refused": device_user,
+            self.run: gr.update(choices=names, value=chosen),
+            self.compare: gr.update(choices=[other for other in names if other != chosen]),
+            self.status: status_html(chosen, t),
+            self.loss_plot: large,
+            self.small_plots: small,
+            self.log: log_html(chosen, t),
+            self.all_runs: runs_html(t),
+            self.pause: at_work,
+            self.go_on: gr.update(visible=state in ("interrupted", "killed", "aborted", "failed")),
+            self.abort: at_work,
         }
-        buttons = ("pause", "go_on", "abort")
-        sent = widgets.changes(shown, now, choices=("compare",), visible=buttons)
-        sent |= {part: widgets.outdated(sent[part]) for part in ("action_fault", "refused")}
-        if isinstance(sent["run"], tuple):
-            sent["run"] = widgets.offer(names, chosen, name)
-        return [*sent.values(), shown]
+        sent = widgets.changes(shown, now, {self.run: name})
+        return {**sent, **widgets.outdated(shown, self.action_fault, self.refused), self.seen: shown}
 
     # ---- events
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        import gradio as gr
-        from gradio.context import Context
-
         quiet = {"show_progress": "hidden"}
         values = [self.run_name, self.others, *self.options.values()]
         outcome = [self.fault, self.memory, self.command, self.yaml, self.overwrite, self.refused]
@@ -501,14 +465,12 @@ class TrainPage:
         self.connect_run(tab)
 
     def connect_run(self, tab: Any) -> None:
-        import gradio as gr
-        from gradio.context import Context
-
         quiet = {"show_progress": "hidden"}
         language = self.t.language
         actions = ((self.pause, control.pause), (self.abort, control.abort))
         for button, action in (*actions, (self.go_on, lambda folder: control.go_on(folder, language))):
-            button.click(self.acting(action), self.run, [self.action_fault, self.acted], **quiet)
+            act = functools.partial(self.act, action)
+            button.click(act, self.run, [self.action_fault, self.acted], **quiet)
         watched = [self.run, self.compare, self.status, self.loss_plot, self.small_plots, self.log, self.all_runs]
         watched += [self.pause, self.go_on, self.abort, self.action_fault, self.refused, self.seen]
         # one event for all: of two at a time the older answer could come last
