@@ -14,8 +14,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from inference.engine import Engine
-from inference.kv_cache import common_prefix
+from inference.engine import Engine, common_prefix
 
 Ids = Sequence[int]
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included

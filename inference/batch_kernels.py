@@ -8,13 +8,56 @@ that do not allow that.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
 from typing import Any
 
-from inference.kv_cache import MIN_SHARED, KVCache, common_prefix, free_memory
+import psutil
+import torch
+
+from inference.engine import MIN_SHARED, common_prefix
 
 ATTENTION = "onecard_rows"  # the name under which transformers knows flat_attention
 KEPT_BYTES = 512 << 20  # keys and values kept of finished replies
 PACKED_ROWS = 64  # rows up to which packed weights are used: each number of rows costs oneDNN a kernel of its own
+
+
+@dataclass(eq=False)
+class KVCache:
+    """Token ids, and for each layer their keys and values (1 x heads x capacity x d)."""
+
+    ids: list[int] = field(default_factory=list)
+    keys: dict[int, Any] = field(default_factory=dict)
+    values: dict[int, Any] = field(default_factory=dict)
+    reserved: int = 0  # tokens that the row may come to
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for part in (self.keys, self.values) for t in part.values())
+
+    def append(self, layer: int, key: Any, value: Any) -> tuple[Any, Any]:
+        """Appends keys and values (1 x heads x new tokens x d) to a layer's; returns all that are valid."""
+        start, end = len(self.ids), len(self.ids) + key.shape[2]
+        for part, new in ((self.keys, key), (self.values, value)):
+            old = part.get(layer)
+            if old is None or old.shape[2] < end:
+                capacity = -(-max(end, start * 5 // 4) // 128) * 128
+                part[layer] = torch.empty(*new.shape[:2], capacity, new.shape[3], dtype=new.dtype, device=new.device)
+                if old is not None:
+                    part[layer][:, :, :start] = old[:, :, :start]
+            part[layer][:, :, start:end] = new
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def prefix(self, length: int) -> KVCache:
+        """A copy of its first `length` tokens."""
+        copied = ({i: t[:, :, :length].clone() for i, t in part.items()} for part in (self.keys, self.values))
+        return KVCache(self.ids[:length], *copied)
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that keys and values may take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    return psutil.virtual_memory().available // 2
 
 
 class FlatKernel:
@@ -67,8 +110,6 @@ class FlatKernel:
 
         Returns for each row its logits (vocabulary, float32), or None.
         """
-        import torch
-
         ids = [token for _, tokens, _ in work for token in tokens]
         places = [len(cache.ids) + i for cache, tokens, _ in work for i in range(len(tokens))]
         ends, end = [], 0
@@ -141,8 +182,6 @@ def transformers_kernel(engine: Any) -> FlatKernel | SerialKernel:
 
 def _is_exact(engine: Any, rows: FlatKernel) -> bool:
     """Compares the flat rows' logits of two short prompts, one in two segments, with those of each alone."""
-    import torch
-
     size = engine.model.get_input_embeddings().num_embeddings
     prompts = [[(7 * i * i + 31) % size for i in range(40)], [(5 * i * i + 11) % size for i in range(9)]]
     alone = [engine.forward(ids, SerialKernel(engine).open().keys[0]) for ids in prompts]
@@ -167,8 +206,6 @@ def _pack_weights(model: Any) -> None:
     PyTorch's own product of few rows with a float32 weight repacks the weight each time: with 8 rows it takes up to
     four times as long (docs/log.md). Left out where the copy would take more than a quarter of the free memory.
     """
-    import torch
-
     layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and "forward" not in vars(layer)]
     size = sum(layer.weight.nbytes for layer in layers)
     able = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
@@ -178,8 +215,6 @@ def _pack_weights(model: Any) -> None:
 
 
 def _pack(layer: Any) -> None:
-    import torch
-
     plain, ops = layer.forward, torch.ops.mkldnn  # what torch.compile makes of a linear layer
     weight = ops._reorder_linear_weight(layer.weight.detach(), 8)
 
@@ -207,8 +242,6 @@ class _Segment:
 
     def mask(self, window: int | None, device: Any) -> Any:
         """Which keys each new token sees (tokens x all keys, booleans); None: those up to its own and no more."""
-        import torch
-
         if window not in self._masks:
             start, end = len(self.cache.ids), len(self.cache.ids) + self.tokens
             distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)[None, :]

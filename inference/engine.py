@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import collections
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 from common import Config, Message, UserError
 
 ChatMessage = dict[str, Any]  # {"role": "system|user|assistant|tool", "content": str, ...}
+MIN_SHARED = 16  # tokens in common from which copying keys and values is faster than computing them
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,6 +126,19 @@ class Reply:
         spent = self.seconds - self.first_token_seconds
         return (self.completion_tokens - 1) / spent if self.completion_tokens > 1 and spent > 0 else 0.0
 
+    def summary(self) -> list[Message]:
+        """How the reply came: tokens, speed, and why it was cut, where it was."""
+        parts = [Message("reply_tokens", count=self.completion_tokens)]
+        if self.tokens_per_second:
+            parts.append(Message("reply_speed", speed=self.tokens_per_second))
+        if self.completion_tokens:
+            parts.append(Message("reply_first_token", seconds=self.first_token_seconds))
+        if self.finish_reason == "length":
+            parts.append(Message("reply_cut"))
+        if self.finish_reason == "cancelled":
+            parts.append(Message("reply_stopped"))
+        return parts
+
 
 class _StopTexts:
     """Holds back the end of a text as long as it may become one of the stop texts, which may span many tokens."""
@@ -140,7 +153,7 @@ class _StopTexts:
         if places:
             self.found, self.held = True, self.held[: min(places)]
             return self.flush()
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
         shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return shown
 
@@ -150,9 +163,14 @@ class _StopTexts:
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def overlap(text: str, mark: str) -> int:
+    """The length of the longest end of `text` with which `mark` begins, but not all of it."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(some, others, strict=False)) if a != b), min(len(some), len(others)))
 
 
 class TextStreamer:
@@ -213,6 +231,7 @@ class Engine:
     control_tokens: Mapping[str, int]  # left out of a reply's text
     added_tokens: Mapping[str, int]  # these, and other added tokens such as <tool_call>
     vocabulary_size: int  # of the logits
+    grammar_vocabulary: Any  # an llguidance.LLTokenizer, made when it is asked for: it takes a second
     base: Engine | None = None  # the same model before training, where it was asked for
     config: Config
 
@@ -243,15 +262,6 @@ class Engine:
     def batch_kernel(self, slots: int) -> Any:
         """What computes at most `slots` replies side by side; see scheduler.py."""
         raise NotImplementedError
-
-    def _grammar_vocabulary(self) -> Any:
-        """An llguidance.LLTokenizer; takes a second to make, so `grammar_vocabulary` caches it."""
-        raise NotImplementedError
-
-    @functools.cached_property
-    def grammar_vocabulary(self) -> Any:
-        """An llguidance.LLTokenizer: what grammars are matched against, and the bytes of single tokens."""
-        return self._grammar_vocabulary()
 
     def token_bytes(self, token: int) -> bytes:
         """What a token spells; one alone may be a part of a character."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -17,9 +18,7 @@ from typing import Any
 
 import common
 from common import Message, UserError
-from inference.engine import ChatMessage, Engine, Reply, Settings, TokenLogprob
-from inference.kv_cache import MIN_SHARED, common_prefix
-from inference.sampling import Sampler
+from inference.engine import MIN_SHARED, ChatMessage, Engine, Reply, Settings, TokenLogprob, common_prefix
 from preprocessing.chat_template import plain_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Marker, any_of, map_texts, render
 from preprocessing.faults import Fault
@@ -144,7 +143,8 @@ class LlamaCppEngine(Engine):
                 return buffer.raw[:count]
             size = -count
 
-    def _grammar_vocabulary(self) -> Any:
+    @functools.cached_property
+    def grammar_vocabulary(self) -> Any:
         from llguidance.llamacpp import lltokenizer_from_vocab
 
         return lltokenizer_from_vocab(self._vocabulary, n_vocab=self.vocabulary_size, eos_token=sorted(self.stop_ids))
@@ -152,6 +152,8 @@ class LlamaCppEngine(Engine):
     def sampler(self, settings: Settings, prompt_tokens: int) -> Callable[[list[int], Any, Reply], int]:
         """For the rows of a batch: the same as with transformers."""
         import torch
+
+        from inference.sampling import Sampler
 
         vocabulary = self.grammar_vocabulary if settings.grammar else None
         sample = Sampler(settings, prompt_tokens, torch.device("cpu"), vocabulary)

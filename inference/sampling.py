@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from common import UserError
 from inference.engine import Reply, Settings, TokenLogprob
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Filter = Callable[[list[int], Tensor], Tensor]
+Filter = Callable[[list[int], Tensor], Tensor]
 
 
 def repetition_penalty(penalty: float) -> Filter:
     """Makes every token of prompt and reply less likely, once (CTRL, arXiv 1909.05858)."""
-    import torch
 
     def apply(ids: list[int], logits: Tensor) -> Tensor:
         seen = torch.tensor(ids, device=logits.device).unique()
@@ -33,7 +32,6 @@ def repetition_penalty(penalty: float) -> Filter:
 
 def count_penalty(presence: float, frequency: float, prompt_tokens: int) -> Filter:
     """OpenAI's presence and frequency penalties, over the reply so far."""
-    import torch
 
     def apply(ids: list[int], logits: Tensor) -> Tensor:
         tokens, counts = torch.tensor(ids[prompt_tokens:], device=logits.device).unique(return_counts=True)
@@ -44,7 +42,6 @@ def count_penalty(presence: float, frequency: float, prompt_tokens: int) -> Filt
 
 def logit_bias(bias: Sequence[tuple[int, float]]) -> Filter:
     """Adds a value to the logits of single tokens."""
-    import torch
 
     def apply(_: list[int], logits: Tensor) -> Tensor:
         tokens, values = (torch.tensor(column, device=logits.device) for column in zip(*bias, strict=True))
@@ -59,7 +56,6 @@ def temperature(value: float) -> Filter:
 
 def top_p(mass: float) -> Filter:
     """Keeps the likeliest tokens that together have the probability `mass`; always one (nucleus sampling)."""
-    import torch
 
     def apply(_: list[int], logits: Tensor) -> Tensor:
         ordered, places = logits.sort()
@@ -72,7 +68,6 @@ def top_p(mass: float) -> Filter:
 
 def min_p(share: float) -> Filter:
     """Keeps the tokens that have at least `share` of the likeliest token's probability."""
-    import torch
 
     def apply(_: list[int], logits: Tensor) -> Tensor:
         probabilities = logits.softmax(-1)
@@ -94,7 +89,6 @@ class GrammarMatcher:
     def __call__(self, _: list[int], logits: Tensor) -> Tensor:
         """Rules out the tokens that may not come next."""
         import numpy as np
-        import torch
         from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
         bits = allocate_token_bitmask(1, self.vocabulary.vocab_size)
@@ -119,8 +113,6 @@ class Sampler:
 
     def __init__(self, settings: Settings, prompt_tokens: int, device: Any, vocabulary: Any = None) -> None:
         """`vocabulary` (an llguidance.LLTokenizer) is needed for a grammar."""
-        import torch
-
         self.settings = settings
         self.random = torch.Generator(device).manual_seed(
             random.getrandbits(63) if settings.seed is None else settings.seed % (1 << 63)
@@ -143,8 +135,6 @@ class Sampler:
 
     def __call__(self, ids: list[int], logits: Tensor, reply: Reply) -> int:
         """The token after `ids`; `logits` is (vocabulary,). Records its log-probability in `reply` where wanted."""
-        import torch
-
         with torch.inference_mode():
             token = self._sample(ids, logits)
             if self.settings.logprobs is not None:
@@ -154,8 +144,6 @@ class Sampler:
         return token
 
     def _sample(self, ids: list[int], logits: Tensor) -> int:
-        import torch
-
         for apply in self.before:
             logits = apply(ids, logits)
         if not self.settings.temperature:

@@ -96,14 +96,14 @@ class TerminalChat:
             print(dim(f"[{speaker.label}]"))
         reply, text = speaker.engine.stream(speaker.messages, self.settings), ""
         if reply.dropped_messages:
-            tell(Message("chat_dropped", count=reply.dropped_messages))
+            tell(Message("note", text=Message("reply_without_oldest", count=reply.dropped_messages)))
         with stopping(reply):
             for piece in reply:
                 text += piece
                 print(piece, end="", flush=True)
         print()
         speaker.messages.append({"role": "assistant", "content": text})
-        tell(summary(reply))
+        tell(Message("chat_summary", parts=reply.summary()))
         return reply.finish_reason != "cancelled"
 
     # -- commands
@@ -205,19 +205,6 @@ def last_question(messages: list[ChatMessage]) -> int:
     if not places:
         raise UserError("chat_nothing_said")
     return places[-1]
-
-
-def summary(reply: Reply) -> Message:
-    """How fast a reply came, in one line."""
-    ends = {"length": [Message("chat_cut")], "cancelled": [Message("chat_stopped")]}
-    speed = [Message("chat_speed", speed=reply.tokens_per_second)] if reply.tokens_per_second else []
-    parts = [
-        Message("chat_tokens", count=reply.completion_tokens),
-        *speed,
-        Message("chat_first_token", seconds=reply.first_token_seconds),
-        *ends.get(reply.finish_reason, []),
-    ]
-    return Message("chat_summary", parts=parts)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import UserError
-from inference.engine import Engine
+from inference.engine import Engine, overlap
 
 Schema = dict[str, Any] | bool
 
@@ -93,7 +93,7 @@ def call_grammar(
     stand before calls. `single`: one call at most. Arguments are held to the schemas.
     """
     call = {"anyOf": [_call_schema(tool["function"], style, f"json-schema:///tool{i}") for i, tool in enumerate(tools)]}
-    one, text = f"%json {_compact(call)}", _text(otherwise)
+    one = f"%json {_compact(call)}"
     if style is TAGS:
         opening, closing = (_mark(mark, engine) for mark in (style.opening, style.closing))
         rules = [f'call: {opening} "\\n" body "\\n" {closing}', f"body: {one}"]
@@ -109,14 +109,10 @@ def call_grammar(
     rules.insert(0, f"start: {before}calls" if required else f"start: {before}calls | text")
     rules.insert(1, f"calls: {calls}")
     if not required:
-        rules.append(text)
+        rules.append("text: PROSE?" if otherwise is None else f"text: %json {_compact(otherwise)}")
     if before or (not required and otherwise is None):
         rules.append(_prose(style))
     return _lark("\n".join(rules))
-
-
-def _text(otherwise: Any) -> str:
-    return "text: PROSE?" if otherwise is None else f"text: %json {_compact(otherwise)}"
 
 
 def _prose(style: Style) -> str:
@@ -218,9 +214,7 @@ class CallReader:
 
     def _safe(self, mark: str) -> str:
         """What can be shown of the held text: no line ends and no start of a mark at its end."""
-        keep = next((n for n in range(len(mark) - 1, 0, -1) if self.held.endswith(mark[:n])), 0)
-        shown = self.held[: len(self.held) - keep]
-        shown = shown.rstrip("\n")
+        shown = self.held[: len(self.held) - overlap(self.held, mark)].rstrip("\n")
         self.held = self.held[len(shown) :]
         return shown
 

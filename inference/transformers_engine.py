@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
-from inference.engine import ChatMessage, Engine, Reply, Settings
-from inference.kv_cache import common_prefix
+import torch
+
+from inference.engine import ChatMessage, Engine, Reply, Settings, common_prefix
 from inference.sampling import Sampler
 from runs.target import Source
 
@@ -70,7 +71,8 @@ class TransformersEngine(Engine):
 
         return transformers_kernel(self)
 
-    def _grammar_vocabulary(self) -> Any:
+    @functools.cached_property
+    def grammar_vocabulary(self) -> Any:
         from llguidance.hf import from_tokenizer
 
         return from_tokenizer(
@@ -131,8 +133,6 @@ class TransformersEngine(Engine):
 
     def forward(self, ids: list[int], cache: Any) -> Any:
         """The logits after `ids` (vocabulary, float32); their keys and values go into the cache."""
-        import torch
-
         with torch.inference_mode(), self.adapter_state():
             inputs = torch.tensor([ids], device=self.model.device)
             output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **self.last_logits_only)

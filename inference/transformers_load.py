@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import Config, UserError
 from inference.engine import Engine
 from inference.quick_start import light_imports, make_model, read_tensors
@@ -27,8 +29,6 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
 
     Raises UserError where the adapter or the tokenizer does not fit the base.
     """
-    import torch
-
     adapter = Adapter(source.adapter) if source.adapter else None
     merged = adapter is None or (_is_low_rank_pairs(adapter) and not with_base)
     plain_base = "quantization_config" not in read_object(Path(source.model) / "config.json")
@@ -59,7 +59,6 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
 
 
 def _from_pretrained(source: Source) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
     config, gpu = source.config, torch.cuda.is_available()
@@ -89,8 +88,6 @@ def _with_peft(source: Source, model: Any, tokenizer: Any, with_base: bool, quan
 
 def _dtype(config: Config) -> Any:
     """The fastest type that the device computes with natively; bfloat16 without that is many times slower."""
-    import torch
-
     if config.infer_dtype != "auto":
         return getattr(torch, config.infer_dtype)
     if torch.cuda.is_available():
@@ -120,7 +117,6 @@ def _is_low_rank_pairs(adapter: Adapter) -> bool:
 
 def _merge(model: Any, adapter: Adapter) -> bool:
     """Adds a plain LoRA adapter to the weights; False, and nothing is changed, where only PEFT can do it."""
-    import torch
     from safetensors.torch import load_file
 
     try:

@@ -391,7 +391,7 @@ def test_the_page_speaks_chinese_and_knows_the_dark(page: Any) -> None:
     page.locator("a.language").click()
     page.get_by_text("输入消息，或").wait_for()
     page.get_by_text("你是谁？").click()
-    page.locator("#chat-remark", has_text="个词元").wait_for()
+    page.locator("#chat-remark", has_text="个 token").wait_for()
     page.get_by_role("button", name="重试").wait_for()  # Gradio's own words, too, though the browser is English
     page.get_by_role("button", name="新对话").click()
     page.get_by_text("输入消息，或").wait_for()

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.context import Context
 
 import common
-from common import UserError
+from common import Message, UserError
 from inference import tool_calls
 from inference.engine import Engine, Reply, Settings
 from runs.target import Source, find
@@ -35,18 +35,10 @@ def stop(request: gr.Request) -> None:
 
 def summary(reply: Reply, t: Translator) -> str:
     """How a reply came, in one line."""
-    parts = [t("{n} tokens", n=reply.completion_tokens)]
-    if reply.tokens_per_second:
-        parts.append(t("{speed:.1f} tokens/s", speed=reply.tokens_per_second))
-    if reply.completion_tokens:
-        parts.append(t("first after {seconds:.2f} s", seconds=reply.first_token_seconds))
-    if reply.finish_reason == "cancelled":
-        parts.append(t("stopped"))
-    if reply.finish_reason == "length":
-        parts.append(t("cut: the longest reply or the context is full"))
+    parts = reply.summary()
     if reply.dropped_messages:
-        parts.append(t("the oldest {n} messages no longer fit and were left out", n=reply.dropped_messages))
-    return " · ".join(parts)
+        parts.append(Message("reply_without_oldest", count=reply.dropped_messages))
+    return " · ".join(map(t.message, parts))
 
 
 class ChatPage(ChatLayout):
@@ -319,7 +311,7 @@ class ChatPage(ChatLayout):
         choices = chat_model.targets()
         paths = [path for _, path in choices]
         chosen = {"value": paths[0]} if paths and paths[0] not in offered else {}
-        nothing = note(self.t.message(common.Message("chat_no_model")))
+        nothing = note(self.t.message(Message("chat_no_model")))
         remark = nothing if not choices else gr.skip() if offered else ""
         return gr.update(choices=choices, **chosen), paths, remark
 
