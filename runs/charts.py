@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from runs.files import replacing
 from runs.metric_names import REWARDS
 
 Points = Sequence[tuple[float, float]]
@@ -75,10 +75,9 @@ def picture(path: Path, *, columns: int = 1, size: tuple[float, float] = (8, 4.5
     figure, axes = pyplot.subplots(1, columns, figsize=size, dpi=120, squeeze=False)
     yield list(axes[0])
     figure.tight_layout()
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(beside)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
     pyplot.close(figure)
-    os.replace(beside, path)
 
 
 def draw_loss(log: Sequence[dict[str, Any]], path: Path) -> None:

@@ -79,13 +79,11 @@ def sha256(path: Path, start: int = 0, size: int = sys.maxsize, before: str = ""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it appears whole or not at all: beside, flushed, renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
+    """Writes a file so that it appears complete or not at all: beside, flushed, renamed."""
+    with replacing(path) as beside, open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -93,19 +91,32 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left beside `folder` of their attempts to let it appear."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.???.*.tmp"):
-        if not is_alive(int(path.suffixes[-2][1:])):
-            shutil.rmtree(path)
+def remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left beside `path` of their attempts to let it appear."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.suffixes[-2].removeprefix(".")
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`: the file that is written there takes its place once the block has ended without an error.
+
+    What a killed process left of an earlier attempt is removed.
+    """
+    remove_leftovers(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place once the block has ended without an error.
-
-    What a killed process left of an earlier attempt is removed.
-    """
+    """`replacing` for a folder: an empty one, which is made."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     beside, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))

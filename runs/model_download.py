@@ -245,11 +245,9 @@ def fetch_part(file: RemoteFile, headers: dict[str, str], part: Path, bar: Any) 
 
 def git_hash(path: Path) -> str:
     """The SHA-1 by which git names a file's content, as hex digits."""
-    hasher = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    started = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, lambda: started).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,19 +42,10 @@ def coerce(name: str, value: Any) -> Any:
 
 def _scalar(kind: type, value: Any) -> Any:
     if kind is bool:
-        found = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }
-        if as_text(value) not in found:
+        is_true = as_text(value) in ("true", "yes", "on", "1")
+        if not is_true and as_text(value) not in ("false", "no", "off", "0"):
             raise UserError("must_be_boolean")
-        return found[as_text(value)]
+        return is_true
     if kind in (int, float):
         try:  # PyYAML reads 1e-4 as a string
             number = math.nan if isinstance(value, bool) else float(str(value).strip())

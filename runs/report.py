@@ -13,8 +13,9 @@ import common
 from common import Message
 from runs import charts
 from runs.charts import Curve
-from runs.files import read_json, read_jsonl, write_text
+from runs.files import read_json, write_text
 from runs.folder import read_run, run_config
+from runs.log import read_log
 from runs.metric_names import METRICS, REWARDS
 
 MODELS = {"base": "训练前", "trained": "训练后", "majority vote": "多数类", "model": "模型"}
@@ -38,9 +39,9 @@ def write(folder: Path) -> Path:
 
 def facts(folder: Path) -> dict[str, Any]:
     """All that the page shows of a run."""
-    run, log = read_run(folder) or {}, read_jsonl(folder / "trainer_log.jsonl")
+    run, log = read_run(folder) or {}, read_log(folder)
     settings = run_config(folder) if (folder / "config.yaml").is_file() else common.Config()
-    evaluations = read_evaluations(folder)
+    evaluations = [read_json(path) for path in sorted(folder.glob("eval/*/metrics.json"))]
     general = next((e for e in evaluations if e["dataset"] == "general_test" and e["task"] == "loss"), None)
     return {
         "name": folder.resolve().name,
@@ -66,11 +67,6 @@ def facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """metrics.json of every evaluated dataset."""
-    return [read_json(path) for path in sorted(folder.glob("eval/*/metrics.json"))]
-
-
 def shown(settings: common.Config, key: str) -> Any:
     """A setting that is not the default, as it stands in a recipe; else None."""
     value = getattr(settings, key)
@@ -86,14 +82,11 @@ def commands(folder: Path, run: dict[str, Any], evaluations: Sequence[dict[str, 
     place = shlex.quote(str(folder))
     elsewhere = f"output_dir={folder.with_name(f'{folder.resolve().name}-again')}"
     typed = [word for word in run.get("command", ()) if not re.match(r"-*(overwrite_)?output_dir=", word)]
+    same = [(shlex.join([*typed, elsewhere]), "train it again with the same command", "用同样的命令再训练一次")]
     evaluated = dict.fromkeys(shlex.join(e["command"]) for e in evaluations) or [f"python evaluate.py {place}"]
     again = ["python", "train.py", f"{folder}/config.yaml", elsewhere, "overwrite_output_dir=false"]
     return [
-        *(
-            [(shlex.join([*typed, elsewhere]), "train it again with the same command", "用同样的命令再训练一次")]
-            if typed
-            else []
-        ),
+        *(same if typed else []),
         (shlex.join(again), "train it again from the configuration in the run folder", "用运行目录中的配置再训练一次"),
         *((command, "evaluate it", "评测") for command in evaluated),
         (f"python chat.py {place}", "chat with it", "对话"),
@@ -174,24 +167,14 @@ def classification_charts(models: dict[str, Any]) -> list[str]:
         for m, f in models.items()
         if "confidence" in f["calibration"][0]  # earlier versions had other keys
     ]
-    micro = (
-        ("ROC (micro average)", "ROC 曲线（微平均）"),
-        ("precision and recall (micro average)", "精确率与召回率（微平均）"),
-    )
-    titles = (
-        micro
-        if any(c["micro"] for c in curved.values())
-        else (("ROC", "ROC 曲线"), ("precision and recall", "精确率与召回率"))
-    )
+    en, zh = (" (micro average)", "（微平均）") if any(c["micro"] for c in curved.values()) else ("", "")
+    false_positives, true_positives = ("false-positive rate", "误报率"), ("true-positive rate", "检出率")
+    recall, precision = ("recall", "召回率"), ("precision", "精确率")
+    predicted, right = ("predicted probability", "预测概率"), ("share that was right", "实际比例")
     drawn = [
-        (titles[0], ("false-positive rate", "误报率"), ("true-positive rate", "检出率"), roc),
-        (titles[1], ("recall", "召回率"), ("precision", "精确率"), precision_recall),
-        (
-            ("calibration", "校准"),
-            ("predicted probability", "预测概率"),
-            ("share that was right", "实际比例"),
-            calibration,
-        ),
+        ((f"ROC{en}", f"ROC 曲线{zh}"), false_positives, true_positives, roc),
+        ((f"precision and recall{en}", f"精确率与召回率{zh}"), recall, precision, precision_recall),
+        (("calibration", "校准"), predicted, right, calibration),
     ]
     return [
         charts.line_chart(title, x, curves, y_name=y, unit_square=True, diagonal=curves is not precision_recall)

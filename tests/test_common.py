@@ -480,6 +480,13 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     with appearing(tmp_path / "m[1]"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "m[1]"}
+    (tmp_path / f".a.json.{ended.pid}.tmp").write_text("cut o")
+    (tmp_path / ".a.json.mine.tmp").write_text("")
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.json", "\ud800")
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "m[1]", "a.json", ".a.json.mine.tmp"}
+    assert read_json(tmp_path / "a.json") == 1
 
 
 def test_a_number_given_to_a_later_process_is_not_the_earlier_one(monkeypatch):

@@ -26,16 +26,12 @@ MAX_UPLOAD = "4gb"  # of a data file; a larger one is named by its path
 def listen(host: str, port: int) -> socket.socket:
     """A socket on the address, taken before anything slow starts; raises UserError where it cannot be had."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
     except socket.gaierror:
         raise UserError("web_host_unknown", host=host) from None
     except OSError as error:
         raise UserError("web_address_taken", host=host, port=port, problem=error.strerror, other=port + 1) from None
-    return listener
 
 
 def build(source: Source | None, password: str | None, host: str, names: Collection[str] = ()) -> Any:

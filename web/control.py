@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -181,33 +181,27 @@ def device_user() -> Message | None:
 
 
 @contextlib.contextmanager
-def _starting() -> Iterator[None]:
-    """Lets one board at a time look whether the device is free and start a command: there may be two on one folder."""
+def _device() -> Iterator[None]:
+    """Keeps the device free while a command is started; raises UserError where something uses its memory.
+
+    One board at a time may look and start (there may be two on one folder), and the chat's model gives its memory back.
+    """
     (common.SAVES / BOARD).mkdir(parents=True, exist_ok=True)
     with open(common.SAVES / BOARD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if user := device_user():
+            raise UserError.from_message(user)
+        chat_model.stop_and_free()
         yield
 
 
 def start_command(folder: Path, command: list[str], language: str) -> jobs.Job:
-    """Starts a command that needs all of the device's memory, also what the chat's model holds; see jobs.start.
+    """Starts a command that needs all of the device's memory; see jobs.start.
 
     Raises UserError where another such command is at work.
     """
-    with _starting():
-        return _start_command(folder, command, language)
-
-
-def _start_command(folder: Path, command: list[str], language: str) -> jobs.Job:
-    _check_device()
-    chat_model.stop_and_free()
-    return jobs.start(folder, command, language)
-
-
-def _check_device() -> None:
-    """Raises UserError where something has the device's memory: two of a kind would not fit on one card."""
-    if user := device_user():
-        raise UserError.from_message(user)
+    with _device():
+        return jobs.start(folder, command, language)
 
 
 def differing(config: Config) -> dict[str, Any]:
@@ -230,15 +224,14 @@ def train_command(config: Config) -> list[str]:
 def start_run(config: Config, overwrite: bool, language: str) -> Path:
     """Writes the recipe into the run folder and starts train.py with it; raises UserError where it cannot be."""
     folder = Path(config.output_dir)
-    with _starting():
-        _check_device()
-        if left_by_training(folder) and not overwrite:
-            raise UserError("run_exists", folder=folder)
+    if left_by_training(folder) and not overwrite:
+        raise UserError("run_exists", folder=folder)
+    with _device():
         recipe = folder / BOARD / "recipe.yaml"  # in the board's own folder: saves/NAME/recipe.yaml may be the user's
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, recipe_text(config))
         again = ["overwrite_output_dir=true"] if overwrite else []
-        _start_command(job_folder(folder), ["train.py", str(recipe), *again], language)
+        jobs.start(job_folder(folder), ["train.py", str(recipe), *again], language)
     return folder
 
 
@@ -252,7 +245,7 @@ def go_on(folder: Path, language: str) -> None:
 
 def pause(folder: Path) -> None:
     """What Ctrl-C does: a checkpoint after the step, then the end. Also for a run that a terminal has started."""
-    _end(folder, jobs.interrupt, lambda process: process.send_signal(2))
+    _send_signal(folder, signal.SIGINT)
 
 
 def abort(folder: Path) -> None:
@@ -260,15 +253,15 @@ def abort(folder: Path) -> None:
     if run_state(folder) in ("running", "starting"):
         job_folder(folder).mkdir(parents=True, exist_ok=True)
         (job_folder(folder) / jobs.ABORTED).touch()
-    _end(folder, jobs.kill, lambda process: process.kill())
+    _send_signal(folder, signal.SIGKILL)
 
 
-def _end(folder: Path, end_job: Callable[[jobs.Job], None], end: Callable[[psutil.Process], None]) -> None:
+def _send_signal(folder: Path, number: signal.Signals) -> None:
     run, job = read_run(folder), jobs.find(job_folder(folder))
-    if job and jobs.is_running(job):
-        end_job(job)
+    if jobs.is_running(job):
+        jobs.send_signal(job, number)
     elif is_training(run):
-        end(psutil.Process(run["pid"]))
+        psutil.Process(run["pid"]).send_signal(number)
 
 
 def newest_job(name: str | None, kinds: Sequence[str]) -> jobs.Job | None:
@@ -282,9 +275,4 @@ def newest_job(name: str | None, kinds: Sequence[str]) -> jobs.Job | None:
 def stop_newest(name: str | None, kinds: Sequence[str]) -> None:
     """Interrupts the command of `kinds` that was started last for a run."""
     if job := newest_job(name, kinds):
-        jobs.interrupt(job)
-
-
-def changed_at() -> float:
-    """A value that is new each time: where it is an output of an event, what shows the runs is brought up to date."""
-    return time.time()
+        jobs.send_signal(job)

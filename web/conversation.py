@@ -161,11 +161,7 @@ def find_message(turns: list[Turn], voice: str, index: int) -> tuple[int, int | 
 # ---------------------------------------------------------------------------------------------------------------------
 # What becomes training data
 
-FORMS = ("openai", "sharegpt")
-COLUMNS: dict[str, dict[str, str]] = {
-    "openai": {"messages": "messages", "tools": "tools"},
-    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
-}
+COLUMNS = {"messages": "messages", "tools": "tools"}
 TAGS = {
     "role_tag": "role",
     "content_tag": "content",
@@ -176,21 +172,14 @@ TAGS = {
 }
 
 
-def row(turns: list[Turn], system: str, tools: list[dict[str, Any]] | None, form: str) -> dict[str, Any]:
-    """The trained voice's conversation as one row of a dataset; raises UserError where nothing can be learned."""
-    answered = [turn for turn in turns if "trained" in turn]
-    if not answered:
+def row(turns: list[Turn], system: str, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The trained voice's conversation as one row in OpenAI's form; raises UserError where nothing can be learned."""
+    if not any("trained" in turn for turn in turns):
         raise UserError("chat_empty")
     for number, turn in enumerate(turns, 1):
         if not turn.get("trained", "").strip():
             raise UserError("turn_without_answer", number=number)
-    made: dict[str, Any] = {}
-    if form == "openai":
-        made["messages"] = [_openai(message) for message in messages(answered, "trained", system)]
-    else:
-        made["conversations"] = [_sharegpt(message) for message in messages(answered, "trained")]
-        if system.strip():
-            made["system"] = system
+    made: dict[str, Any] = {"messages": [_openai(message) for message in messages(turns, "trained", system)]}
     if tools:
         made["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     return made
@@ -206,23 +195,10 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def _sharegpt(message: dict[str, Any]) -> dict[str, Any]:
-    if "tool_calls" not in message:
-        role = {"user": "human", "assistant": "gpt", "tool": "observation"}[message["role"]]
-        return {"from": role, "value": message["content"]}
-    thought, _, rest = message["content"].rpartition("</think>")
-    if rest.strip():
-        raise UserError("sharegpt_text_beside_call")
-    made = [call["function"] for call in message["tool_calls"]]
-    text = json.dumps(made[0] if len(made) == 1 else made, ensure_ascii=False)
-    return {"from": "function_call", "value": f"{thought}</think>\n{text}" if thought else text}
-
-
-def entry(file_name: str, form: str, tools: bool = False) -> dict[str, Any]:
+def entry(file_name: str, tools: bool = False) -> dict[str, Any]:
     """What dataset_info.json says of a file of such rows; complete, so that LLaMA-Factory reads it too."""
-    columns = {key: column for key, column in COLUMNS[form].items() if key != "tools" or tools}
-    made: dict[str, Any] = {"file_name": file_name, "formatting": form, "columns": columns}
-    return made | ({"tags": TAGS} if form == "openai" else {})
+    columns = {key: column for key, column in COLUMNS.items() if key != "tools" or tools}
+    return {"file_name": file_name, "formatting": "openai", "columns": columns, "tags": TAGS}
 
 
 def file_text(rows: list[dict[str, Any]]) -> str:
@@ -230,12 +206,12 @@ def file_text(rows: list[dict[str, Any]]) -> str:
     return json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
 
 
-def registry_line(name: str, form: str, tools: bool) -> str:
+def registry_line(name: str, tools: bool) -> str:
     """The line of dataset_info.json for NAME.json, as it is written there."""
-    return f"{json.dumps(name)}: {json.dumps(entry(f'{name}.json', form, tools), ensure_ascii=False)}"
+    return f"{json.dumps(name)}: {json.dumps(entry(f'{name}.json', tools), ensure_ascii=False)}"
 
 
-def add_to_data(made: dict[str, Any], name: str, form: str, folder: Path) -> int:
+def add_to_data(made: dict[str, Any], name: str, folder: Path) -> int:
     """Adds a row to NAME.json in the folder of dataset_info.json, and registers it there; gives the count of rows.
 
     Raises UserError where the name is another dataset's, or the file holds something else.
@@ -247,7 +223,7 @@ def add_to_data(made: dict[str, Any], name: str, form: str, folder: Path) -> int
     if not isinstance(known, dict):
         raise UserError("registry_not_object", file=registry)
     registered = known.get(name)
-    if registered and (registered.get("file_name"), registered.get("formatting")) != (file.name, form):
+    if registered and (registered.get("file_name"), registered.get("formatting")) != (file.name, "openai"):
         raise UserError("dataset_name_taken", file=registry, name=name)
     if file.exists() and not registered:
         raise UserError("data_file_exists", file=file)
@@ -256,7 +232,7 @@ def add_to_data(made: dict[str, Any], name: str, form: str, folder: Path) -> int
         raise UserError("data_file_not_list", file=file)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, [*rows, made])
-    wanted = entry(file.name, form, "tools" in made or "tools" in (registered or {}).get("columns", {}))
+    wanted = entry(file.name, "tools" in made or "tools" in (registered or {}).get("columns", {}))
     if registered != wanted:
         _register(registry, known, name, wanted)
     return len(rows) + 1

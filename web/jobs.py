@@ -115,17 +115,8 @@ def is_running(job: Job | None) -> bool:
     return job is not None and state(job) == "running"
 
 
-def interrupt(job: Job) -> None:
-    """What Ctrl-C does in a terminal."""
-    _signal(job, signal.SIGINT)
-
-
-def kill(job: Job) -> None:
-    """Ends a job at once, with all its children."""
-    _signal(job, signal.SIGKILL)
-
-
-def _signal(job: Job, number: signal.Signals) -> None:
+def send_signal(job: Job, number: signal.Signals = signal.SIGINT) -> None:
+    """Sends a job and all its children what Ctrl-C sends in a terminal, or SIGKILL, which ends them at once."""
     if state(job) == "running":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.process, number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -218,9 +219,12 @@ def turn_to(page: int, total: int, size: int) -> tuple[int, int, range]:
 
 
 def run_now(function: Any, t: Translator, *arguments: Any) -> tuple[str, float]:
-    """For a button: calls `function` and gives the HTML of its UserError, or nothing, and `control.changed_at()`."""
+    """For a button: calls `function` and gives the HTML of its UserError, or nothing, and the time.
+
+    The time is new at each call: a page that shows the runs looks again where it changes.
+    """
     try:
         function(*arguments)
     except UserError as error:
-        return fault(error, t), control.changed_at()
-    return "", control.changed_at()
+        return fault(error, t), time.time()
+    return "", time.time()

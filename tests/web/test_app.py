@@ -84,12 +84,11 @@ def test_the_model_reads_tool_calls_in_the_form_that_templates_take() -> None:
     assert sent[2]["content"].startswith("<think>")
 
 
-@pytest.mark.parametrize("form", talk.FORMS)
-def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: Path) -> None:
+def test_a_saved_conversation_is_a_dataset_that_reads_back(tmp_path: Path) -> None:
     tools = talk.read_tools(WEATHER)
     for count in (1, 2):
-        made = talk.row(TALK, "Be brief.", tools, form)
-        assert talk.add_to_data(made, "chats", form, tmp_path) == count
+        made = talk.row(TALK, "Be brief.", tools)
+        assert talk.add_to_data(made, "chats", tmp_path) == count
     [entry] = registry.find_entries(["chats"], str(tmp_path))
     rows = [row for _, row in sources.read_rows(entry.files[0])]
     layout = formats.find_layout(entry, rows[0])
@@ -106,7 +105,7 @@ def test_a_saved_conversation_is_a_dataset_that_reads_back(form: str, tmp_path: 
 def test_registering_leaves_the_other_lines_of_the_registry_alone(tmp_path: Path) -> None:
     registry = tmp_path / "dataset_info.json"
     registry.write_text('{\n  "mine": {"file_name": "mine.json"}\n}\n', encoding="utf-8")
-    talk.add_to_data({"messages": []}, "chats", "openai", tmp_path)
+    talk.add_to_data({"messages": []}, "chats", tmp_path)
     lines = registry.read_text(encoding="utf-8").splitlines()
     assert lines[1] == '  "mine": {"file_name": "mine.json"},'
     assert len(lines) == 4
@@ -119,7 +118,7 @@ def test_no_other_dataset_is_touched(tmp_path: Path) -> None:
     refused = [("mine", "dataset_name_taken"), ("loose", "data_file_exists"), ("../x", "dataset_name_invalid")]
     for name, code in refused:
         with user_error(code):
-            talk.add_to_data({"messages": []}, name, "openai", tmp_path)
+            talk.add_to_data({"messages": []}, name, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset_info.json", "loose.json"]
 
 
@@ -134,9 +133,9 @@ def test_faulty_tools_are_refused(text: str, code: str) -> None:
 
 def test_a_turn_without_an_answer_is_no_training_data() -> None:
     with user_error("turn_without_answer", number=2):
-        talk.row([*TALK[:1], {"role": "user", "text": "hi", "trained": " "}], "", None, "openai")
+        talk.row([*TALK[:1], {"role": "user", "text": "hi", "trained": " "}], "", None)
     with user_error("chat_empty"):
-        talk.row([], "", None, "openai")
+        talk.row([], "", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

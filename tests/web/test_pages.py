@@ -86,7 +86,7 @@ def test_a_job_lives_in_a_session_of_its_own(workdir: Path) -> None:
     assert os.getsid(job.process) == job.process != os.getsid(0)
     with user_error("job_running", command=job.shell_line):
         jobs.start(workdir / "job", job.command)
-    jobs.kill(job)
+    jobs.send_signal(job, signal.SIGKILL)
     assert ended(job) == "killed" and jobs.error(job) == Message("job_killed", command=job.shell_line)
 
 
@@ -101,7 +101,7 @@ def test_an_interrupted_job_can_save_before_it_ends(workdir: Path, handler: Any)
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(lambda: jobs.tail(job.log) == "ready")
-    jobs.interrupt(job)
+    jobs.send_signal(job)
     assert ended(job) == "stopped" and jobs.error(job) is None
     assert jobs.tail(job.log) == "ready\nsaved"
 
@@ -286,7 +286,7 @@ def test_one_script_at_a_time_has_the_memory(workdir: Path) -> None:
     with user_error("job_running", command=job.shell_line):
         export_page.start_export("one", "merge", [], False, True, "en")
     assert not (common.SAVES / "other").exists()
-    jobs.kill(job)
+    jobs.send_signal(job, signal.SIGKILL)
     ended(job)
     assert control.device_user() is None
 
@@ -312,7 +312,7 @@ def test_two_boards_on_one_folder_start_one_training(workdir: Path) -> None:
     ends = [board.communicate()[1].strip() for board in boards]
     assert sorted(ends) == ["", "run_training", "run_training"]
     [job] = [jobs.find(path.parent) for path in common.SAVES.rglob("job.json")]
-    jobs.kill(job)
+    jobs.send_signal(job, signal.SIGKILL)
 
 
 def test_what_was_aborted_was_no_accident(workdir: Path) -> None:

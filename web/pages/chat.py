@@ -94,7 +94,7 @@ class ChatPage(ChatLayout):
         self.target.change(self.settings_of, self.target, [self.fault, *self.sampling.values()], **QUIET)
 
     def connect_saving(self) -> None:
-        row = [self.turns, self.system, self.tools, self.form, self.name]
+        row = [self.turns, self.system, self.tools, self.name]
         made = self.download.click(self.make_file, row, [self.file, self.line, self.saved], **QUIET)
         made.then(None, [self.file, self.name], None, js=static("save_file.js"))
         self.add.click(self.add_to_data, row, [self.line, self.saved], **QUIET)
@@ -330,19 +330,19 @@ class ChatPage(ChatLayout):
 
     # ---- training data
 
-    def make_file(self, turns: list[Turn], system: str, tools: str, form: str, name: str) -> tuple[str, str, str]:
+    def make_file(self, turns: list[Turn], system: str, tools: str, name: str) -> tuple[str, str, str]:
         """The conversation as the text of a data file, the line that registers it, and what is wrong."""
         try:
-            row = conversation.row(turns, system, conversation.read_tools(tools), form)
+            row = conversation.row(turns, system, conversation.read_tools(tools))
         except UserError as error:
             return "", "", widgets.fault(error, self.t)
-        return conversation.file_text([row]), conversation.registry_line(name or "chats", form, "tools" in row), ""
+        return conversation.file_text([row]), conversation.registry_line(name or "chats", "tools" in row), ""
 
-    def add_to_data(self, turns: list[Turn], system: str, tools: str, form: str, name: str) -> tuple[str, str]:
+    def add_to_data(self, turns: list[Turn], system: str, tools: str, name: str) -> tuple[str, str]:
         """Adds the conversation to a dataset: the line that registers it, and what was done or is wrong."""
         try:
-            row = conversation.row(turns, system, conversation.read_tools(tools), form)
-            count = conversation.add_to_data(row, name, form, folder := Path(common.Config.dataset_dir))
+            row = conversation.row(turns, system, conversation.read_tools(tools))
+            count = conversation.add_to_data(row, name, folder := Path(common.Config.dataset_dir))
         except UserError as error:
             return "", widgets.fault(error, self.t)
         text = self.t(
@@ -351,7 +351,7 @@ class ChatPage(ChatLayout):
             n=count,
             name=name,
         )
-        return conversation.registry_line(name, form, "tools" in row), note(text)
+        return conversation.registry_line(name, "tools" in row), note(text)
 
 
 def _unanswered(turn: Turn) -> Turn:

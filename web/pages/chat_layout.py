@@ -10,7 +10,7 @@ import gradio as gr
 from common import UserError
 from inference.engine import Settings
 from runs.target import Source, find
-from web import chat_model, conversation
+from web import chat_model
 from web.texts import Translator
 from web.widgets import note
 
@@ -150,7 +150,6 @@ class ChatLayout:
 
     def place_saving(self) -> None:
         t = self.t
-        self.form = gr.Radio(list(conversation.FORMS), value="openai", label=t("Form"), elem_id="chat-form")
         self.download = gr.Button(t("Download"), size="sm", elem_id="chat-download")
         self.name = gr.Textbox("chats", label=t("Name of the dataset"), elem_id="chat-name")
         self.add = gr.Button(t("Add to data/"), size="sm", elem_id="chat-add")

@@ -380,7 +380,7 @@ class DataPage:
 
     def end_download(self) -> None:
         if job := newest_download():
-            jobs.interrupt(job)
+            jobs.send_signal(job)
 
     def watch(self, model: str | None, shown: dict[str, Any]) -> dict[Any, Any]:
         """What has changed on the disk."""
