@@ -47,11 +47,11 @@ METRICS = {
     "rougeL": MetricName("ROUGE-L", "ROUGE-L", "ROUGE-L"),
     "preference_accuracy": MetricName("preference accuracy", "preference accuracy", "偏好准确率"),
     "preference_accuracy_per_token": MetricName(
-        "per token", "preference accuracy, per token", "偏好准确率（按词元平均）"
+        "per token", "preference accuracy, per token", "偏好准确率（按 token 平均）"
     ),
     "margin": MetricName("margin", "mean log-probability margin", "对数概率差均值"),
     "loss": MetricName("loss", "loss", "损失"),
     "perplexity": MetricName("perplexity", "perplexity", "困惑度"),
-    "tokens": MetricName("tokens", "tokens", "词元数"),
+    "tokens": MetricName("tokens", "tokens", "token 数"),
     "seconds": MetricName("seconds", "seconds", "秒"),
 }

@@ -87,7 +87,7 @@ def commands(folder: Path, run: dict[str, Any], evaluations: Sequence[dict[str, 
     again = ["python", "train.py", f"{folder}/config.yaml", elsewhere, "overwrite_output_dir=false"]
     return [
         *(same if typed else []),
-        (shlex.join(again), "train it again from the configuration in the run folder", "用运行目录中的配置再训练一次"),
+        (shlex.join(again), "train it again from the configuration in the run folder", "用训练目录中的配置再训练一次"),
         *((command, "evaluate it", "评测") for command in evaluated),
         (f"python chat.py {place}", "chat with it", "对话"),
         (f"python merge.py {place}", "merge it into a 16-bit model", "合并为 16 位模型"),
