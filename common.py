@@ -382,7 +382,7 @@ class Config:
     output_dir: str | None = option(None, "the run folder; unset: saves/ and the recipe's name", path=True)
     overwrite_output_dir: bool = option(False, "start over, deleting what the folder holds of an earlier run")
     resume_from_checkpoint: str | None = option(
-        None, "a checkpoint folder to go on from; unset: the run's newest whole one; false: none", path=True
+        None, "a checkpoint folder to go on from; unset: the run's newest complete one; false: none", path=True
     )
     logging_steps: float = option(5, "steps between lines of trainer_log.jsonl; below 1: a share", minimum=0)
     logging_first_step: bool = option(True, "log the first step too")

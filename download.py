@@ -1,6 +1,6 @@
 """Puts a base model onto the disk: the small embedded one by default, or one of the Hugging Face hub.
 
-`python download.py --help` says how. A model's folder appears whole and verified, or not at all.
+`python download.py --help` says how. A model's folder appears complete and verified, or not at all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from runs.option_values import expand_path
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="download.py", description="Puts a base model onto the disk, whole and verified; goes on where it stopped."
+        prog="download.py",
+        description="Fetches a base model, complete and verified; goes on where it stopped.",
     )
     parser.add_argument("model", nargs="?", default=EMBEDDED, help=f"ORG/NAME; unset: {EMBEDDED}, which needs no hub")
     source = parser.add_mutually_exclusive_group()

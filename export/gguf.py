@@ -27,7 +27,7 @@ from runs.disk import existing_folder, explaining_full_disk
 from runs.files import read_json, read_object, sha256, write_json, write_text
 from runs.folder import is_run
 from runs.process import end_with_parent, is_alive
-from runs.target import Target, config_of_run, find_16_bit_base, find_target, is_adapter, whole_model
+from runs.target import Target, complete_model, config_of_run, find_16_bit_base, find_target, is_adapter
 from runs.weights import read_tensors
 
 RECORD = "gguf.json"
@@ -186,7 +186,7 @@ def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
 
 def whole_model_folder(path: Path) -> Path:
     """The folder of a model; one that lacks a tokenizer is told later, by what needs it."""
-    return path if (path / "config.json").is_file() else whole_model(str(path))
+    return path if (path / "config.json").is_file() else complete_model(str(path))
 
 
 def run_of_merged(model: Path) -> Path | None:

@@ -76,7 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Growth:
-    """What one reply of a job grows by: parts of text and whole tool calls, and how it ended, if it did."""
+    """What one reply of a job grows by: parts of text and complete tool calls, and how it ended, if it did."""
 
     index: int
     parts: list[str | ToolCall]

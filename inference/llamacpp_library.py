@@ -182,7 +182,7 @@ def _same_interface(header: Path) -> bool:
 
 
 def _build(target: Path) -> None:
-    """Builds the library alone into the folder `target`, which appears whole."""
+    """Builds the library alone into the folder `target`, which appears complete."""
     cuda = {"GGML_CUDA": "ON"} if _card() else {}
     settings = [f"-D{key}={value}" for key, value in (_CMAKE | cuda).items()] + os.environ.get("CMAKE_ARGS", "").split()
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []

@@ -76,7 +76,7 @@ def call_id() -> str:
 
 
 def chat_message(choice: Choice) -> dict[str, Any]:
-    """A whole reply of a chat."""
+    """A complete reply of a chat."""
     message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
     if choice.calls:
         calls = [

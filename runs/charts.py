@@ -65,7 +65,7 @@ def use_chinese_font() -> None:
 
 @contextmanager
 def picture(path: Path, *, columns: int = 1, size: tuple[float, float] = (8, 4.5)) -> Iterator[list[Any]]:
-    """Axes side by side, of `size` inches in all; at the end they are written to `path`, which appears whole."""
+    """Axes side by side, of `size` inches in all; at the end they are written to `path`, which appears complete."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Reading and writing files: JSON and JSON lines, hashes, files and folders that appear whole or not at all."""
+"""Reading and writing files: JSON and JSON lines, hashes, files and folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines that this kit appends to; none where there is no file.
 
-    Lines that are not whole, as a killed process leaves the last one, are left out.
+    Lines that are not complete, as a killed process leaves the last one, are left out.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")

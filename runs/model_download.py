@@ -1,4 +1,4 @@
-"""Fetches a model of the Hugging Face hub, of a mirror, or of ModelScope: whole and verified, or not at all.
+"""Fetches a model of the Hugging Face hub, of a mirror, or of ModelScope: complete and verified, or not at all.
 
 What has arrived is kept beside the model's folder until all is there, and the next call goes on from it.
 """
@@ -27,7 +27,7 @@ RECORD = "download.json"  # in each finished folder: which model it is, from whe
 
 
 def is_downloaded(folder: Path, model: str, revision: str | None) -> bool:
-    """Whether `folder` holds the model, whole. UserError where it holds anything else: nothing is ever overwritten."""
+    """Whether `folder` holds the complete model. UserError for anything else: nothing is ever overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         if folder.is_mount():
             raise UserError("folder_is_a_disk", folder=folder)

@@ -56,7 +56,7 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
     # a grown and trained embedding is saved three times, of which peft reads one: find_places has looked at all
     names = [*result.missing_keys, *([] if adapter.is_plain() else result.unexpected_keys)]
     if names:
-        raise UserError("adapter_not_loaded_whole", folder=folder, tensor=names[0], count=len(names))
+        raise UserError("adapter_partly_loaded", folder=folder, tensor=names[0], count=len(names))
     return loaded
 
 

@@ -57,7 +57,7 @@ def find_target(target: str | None, settings: Sequence[str], wants: Literal["any
     """Reads a target (None: the newest run) and settings, `key=value`.
 
     A path may be a run, a checkpoint, an adapter, a model's folder, a hub name, a GGUF or a recipe. `wants="adapter"`
-    is for merging: a model, which has none, is an error. Raises UserError where the target is not there or not whole.
+    is for merging: a model, which has none, is an error. Raises UserError where it is not there or not complete.
     """
     path = Path(target).expanduser() if target else None
     is_recipe = path is not None and path.suffix in RECIPE_SUFFIXES and not path.is_dir()
@@ -124,8 +124,8 @@ def config_of_run(run: Path | None, loaded: Loaded) -> Config:
 
 def _refuse_unfinished(folder: Path) -> None:
     """Raises the UserError for a run without an adapter; it names the newest checkpoint."""
-    whole = [path for path in folder.glob("checkpoint-*") if is_adapter(path)]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    saved = [path for path in folder.glob("checkpoint-*") if is_adapter(path)]
+    newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest:
         raise UserError("run_has_checkpoints_only", folder=folder, checkpoint=newest)
     status = (read_run(folder) or {}).get("status")
@@ -146,7 +146,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a whole adapter."""
+    """adapter_config.json of a complete adapter."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError("adapter_without_weights", folder=folder)
     return read_object(folder / "adapter_config.json")
@@ -200,7 +200,7 @@ def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
             notes.append(Message("gguf_has_its_template"))
         return Source(str(path), config, model, notes=tuple(notes))
     if found.kind == "model":
-        tokenizer = folder = whole_model(str(path))
+        tokenizer = folder = complete_model(str(path))
         model = str(folder)
     else:
         folder, name = base_folder(found)
@@ -219,7 +219,7 @@ def base_folder(target: Target) -> tuple[Path, str]:
         raise UserError("base_unnamed", folder=target.path)
     plain = QUANTIZED_NAME.sub("", target.base)
     name = plain if find_model(target.base) is None and find_model(plain) else target.base
-    return whole_model(name, target.path), name
+    return complete_model(name, target.path), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def find_model(name: str) -> Path | None:
 
 
 def missing_from_model(folder: Path) -> list[str]:
-    """What `folder` lacks as a model that transformers can load; empty: it is whole.
+    """What `folder` lacks as a model that transformers can load; empty: it is complete.
 
     Reads names, sizes and the headers of the weights, never the weights.
     """
@@ -255,10 +255,10 @@ def missing_from_model(folder: Path) -> list[str]:
         weights = weight_files(folder)
     except UserError:
         weights = ["model.safetensors.index.json"]
-    return missing + [name for name in weights if not _is_whole(folder / name)]
+    return missing + [name for name in weights if not _is_complete(folder / name)]
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         read_header(path)
     except UserError:
@@ -266,13 +266,13 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def whole_model(name: str, adapter: Path | None = None) -> Path:
+def complete_model(name: str, adapter: Path | None = None) -> Path:
     """The folder of a model that is on the disk (see `find_model`); `adapter`: it is the base of that one."""
     if folder := find_model(name):
         if missing := missing_from_model(folder):
             if adapter:
-                raise UserError("base_not_whole", base=folder, adapter=adapter, missing=missing)
-            raise UserError("model_not_whole", model=folder, missing=missing)
+                raise UserError("base_incomplete", base=folder, adapter=adapter, missing=missing)
+            raise UserError("model_incomplete", model=folder, missing=missing)
         return folder
     if ggufs := sorted(Path(name).glob("*.gguf")):
         chat = common.command("chat.py", ggufs[0])
@@ -297,7 +297,7 @@ def find_16_bit_base(target: Target) -> tuple[Path, str, dict[str, Any]]:
     plain = QUANTIZED_NAME.sub("", name)
     if plain != name and (original := find_model(plain)):
         folder, name = original, plain
-    folder = whole_model(plain, target.path) if folder is None else folder
+    folder = complete_model(plain, target.path) if folder is None else folder
     config = read_object(folder / "config.json")
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization

@@ -64,7 +64,7 @@ def test_embedded_again_is_instant(embedded_model):
     before = {path: path.stat().st_mtime_ns for path in embedded_model.glob("*.*")}
     cpu = os.times().children_user
     result = run("download.py", "SmolLM2-135M-Instruct")
-    assert result.returncode == 0 and "is there and whole" in result.stdout
+    assert result.returncode == 0 and "is there and complete" in result.stdout
     assert f"model_name_or_path: {common.EMBEDDED_MODEL}" in result.stdout
     assert os.times().children_user - cpu < 0.5
     assert before == {path: path.stat().st_mtime_ns for path in embedded_model.glob("*.*")}
@@ -338,7 +338,7 @@ def test_again_needs_no_network(hub, capsys):
     download.main(["org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "here"])
     asked = len(hub.requests)
     download.main(["org/Tiny-Chat", "--mirror", "http://127.0.0.1:1", "--local-dir", "here", "--revision", COMMIT])
-    assert "here is there and whole" in capsys.readouterr().out and len(hub.requests) == asked
+    assert "here is there and complete" in capsys.readouterr().out and len(hub.requests) == asked
 
 
 def test_a_lost_file_is_told(hub):

@@ -33,7 +33,7 @@ def check_model(run: Run) -> Iterator[Finding]:
         run.model = model_like(EMBEDDED_SHAPE)
         yield note(Message("model_will_be_made", folder=path))
     elif path.exists():
-        yield fault(Message("model_not_whole", model=path, missing=missing))
+        yield fault(Message("model_incomplete", model=path, missing=missing))
     else:
         yield from _missing_model(run, path)
     if run.model:

@@ -85,7 +85,7 @@ def parts(text: str) -> list[Part]:
 
 
 def calls(text: str) -> list[dict[str, Any]]:
-    """The tool calls of an answer, {"name", "arguments"}; one that is not whole JSON is none."""
+    """The tool calls of an answer, {"name", "arguments"}; one that is not complete JSON is none."""
     found = []
     for kind, content in parts(text):
         if kind == "call":

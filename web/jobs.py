@@ -136,8 +136,8 @@ def lines(log: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     visible = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
-    whole = visible[1:] if size > _TAIL else visible
-    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) for line in whole]
+    kept = visible[1:] if size > _TAIL else visible
+    return [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) for line in kept]
 
 
 def tail(log: Path, count: int = 200) -> str:

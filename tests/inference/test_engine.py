@@ -591,7 +591,7 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
 
     half = shutil.copytree(parrot, tmp_path / "half")
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-9])
-    with user_error("model_not_whole", missing=["model.safetensors"]):
+    with user_error("model_incomplete", missing=["model.safetensors"]):
         find("half")
 
     folder = make_run(parrot, tmp_path / "saves" / "mine")

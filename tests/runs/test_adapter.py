@@ -90,7 +90,7 @@ def test_a_kind_that_only_peft_knows_is_loaded_whole_or_not(tiny_model: Path, tm
     assert not Adapter(folder).is_plain()
     assert load(str(folder), QUIET).model is not None
     change(folder, rename=lambda name: name.replace("layers.1.", "layers.7."))
-    with user_error("adapter_not_loaded_whole"):
+    with user_error("adapter_partly_loaded"):
         load(str(folder), QUIET)
 
 

@@ -231,7 +231,7 @@ def test_all_faults_are_told(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": None}])
     result = run("train.py", "--dry-run", f"model_name_or_path={half}", f"dataset={rows}", cwd=tmp_path)
     assert result.returncode == 2
-    assert str(Message("model_not_whole", model=half, missing=["model.safetensors"])) in result.stdout
+    assert str(Message("model_incomplete", model=half, missing=["model.safetensors"])) in result.stdout
     assert "rows.jsonl" in result.stdout
     assert str(Message("dry_run_no", count=2)) in result.stdout
 

@@ -537,7 +537,7 @@ def test_half_a_model_is_named(tiny_model, data, tmp_path):
         (half / name).write_bytes((tiny_model / name).read_bytes())
     (half / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:5000])
     message = in_a_second(half, data, tmp_path / "run")
-    assert (message.code, message.fields["missing"]) == ("model_not_whole", ["model.safetensors"])
+    assert (message.code, message.fields["missing"]) == ("model_incomplete", ["model.safetensors"])
 
 
 def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):

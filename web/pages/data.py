@@ -45,10 +45,10 @@ _preparing = threading.Lock()  # one at a time: two would tokenize the same data
 
 
 def models() -> list[str]:
-    """Whole models below models/, the embedded one first (which the first training makes where it is missing)."""
+    """Complete models below models/, the embedded one first (which the first training makes where it is missing)."""
     found = sorted(path.as_posix() for path in MODELS.glob("*") if path.is_dir() and path.name[0] != ".")
-    whole = [path for path in found if not missing_from_model(Path(path))]
-    return [common.EMBEDDED_MODEL, *(path for path in whole if path != common.EMBEDDED_MODEL)]
+    complete = [path for path in found if not missing_from_model(Path(path))]
+    return [common.EMBEDDED_MODEL, *(path for path in complete if path != common.EMBEDDED_MODEL)]
 
 
 def templates() -> list[str]:
@@ -56,13 +56,13 @@ def templates() -> list[str]:
 
 
 def model_facts(name: str, t: Translator) -> str:
-    """What is known of a model, as HTML; what is missing of it where it is not whole."""
+    """What is known of a model, as HTML; what is missing of it where it is not complete."""
     folder = Path(name)
     missing = missing_from_model(folder)
     if missing and name == common.EMBEDDED_MODEL:
         return note(t("Comes in a Python package (93 MB); the first training fetches it, without a hub."))
     if missing and folder.is_dir():
-        return fault(t("{name} is not a whole model; it lacks {what}.", name=name, what=", ".join(missing)), t)
+        return fault(t("{name} is not a complete model; it lacks {what}.", name=name, what=", ".join(missing)), t)
     if missing:
         return fault(t("{name} is not on this disk; fetch it below, or choose another.", name=name), t)
     try:

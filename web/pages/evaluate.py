@@ -133,7 +133,7 @@ def results_html(name: str | None, t: Translator) -> str:
     if not name:
         return widgets.train_first(t)
     report = run_folder(name) / "report.html"
-    parts = [f"<p>{link(report, t('The whole report of this run, one page'))}</p>"] if report.is_file() else []
+    parts = [f"<p>{link(report, t('The complete report of this run, one page'))}</p>"] if report.is_file() else []
     for folder in evaluations(name):
         found = read_json(folder / "metrics.json")
         count = f"{found.get('rows', 0):,}"

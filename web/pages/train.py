@@ -159,8 +159,8 @@ def error_html(state: str, run: dict[str, Any], job: jobs.Job | None, t: Transla
 
 def ended_text(folder: Path, state: str, t: Translator) -> str:
     """From where a run goes on that was ended from outside or aborted."""
-    whole = any(folder.glob("checkpoint-*/trainer_state.json"))
-    way_on = t("It goes on from its last checkpoint.") if whole else t("There was no checkpoint yet: it starts anew.")
+    saved = any(folder.glob("checkpoint-*/trainer_state.json"))
+    way_on = t("It goes on from its last checkpoint.") if saved else t("There was no checkpoint yet: it starts anew.")
     return f"{t('The process was ended before it could save.')} {way_on}" if state == "killed" else way_on
 
 
