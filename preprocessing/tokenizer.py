@@ -39,7 +39,7 @@ def load_tokenizer(place: Path | str, *, trust_remote_code: bool = False) -> Any
     does otherwise is replaced by the plain one, which also saves a label that plain transformers reads rightly.
     Raises UserError where there is no tokenizer, or where no class does what the file says.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = Path(place) / "tokenizer.json"
     failure: Exception | None = None
@@ -51,6 +51,8 @@ def load_tokenizer(place: Path | str, *, trust_remote_code: bool = False) -> Any
         return tokenizer
     if not file.is_file():
         raise UserError("tokenizer_missing", model=place, reason=_first_line(failure)) from None
+    if type(tokenizer) is PreTrainedTokenizerFast and "add_prefix_space" not in tokenizer.init_kwargs:
+        return tokenizer  # it has read the file itself: reading it once more to compare takes up to a second
     expected = _probe(read_backend(file))
     if tokenizer is not None and _probe(tokenizer.backend_tokenizer) == expected:
         return tokenizer
