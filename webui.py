@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 
 import common
-from common import UserError
+from common import Message, UserError
 from runs import network
 from runs.configuration import run_command
 from runs.target import find
-from web import app, security
+from web import app
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     source = find(args.chat or None, args.settings) if args.chat is not None else None
     listener = app.listen(args.host, int(args.port))
     for note in source.notes if source else ():
-        print(f"note: {note}", file=sys.stderr)
+        print(Message("note", text=note), file=sys.stderr)
     names = [name.strip().lower() for name in args.allow_host.split(",") if name.strip()]
     app.serve(app.build(source, password, args.host, names), listener)
 
@@ -67,7 +67,7 @@ def read_password(args: argparse.Namespace) -> str | None:
         password = getpass.getpass("password for the page: ") if sys.stdin.isatty() else sys.stdin.readline().strip()
         if not password:
             raise UserError("web_password_empty")
-    if password is None and not security.is_loopback(args.host):
+    if password is None and not network.is_loopback(args.host):
         raise UserError("web_password_needed", host=args.host, port=args.port)
     return password
 

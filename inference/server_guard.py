@@ -18,7 +18,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common import Message
 from inference.openai_errors import ApiError
-from inference.server_options import LOOPBACK, ServerOptions
+from inference.server_options import ServerOptions
+from runs.network import LOOPBACK, host_name
 
 HEAD_SECONDS = 20  # to send the head of a request
 BODY_SECONDS = 60  # to send the body of a request
@@ -97,9 +98,9 @@ def check_host(header: str, options: ServerOptions) -> None:
     """Raises ApiError for a `Host` that does not name this server, where no key keeps others out."""
     if options.key or "*" in options.allowed_hosts:
         return
-    name = (header[: header.find("]") + 1] if header.startswith("[") else header.partition(":")[0]).lower()
-    if name.strip("[]") not in (*LOOPBACK, options.host) and name not in options.allowed_hosts:
-        raise ApiError(403, Message("api_foreign_host", host=name[:100]), code="host_not_allowed")
+    name = host_name(f"//{header}")
+    if name not in (*LOOPBACK, options.host, *options.allowed_hosts):
+        raise ApiError(403, Message("api_foreign_host", host=header[:100]), code="host_not_allowed")
 
 
 def check_origin(origin: str | None, options: ServerOptions) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from common import UserError
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from runs.network import is_loopback
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ServerOptions:
             cors_origins=_origins(environment),
             allowed_hosts=tuple(name.lower() for name in _words(environment, "API_ALLOWED_HOSTS")),
         )
-        if options.host not in LOOPBACK and not options.key:
+        if not is_loopback(options.host) and not options.key:
             raise UserError("api_host_without_key", host=options.host)
         return options
 

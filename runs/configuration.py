@@ -139,13 +139,18 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
         values["packing"] = False
         notes.append(Message("packing_not_for_pairs"))
     if values.get("packing") is None:
-        values["packing"] = values.get("stage") == "pt"
+        values["packing"] = defaults_of(values.get("stage", Config.stage))["packing"]
     if values.get("output_dir") is None:
         values["output_dir"] = str(SAVES / (recipe.stem if recipe else "default"))
     values["dataset_dir"] = find_dataset_dir(values.get("dataset_dir", Config.dataset_dir), recipe)
     named = {*_by_name(read, recipe, []), *typed_by_name}
     given = frozenset(values) - {name for name in ("dataset_dir", "packing") if name not in named}
     return Loaded(Config(**values), recipe, notes, given, frozenset(typed_by_name))
+
+
+def defaults_of(stage: str) -> dict[str, Any]:
+    """The default of every option in a stage."""
+    return {name: option.default for name, option in OPTIONS.items()} | {"packing": stage == "pt"}
 
 
 def _read_option(name: str, setting: _Setting, values: dict[str, Any]) -> Message | None:

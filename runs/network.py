@@ -1,12 +1,16 @@
-"""What the environment says of the network: proxies, certificates, tokens."""
+"""The network: what the environment says of it (proxies, certificates, tokens), and names of this machine."""
 
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 import ssl
+from urllib.parse import urlsplit
 
 from common import UserError
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -69,3 +73,23 @@ def _check_client() -> None:
         known = [*PROXIES, "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"]
         variables = [name for name in (*known, *map(str.lower, known)) if os.environ.get(name)]
         raise UserError("network_environment", variables=variables, problem=str(error)) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For servers
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_name(url: str) -> str:
+    """The name in a URL, or in a `Host` header after "//"; "" where there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # "//[": no address
+        return ""

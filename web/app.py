@@ -10,7 +10,7 @@ import socket
 from collections.abc import Collection
 from typing import Any
 
-from common import Config, UserError
+from common import Config, Message, UserError
 from runs import charts
 from runs.target import Source
 from web import fields, theme, widgets
@@ -172,6 +172,6 @@ def serve(app: Any, listener: socket.socket) -> None:
     import uvicorn
 
     host, port = listener.getsockname()[:2]
-    print(f"open http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends)", flush=True)
+    print(Message("web_open_at", url=f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

@@ -15,8 +15,9 @@ import psutil
 import yaml
 
 import common
-from common import OPTIONS, Config, Message, UserError
+from common import Config, Message, UserError
 from runs import folder as folders
+from runs.configuration import defaults_of
 from runs.files import write_text
 from runs.folder import left_by_training, run_folders
 from web import chat_model, jobs
@@ -206,8 +207,8 @@ def start_command(folder: Path, command: list[str], language: str) -> jobs.Job:
 
 def differing(config: Config) -> dict[str, Any]:
     """The options that differ from the defaults of their stage, as a recipe has them."""
-    defaults = {name: option.default for name, option in OPTIONS.items()} | {"packing": config.stage == "pt"}
-    chosen = {name: getattr(config, name) for name in OPTIONS if getattr(config, name) != defaults[name]}
+    defaults = defaults_of(config.stage).items()
+    chosen = {name: getattr(config, name) for name, default in defaults if getattr(config, name) != default}
     return {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in chosen.items()}
 
 

@@ -8,28 +8,19 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
-import ipaddress
 import secrets
 from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
+from runs.network import LOOPBACK, host_name
 from web.texts import LANGUAGES, Translator
 from web.theme import static
 
 SESSION = "onecard-session"  # the cookie of a visitor who has sent the password
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 WAIT_SECONDS = 1.0  # after a wrong password, for each address
 MAX_LOGIN_BYTES = 4096
 MAX_ADDRESSES = 1000  # whose turns are remembered
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def language_of(request: Any) -> str:
@@ -79,20 +70,13 @@ class OriginCheck:
         await self.app(scope, receive, send_framed)
 
     def is_known(self, host: str) -> bool:
-        return self.hosts is None or _hostname(f"//{host}") in self.hosts
+        return self.hosts is None or host_name(f"//{host}") in self.hosts
 
     def is_own(self, origin: str | None, host: str) -> bool:
         """Whether a request comes from this page itself: browsers send an origin wherever a script could do harm."""
         if origin is None:
             return True
-        return urlsplit(origin).netloc.lower() == host.lower() or _hostname(origin) in self.names
-
-
-def _hostname(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:  # "//[": no address
-        return ""
+        return urlsplit(origin).netloc.lower() == host.lower() or host_name(origin) in self.names
 
 
 class SessionCheck:

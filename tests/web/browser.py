@@ -82,7 +82,8 @@ def serving(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, str(ROOT / script), "--port", "0", *arguments]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **(env or {})}
+        settings = {"ONECARD_LANG": "en", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = {**os.environ, **settings, **(env or {})}
         with open(log, "w", encoding="utf-8") as out:
             process = subprocess.Popen(
                 command, cwd=cwd, env=variables, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
