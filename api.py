@@ -20,8 +20,9 @@ import sys
 import common
 from common import Message
 from inference.load import load
-from inference.server_options import ServerOptions, listen
+from inference.server_options import ServerOptions
 from runs.configuration import run_command
+from runs.network import listen
 from runs.target import find, read_arguments
 
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     source = find(target, settings)
     for note in source.notes:
         print(Message("note", text=note), file=sys.stderr)
-    with listen(options) as listener:
+    with listen(options.host, options.port, Message("set_api_address")) as listener:
         print(Message("loading", name=source.name), file=sys.stderr, flush=True)
         model = load(source, only_replies=True)
         from inference.server import serve  # what is wrong is told before this takes its second

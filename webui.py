@@ -24,7 +24,6 @@ from common import Message, UserError
 from runs import network
 from runs.configuration import run_command
 from runs.target import find
-from web import app
 
 
 def main(argv: list[str]) -> None:
@@ -35,10 +34,12 @@ def main(argv: list[str]) -> None:
     network.check_environment()  # Gradio asks its own server through httpx
     password = read_password(args)
     source = find(args.chat or None, args.settings) if args.chat is not None else None
-    listener = app.listen(args.host, int(args.port))
+    listener = network.listen(args.host, int(args.port), Message("choose_web_address", other=int(args.port) + 1))
     for note in source.notes if source else ():
         print(Message("note", text=note), file=sys.stderr)
     names = [name.strip().lower() for name in args.allow_host.split(",") if name.strip()]
+    from web import app  # what is wrong is told before this takes its seconds
+
     app.serve(app.build(source, password, args.host, names), listener)
 
 

@@ -100,7 +100,7 @@ def check_host(header: str, options: ServerOptions) -> None:
         return
     name = host_name(f"//{header}")
     if name not in (*LOOPBACK, options.host, *options.allowed_hosts):
-        raise ApiError(403, Message("api_foreign_host", host=header[:100]), code="host_not_allowed")
+        raise ApiError(403, Message("api_foreign_host", host=(name or header)[:100]), code="host_not_allowed")
 
 
 def check_origin(origin: str | None, options: ServerOptions) -> None:

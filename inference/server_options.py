@@ -1,8 +1,7 @@
-"""What the environment says about the server (LLaMA-Factory's names where it has them), and the server's socket."""
+"""What the environment says about the server (LLaMA-Factory's names where it has them)."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,13 +58,3 @@ def _whole_number(environment: Mapping[str, str], name: str, default: int, low: 
     if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
         raise UserError("api_variable_range", name=name, value=text[:40], low=low, high=high)
     return int(text)
-
-
-def listen(options: ServerOptions) -> socket.socket:
-    """The server's socket, before anything heavy is loaded. Raises UserError where it cannot listen."""
-    try:
-        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((options.host, options.port), family=family)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError("api_cannot_listen", host=options.host, port=options.port, reason=reason) from None

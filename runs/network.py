@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import socket
 import ssl
 from urllib.parse import urlsplit
 
-from common import UserError
+from common import Message, UserError
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -77,6 +78,16 @@ def _check_client() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For servers
+
+
+def listen(host: str, port: int, advice: Message) -> socket.socket:
+    """A socket, before anything slow starts; raises UserError, with `advice`, where the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        problem = error.strerror or str(error)
+        raise UserError("cannot_listen", host=host, port=port, problem=problem, advice=advice) from None
 
 
 def is_loopback(host: str) -> bool:

@@ -10,7 +10,13 @@ import socket
 from collections.abc import Collection
 from typing import Any
 
-from common import Config, Message, UserError
+import fastapi
+import uvicorn
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from common import Config, Message
 from runs import charts
 from runs.target import Source
 from web import fields, theme, widgets
@@ -23,26 +29,13 @@ LOCALES = {"en": "en", "zh": "zh-CN"}
 MAX_UPLOAD = "4gb"  # of a data file; a larger one is named by its path
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket on the address, taken before anything slow starts; raises UserError where it cannot be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except socket.gaierror:
-        raise UserError("web_host_unknown", host=host) from None
-    except OSError as error:
-        raise UserError("web_address_taken", host=host, port=port, problem=error.strerror, other=port + 1) from None
-
-
 def build(source: Source | None, password: str | None, host: str, names: Collection[str] = ()) -> Any:
     """The application: every page once in each language, behind the password where there is one.
 
     `source`: only the chat page, for this model. `names`: see `security.protect`.
     """
     import_gradio()
-    import fastapi
     import gradio as gr
-    from starlette.responses import RedirectResponse
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_route("/", lambda request: RedirectResponse(f"{language_of(request)}/"))
@@ -134,43 +127,28 @@ def chat_blocks(t: Translator, source: Source) -> Any:
     return blocks
 
 
-class PageScript:
+class PageScript(BaseHTTPMiddleware):
     """Puts static/page.js at the head of the pages; Gradio itself would run it only after its own scripts."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        language = scope.get("path", "").strip("/")
-        if scope["type"] != "http" or language not in LANGUAGES:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"].strip("/") not in LANGUAGES:
             return await self.app(scope, receive, send)
         # the page must come as it is, and not compressed
-        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]}
+        headers = [pair for pair in scope["headers"] if pair[0] != b"accept-encoding"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        language = request.url.path.strip("/")
         script = static("page.js").replace("LOCALE", LOCALES[language]).replace("LANGUAGE", language)
-        opening: dict[str, Any] = {}
-        body = b""
-
-        async def send_with_script(message: dict[str, Any]) -> None:
-            nonlocal opening, body
-            if message["type"] == "http.response.start":
-                opening = message
-                return
-            if message["type"] != "http.response.body":
-                return await send(message)
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                whole = body.replace(b"<head>", f"<head><script>{script}</script>".encode(), 1)
-                kept = [pair for pair in opening["headers"] if pair[0] != b"content-length"]
-                await send({**opening, "headers": [*kept, (b"content-length", str(len(whole)).encode())]})
-                await send({"type": "http.response.body", "body": whole})
-
-        await self.app(scope, receive, send_with_script)
+        answer = await call_next(request)
+        page = b"".join([part async for part in answer.body_iterator])
+        del answer.headers["content-length"]
+        page = page.replace(b"<head>", f"<head><script>{script}</script>".encode(), 1)
+        return Response(page, answer.status_code, answer.headers)
 
 
 def serve(app: Any, listener: socket.socket) -> None:
     """Prints the address and answers until Ctrl-C."""
-    import uvicorn
-
     host, port = listener.getsockname()[:2]
     print(Message("web_open_at", url=f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)

@@ -13,6 +13,11 @@ from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import Receive, Scope, Send
+
 from runs.network import LOOPBACK, host_name
 from web.texts import LANGUAGES, Translator
 from web.theme import static
@@ -23,7 +28,7 @@ MAX_LOGIN_BYTES = 4096
 MAX_ADDRESSES = 1000  # whose turns are remembered
 
 
-def language_of(request: Any) -> str:
+def language_of(request: Request) -> str:
     """The language chosen before, else the first of the browser's that there is."""
     chosen = request.cookies.get("language")
     wanted = [part.split(";")[0].strip()[:2].lower() for part in request.headers.get("accept-language", "").split(",")]
@@ -50,10 +55,7 @@ class OriginCheck:
     def __init__(self, app: Any, hosts: set[str] | None, names: set[str]) -> None:
         self.app, self.hosts, self.names = app, hosts, names
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        from starlette.datastructures import Headers
-        from starlette.responses import PlainTextResponse
-
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
@@ -62,7 +64,7 @@ class OriginCheck:
         if not self.is_own(headers.get("origin"), headers.get("host", "")):
             return await PlainTextResponse("another site may not use this page\n", 403)(scope, receive, send)
 
-        async def send_framed(message: dict[str, Any]) -> None:
+        async def send_framed(message: Any) -> None:
             if message["type"] == "http.response.start":  # no other site shows the page within its own
                 message = {**message, "headers": [*message["headers"], (b"x-frame-options", b"DENY")]}
             await send(message)
@@ -85,10 +87,7 @@ class SessionCheck:
     def __init__(self, app: Any, token: str) -> None:
         self.app, self.token = app, token
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        from starlette.requests import HTTPConnection
-        from starlette.responses import PlainTextResponse, RedirectResponse
-
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] == "/login":
             return await self.app(scope, receive, send)
         visitor = HTTPConnection(scope)
@@ -107,9 +106,7 @@ class Login:
         self.password, self.token = password, secrets.token_urlsafe(32)
         self.turns: dict[str, asyncio.Lock] = {}  # by the visitor's address
 
-    async def answer(self, request: Any) -> Any:
-        from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
-
+    async def answer(self, request: Request) -> Response:
         language = language_of(request)
         if request.method != "POST":
             return HTMLResponse(login_page(language))

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+
 import common
 from common import Message, UserError
 from web import control, jobs
@@ -173,10 +176,8 @@ def servable(path: str) -> Path | None:
     return None if any(part.startswith(".") for part in file.relative_to(saves).parts) else file
 
 
-async def serve_file(request: Any) -> Any:
+async def serve_file(request: Request) -> Response:
     """Answers `/files/PATH`. A report may run its own scripts, but not as a part of the board."""
-    from starlette.responses import FileResponse, PlainTextResponse
-
     file = servable(request.path_params["path"])
     if file is None:
         return PlainTextResponse("there is no such file\n", 404)

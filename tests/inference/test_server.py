@@ -142,7 +142,7 @@ def tiny_server(tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         ({"API_PORT": "9" * 5000}, [], "api_variable_range"),
         ({"MAX_CONCURRENT": "0"}, [], "api_variable_range"),
         ({"API_CORS_ORIGINS": "example.com"}, [], "api_origin_invalid"),
-        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], "api_cannot_listen"),
+        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], "cannot_listen"),
     ],
 )
 def test_wrong_options_are_reported_at_once(

@@ -148,7 +148,7 @@ def test_a_turn_without_an_answer_is_no_training_data() -> None:
         (["--host", "0.0.0.0"], "web_password_needed"),
         (["--port", "x"], "web_not_a_port"),
         (["learning_rate=1"], "web_setting_for_board"),
-        (["--host", "256.1.1.1", "--password"], "web_host_unknown"),
+        (["--host", "256.1.1.1", "--password"], "cannot_listen"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(arguments: list[str], code: str) -> None:
@@ -167,7 +167,7 @@ def test_a_model_that_is_not_there_is_refused_at_once(target: str) -> None:
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("webui.py", "--port", str(taken.getsockname()[1]))
-    refused(result, "web_address_taken")
+    refused(result, "cannot_listen")
     assert "choose another port: --port" in result.stderr
 
 
