@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,10 +31,6 @@ class Job:
     started: float = field(default_factory=time.perf_counter)
     created: int = field(default_factory=lambda: int(time.time()))
     events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
-
-    @classmethod
-    def of(cls, request: Any, prefix: str) -> Job:
-        return cls(request, prefix + uuid.uuid4().hex)
 
     def cancel(self) -> None:
         for row in self.rows:

@@ -8,8 +8,6 @@ Its source comes inside the Python package llama-cpp-python: llama.cpp's own con
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import os
@@ -20,16 +18,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common import CACHE, Message, UserError, find_gpu
+from filelock import BaseFileLock, FileLock
+
+from common import CACHE, Gpu, Message, UserError, find_gpu
 from inference.child_process import run_child
 from runs.files import write_text
-
-if TYPE_CHECKING:
-    from common import Gpu
 
 VERSION = "0.3.36"  # of llama-cpp-python; its llama.cpp is 0.5.0
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -103,13 +99,10 @@ def _fetch(folder: Path) -> Path:
     return folder / f"llama_cpp_python-{VERSION}.tar.gz"
 
 
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def _locked() -> BaseFileLock:
     """One process at a time fetches or builds; the others wait for it."""
     HOME.mkdir(parents=True, exist_ok=True)
-    with open(HOME / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return FileLock(HOME / "lock")
 
 
 def missing() -> Message | None:

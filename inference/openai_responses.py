@@ -37,6 +37,7 @@ class ResponsesRequest(Request):
     """POST /v1/responses."""
 
     prompt_field = "input"
+    limit_fields = ("max_output_tokens",)
     refused: ClassVar[dict[str, Message]] = {
         "conversation": _STORED,
         "previous_response_id": _STORED,
@@ -72,14 +73,6 @@ class ResponsesRequest(Request):
         effort = (self.reasoning or {}).get("effort")
         if effort not in (None, "none"):
             raise refuse("reasoning.effort", Message("api_no_effort"), "unsupported_parameter")
-
-    @property
-    def limit_field(self) -> str:
-        return "max_output_tokens"
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_output_tokens
 
     @property
     def kept_logprobs(self) -> int | None:

@@ -33,6 +33,7 @@ class Request(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
     prompt_field: ClassVar[str]  # where the prompt stands
     refused: ClassVar[dict[str, Message]] = {}  # fields that would change the answer and cannot be honoured
+    limit_fields: ClassVar[tuple[str, ...]] = ("max_tokens",)  # that limit the reply's tokens; the usual one last
 
     model: str
     seed: int | None = None
@@ -68,13 +69,10 @@ class Request(pydantic.BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def limit_field(self) -> str:
-        """The field that limits the reply's tokens, as the client wrote it."""
-        return "max_tokens"
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        raise NotImplementedError
+    def limit(self) -> tuple[str, int | None]:
+        """The field that limits the reply's tokens, as the client wrote it, and its value."""
+        fields = [(name, getattr(self, name)) for name in self.limit_fields]
+        return next((field for field in fields if field[1] is not None), fields[-1])
 
     @property
     def kept_logprobs(self) -> int | None:
@@ -86,6 +84,7 @@ class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
     prompt_field = "messages"
+    limit_fields = ("max_completion_tokens", "max_tokens")
     refused: ClassVar[dict[str, Message]] = {
         "audio": Message("api_text_only"),
         "function_call": Message("api_replaced", field="tool_choice"),
@@ -122,14 +121,6 @@ class ChatRequest(Request):
             raise refuse("tool_choice", Message("api_no_tools_given"), "invalid_value")
 
     @property
-    def limit_field(self) -> str:
-        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
     def kept_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -144,7 +135,7 @@ class CompletionRequest(Request):
     best_of: int | None = None
     echo: bool = False
     logprobs: int | None = pydantic.Field(None, ge=0, le=5)
-    max_tokens: int | None = pydantic.Field(None, ge=1)
+    max_tokens: int = pydantic.Field(16, ge=1)
 
     def check(self) -> None:
         super().check()
@@ -152,10 +143,6 @@ class CompletionRequest(Request):
             raise refuse("best_of", Message("api_no_best_of"))
         if self.echo and self.logprobs is not None:
             raise refuse("echo", Message("api_echo_logprobs"))
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.max_tokens or 16
 
     @property
     def kept_logprobs(self) -> int | None:
@@ -217,12 +204,13 @@ def sampling_settings(request: Request, engine: Engine) -> Settings:
         given["seed"] = request.seed % (1 << 64)
     given["stop"] = _stops(request.stop)
     given["logit_bias"] = _bias(request.logit_bias, engine)
-    given["max_new_tokens"] = request.max_new_tokens or own.max_new_tokens
+    limit_field, most = request.limit
+    given["max_new_tokens"] = most or own.max_new_tokens
     try:
         return dataclasses.replace(own, **given, logprobs=request.kept_logprobs)
     except UserError as error:
         name = error.fields["name"]
-        param = request.limit_field if name == "max_new_tokens" else name
+        param = limit_field if name == "max_new_tokens" else name
         raise ApiError(
             400, Message(error.code, **{**error.fields, "name": param}), param=param, code="invalid_value"
         ) from None

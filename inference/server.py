@@ -7,6 +7,7 @@ import contextlib
 import socket
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ class ApiServer:
         """The response to a request: its replies as one JSON object, or streamed."""
         request = read_request(await read_body(http, self.max_body), endpoint.form)
         self._check_model(request.model)
-        path, job = http.scope["route"].path, Job.of(request, endpoint.id_prefix)
+        path, job = http.scope["route"].path, Job(request, endpoint.id_prefix + uuid.uuid4().hex)
         await self.generator.start(job, endpoint.add_rows)
         headers = {"X-Request-Id": job.id}
         if job.dropped_messages:

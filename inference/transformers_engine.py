@@ -127,10 +127,6 @@ class TransformersEngine(Engine):
             cache = DynamicCache()  # keeps what a sliding window would drop: else it could not be cropped
         return [], cache
 
-    def forget(self) -> None:
-        """Drops the cached conversation."""
-        self._cache = None
-
     def forward(self, ids: list[int], cache: Any) -> Any:
         """The logits after `ids` (vocabulary, float32); their keys and values go into the cache."""
         with torch.inference_mode(), self.adapter_state():
