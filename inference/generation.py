@@ -57,16 +57,14 @@ class Job:
     def completion_tokens(self) -> int:
         return sum(row.reply.completion_tokens for row in self.rows)
 
-    def summary(self) -> str:
+    def summary(self) -> Message:
         """For the log."""
         who = self.request.user or self.request.safety_identifier
-        seconds = time.perf_counter() - self.started
+        more = [Message("api_log_user", user=json.dumps(who, ensure_ascii=False))] if who else []
+        more += [Message("api_log_unfinished")] if self.unfinished else []
         prompts = sum(row.reply.prompt_tokens for row in self.rows)
-        return (
-            f"{prompts} + {self.completion_tokens} tokens, {seconds:.2f} s"
-            + (f", user {json.dumps(who)}" if who else "")
-            + (", the client went away or it failed" if self.unfinished else "")
-        )
+        seconds = time.perf_counter() - self.started
+        return Message("api_log_reply", prompts=prompts, replies=self.completion_tokens, seconds=seconds, more=more)
 
 
 @dataclass(frozen=True)

@@ -317,7 +317,7 @@ def _layers_on_card(lib: Any, file: Path, about: dict[str, str], cells: int) -> 
     if gpu is None:
         return 0
     if not lib.llama_supports_gpu_offload():
-        print(f"note: {Message('llamacpp_without_cuda')}", file=sys.stderr)
+        print(Message("note", text=Message("llamacpp_without_cuda")), file=sys.stderr)
         return 0
     share = (gpu.free_memory - COMPUTE_BYTES) / (file.stat().st_size + _cache_bytes(about, cells))
     return -1 if share >= 1 else max(0, int(int(about[f"{about['general.architecture']}.block_count"]) * share))

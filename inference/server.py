@@ -212,7 +212,7 @@ class ApiServer:
         job.cancel()
         for row in job.rows:
             self.metrics.count_reply(row.reply)
-        self._log_request(path, 499 if unfinished else 200, job.summary())
+        self._log_request(path, 499 if unfinished else 200, str(job.summary()))
 
 
 async def _cancel_when_gone(http: Request, job: Job) -> None:

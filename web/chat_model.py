@@ -91,7 +91,7 @@ def is_any_loaded() -> bool:
 
 
 @contextlib.contextmanager
-def full_memory_is_a_user_error() -> Iterator[None]:
+def explaining_full_memory() -> Iterator[None]:
     """Turns the device's out-of-memory error into a UserError."""
     try:
         yield

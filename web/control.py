@@ -31,7 +31,7 @@ MAX_NAME_BYTES = 200  # of a part of a run's name: file systems take 255, and a 
 # Names and folders
 
 
-def can_be_name(name: str) -> bool:
+def is_valid_name(name: str) -> bool:
     """Whether a run may be called so: its folder must stay below saves/, also through links, and not be hidden."""
     parts = Path(name.strip()).parts
     unfit = any(p in ("/", "uploads") or p[0] == "." or len(p.encode()) > MAX_NAME_BYTES for p in parts)
@@ -47,7 +47,7 @@ def is_below(path: Path, folder: Path) -> bool:
 
 def run_folder(name: str) -> Path:
     """The folder of a run; raises UserError for what cannot be the name of one."""
-    if not can_be_name(name):
+    if not is_valid_name(name):
         raise UserError("run_name_invalid", name=repr(name))
     return common.SAVES.joinpath(*Path(name.strip()).parts)
 
@@ -62,7 +62,7 @@ def job_folder(folder: Path, kind: str = "train") -> Path:
 
 def _begun_runs() -> list[str]:
     """The runs below saves/ that have a run.json, newest first."""
-    return [name for name in map(name_of, run_folders()) if can_be_name(name)]
+    return [name for name in map(name_of, run_folders()) if is_valid_name(name)]
 
 
 def run_names() -> list[str]:
@@ -74,24 +74,19 @@ def run_names() -> list[str]:
         found = [path for path in (folder / "run.json", job_folder(folder) / "job.json") if path.exists()]
         return max((path.stat().st_mtime for path in found), default=0.0)
 
-    return sorted({*_begun_runs(), *filter(can_be_name, started)}, key=born, reverse=True)
-
-
-def trained_runs() -> list[str]:
-    """The runs that have an adapter, newest first."""
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    return [name for name in _begun_runs() if all((run_folder(name) / file).is_file() for file in files)]
+    return sorted({*_begun_runs(), *filter(is_valid_name, started)}, key=born, reverse=True)
 
 
 def choose_trained(name: str | None) -> tuple[list[str], str | None]:
-    """The runs that have an adapter, and the one that is looked at: `name`, or the newest."""
-    names = trained_runs()
+    """The runs that have an adapter, newest first, and the one that is looked at: `name`, or the newest."""
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    names = [run for run in _begun_runs() if all((run_folder(run) / file).is_file() for file in files)]
     return names, name if name in names else next(iter(names), None)
 
 
 def exists(name: str) -> bool:
     """Whether there is a run of that name, or what another program has left of one, which a new one would replace."""
-    return can_be_name(name) and bool(left_by_training(run_folder(name)))
+    return is_valid_name(name) and bool(left_by_training(run_folder(name)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

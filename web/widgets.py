@@ -19,6 +19,7 @@ from web.texts import LANGUAGES, Translator
 
 # What of a run folder the board hands out; nothing else on this machine is.
 SERVED = (".html", ".png", ".svg", ".gguf", ".Modelfile", ".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md")
+QUIET = {"show_progress": "hidden"}  # of an event that needs no progress bar
 TEXT_FILES = (".Modelfile", ".yaml", ".jinja", ".md", ".jsonl")
 
 

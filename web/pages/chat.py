@@ -21,10 +21,9 @@ from web.conversation import Turn
 from web.pages.chat_layout import VOICES, ChatLayout
 from web.texts import Translator
 from web.theme import static
-from web.widgets import note
+from web.widgets import QUIET, note
 
 Updates = dict[Any, Any]  # component → its new value
-QUIET = {"show_progress": "hidden"}
 
 
 def stop(request: gr.Request) -> None:
@@ -211,7 +210,7 @@ class ChatPage(ChatLayout):
         """The answers as they grow, and at last how the page stays."""
         before, remark = given[self.turns], ""
         try:
-            with chat_model.full_memory_is_a_user_error():
+            with chat_model.explaining_full_memory():
                 for painted, remark in self.replies(turns, given, waiting):
                     if waiting.instead:
                         break
@@ -300,7 +299,7 @@ class ChatPage(ChatLayout):
             return
         yield note(self.t("loading {name} ...", name=source.name))
         try:
-            with chat_model.busy, chat_model.full_memory_is_a_user_error():
+            with chat_model.busy, chat_model.explaining_full_memory():
                 chat_model.engine(source, with_base)
             yield ""
         except UserError as error:

@@ -31,7 +31,7 @@ from training import memory
 from web import control, fields, jobs, widgets
 from web.imports import import_libraries
 from web.texts import Translator, with_other_path
-from web.widgets import fault, note
+from web.widgets import QUIET, fault, note
 
 UPLOADS = common.SAVES / "uploads"
 DOWNLOADS = common.SAVES / "downloads"
@@ -397,19 +397,18 @@ class DataPage:
         """Connects the events; the page looks at the disk every two seconds and when `tab` is opened."""
         values = list(self.options.values())
         shown = [self.report, self.lengths, self.details, self.samples, self.where, self.number]
-        hidden = {"show_progress": "hidden"}
         self.check.click(
             self.show, [gr.State(0), *values], shown, show_progress="minimal", show_progress_on=self.report
         )
-        self.back.click(lambda page, *rest: self.show(page - 1, *rest), [self.number, *values], shown, **hidden)
-        self.forth.click(lambda page, *rest: self.show(page + 1, *rest), [self.number, *values], shown, **hidden)
+        self.back.click(lambda page, *rest: self.show(page - 1, *rest), [self.number, *values], shown, **QUIET)
+        self.forth.click(lambda page, *rest: self.show(page + 1, *rest), [self.number, *values], shown, **QUIET)
         taken = [self.uploaded, self.names, *shown]
         progress = {"show_progress": "minimal", "show_progress_on": self.uploaded}
         self.upload.upload(self.take_upload, [self.upload, self.names, *values], taken, **progress)
-        self.fetch.click(self.begin_download, [self.hub_name, self.source], [self.fetching, self.fold], **hidden)
+        self.fetch.click(self.begin_download, [self.hub_name, self.source], [self.fetching, self.fold], **QUIET)
         begun = [self.fetching, self.fold]
-        self.fetch_embedded.click(self.begin_download, [self.model, self.source], begun, **hidden)
-        self.stop.click(self.end_download, **hidden)
+        self.fetch_embedded.click(self.begin_download, [self.model, self.source], begun, **QUIET)
+        self.stop.click(self.end_download, **QUIET)
         watched = [self.fetching, self.facts, self.fetch_embedded, self.model, self.names, self.seen]
         moments = [Context.root_block.load, self.timer.tick, tab.select, self.model.change]
-        gr.on(moments, self.watch, [self.model, self.seen], watched, trigger_mode="always_last", **hidden)
+        gr.on(moments, self.watch, [self.model, self.seen], watched, trigger_mode="always_last", **QUIET)

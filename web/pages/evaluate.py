@@ -18,7 +18,7 @@ from web import control, jobs, widgets
 from web.control import read_json, run_folder
 from web.pages import data as data_page
 from web.texts import Translator
-from web.widgets import address, link, table
+from web.widgets import QUIET, address, link, table
 
 SHOWN = 5  # predictions on a page
 MAX_TEXT = 600  # characters of a text that are shown
@@ -215,15 +215,14 @@ class EvaluatePage:
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        quiet = {"show_progress": "hidden"}
-        self.go.click(self.begin, [self.run, self.data, self.base], [self.fault, self.acted], **quiet)
-        self.stop.click(lambda name: control.stop_newest(name, ("evaluate",)), self.run, **quiet)
-        self.back.click(lambda n: n - 1, self.page, self.page, **quiet)
-        self.forth.click(lambda n: n + 1, self.page, self.page, **quiet)
+        self.go.click(self.begin, [self.run, self.data, self.base], [self.fault, self.acted], **QUIET)
+        self.stop.click(lambda name: control.stop_newest(name, ("evaluate",)), self.run, **QUIET)
+        self.back.click(lambda n: n - 1, self.page, self.page, **QUIET)
+        self.forth.click(lambda n: n + 1, self.page, self.page, **QUIET)
         watched = [self.run, self.data, self.fault, self.job, self.results, self.fold, self.which, self.where]
         watched += [self.predictions, self.stop, self.page, self.seen]
         # one event for all: of two at a time the older answer could come last
         moments = [Context.root_block.load, tab.select, self.timer.tick]
         moments += [self.run.change, self.which.change, self.page.change, self.acted.change]
         looked_at = [self.run, self.which, self.page, self.seen]
-        gr.on(moments, self.watch, looked_at, watched, trigger_mode="always_last", **quiet)
+        gr.on(moments, self.watch, looked_at, watched, trigger_mode="always_last", **QUIET)

@@ -19,7 +19,7 @@ from training import memory
 from web import control, jobs, widgets
 from web.control import read_json, run_folder
 from web.texts import Translator
-from web.widgets import heading, link, note, size, table
+from web.widgets import QUIET, heading, link, note, size, table
 
 # GGUF types in the order of their size, with bits a weight; quantize.py --help has all.
 TYPES = {"f16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "iq4_xs": 4.5, "q3_k_m": 4.0, "q2_k": 3.2}
@@ -199,13 +199,12 @@ class ExportPage:
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        quiet = {"show_progress": "hidden"}
         chosen = [self.run, self.types, self.overwrite, self.verify]
         for button, kind in ((self.merge, "merge"), (self.quantize, "quantize")):
-            button.click(functools.partial(self.begin, kind), chosen, [self.fault, self.acted], **quiet)
-        self.stop.click(lambda name: control.stop_newest(name, ("merge", "quantize")), self.run, **quiet)
+            button.click(functools.partial(self.begin, kind), chosen, [self.fault, self.acted], **QUIET)
+        self.stop.click(lambda name: control.stop_newest(name, ("merge", "quantize")), self.run, **QUIET)
         watched = [self.run, self.fault, self.types, self.files, self.job, self.proof, self.fold, self.modelfile]
         watched += [self.stop, self.seen]
         # one event for all: of two at a time the older answer could come last
         moments = [Context.root_block.load, tab.select, self.timer.tick, self.run.change, self.acted.change]
-        gr.on(moments, self.watch, [self.run, self.seen], watched, trigger_mode="always_last", **quiet)
+        gr.on(moments, self.watch, [self.run, self.seen], watched, trigger_mode="always_last", **QUIET)

@@ -28,7 +28,7 @@ from web import control, fields, jobs, widgets
 from web.control import run_folder
 from web.pages import data as data_page
 from web.texts import Translator, with_other_path
-from web.widgets import fault, note
+from web.widgets import QUIET, fault, note
 
 LOGGED = {"step", "total_steps", "tokens_per_second", "elapsed", "remaining"}  # what every line of our log has
 BADGES = {"starting": "running", "interrupted": "stopped", "aborted": "stopped"}
@@ -449,31 +449,29 @@ class TrainPage:
 
     def connect(self, tab: Any) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        quiet = {"show_progress": "hidden"}
         values = [self.run_name, self.others, *self.options.values()]
         outcome = [self.fault, self.memory, self.command, self.yaml, self.overwrite, self.refused]
         changed = [*(component.change for component in values), tab.select]
-        gr.on(changed, self.show_settings, values, outcome, trigger_mode="always_last", **quiet)
+        gr.on(changed, self.show_settings, values, outcome, trigger_mode="always_last", **QUIET)
         for event, source in ((self.load.upload, self.load), (self.recipe.input, self.recipe)):
-            event(self.fill, source, [self.loaded_note, *values], **quiet)
+            event(self.fill, source, [self.loaded_note, *values], **QUIET)
         model, fitted = self.options["model_name_or_path"], [self.options[name] for name in fields.PRESET]
-        model.input(self.fit_model, [model, *fitted], fitted, **quiet)
+        model.input(self.fit_model, [model, *fitted], fitted, **QUIET)
         stored, (restore, keep) = [self.run_name, *self.options.values()], fields.storage_scripts(self.options)
         Context.root_block.load(None, None, stored, js=restore)  # their change calls `show_settings`
         gr.on([component.change for component in stored], None, stored, None, js=keep)
-        self.start.click(self.begin, [self.overwrite, *values], [self.refused, self.overwrite, self.run], **quiet)
+        self.start.click(self.begin, [self.overwrite, *values], [self.refused, self.overwrite, self.run], **QUIET)
         self.connect_run(tab)
 
     def connect_run(self, tab: Any) -> None:
-        quiet = {"show_progress": "hidden"}
         language = self.t.language
         actions = ((self.pause, control.pause), (self.abort, control.abort))
         for button, action in (*actions, (self.go_on, lambda folder: control.go_on(folder, language))):
             act = functools.partial(self.act, action)
-            button.click(act, self.run, [self.action_fault, self.acted], **quiet)
+            button.click(act, self.run, [self.action_fault, self.acted], **QUIET)
         watched = [self.run, self.compare, self.status, self.loss_plot, self.small_plots, self.log, self.all_runs]
         watched += [self.pause, self.go_on, self.abort, self.action_fault, self.refused, self.seen]
         # one event for all: of two at a time the older answer could come last
         moments = [Context.root_block.load, tab.select, self.timer.tick]
         moments += [self.run.change, self.compare.change, self.acted.change]
-        gr.on(moments, self.watch, [self.run, self.compare, self.seen], watched, trigger_mode="always_last", **quiet)
+        gr.on(moments, self.watch, [self.run, self.compare, self.seen], watched, trigger_mode="always_last", **QUIET)
