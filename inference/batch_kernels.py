@@ -13,6 +13,10 @@ from typing import Any
 
 import psutil
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from inference.engine import MIN_SHARED, common_prefix
 
@@ -146,8 +150,6 @@ class SerialKernel:
         return True
 
     def open(self, *_: Any) -> KVCache:
-        from transformers import DynamicCache
-
         cache = KVCache()
         cache.keys[0] = DynamicCache(config=self.engine.model.config)
         return cache
@@ -251,15 +253,11 @@ class _Segment:
 
 
 def _register_attention() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
     AttentionInterface.register(ATTENTION, flat_attention)
     AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> Any:
-    from transformers.masking_utils import sdpa_mask
-
     return sdpa_mask(*args, **kwargs) if getattr(_forward_pass, "segments", None) is None else None
 
 
@@ -285,8 +283,6 @@ def flat_attention(
 
     `query` is 1 x heads x T x d, `key` and `value` 1 x key-value heads x T x d. Returns 1 x T x heads x d.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     work: list[_Segment] | None = getattr(_forward_pass, "segments", None)
     if work is None:
         return sdpa_attention_forward(
@@ -308,8 +304,6 @@ def flat_attention(
 
 def _attend_one(query: Any, keys: Any, values: Any, window: int | None, scaling: float | None) -> Any:
     """Attention of one token, 1 x 1 x heads x d: the heads that share a key are like tokens that see the same."""
-    from torch.nn.functional import scaled_dot_product_attention
-
     if window is not None:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
     heads, shared = query.shape[1], keys.shape[1]
@@ -319,8 +313,6 @@ def _attend_one(query: Any, keys: Any, values: Any, window: int | None, scaling:
 
 def _attend_several(query: Any, keys: Any, values: Any, mask: Any, scaling: float | None) -> Any:
     """Attention of several tokens, 1 x T x heads x d; causal without a mask."""
-    from torch.nn.functional import scaled_dot_product_attention
-
     heads, shared = query.shape[1], keys.shape[1]
     grouped = heads != shared
     if grouped and not _may_group(query.device, mask):

@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import common
 from common import Message, UserError
+from inference import llamacpp_library
 from inference.engine import MIN_SHARED, ChatMessage, Engine, Reply, Settings, TokenLogprob, common_prefix
 from preprocessing.chat_template import plain_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Marker, any_of, map_texts, render
@@ -37,8 +40,6 @@ class LlamaCppEngine(Engine):
     """A GGUF by llama.cpp; the chat template and the ends of a turn are those in the file."""
 
     def __init__(self, source: Source) -> None:
-        from inference import llamacpp_library
-
         self.name, self.config, file = source.name, source.config, source.model
         self._lib = lib = llamacpp_library.runtime()
         with _collect_errors(lib) as errors:
@@ -192,8 +193,6 @@ class LlamaCppEngine(Engine):
             yield token
 
     def _logprob(self, token: int, count: int) -> TokenLogprob:
-        import numpy as np
-
         logits = np.ctypeslib.as_array(self.model._ctx.get_logits_ith(-1), shape=(self.model.n_vocab(),))
         known = logits - logits.max()
         known = known - np.log(np.exp(known).sum())
@@ -268,8 +267,6 @@ class LlamaKernel:
 
     def forward(self, work: list[tuple[Sequence, list[int], bool]]) -> list[Any]:
         """As `batch_kernels.FlatKernel.forward`."""
-        import numpy as np
-
         batch, ends = self.batch, []
         batch.n_tokens = 0
         for sequence, tokens, wanted in work:

@@ -13,6 +13,8 @@ import torch
 
 from inference.engine import ChatMessage, Engine, Reply, Settings, common_prefix
 from inference.sampling import Sampler
+from preprocessing.chat_template import load_template
+from preprocessing.prompts import prompt_ids
 from runs.target import Source
 
 PREFILL = 512  # tokens of a prompt computed at once: a cancelled reply ends within one such piece
@@ -24,8 +26,6 @@ class TransformersEngine(Engine):
     def __init__(
         self, source: Source, model: Any, tokenizer: Any, switch: AdapterSwitch | None = None, trained: bool = True
     ) -> None:
-        from preprocessing.chat_template import load_template
-
         self.name, self.config, self.model, self.tokenizer = source.name, source.config, model, tokenizer
         self.template = load_template(source.template, tokenizer)
         ends = model.generation_config.eos_token_id
@@ -41,8 +41,6 @@ class TransformersEngine(Engine):
         self._cache: tuple[list[int], Any] | None = None  # ids, and a DynamicCache of their keys and values
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        from preprocessing.prompts import prompt_ids
-
         return prompt_ids(
             messages,
             self.tokenizer,

@@ -18,6 +18,7 @@ from common import Config, UserError
 from inference.engine import Engine
 from inference.quick_start import light_imports, make_model, read_tensors
 from inference.transformers_engine import AdapterSwitch, TransformersEngine
+from preprocessing.tokenizer import load_tokenizer
 from runs.adapter import Adapter
 from runs.files import read_object
 from runs.peft_loading import check_against_model, load_peft_model, resize_embedding
@@ -38,8 +39,6 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
     with light_imports() if quick else contextlib.nullcontext(), ThreadPoolExecutor(1, "weights") as beside:
         tensors = beside.submit(read_tensors, folder, dtype) if quick else None
         from transformers.utils import logging
-
-        from preprocessing.tokenizer import load_tokenizer
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
