@@ -567,10 +567,10 @@ def test_rows_that_do_not_divide_make_the_sizes_a_lower_bound(tiny_model: Path) 
     assert labels["q4_k_m"].startswith("q4_k_m · at least ") and labels["q8_0"].startswith("q8_0 · about ")
 
 
-def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -> None:
+def test_figures_become_a_table_with_the_base_before_the_trained() -> None:
     models = {
-        "trained": {"accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "calibration": {"ece": 0.1, "curve": []}},
-        "base": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "calibration": {"ece": 0.2, "curve": []}},
+        "trained": {"accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "ece": 0.1, "seconds": 0.0},
+        "base": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "ece": None, "seconds": 12.4},
     }
     models["trained"]["curves"] = {"auc": 0.625, "fpr": [0.0, 1.0]}  # the picture tells of it
     html = evaluate_page.figures_html({"models": models}, t)
@@ -578,7 +578,7 @@ def test_figures_of_any_kind_become_a_table_with_the_base_before_the_trained() -
     cells = re.findall(r"<t[hd] [^>]*>(.*?)</t[hd]>", html)
     assert cells[:3] == ["figure", "base model", "trained"]
     assert cells[3:6] == ["accuracy", "0.500 <small>0.400–0.600</small>", "0.900 <small>0.800–0.950</small>"]
-    assert cells[6:] == ["calibration error (lower is better)", "0.200", "0.100"]
+    assert cells[6:] == ["calibration error (lower is better)", "–", "0.100", "seconds", "12", "–"]
 
 
 @pytest.mark.usefixtures("workdir")

@@ -23,8 +23,6 @@ from web.widgets import QUIET, address, link, table
 SHOWN = 5  # predictions on a page
 MAX_TEXT = 600  # characters of a text that are shown
 FIRST = ("majority vote", "base")  # these stand left of the trained model
-LAST = ("seconds",)
-NOT_FIGURES = ("rows", "support", "curves")  # shown in the heading, or in a picture
 
 
 def start(name: str | None, data: Sequence[str], base: bool, t: Translator) -> None:
@@ -49,43 +47,25 @@ def evaluations(name: str | None) -> list[Path]:
     return [path.parent for path in sorted(found, key=rank)]
 
 
-def metric_title(key: str, t: Translator) -> str:
-    """The name of a figure for people; one that is not in METRICS keeps its own."""
-    name = METRICS.get(key)
-    return key.replace("_", " ") if name is None else name.zh if t.language == "zh" else name.en
-
-
-def flat(figures: dict[str, Any]) -> dict[str, Any]:
-    """The plain numbers of a model's figures, those one level below among them."""
-    kept = {name: value for name, value in figures.items() if name not in NOT_FIGURES}
-    inner = {k: v for part in kept.values() if isinstance(part, dict) for k, v in part.items()}
-    return {k: v for k, v in {**kept, **inner}.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-
-def figure(key: str, value: float) -> str:
-    if key == "seconds":
-        return f"{value:,.0f}" if value else "–"  # none where the predictions were there already
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+def figure(figures: dict[str, Any], key: str) -> str:
+    """A figure with its interval, where it has one."""
+    value, interval = figures.get(key), figures.get(f"{key}_interval")
+    if value is None or (key == "seconds" and not value):  # none where the predictions were there already
+        return "–"
+    text = f"{value:,.0f}" if key == "seconds" else f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    return f"{text} <small>{interval[0]:.3f}–{interval[1]:.3f}</small>" if interval else text
 
 
 def figures_html(found: dict[str, Any], t: Translator) -> str:
     """The figures of metrics.json, one a row, with their intervals; a model a column, the base before the trained."""
     models = found.get("models", {})
     order = sorted(models, key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0))
-    numbers = {name: flat(models[name]) for name in order}
-    names = list(dict.fromkeys(key for figures in numbers.values() for key in figures))
-    names = [key for key in names if key not in LAST] + [key for key in names if key in LAST]
     words = {"base": t("base model"), "trained": t("trained"), "majority vote": t("majority vote")}
-    rows = []
-    for key in names:
-        cells = []
-        for name in order:
-            value, interval = numbers[name].get(key), models[name].get(f"{key}_interval")
-            shown = "–" if value is None else figure(key, value)
-            if interval and value is not None:
-                shown += f" <small>{interval[0]:.3f}–{interval[1]:.3f}</small>"
-            cells.append(shown)
-        rows.append([escape(metric_title(key, t)), *cells])
+    rows = [
+        [escape(names.zh if t.language == "zh" else names.en), *(figure(models[name], key) for name in order)]
+        for key, names in METRICS.items()
+        if any(models[name].get(key) is not None for name in order)
+    ]
     return table([t("figure"), *(escape(words.get(name, name)) for name in order)], rows)
 
 
