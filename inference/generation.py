@@ -67,14 +67,7 @@ class Job:
         return Message("api_log_reply", prompts=prompts, replies=self.completion_tokens, seconds=seconds, more=more)
 
 
-@dataclass(frozen=True)
-class Growth:
-    """What one reply of a job grows by: parts of text and complete tool calls, and how it ended, if it did."""
-
-    index: int
-    parts: list[str | ToolCall]
-    logprobs: tuple[TokenLogprob, ...]
-    finish_reason: str | None
+Growth = tuple[Choice, list[str | ToolCall], tuple[TokenLogprob, ...]]
 
 
 class Generator:
@@ -122,7 +115,10 @@ class Generator:
         job.rows.append(Row(self.engine, ids, settings, sink, **row))
 
     async def growth(self, job: Job) -> AsyncIterator[Growth]:
-        """What the replies of a job grow by, until all have ended. Raises ApiError where one failed."""
+        """What the replies of a job grow by until all have ended: text, complete tool calls, log-probabilities.
+
+        Raises ApiError where one failed.
+        """
         going = len(job.rows)
         while going:
             index, event = await job.events.get()
@@ -135,7 +131,7 @@ class Generator:
                 raise ApiError(500, Message("api_model_failed"))
             if choice.finish_reason is None:
                 parts = choice.take(event, row.reply.finish_reason)
-                yield Growth(index, parts, event.logprobs, choice.finish_reason)
+                yield choice, parts, event.logprobs
                 if choice.satisfied:
                     row.reply.cancel()
 

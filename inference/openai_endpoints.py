@@ -150,13 +150,13 @@ class ChatEndpoint(ChatPrompts):
 
         for choice in job.choices:
             yield chunk(choice.index, {"role": "assistant", "content": "", "refusal": None})
-        async for growth in self.generator.growth(job):
-            logprobs = self._logprobs(job, growth.logprobs) if growth.logprobs else None
-            for delta in chat_deltas(growth.parts) or [{}] * bool(logprobs):
-                yield chunk(growth.index, delta, logprobs=logprobs)
+        async for choice, parts, tokens in self.generator.growth(job):
+            logprobs = self._logprobs(job, tokens) if tokens else None
+            for delta in chat_deltas(parts) or [{}] * bool(logprobs):
+                yield chunk(choice.index, delta, logprobs=logprobs)
                 logprobs = None
-            if growth.finish_reason:
-                yield chunk(growth.index, {}, growth.finish_reason)
+            if choice.finish_reason:
+                yield chunk(choice.index, {}, choice.finish_reason)
         for event in last_chunks(job, head):
             yield event
 
@@ -200,19 +200,19 @@ class CompletionEndpoint(Endpoint):
         head = self._head(job)
         empty = {"usage": None} if job.request.counts_usage else {}
 
-        def chunk(index: int, text: str, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-            choice = self._choice(job, job.choices[index], text, reason, logprobs)
-            return sse({**head, "choices": [choice if logprobs else {**choice, "logprobs": None}], **empty})
+        def chunk(choice: Choice, text: str, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+            one = self._choice(job, choice, text, reason, logprobs)
+            return sse({**head, "choices": [one if logprobs else {**one, "logprobs": None}], **empty})
 
         for choice in job.choices:
             if choice.prefix:
-                yield chunk(choice.index, choice.prefix)
-        async for growth in self.generator.growth(job):
-            text = "".join(part for part in growth.parts if isinstance(part, str))
-            if text or growth.logprobs:
-                yield chunk(growth.index, text, None, growth.logprobs)
-            if growth.finish_reason:
-                yield chunk(growth.index, "", growth.finish_reason)
+                yield chunk(choice, choice.prefix)
+        async for choice, parts, logprobs in self.generator.growth(job):
+            text = "".join(part for part in parts if isinstance(part, str))
+            if text or logprobs:
+                yield chunk(choice, text, None, logprobs)
+            if choice.finish_reason:
+                yield chunk(choice, "", choice.finish_reason)
         for event in last_chunks(job, head):
             yield event
 

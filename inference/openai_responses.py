@@ -5,13 +5,14 @@ A conversation comes as a list of items (messages, calls, results of calls); a r
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import pydantic
 
 from common import Message, nearest_word
-from inference.generation import Growth, Job
+from inference.engine import TokenLogprob
+from inference.generation import Job
 from inference.openai_endpoints import ChatPrompts, sse
 from inference.openai_errors import ApiError, refuse, unknown_field, wrong_type
 from inference.openai_messages import (
@@ -26,7 +27,7 @@ from inference.openai_messages import (
     template_call,
     tool_result,
 )
-from inference.openai_replies import ToolCall, token_logprobs
+from inference.openai_replies import Choice, ToolCall, token_logprobs
 from inference.openai_schema import Request, read_named_schema
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
@@ -226,7 +227,7 @@ class ResponsesEndpoint(ChatPrompts):
         for event in stream.start():
             yield event
         async for growth in self.generator.growth(job):
-            for event in stream.grow(growth):
+            for event in stream.grow(*growth):
                 yield event
         for event in stream.end():
             yield event
@@ -329,11 +330,10 @@ class _EventStream:
         response = self.endpoint._response(self.job, [])
         return [self._event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
 
-    def grow(self, growth: Growth) -> list[bytes]:
+    def grow(self, choice: Choice, parts: Sequence[str | ToolCall], logprobs: Sequence[TokenLogprob]) -> list[bytes]:
         events: list[bytes] = []
-        logprobs = growth.logprobs if self.job.request.kept_logprobs is not None else ()
-        has_tools = self.job.choices[0].reader is not None
-        for part in growth.parts:
+        has_tools = choice.reader is not None
+        for part in parts:
             if isinstance(part, ToolCall):
                 events += self._close_message() + self._call(part)
             elif part and (self.text is not None or part.strip() or not has_tools):  # no blank message before calls
