@@ -365,7 +365,7 @@ def test_a_python_without_the_packages_is_told_which_has_them(script):
     ("command", "package"),
     [
         (["preview.py"], "jinja2"),
-        (["webui.py", "--port", "0"], "psutil"),
+        (["webui.py", "--port", "0"], "httpx"),
         (["download.py", "ORG/NAME"], "httpx"),
         (["data/baseline.py"], "sklearn"),
     ],
