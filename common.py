@@ -20,7 +20,7 @@ import string
 import subprocess
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -289,7 +289,13 @@ class Config:
             "polynomial",
             "inverse_sqrt",
             "cosine_with_restarts",
+            "cosine_with_min_lr",
+            "cosine_warmup_with_min_lr",
+            "warmup_stable_decay",
         ),
+    )
+    lr_scheduler_kwargs: Mapping[str, Any] | None = option(
+        None, "values of lr_scheduler_type, like {num_cycles: 2}, {min_lr_rate: 0.1}, {power: 2}"
     )
     warmup_steps: float = option(0.0, "steps of rising learning rate; below 1: a share of all steps", minimum=0)
     warmup_ratio: float = option(0.0, "the same as a share of all steps", minimum=0, maximum=1)
@@ -321,7 +327,13 @@ class Config:
     adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", minimum=0, maximum=1)
     adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", minimum=0, maximum=1)
     adam_epsilon: float = option(1e-8, "what Adam adds to the divisor", minimum=0)
+    neftune_noise_alpha: float | None = option(
+        None,
+        "sft, pt: noise on the embeddings (NEFTune), of at most alpha / sqrt(tokens x width); 5 is usual",
+        minimum=0,
+    )
     seed: int = option(42, "seed of everything random", minimum=0)
+    full_determinism: bool = option(False, "only deterministic kernels: slower; an operation without one ends the run")
     gradient_checkpointing: str = option(
         "auto",
         "recompute activations to save memory; auto: on a GPU only",
@@ -341,6 +353,21 @@ class Config:
         None, "LoRA+: the B matrices learn at so many times learning_rate; 16 is usual", minimum=0
     )
     use_dora: bool = option(False, "weight-decomposed adapter (DoRA)")
+    lora_bias: str = option(
+        "none",
+        "biases that learn, too: each adapter's own (true), the model's (all), or those of lora_target (lora_only)",
+        choices=("none", "true", "all", "lora_only"),
+    )
+    pissa_init: bool = option(
+        False, "start from the weights' principal components (PiSSA); saved as a plain adapter of twice lora_rank"
+    )
+    pissa_iter: int = option(16, "PiSSA: iterations of the fast SVD; -1: an exact one", minimum=-1)
+    additional_target: tuple[str, ...] = option(
+        (), "modules that learn whole, not by an adapter: embed_tokens, lm_head, layer norms"
+    )
+    embedding_learning_rate: float | None = option(
+        None, "learning rate of embed_tokens and lm_head in additional_target; unset: learning_rate", minimum=0
+    )
 
     _preferences: str = group("preferences")
     pref_loss: str = option(
@@ -368,6 +395,7 @@ class Config:
         "steps between evaluations; below 1: a share; unset: as often as a tenth of the time allows",
         minimum=0,
     )
+    eval_delay: float = option(0.0, "steps (with eval_strategy: epoch, epochs) before the first evaluation", minimum=0)
     per_device_eval_batch_size: int = option(2, "samples a forward pass of an evaluation", minimum=1)
     load_best_model_at_end: bool = option(True, "keep the adapter of the lowest eval_loss, where one is measured")
     early_stopping: str = option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import sys
 import time
@@ -32,8 +33,7 @@ def main(arguments: list[str]) -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     loaded = resume.locate_model(load_config([a for a in arguments if a != "--dry-run"]))
-    check_training_asked_for(loaded)
-    print_notes(loaded.notes)
+    print_notes([*check_training_asked_for(loaded), *loaded.notes])
     run = Run.of(loaded)
     if "--dry-run" in arguments:
         sys.exit(preflight.dry_run(run))
@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> None:
         trainer.import_unsloth()  # takes ten seconds: what can be told to be wrong before is told
         prepare_data(run)
         train(run)
+    if run.config.do_predict:
+        predict(run)
 
 
 def prepare_data(run: Run) -> None:
@@ -117,6 +119,16 @@ def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
     if facts["eval_loss"] is not None:
         print(Message("measure_it", command=common.command("evaluate.py", folder)))
     print_next(folder)
+
+
+def predict(run: Run) -> None:
+    """Starts the evaluation, which writes LLaMA-Factory's files of predictions, in this process's place.
+
+    The memory of the training is free then; the evaluation's exit status is that of the whole.
+    """
+    arguments = [str(run.folder), "do_predict=true"]
+    print(f"\n{Message('predicting', command=common.command('evaluate.py', *arguments))}", flush=True)
+    os.execv(sys.executable, [sys.executable, str(common.ROOT / "evaluate.py"), *arguments])
 
 
 def print_result(facts: dict[str, Any], written: Path) -> None:

@@ -117,11 +117,10 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
 
 def _are_untied(places: Places) -> bool:
     """Whether the adapter changes the two uses of a tied embedding differently."""
-    ends = [
-        digest(places.copied[name]) if name in places.copied else name in places.updates
-        for name in (places.embedding, places.head)
-    ]
-    return ends[0] != ends[1] or True in ends
+    ends = (places.embedding, places.head)
+    replaced = {**places.own, **places.copied}
+    first, second = (digest(replaced[name]) if name in replaced else None for name in ends)
+    return first != second or any(name in places.updates for name in ends)
 
 
 def output_dtype(name: str, tensor: Tensor, wanted: str | None) -> str:

@@ -15,6 +15,7 @@ class Compatibility:
     """The keys of LLaMA-Factory and transformers that are not options here: configs/compat/llamafactory.yaml.
 
     `means`: key → value (as text) → options; `noted` and `refused`: key → its defaults and the code of the reason.
+    `push`: the keys that ask for an upload, and those that name where to.
     """
 
     renamed: dict[str, str]
@@ -22,6 +23,7 @@ class Compatibility:
     no_effect: dict[str, Any]
     noted: dict[str, tuple[list[Any], str]]
     refused: dict[str, tuple[list[Any], str]]
+    push: dict[str, list[str]]
 
     def knows(self, key: str) -> bool:
         return any(key in keys for keys in (self.renamed, self.means, self.no_effect, self.noted, self.refused))

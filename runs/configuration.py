@@ -26,6 +26,23 @@ MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data st
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "neptune", "trackio", "comet_ml", "clearml")
 
 
+# What lr_scheduler_kwargs may set of each schedule of transformers that has values of its own.
+DECAYS = ("linear", "cosine", "1-sqrt")
+MIN_RATES = ("min_lr", "min_lr_rate")
+SCHEDULE_VALUES = {
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("num_cycles", *MIN_RATES),
+    "cosine_warmup_with_min_lr": ("num_cycles", "warmup_lr_rate", *MIN_RATES),
+    "warmup_stable_decay": (
+        *("num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"),
+    ),
+}
+V1_KEYS = {"train_dataset", "peft_config", "dist_config", "kernel_config", "micro_batch_size"}
+EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
+
 # The optimizers that read optim_args in transformers; the others would ignore it without a message.
 TAKE_ARGUMENTS = ("ademamix", "ademamix_8bit", "sgd", "rmsprop", "adagrad")
 
@@ -123,6 +140,8 @@ def _combined(name: str, first: Any, second: Any) -> Any:
 
 
 def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -> Loaded:
+    if of_v1 := V1_KEYS & read.keys():
+        raise UserError("recipe_of_v1", recipe=recipe, keys=sorted(of_v1))
     faults: list[Message] = []
     notes: list[Message] = []
     values: dict[str, Any] = {}
@@ -131,10 +150,12 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
         problem = _foreign_key(name, setting, notes) if name not in OPTIONS else _read_option(name, setting, values)
         if problem:
             faults.append(setting.fault(problem))
-    faults += _check_preferences(values)
+    _move_embeddings(values, notes)
+    faults += _check_preferences(values) + _check_schedule(values)
     faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
     if faults:
         raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
+    notes += _push_notes({**read, **typed})
     if values.get("packing") and values.get("stage") in ("dpo", "kto"):
         values["packing"] = False
         notes.append(Message("packing_not_for_pairs"))
@@ -156,6 +177,9 @@ def defaults_of(stage: str) -> dict[str, Any]:
 def _read_option(name: str, setting: _Setting, values: dict[str, Any]) -> Message | None:
     """Puts an option's value into `values`, where it is not left empty; or what is wrong with it."""
     value = setting.value
+    is_optional_number = {type(None), float, int} & set(typing.get_args(TYPES[name])) > {type(None)}
+    if is_optional_number and as_text(value) == "false":
+        value = None
     if name in MAY_BE_EMPTY and isinstance(value, str):
         values[name] = value.strip()
         return None
@@ -188,6 +212,14 @@ def _foreign_key(key: str, setting: _Setting, notes: list[Message]) -> Message |
     return Message("unknown_key", near=nearest_word(key, [*OPTIONS, *known.renamed]))
 
 
+def _push_notes(settings: dict[str, Any]) -> list[Message]:
+    """What takes the place of an upload, which hub_model_id and the other settings of it would describe."""
+    asked = compatibility().push
+    wanted = [key for key in asked["switches"] if not is_default(settings.get(key), [False, None])]
+    names = [settings[key] for key in asked["names"] if not is_unset(settings.get(key))]
+    return [Message("compat_push", keys=wanted, repo=str((*names, "ORG/NAME")[0]))] if wanted else []
+
+
 def _check_data(values: dict[str, Any]) -> list[Message]:
     """What is wrong with the settings of the data taken together."""
     faults = []
@@ -213,7 +245,21 @@ def _check_preferences(values: dict[str, Any]) -> list[Message]:
         return [Message("smoothing_needs_sigmoid")]
     if values.get("pref_beta") == 0 and values.get("stage") in ("dpo", "kto"):
         return [Message("pref_beta_is_zero")]
+    only_sft = [name for name in ("pissa_init", "neftune_noise_alpha") if values.get(name)]
+    only_sft += ["lora_bias"] if values.get("lora_bias") in ("all", "lora_only") else []
+    if values.get("stage", "sft") not in ("sft", "pt"):
+        return [Message("changes_the_reference", key=name, stage=values["stage"]) for name in only_sft]
     return []
+
+
+def _move_embeddings(values: dict[str, Any], notes: list[Message]) -> None:
+    """Unsloth trains embeddings whole, not by LoRA: those of lora_target count as additional_target."""
+    targets = values.get("lora_target", ())
+    moved = tuple(name for name in targets if name in EMBEDDING_MODULES)
+    if moved and set(targets) > set(moved):
+        values["lora_target"] = tuple(name for name in targets if name not in moved)
+        values["additional_target"] = tuple(dict.fromkeys((*values.get("additional_target", ()), *moved)))
+        notes.append(Message("embeddings_learn_whole", modules=moved))
 
 
 def _check_adapter(values: dict[str, Any]) -> list[Message]:
@@ -224,9 +270,46 @@ def _check_adapter(values: dict[str, Any]) -> list[Message]:
         faults.append(Message("several_adapters", adapters=[name.strip() for name in adapter.split(",")]))
     if set(values.get("lora_target", ("all",))) <= {"embed_tokens", "lm_head"}:
         faults.append(Message("lora_target_embeddings_only"))
+    if values.get("embedding_learning_rate") is not None and not EMBEDDING_MODULES & {
+        name.rpartition(".")[2] for name in values.get("additional_target", ())
+    }:
+        faults.append(Message("embedding_rate_without_embeddings"))
+    if values.get("pissa_init") and values.get("use_dora"):
+        faults.append(Message("exclude_each_other", first="pissa_init", second="use_dora"))
+    if values.get("lora_bias") == "true" and values.get("use_dora"):
+        faults.append(Message("exclude_each_other", first="lora_bias", second="use_dora"))
+    if values.get("pissa_init") and values.get("quantization_bit"):
+        faults.append(Message("pissa_needs_16_bit"))
     for name in ("output_dir", "export_dir"):
         if re.match(r"[A-Za-z]:/", values.get(name) or ""):
             faults.append(Message("windows_drive", key=name, folder=values[name]))
+    return faults
+
+
+def _check_schedule(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with lr_scheduler_kwargs for the schedule."""
+    schedule, given = values.get("lr_scheduler_type", Config.lr_scheduler_type), values.get("lr_scheduler_kwargs") or {}
+    known = SCHEDULE_VALUES.get(schedule, ())
+    if given and not known:
+        return [Message("schedule_without_values", schedule=schedule, takers=[*SCHEDULE_VALUES])]
+    faults = [
+        Message("schedule_value_unknown", schedule=schedule, key=key, known=known, near=nearest_word(key, known))
+        for key in given
+        if key not in known
+    ]
+    for key in given.keys() & set(known):
+        if key.endswith("_type"):
+            if given[key] not in DECAYS:
+                faults.append(Message("schedule_value_not_one_of", key=key, choices=DECAYS))
+        elif isinstance(given[key], bool) or not isinstance(given[key], int | float):
+            faults.append(Message("schedule_value_no_number", key=key, value=given[key]))
+    if set(MIN_RATES) <= set(known) and len(given.keys() & set(MIN_RATES)) != 1:
+        faults.append(Message("schedule_needs_one_of", schedule=schedule, keys=MIN_RATES))
+    if schedule == "warmup_stable_decay" and "num_decay_steps" not in given:
+        faults.append(Message("schedule_needs_one_of", schedule=schedule, keys=("num_decay_steps",)))
+    rate, end = values.get("learning_rate", Config.learning_rate), given.get("lr_end", 1e-7)
+    if schedule == "polynomial" and isinstance(end, float | int) and rate and end >= rate:
+        faults.append(Message("schedule_ends_too_high", end=end, rate=rate))
     return faults
 
 
@@ -284,17 +367,25 @@ def asks_for_training(config: Config) -> bool:
     return not (config.do_eval or config.do_predict)
 
 
-def check_training_asked_for(loaded: Loaded) -> None:
-    """Raises UserError for a recipe that asks for no training, or for what a training does not do."""
+def check_training_asked_for(loaded: Loaded) -> list[Message]:
+    """Notes on what a training does otherwise than the recipe asks.
+
+    Raises UserError for a recipe that asks for no training, or for what a training does not do.
+    """
     config = loaded.config
     if not asks_for_training(config):
         key = "do_train" if config.do_train is False else "do_predict" if config.do_predict else "do_eval"
         evaluate = command("evaluate.py", *([loaded.recipe] if loaded.recipe else []))
         raise UserError("recipe_does_not_train", key=key, value=getattr(config, key), evaluate=evaluate)
+    if loaded.recipe and config.export_dir and "dataset" not in loaded.given and config.do_train is None:
+        raise UserError("recipe_merges", merge=command("merge.py", loaded.recipe))
     if config.compute_accuracy:
         raise UserError("accuracy_while_training")
     if config.do_eval and config.val_size == 0 and not config.eval_dataset:
         raise UserError("do_eval_without_data")
+    if config.do_predict and config.val_size == 0 and not config.eval_dataset:
+        raise UserError("do_predict_without_data")
+    return [Message("predicts_after_training")] if config.do_predict or config.predict_with_generate else []
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
-from common import OPTIONS, TYPES, Message, UserError, nearest_word
+import yaml
+
+from common import OPTIONS, TYPES, Message, UserError, load_yaml, nearest_word
 
 
 def is_unset(value: Any) -> bool:
@@ -25,8 +29,10 @@ def coerce(name: str, value: Any) -> Any:
     kind, meta = TYPES[name], OPTIONS[name].metadata
     if type(None) in typing.get_args(kind):
         kind = next(t for t in typing.get_args(kind) if t is not type(None))
-    if meta["choices"] and as_text(value) in ("false", "off") and "no" in meta["choices"]:
-        return "no"  # YAML reads a bare no as false
+    if meta["choices"] and as_text(value) in ("false", "off") and {"no", "none"} & set(meta["choices"]):
+        return "no" if "no" in meta["choices"] else "none"  # YAML reads a bare no as false
+    if "true" in meta["choices"] and as_text(value) in ("yes", "on", "1"):
+        return "true"
     if isinstance(value, list) and len(value) == 1 and typing.get_origin(kind) is not tuple:
         value = value[0]
     if typing.get_origin(kind) is tuple:
@@ -34,10 +40,29 @@ def coerce(name: str, value: Any) -> Any:
         element = typing.get_args(kind)[0]
         found = tuple(_scalar(element, item) for item in items if str(item).strip())
         return tuple(map(expand_path, found)) if meta["path"] else found
+    if typing.get_origin(kind) is Mapping:
+        return _mapping(value)
     found = _scalar(kind, value)
     if kind is str and meta["choices"]:
         found = next((choice for choice in meta["choices"] if choice.lower() == found.lower()), found)
     return expand_path(found) if meta["path"] else found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A mapping, or the text of one in JSON or YAML; numbers that YAML takes for text (1e-7) become numbers."""
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            value = load_yaml(value)
+    if not isinstance(value, dict):
+        raise UserError("must_be_mapping")
+    return {str(key): _number_of(one) for key, one in value.items()}
+
+
+def _number_of(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _scalar(kind: type, value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
     from peft import PeftConfig, PeftModel
 
     adapter = Adapter(folder)
+    warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # merge.py says it where it matters
     resize_embedding(model, check_against_model(adapter, model))
     with _readable_by_peft(adapter) as readable:
         try:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from conftest import ROOT, run, user_error
 
 import common
 from common import Config, Message, UserError
-from runs.configuration import check_training_asked_for, load_config
+from runs.configuration import SCHEDULE_VALUES, check_training_asked_for, load_config
 from runs.files import appearing, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
 from runs.folder import newest_run, read_run
 from runs.process import is_alive
@@ -112,7 +113,8 @@ def faults_of(arguments: list[str]) -> dict[str | None, Message]:
 
 
 def test_all_faults_at_once(recipe):
-    text = "lerning_rate: 1\nlora_rank: x\nstage: rm\nval_size: -1\ncutoff_len: 2.5\npissa_convert: true\nseed: .nan\n"
+    text = "lerning_rate: 1\nlora_rank: x\nstage: rm\nval_size: -1\ncutoff_len: 2.5\nseed: .nan\n"
+    text += "create_new_adapter: true\n"
     text += "mask_history: true\ntrain_on_prompt: true\noptim: adamw_torchh\nfinetuning_type: freeze\nplot_loss: 3\n"
     found = faults_of([recipe(text)])
     assert {key: problem.code for key, problem in found.items()} == {
@@ -122,7 +124,7 @@ def test_all_faults_at_once(recipe):
         "finetuning_type": "finetuning_type_unsupported",
         "val_size": "must_be_at_least",
         "cutoff_len": "must_be_whole",
-        "pissa_convert": "setting_refused",
+        "create_new_adapter": "setting_refused",
         "seed": "must_be_number",
         "optim": "must_be_one_of",
         "plot_loss": "must_be_boolean",
@@ -200,6 +202,68 @@ def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason
     }
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["lr_scheduler_type=linear", "lr_scheduler_kwargs={num_cycles: 2}"], "schedule_without_values"),
+        (['lr_scheduler_kwargs={"num_cycle": 2}'], "schedule_value_unknown"),
+        (["lr_scheduler_kwargs={num_cycles: x}"], "schedule_value_no_number"),
+        (["lr_scheduler_type=cosine_with_min_lr"], "schedule_needs_one_of"),
+        (["lr_scheduler_type=polynomial", "lr_scheduler_kwargs={lr_end: 1e-3}"], "schedule_ends_too_high"),
+        (["embedding_learning_rate=1e-5", "additional_target=norm"], "embedding_rate_without_embeddings"),
+        (["pissa_init=true", "quantization_bit=4"], "pissa_needs_16_bit"),
+        (["pissa_init=true", "use_dora=true"], "exclude_each_other"),
+        (["lora_bias=true", "use_dora=true"], "exclude_each_other"),
+        (["pissa_init=true", "stage=dpo"], "changes_the_reference"),
+        (["neftune_noise_alpha=5", "stage=kto"], "changes_the_reference"),
+        (["lora_bias=all", "stage=dpo"], "changes_the_reference"),
+    ],
+)
+def test_settings_that_do_not_go_together(arguments, code):
+    assert code in {fault.code for fault in faults_of(arguments).values()}
+
+
+def test_values_of_a_schedule_are_read_as_yaml_and_json(recipe):
+    for text in ("{min_lr_rate: 1e-1}", "'{\"min_lr_rate\": 0.1}'", "\n  min_lr_rate: 0.1"):
+        loaded = load_config([recipe(f"lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {text}")])
+        assert loaded.config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+        again = load_config([recipe(common.dump_config(loaded.config), "again.yaml")])
+        assert again.config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert faults_of(["lr_scheduler_kwargs=x"])["lr_scheduler_kwargs"].code == "must_be_mapping"
+
+
+def test_the_values_of_each_schedule_are_those_that_transformers_takes():
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    given = {"self", "optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for schedule in common.OPTIONS["lr_scheduler_type"].metadata["choices"]:
+        takes = set(inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters) - given
+        assert set(SCHEDULE_VALUES.get(schedule, ())) == takes, schedule
+
+
+def test_embeddings_of_lora_target_learn_whole():
+    loaded = load_config(["lora_target=all,embed_tokens", "additional_target=norm"])
+    assert (loaded.config.lora_target, loaded.config.additional_target) == (("all",), ("norm", "embed_tokens"))
+    assert loaded.notes == [Message("embeddings_learn_whole", modules=("embed_tokens",))]
+
+
+def test_an_upload_is_told_once_with_its_command(recipe):
+    notes = load_config(
+        [recipe("push_to_hub: true\nhub_model_id: me/it\nhub_strategy: end\nhub_private_repo: true")]
+    ).notes
+    assert notes == [Message("compat_push", keys=["push_to_hub"], repo="me/it")]
+    assert load_config([recipe("hub_model_id: me/it\nhub_token: x")]).notes == []
+
+
+def test_a_prediction_beside_a_training_is_told():
+    assert check_training_asked_for(load_config(["do_train=true", "do_predict=true"])) == [
+        Message("predicts_after_training")
+    ]
+    assert check_training_asked_for(load_config([])) == []
+    with user_error("do_predict_without_data"):
+        check_training_asked_for(load_config(["do_train=true", "do_predict=true", "val_size=0"]))
+
+
 def test_swanlab_is_one_more_tracker(recipe):
     assert load_config([recipe("use_swanlab: true\nreport_to: none")]).config.report_to == ("swanlab",)
     assert load_config([recipe("report_to: [wandb]\nuse_swanlab: true")]).config.report_to == ("wandb", "swanlab")
@@ -219,6 +283,13 @@ def test_swanlab_is_one_more_tracker(recipe):
 def test_a_recipe_that_asks_for_no_training_is_refused_by_a_training(arguments, code):
     with user_error(code):
         check_training_asked_for(load_config(arguments))
+
+
+def test_recipes_of_other_kinds_are_told_from_those_of_a_training(recipe):
+    with user_error("recipe_of_v1", keys=["micro_batch_size", "peft_config"]):
+        load_config([recipe("model: x\npeft_config: {name: lora}\nmicro_batch_size: 1")])
+    with user_error("recipe_merges"):
+        check_training_asked_for(load_config([recipe("model_name_or_path: x\nexport_dir: out")]))
 
 
 @pytest.mark.parametrize("arguments", [[], ["do_train=true", "do_eval=true", "do_predict=true"], ["do_eval=false"]])

@@ -159,14 +159,21 @@ class Resuming(TrainerCallback):
 
 
 class Saves(TrainerCallback):
-    """Saves at the steps of `save_steps` that are not evaluated; transformers saves at those that are."""
+    """Saves at the steps of `save_steps` that are not evaluated; transformers saves at those that are.
+
+    It would also save where an evaluation is left out at the beginning (eval_delay).
+    """
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan = plan
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
-            control.should_save = control.should_save or self.plan.saves_at(state.global_step)
+            control.should_save = self.plan.saves_at(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
+            control.should_save = False  # what is due was saved after the step
 
 
 class EarlyStopping(TrainerCallback):

@@ -17,8 +17,9 @@ from common import Config, Message
 from runs.adapter import Adapter
 from runs.base_tensors import check_fits
 from runs.target import missing_from_model
+from training import whole_modules
 from training.findings import Finding, Run, fault, note, ok
-from training.memory import EMBEDDED_SHAPE, GB, ModelSize, linear_modules, model_like, read_model
+from training.memory import EMBEDDED_SHAPE, GB, ModelSize, adapted_weights, linear_modules, model_like, read_model
 
 
 def check_model(run: Run) -> Iterator[Finding]:
@@ -111,6 +112,15 @@ def _model_faults(config: Config, model: ModelSize) -> Iterator[Finding]:
         yield fault(Message("unknown_lora_target", targets=unknown, modules=sorted(linear_modules(model))))
 
 
+def check_parts(run: Run) -> Iterator[Finding]:
+    """What learns beside the matrices of LoRA."""
+    config = run.config
+    if run.model and run.model.folder and config.adapter_name_or_path is None:
+        shapes = run.model.shapes
+        yield from map(fault, whole_modules.find_faults(config, shapes))
+        yield from map(note, whole_modules.find_notes(config, shapes, adapted_weights(config, shapes)))
+
+
 def quantization_method(folder: Path) -> str | None:
     """How the weights of a model on the disk are quantized ("gptq", "awq", "bitsandbytes", ...); None: they are not."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -142,10 +152,14 @@ def check_adapter(run: Run) -> Iterator[Finding]:
         check_fits(folder, base)
     given = (run.config.lora_rank, run.config.alpha, set(run.config.lora_target))
     names = ("lora_rank", "lora_alpha", "lora_target")
+    whole = set(settings.get("modules_to_save") or ())
     ignored = [
         name
         for name, its, ours in zip(names, has, given, strict=True)
         if its != ours and ours != {"all"} and name in run.loaded.given
     ]
+    ignored += ["additional_target"] if not whole >= set(run.config.additional_target) - {"lm_head"} else []
+    starts = {"lora_bias": run.config.lora_bias != "none", "pissa_init": run.config.pissa_init}
+    ignored += [name for name, asked in starts.items() if asked and name in run.loaded.given]
     if ignored:
         yield note(Message("adapter_settings_ignored", names=ignored, folder=folder, rank=settings["r"]))

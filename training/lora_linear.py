@@ -44,8 +44,14 @@ def store_in_bfloat16(model: Any) -> None:
 
 
 def _plain_layers(model: torch.nn.Module) -> list[Linear]:
-    layers = [module for module in model.modules() if type(module) is Linear]
-    return [layer for layer in layers if type(layer.base_layer) is torch.nn.Linear and not layer.lora_variant]
+    return [module for module in model.modules() if type(module) is Linear and _is_plain(module)]
+
+
+def _is_plain(layer: Linear) -> bool:
+    """Whether all that learns in a layer are the two matrices of a plain adapter (see `lora_bias`)."""
+    biases = [layer.base_layer.bias, *(half.bias for half in layer.lora_B.values())]
+    has_learning_bias = any(bias is not None and bias.requires_grad for bias in biases)
+    return type(layer.base_layer) is torch.nn.Linear and not layer.lora_variant and not has_learning_bias
 
 
 def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from common import Config, Gpu
 from runs.weights import read_header
+from training.whole_modules import whole_tensors
 
 GB = 1e9
 # The matrices that `lora_target: all` leaves out: embeddings, the output layer, the routers of experts.
@@ -112,20 +113,30 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def adapter_parameters(config: Config, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Trained parameters: rank × (in + out) of every module that gets an adapter."""
+    """Trained parameters: rank × (in + out) of every module that gets an adapter, and modules that learn whole."""
+    adapted = adapted_weights(config, shapes)
+    biases = sum(shapes[name][0] for name in adapted) if config.lora_bias == "true" else 0
+    if config.lora_bias in ("all", "lora_only"):
+        biases = sum(shape[0] for name, shape in shapes.items() if name.endswith(".bias"))
+    whole = sum(map(math.prod, whole_tensors(config.additional_target, shapes).values()))
+    return sum(config.lora_rank * sum(shapes[name]) for name in adapted) + biases + whole
+
+
+def adapted_weights(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """The names of the weights that get an adapter."""
     targets = config.lora_target
-    adapted = [
-        shape
+    return [
+        name
         for name, shape in shapes.items()
         if _is_linear(name, shape) and (targets == ("all",) or name.split(".")[-2] in targets)
     ]
-    return sum(config.lora_rank * sum(shape) for shape in adapted)
 
 
 def checkpoint_bytes(config: Config, model: ModelSize) -> int:
     """About the size of a checkpoint: the adapter's weights and the optimizer's two moments in float32, and 20 MB of
     tokenizer and random states."""
-    return 12 * adapter_parameters(config, model.shapes) + 20_000_000
+    numbers = 4 if config.pissa_init else 3  # saved at twice the rank
+    return 4 * numbers * adapter_parameters(config, model.shapes) + 20_000_000
 
 
 def estimate_memory(config: Config, model: ModelSize, tokens: int, gpu: Gpu | None) -> dict[str, float]:

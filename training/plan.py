@@ -42,6 +42,7 @@ class TrainingPlan:
     save_strategy: str
     save_steps: int | None
     saves_evaluated: bool
+    first_eval: float = 0.0  # no evaluation is due before this step
 
     @property
     def rows(self) -> int:
@@ -50,7 +51,7 @@ class TrainingPlan:
 
     def evaluates_at(self, step: int) -> bool:
         """Whether an evaluation is due after a step."""
-        return _is_due(self, step, self.eval_strategy, self.eval_steps)
+        return step >= self.first_eval and _is_due(self, step, self.eval_strategy, self.eval_steps)
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after a step."""
@@ -88,6 +89,9 @@ def make_plan(config: Config, data: Prepared) -> TrainingPlan:
     eval_strategy, eval_steps, eval_samples = plan_evaluations(
         config, steps, epoch_steps, int(lengths.sum()), data.eval_lengths
     )
+    first_eval = config.eval_delay * (epoch_steps if eval_strategy == "epoch" else 1)
+    if first_eval > steps:
+        eval_strategy, eval_steps, eval_samples = "no", None, 0
     save_steps = whole_steps(config.save_steps, steps) if config.save_strategy == "steps" else None
     return TrainingPlan(
         samples=len(lengths),
@@ -103,6 +107,7 @@ def make_plan(config: Config, data: Prepared) -> TrainingPlan:
         save_strategy=config.save_strategy,
         save_steps=save_steps,
         saves_evaluated=config.load_best_model_at_end and eval_strategy != "no" and config.save_strategy != "no",
+        first_eval=first_eval,
     )
 
 
@@ -178,6 +183,8 @@ def describe_evaluations(config: Config, plan: TrainingPlan) -> Message:
     if plan.eval_strategy == "no":
         return Message("plan_not_evaluated", samples=plan.held_out)
     often = Message("every_epoch") if plan.eval_steps is None else Message("every_steps", steps=plan.eval_steps)
+    if plan.first_eval > 1:
+        often = Message("evaluated_from_step", often=often, step=math.ceil(plan.first_eval))
     part = Message("first_of_them", samples=plan.eval_samples) if plan.eval_samples < plan.held_out else ""
     by_default = config.val_size is None and not config.eval_dataset
     hint = Message("held_out_by_default") if by_default else ""
@@ -192,6 +199,8 @@ def find_warnings(config: Config, plan: TrainingPlan) -> list[Message]:
         found.append(Message("learning_rate_is_zero"))
     if warmup >= 1 and warmup >= plan.steps:
         found.append(Message("warmup_too_long", warmup=int(warmup), steps=plan.steps))
+    if plan.first_eval > plan.steps:
+        found.append(Message("eval_delay_too_long", delay=config.eval_delay, steps=plan.steps))
     if plan.eval_strategy != "no" and not plan.saves_evaluated:
         if config.load_best_model_at_end:
             found.append(Message("best_not_kept_without_saves"))

@@ -32,7 +32,7 @@ from training.check_machine import (
     check_run,
     check_trackers,
 )
-from training.check_model import check_adapter, check_model
+from training.check_model import check_adapter, check_model, check_parts
 from training.findings import Check, Finding, Run, fault
 
 LABELS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
@@ -49,6 +49,7 @@ CHECKS: dict[str, Check] = {
     "trackers": check_trackers,
     "adapter": check_adapter,
     "model": check_model,
+    "parts": check_parts,
 }
 CHECKS_WITH_DATA: dict[str, Check] = {
     "batches": check_batches,
@@ -96,7 +97,7 @@ def check_before_loading(run: Run) -> list[Message]:
         for finding in _findings(check, run):
             if finding.level == "fault" and finding.message not in faults:
                 faults.append(finding.message)
-            elif finding.level == "note" and name in ("run", "adapter"):
+            elif finding.level == "note" and name in ("run", "adapter", "parts"):
                 notes.append(finding.message)
         if (name == "recipe" and faults) or (name == "run" and run.resume.finished and not faults):
             break

@@ -12,9 +12,10 @@ from trl import SFTTrainer
 
 from runs.disk import check_free_space
 from runs.files import read_json
-from training import checkpoints, packing
+from training import checkpoints, packing, pissa
 from training.callbacks import EvaluationInterrupted, check_finite_weights
-from training.lora_plus import split_learning_rates
+from training.learning_rates import split_learning_rates
+from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
 from training.splitting import Splitter, with_gradients_apart
 
@@ -27,6 +28,8 @@ class RunTrainer:
     plan: TrainingPlan
     save_limit: int | None  # checkpoints that are kept
     lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
+    embedding_rate: float | None = None  # learning rate of embeddings that learn whole
+    start: pissa.Start | None = None  # how a PiSSA adapter began
     last_grad_norm: float = 0.0
     writing_to: Path | None = None  # where a checkpoint is being written
     resumed_from: Path | None = None
@@ -37,9 +40,10 @@ class RunTrainer:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.lr_ratio_of_b != 1:
+        if is_new and (self.lr_ratio_of_b != 1 or self.embedding_rate is not None):
             names = {parameter: name for name, parameter in self.model.named_parameters()}
-            split_learning_rates(optimizer.param_groups, names, self.lr_ratio_of_b)
+            rates = {"ratio": self.lr_ratio_of_b, "embedding_rate": self.embedding_rate}
+            split_learning_rates(optimizer.param_groups, names, **rates)
         return optimizer
 
     def train_from(self, checkpoint: Path | None) -> None:
@@ -104,6 +108,17 @@ class RunTrainer:
         self.last_grad_norm = float(norm)
         return norm
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with pissa.as_trained(Path(resume_from_checkpoint), self.start) as folder:
+            super()._load_from_checkpoint(str(folder), model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        with pissa.as_trained(Path(best), self.start) as folder:
+            self.state.best_model_checkpoint = str(folder)
+            super()._load_best_model()
+        self.state.best_model_checkpoint = best
+
     def _name_best_checkpoint(self) -> None:
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -127,6 +142,8 @@ class RunTrainer:
                 best = folder / f"checkpoint-{self.state.best_global_step}"
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(beside / f"checkpoint-{step}" / "trainer_state.json"))
+            if self.start:
+                pissa.write_as_lora(beside / f"checkpoint-{step}", self.start)
             (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(self.since_log()), encoding="utf-8")
 
         checkpoints.save_whole(folder, step, write)
@@ -143,15 +160,20 @@ class Trainer(RunTrainer, SFTTrainer):
     learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
     train_splitter: Splitter
     eval_splitter: Splitter
+    noise: EmbeddingNoise | None = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """In pieces where the micro-batch does not fit into memory."""
+        if self.noise:
+            self.noise.lengths = inputs["packed_seq_lengths"]
         if num_items_in_batch is None:  # the loss would be a mean over the piece
             return super().training_step(model, inputs, num_items_in_batch)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train = super().training_step
 
         def step(piece: dict[str, Any]) -> Any:
+            if self.noise:
+                self.noise.lengths = piece["packed_seq_lengths"]
             return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
 
         return self.train_splitter.run(dict(inputs), step)

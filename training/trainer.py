@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,9 @@ from common import Config, Message, UserError
 from runs.adapter import Adapter
 from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
-from training import checkpoints, packing
+from training import checkpoints, packing, pissa
 from training.memory import sequences
+from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
 from training.preferences import BEST_BY, PREFERENCES, preference_arguments
 
@@ -33,8 +35,9 @@ LOADING_LOG = "loading.log"  # in the run folder: what libraries print while the
 # Settings that transformers' arguments call by the same name.
 SAME_NAMES = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
-    "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "logging_steps", "logging_first_step",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "weight_decay",
+    "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "full_determinism",
+    "eval_delay", "logging_steps", "logging_first_step",
 )  # fmt: skip
 # What Unsloth calls the matrices of fused experts, which are no linear layers.
 EXPERTS = {"gate_proj", "up_proj", "down_proj"}
@@ -72,13 +75,20 @@ def import_unsloth() -> None:
 def load_model(config: Config, precision: Precision) -> Any:
     """The model with its adapter, a new one or the one to go on with, by Unsloth on every device."""
     log = Path(config.output_dir) / LOADING_LOG
+    if config.full_determinism:  # cuBLAS reads it once, long before transformers would set it
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
     with _folder_to_load(config) as folder, quietly(log):
         model = _load_from(folder, config, precision)
     check_quantized(model, config.quantization_bit, log)
+    learn_in_float32(model)
+    # PEFT takes the vectors of lora_bias for shards of a matrix, at each save
+    warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
     if model.device.type != "cpu":  # models that Unsloth has no attention of its own for, and all in 8 bit
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
         enable_hf_packed_attention()
+    if config.pissa_init and not config.adapter_name_or_path:
+        model.start = pissa.take_components(model, config.pissa_iter, config.seed)
     if model.device.type == "cpu":
         from training import lora_linear
 
@@ -86,6 +96,13 @@ def load_model(config: Config, precision: Precision) -> Any:
         if precision.mixed == "bf16":
             lora_linear.store_in_bfloat16(model)
     return model
+
+
+def learn_in_float32(model: Any) -> None:
+    """A 16-bit weight has too few digits for small steps: what learns whole is kept as adapters are."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def check_quantized(model: Any, bits: int | None, log: Path) -> None:
@@ -127,7 +144,9 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
             r=config.lora_rank,
             lora_alpha=config.alpha,
             lora_dropout=config.lora_dropout,
-            bias="none",
+            bias=config.lora_bias if config.lora_bias in ("all", "lora_only") else "none",
+            lora_bias=config.lora_bias == "true",
+            **_modules_to_save(model, config.additional_target),
             target_modules=find_linear(model) if config.lora_target == ("all",) else list(config.lora_target),
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
@@ -156,6 +175,16 @@ def find_linear(model: Any) -> list[str]:
     linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output]
     has_experts = any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
     return sorted({name.rpartition(".")[2] for name in linear} | (EXPERTS if has_experts else set()))
+
+
+def _modules_to_save(model: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """What learns whole. An output layer that is the embedding stays so where both learn."""
+    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    if not names:
+        return {}
+    if is_tied and {"embed_tokens", "lm_head"} <= set(names):
+        return {"modules_to_save": [name for name in names if name != "lm_head"], "ensure_weight_tying": True}
+    return {"modules_to_save": list(names), "ensure_weight_tying": False}
 
 
 def _families(model: Any) -> dict[str, bool]:
@@ -246,6 +275,9 @@ def make_trainer(
     cut = partial(halves_of_rows, of_pairs=config.stage == "dpo") if config.stage in PREFERENCES else halves
     trainer.train_splitter, trainer.eval_splitter = Splitter(settings, cut), Splitter(settings, cut)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
+    trainer.embedding_rate, trainer.start = config.embedding_learning_rate, getattr(model, "start", None)
+    if config.neftune_noise_alpha:
+        trainer.noise = EmbeddingNoise(model, config.neftune_noise_alpha)
     if held_out and config.stage not in PREFERENCES:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
@@ -332,6 +364,8 @@ def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
     tokenizer.save_pretrained(beside)
     suit_transformers_4(beside)
     trainer.model.save_pretrained(beside, safe_serialization=True)
+    if trainer.start:
+        pissa.write_as_lora(beside, trainer.start)
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's empty form
     for file in beside.iterdir():
         os.replace(file, folder / file.name)

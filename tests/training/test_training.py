@@ -26,7 +26,7 @@ from runs.configuration import load_config
 from runs.files import write_json, write_text
 from runs.folder import run_config
 from training import record, resume
-from training.lora_plus import split_learning_rates
+from training.learning_rates import split_learning_rates
 from training.preflight import Run, check_adapter, check_model
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
@@ -559,10 +559,10 @@ def test_lora_plus_lets_the_b_matrices_learn_faster():
     import torch
 
     names = {
-        torch.nn.Parameter(torch.zeros(1)): f"layers.{i}.q_proj.lora_{half}.weight" for i in (0, 1) for half in "AB"
+        torch.nn.Parameter(torch.zeros(1, 1)): f"layers.{i}.q_proj.lora_{half}.weight" for i in (0, 1) for half in "AB"
     }
     optimizer = torch.optim.AdamW([{"params": list(names), "weight_decay": 0.1}], lr=1e-4)
-    split_learning_rates(optimizer.param_groups, names, 16)
+    split_learning_rates(optimizer.param_groups, names, ratio=16)
     rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates == {name: pytest.approx(1.6e-3 if "lora_B" in name else 1e-4) for name in names.values()}
     assert optimizer.param_groups[0]["lr"] == 1e-4, "the rate that is logged"
