@@ -72,14 +72,15 @@ def test_output_and_gradients_are_those_of_peft(bfloat16: bool, dropout: float):
         assert float((own - pefts).norm()) <= (0.02 if bfloat16 else 1e-5) * float(pefts.norm())
 
 
-@pytest.mark.parametrize("case", ["dora", "disabled", "two adapters"])
+@pytest.mark.parametrize("case", ["dora", "lora_bias", "learning bias", "disabled", "two adapters"])
 def test_what_is_not_one_plain_adapter_is_computed_by_peft(case: str):
     import torch
     from peft import LoraConfig
 
     from training.lora_linear import speed_up
 
-    model, x = adapted(magnitude=0.02, use_dora=case == "dora"), torch.randn(8, 576)
+    lora = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}, "learning bias": {"bias": "lora_only"}}
+    model, x = adapted("bias" in case, 0.02, **lora.get(case, {})), torch.randn(8, 576)
     layer = model.base_model.model[0]
     if case == "two adapters":
         model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
@@ -91,7 +92,7 @@ def test_what_is_not_one_plain_adapter_is_computed_by_peft(case: str):
         expected = model(x)
         changed = speed_up(model)
         assert torch.equal(model(x), expected)
-    assert changed == (0 if case == "dora" else 1)
+    assert changed == (0 if case in lora else 1)
 
 
 @pytest.mark.slow
