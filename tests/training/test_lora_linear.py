@@ -79,9 +79,11 @@ def test_what_is_not_one_plain_adapter_is_computed_by_peft(case: str):
 
     from training.lora_linear import speed_up
 
-    lora = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}, "learning bias": {"bias": "lora_only"}}
+    lora = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}, "learning bias": {}}
     model, x = adapted("bias" in case, 0.02, **lora.get(case, {})), torch.randn(8, 576)
     layer = model.base_model.model[0]
+    if case == "learning bias":
+        layer.base_layer.bias.requires_grad_(True)
     if case == "two adapters":
         model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
         layer.lora_B["second"].weight.data.normal_(0, 0.02)
