@@ -270,8 +270,9 @@ class Config:
     _training: str = group("training")
     stage: str = option(
         "sft",
-        "what is learned: answers (sft), raw text (pt), which answer is better (dpo), what is a good answer (kto)",
-        choices=("sft", "pt", "dpo", "kto"),
+        "what is learned: answers (sft), raw text (pt), which answer is better (dpo), what is a good answer (kto), "
+        "replies of high reward (grpo)",
+        choices=("sft", "pt", "dpo", "kto", "grpo"),
     )
     num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
     max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
@@ -384,6 +385,29 @@ class Config:
     kto_chosen_weight: float = option(1.0, "kto: weight of good answers in the loss", minimum=0)
     kto_rejected_weight: float = option(1.0, "kto: weight of bad answers in the loss", minimum=0)
 
+    _rewards: str = group("rewards")
+    reward_funcs: tuple[str, ...] = option(
+        (),
+        "grpo: exact_label, one_of_labels, json_valid, length, regex: PATTERN, FILE.py:function; several with commas",
+    )
+    reward_weights: tuple[float, ...] = option((), "grpo: a weight for each of reward_funcs; unset: 1 each")
+    num_generations: int = option(8, "grpo: replies to each prompt", minimum=2)
+    max_completion_length: int = option(256, "grpo: longest reply in training, in tokens", minimum=1)
+    beta: float = option(0.0, "grpo: weight of the distance (KL) from the model before training", minimum=0)
+    epsilon: float = option(0.2, "grpo: how far the probability ratio may go from 1 before it is clipped", minimum=0)
+    loss_type: str = option(
+        "dapo", "grpo: the loss, as TRL names it", choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+    )
+    scale_rewards: str = option(
+        "group",
+        "grpo: what rewards are divided by: the spread of a prompt's replies, of the batch's, or nothing",
+        choices=("group", "batch", "none"),
+    )
+    use_vllm: bool | None = option(None, "grpo: generate by vLLM; unset: on a card where it is installed")
+    vllm_gpu_memory_utilization: float = option(
+        0.5, "grpo: share of the card's memory for the weights and vLLM's cache", minimum=0.05, maximum=1
+    )
+
     _evaluation: str = group("evaluation during training")
     eval_strategy: str = option(
         "auto",
@@ -397,7 +421,9 @@ class Config:
     )
     eval_delay: float = option(0.0, "steps (with eval_strategy: epoch, epochs) before the first evaluation", minimum=0)
     per_device_eval_batch_size: int = option(2, "samples a forward pass of an evaluation", minimum=1)
-    load_best_model_at_end: bool = option(True, "keep the adapter of the lowest eval_loss, where one is measured")
+    load_best_model_at_end: bool = option(
+        True, "keep the adapter of the lowest eval_loss (grpo: highest eval_reward), where one is measured"
+    )
     early_stopping: str = option(
         "auto",
         "stop when eval_loss no longer falls, or, with nothing held out, when the loss is flat and near zero",
@@ -422,7 +448,11 @@ class Config:
 
     _chat: str = group("chat")
     do_sample: bool = option(True, "draw words at random; false: always the likeliest")
-    temperature: float = option(0.7, "how random; 0: always the likeliest word", minimum=0)
+    temperature: float | None = option(
+        None,
+        "how random; 0: always the likeliest word; unset: 0.7, and 1 for the replies that grpo trains on",
+        minimum=0,
+    )
     top_p: float = option(0.9, "draw from the likeliest words of this total probability", minimum=0, maximum=1)
     top_k: int = option(50, "draw from so many likeliest words; 0: from all", minimum=0)
     min_p: float = option(0.0, "leave out words less likely than this share of the likeliest", minimum=0, maximum=1)

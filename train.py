@@ -64,7 +64,9 @@ def train(run: Run) -> None:
     precision = trainer.choose_precision(run.config)
     print_notes([precision.note] if precision.note else [])
     model = trainer.load_model(run.config, precision)
-    trained, early = trainer.make_trainer(run.config, precision, model, run.tokenizer, run.data, run.plan)
+    trained, early = trainer.make_trainer(
+        run.config, precision, model, run.tokenizer, run.data, run.plan, run.rewards, run.template.stop
+    )
     resume.clear_old_run(run.resume, run.folder)  # only now, when all that could be wrong with this run was tried
     record.begin_record(run.loaded, run.folder, run.data, run.inputs, run.resume.checkpoint)
     try:
@@ -143,6 +145,11 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
         tokens=facts["tokens"],
         gb=facts["peak_memory"] / 1e9,
     )
+    if "last_reward" in facts:
+        print(
+            f"\n{Message('rewarded_training_ended', finished=finished, reward=describe_reward(facts), report=written)}"
+        )
+        return
     held_out = ""
     if facts["eval_loss"] is not None:
         held_out = Message("best_eval_loss", loss=facts["eval_loss"], step=facts["best_step"])
@@ -152,6 +159,15 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
     first, last = facts["first_loss"] or math.nan, facts["last_loss"] or math.nan
     loss = Message("loss_first_last", first=first, last=last, held_out=held_out)
     print(f"\n{Message('training_ended', finished=finished, loss=loss, report=written)}")
+
+
+def describe_reward(facts: dict[str, Any]) -> Message:
+    """Where the mean reward of the replies began and ended."""
+    held_out = ""
+    if facts["eval_reward"] is not None:
+        held_out = Message("best_eval_reward", reward=facts["eval_reward"], step=facts["best_step"])
+    first, last = (math.nan if facts[key] is None else facts[key] for key in ("first_reward", "last_reward"))
+    return Message("loss_first_last", first=first, last=last, held_out=held_out)
 
 
 def print_notes(notes: list[Any]) -> None:

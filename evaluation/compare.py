@@ -50,7 +50,7 @@ def key_figure(folder: Path) -> tuple[str, str]:
         models = {label: f for label, f in found["models"].items() if label not in ("majority vote", "base")}
         label = "trained" if "trained" in models else next(iter(models), None)
         of_model = "" if label == "trained" else f" ({label})"
-        for key in ("accuracy", "exact_match"):
+        for key in ("accuracy", "exact_match", "reward"):
             if key in models.get(label, {}):
                 return found["dataset"], f"{METRICS[key].head} {models[label][key]:.3f}{of_model}"
     return "-", "-"

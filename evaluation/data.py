@@ -132,7 +132,8 @@ def make_dataset(
 
 def task_of(row: Conversation) -> str | None:
     """The task of a row that is no conversation to answer."""
-    return "documents" if "text" in row else "pairs" if "chosen" in row else "judged" if "good" in row else None
+    kinds = {"text": "documents", "chosen": "pairs", "good": "judged", "columns": "rewarded"}
+    return next((task for key, task in kinds.items() if key in row), None)
 
 
 def wants_only_losses(config: Config) -> bool:
@@ -171,6 +172,8 @@ def answer_of(row: Conversation) -> str:
     """The text of the last answer of a conversation, or the chosen one; a tool call and a document have none."""
     if "text" in row or "chosen" in row:
         return row.get("chosen", {}).get("content", "").strip()
+    if "columns" in row:
+        return (row["answer"] or "").strip()
     return row["messages"][-1]["content"].strip()
 
 
@@ -178,7 +181,7 @@ def question_of(row: Conversation) -> str:
     """The message that is answered last, or a document, for people."""
     if "text" in row:
         return row["text"]
-    if "chosen" in row:
+    if "chosen" in row or "columns" in row:
         return row["messages"][-1]["content"]
     return next(m["content"] for m in reversed(row["messages"][:-1]) if m["role"] != "assistant")
 
@@ -259,9 +262,13 @@ def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[
     """Which rows of a dataset no training saw, as that training's name, author and system message made them."""
     fresh = [True] * len(rows)
     for training in trainings:
-        own = {key: getattr(training.config, key) for key in ("name", "author", "default_system")}
-        as_trained = dataclasses.replace(config, **own)
+        names = ("name", "author", "default_system")
+        if {config.stage, training.config.stage} == {"sft", "grpo"}:  # the same rows, read as conversations or prompts
+            names += ("stage",)
+        as_trained = dataclasses.replace(config, **{key: getattr(training.config, key) for key in names})
         rendered = rows if as_trained == config else read_rows(as_trained, name)
+        if len(rendered) != len(rows):  # rows that are faulty in one of the two readings were skipped
+            continue
         fresh = [new and fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)]
     return fresh
 

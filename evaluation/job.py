@@ -13,6 +13,7 @@ from common import Config, Message, UserError
 from evaluation.data import EvalDataset, find_datasets, run_of
 from evaluation.encode import Encoded, encode_choices, encode_texts
 from evaluation.labels import swapped_labels
+from evaluation.rewarded import encode_prompts
 from evaluation.stages import STAGES, encode_rows
 from runs.configuration import load_config
 from runs.folder import is_run, run_config
@@ -119,6 +120,9 @@ def encoded(job: Job, data: EvalDataset) -> Encoded:
         tokenizer, template = tokenizer_of(job)
         if data.task == "classification":
             found = encode_choices(data, job.config, tokenizer, template)
+        elif data.task == "rewarded":
+            limit = job.config.max_new_tokens if "max_new_tokens" in job.given else job.config.max_completion_length
+            found = encode_prompts(data, job.config, tokenizer, template, limit)
         elif data.task in STAGES:
             found = encode_rows(data, job.config, tokenizer, template)
         else:
@@ -170,4 +174,5 @@ def _describe_task(data: EvalDataset) -> Message:
         "text": Message("eval_task_texts"),
         "pairs": Message("eval_task_pairs"),
         "judged": Message("eval_task_judged"),
+        "rewarded": Message("eval_task_rewarded"),
     }.get(data.task, Message("eval_task_perplexity"))

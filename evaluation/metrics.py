@@ -202,6 +202,31 @@ def paired(truth: Sequence[str], first: Sequence[str], second: Sequence[str]) ->
     }
 
 
+def mean(name: str, values: Sequence[float]) -> list[tuple[str, Any]]:
+    """The mean under `name`, and its 95 % interval under `name`_interval: Wilson's of a share, else the bootstrap's."""
+    import numpy as np
+
+    found = np.array(values, dtype=np.float64)
+    is_share = set(found.tolist()) <= {0.0, 1.0}
+    interval = wilson(int(found.sum()), len(found)) if is_share else _bootstrapped_mean(found)
+    return [(name, float(found.mean())), (f"{name}_interval", interval)]
+
+
+def paired_means(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    """How the mean of the second values differs from that of the first on the same rows, with the 95 % interval."""
+    import numpy as np
+
+    difference = np.array(second, dtype=np.float64) - np.array(first, dtype=np.float64)
+    return {"difference": float(difference.mean()), "difference_interval": _bootstrapped_mean(difference)}
+
+
+def _bootstrapped_mean(values: np.ndarray) -> list[float]:
+    import numpy as np
+
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    return [float(value) for value in np.percentile(values[drawn].mean(1), [2.5, 97.5])]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 

@@ -18,6 +18,7 @@ from evaluation import scoring
 from evaluation.data import EvalDataset, question_of
 from evaluation.encode import Encoded
 from evaluation.job import EvalModel, Job, compute_dtype, encoded
+from evaluation.rewarded import score_prompts
 from evaluation.stages import STAGES, score_rows
 from inference.load import load
 from preprocessing.formats import fingerprint
@@ -60,7 +61,8 @@ def predicted_rows(
     lengths = [len(rows.prompts[i]) + rows.reply_limit for i in missing]
     if rows.samples:
         lengths = [max(n, len(rows.samples[i]["input_ids"])) for i, n in zip(missing, lengths, strict=True)]
-    ask = choose if data.task == "classification" else score_rows if data.task in STAGES else score_texts
+    asks = {"classification": choose, "rewarded": score_prompts}
+    ask = asks.get(data.task, score_rows if data.task in STAGES else score_texts)
     with tqdm(total=len(missing), desc=f"{model.label}, {data.name}", unit=" rows", file=sys.stderr) as bar:
         for batch in scoring.batches(lengths, scorer.tokens):
             positions = [missing[i] for i in batch]

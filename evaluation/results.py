@@ -9,8 +9,9 @@ from typing import Any
 from common import Message
 from evaluation import metrics
 from evaluation.data import GENERAL, EvalDataset
-from evaluation.job import Job, encoded
+from evaluation.job import Job, encoded, tokenizer_of
 from evaluation.predict import predictions_file, read_predictions, read_state
+from evaluation.rewarded import measure_rewards
 from evaluation.stages import measure_documents, measure_judged, measure_pairs
 from preprocessing.data_report import format_table
 from runs import charts
@@ -44,7 +45,11 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
         if state[label]["rows"] == rows.fingerprint
         and len(lines := read_predictions(predictions_file(data, label))) == len(rows.rows)
     }
-    measured = MEASURES[data.task](data, predictions)
+    if data.task == "rewarded":
+        measured = measure_rewards(job.config, data, predictions, tokenizer_of(job)[0])
+        measured["samples"] = side_by_side(predictions)
+    else:
+        measured = MEASURES[data.task](data, predictions)
     for label in predictions:
         measured["models"][label] |= {key: state[label][key] for key in ("model", "seconds", "dtype")}
     found = {
@@ -69,6 +74,11 @@ def describe_results(found: dict[str, Any], folder: Path) -> str:
     lines = [f"\n{Message('eval_dataset_rows', name=found['dataset'], rows=found['rows'])}"]
     lines.append(format_table(figures_table(found["task"], found["models"])))
     lines += [f"{name}: {describe_difference(pair)}" for name, pair in found.get("paired", {}).items()]
+    lines += [
+        f"{name}: {function} {pair['difference']:+.3f} ({_interval(pair['difference_interval'], '+.3f', ' to ')})"
+        for name, pairs in found.get("rewards", {}).items()
+        for function, pair in pairs.items()
+    ]
     if found["dataset"] == GENERAL and found["task"] != "classification":
         lines += map(str, forgetting(found["models"]))
     return "\n".join([*lines, str(Message("eval_all_results", folder=folder))])
@@ -76,9 +86,9 @@ def describe_results(found: dict[str, Any], folder: Path) -> str:
 
 def figures_table(task: str, models: dict[str, Any]) -> list[list[str]]:
     """The figures, a row for each model."""
-    main, *others = COLUMNS[task]
+    main, *others = COLUMNS[task] if task in COLUMNS else (_reward_columns(models), ())
     names = [name for group in others for name in group]
-    titles = [title for name in main for title in (METRICS[name].head, "95 %")]
+    titles = [title for name in main for title in (METRICS[name].head if name in METRICS else name, "95 %")]
     table = [[str(Message("eval_model")), *titles, *(METRICS[name].head for name in names)]]
     for label, figures in models.items():
         cells = [cell for name in main for cell in (f"{figures[name]:.3f}", _interval(figures[f"{name}_interval"]))]
@@ -86,8 +96,14 @@ def figures_table(task: str, models: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def _interval(interval: list[float]) -> str:
-    return "{:.3f}-{:.3f}".format(*interval)
+def _reward_columns(models: dict[str, Any]) -> tuple[str, ...]:
+    """The reward and those by function, as they stand in a metrics.json."""
+    figures = next(iter(models.values()), {})
+    return tuple(name for name in figures if name.startswith("reward") and not name.endswith("_interval"))
+
+
+def _interval(interval: list[float], form: str = ".3f", joint: str = "-") -> str:
+    return joint.join(format(end, form) for end in interval)
 
 
 def describe_difference(pair: dict[str, Any]) -> Message:

@@ -62,7 +62,9 @@ class Settings:
     def of(cls, config: Config) -> Settings:
         """The chat settings of a configuration."""
         return cls(
-            temperature=config.temperature if config.do_sample else 0.0,
+            temperature=(cls.temperature if config.temperature is None else config.temperature)
+            if config.do_sample
+            else 0.0,
             top_p=config.top_p,
             top_k=config.top_k,
             min_p=config.min_p,

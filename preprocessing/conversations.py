@@ -21,14 +21,16 @@ from preprocessing.formats import (
     find_layout,
     fingerprint,
     preference_shape,
+    prompt_shape,
     shape_of,
     to_conversation,
 )
 from preprocessing.preferences import to_document, to_judged, to_pair
 from preprocessing.registry import Entry
+from preprocessing.rewarded import to_prompt
 from preprocessing.sources import Row, Source, chosen_rows, parse_line
 
-READERS = {"sft": to_conversation, "pt": to_document, "dpo": to_pair, "kto": to_judged}  # by stage
+READERS = {"sft": to_conversation, "pt": to_document, "dpo": to_pair, "kto": to_judged, "grpo": to_prompt}  # by stage
 SMALL = 16 << 20  # bytes of data that are checked before anything heavy is imported, and kept
 
 
@@ -65,7 +67,8 @@ def layout_of(source: Source) -> Layout:
             continue
         if isinstance(row, dict):
             first = first or row
-            if shape_of(row) or (source.entry.stage == "dpo" and preference_shape(row)):
+            others = {"dpo": preference_shape, "grpo": prompt_shape}.get(source.entry.stage)
+            if shape_of(row) or (others and others(row)):
                 return find_layout(source.entry, row)
     if first is None:
         return find_layout(dataclasses.replace(source.entry, registered=True), {})  # its faults will be reported

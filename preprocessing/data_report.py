@@ -82,6 +82,8 @@ def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
 def _show_answers(tokenizer: Any, sample: dict[str, Any]) -> str:
     """A prompt and the answers to it that are compared or judged."""
     names = {"chosen_ids": Message("chosen"), "rejected_ids": Message("rejected")}
+    if "row" in sample:
+        sample = {"prompt_ids": sample["prompt_ids"]}
     names["completion_ids"] = Message("good_answer") if sample.get("label") else Message("bad_answer")
     text = {name: tokenizer.decode(ids, skip_special_tokens=False) for name, ids in sample.items() if name != "label"}
     return "\n".join(

@@ -3,6 +3,7 @@
 sft, pt   {"input_ids", "labels"}: -100 where nothing is learned
 dpo       {"prompt_ids", "chosen_ids", "rejected_ids"}: what TRL's DPOTrainer takes
 kto       {"prompt_ids", "completion_ids", "label" (bool)}: what TRL's KTOTrainer takes
+grpo      {"prompt_ids", "row"}: the latter is JSON, {"prompt": messages, "answer", and the columns of the row}
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ COLUMNS = {
     "pt": ("input_ids", "labels"),
     "dpo": ("prompt_ids", "chosen_ids", "rejected_ids"),
     "kto": ("prompt_ids", "completion_ids", "label"),
+    "grpo": ("prompt_ids", "row"),
 }
+EMPTY = {"label": False, "row": ""}  # what stands for no value where that is no list
+NO_IDS = ("labels", "label", "row")  # columns that hold no sequence of tokens to count
 Sample = dict[str, Any]  # the columns of its stage, "truncated" and "whole_length" (tokens before it was cut)
 
 
@@ -32,6 +36,7 @@ def encode_batch(
     """For each conversation (document, pair) its samples, or the reason why there are none."""
     from preprocessing.encode import encode
     from preprocessing.encode_pairs import encode_documents, encode_pair
+    from preprocessing.encode_prompts import encode_prompt
 
     if stage == "pt":
         return encode_documents([document["text"] for document in conversations], tokenizer, config.cutoff_len)
@@ -45,6 +50,8 @@ def encode_batch(
                 encode(conversations, template, tokenizer, last_answer), conversations, strict=True
             )
         ]
+    elif stage == "grpo":
+        found = [encode_prompt(prompt, template, tokenizer, config) for prompt in conversations]
     else:
         found = encode(conversations, template, tokenizer, config)
     return [sample if isinstance(sample, Message) else [sample] for sample in found]
@@ -67,7 +74,7 @@ def sequence_of(sample: Sample) -> list[int]:
 
 def no_sample(stage: str, whole_length: int) -> Sample:
     """What stands for a conversation that was dropped."""
-    empty = {name: False if name == "label" else [] for name in COLUMNS[stage]}
+    empty = {name: EMPTY.get(name, []) for name in COLUMNS[stage]}
     return {**empty, "truncated": False, "whole_length": whole_length}
 
 
@@ -76,14 +83,14 @@ def count_tokens(stage: str, sample: Sample) -> int:
     if stage == "dpo":
         answers = len(sample["chosen_ids"]) + len(sample["rejected_ids"])
         return 2 * len(sample["prompt_ids"]) + answers if answers else 0
-    return sum(len(sample[name]) for name in COLUMNS[stage] if name not in ("labels", "label"))
+    return sum(len(sample[name]) for name in COLUMNS[stage] if name not in NO_IDS)
 
 
 def count_learned(stage: str, sample: Sample) -> int:
     """Tokens of a sample that the loss is computed on."""
     if stage in ("sft", "pt"):
         return len(sample["labels"]) - sample["labels"].count(-100)
-    return sum(len(sample[name]) for name in COLUMNS[stage] if name not in ("prompt_ids", "label"))
+    return sum(len(sample[name]) for name in COLUMNS[stage] if name not in ("prompt_ids", *NO_IDS))
 
 
 def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:

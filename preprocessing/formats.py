@@ -44,6 +44,8 @@ FOLLOWS = {"start": ("user",), "user": ("assistant",), "assistant": ("user", "to
 WEIGHTS = ("weight", "loss", "loss_weight")  # of a message: OpenAI's, ms-swift's, LLaMA-Factory v1's
 MESSAGE_KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call", "refusal"}
 MESSAGE_KEYS |= {"reasoning_content", *WEIGHTS}
+PROMPTS = ("prompt", "instruction", "question")  # the columns in which a prompt without answer may stand (grpo)
+ANSWERS = ("answer", "solution", "label", "output", "response", "completion")  # and one beside it that is its answer
 TEXTS = ("text", "prompt", "instruction", "content")  # the columns in which documents may stand
 TEMPLATE_MARKS = ("name", "author")  # {{name}} and {{author}} in the text become these settings
 
@@ -122,6 +124,7 @@ def find_layout(entry: Entry, first: Row) -> Layout:
         formatting = "sharegpt"
     if formatting is None and not columns:
         shape = (preference_shape(first) if entry.stage == "dpo" else None) or shape_of(first)
+        shape = shape or (prompt_shape(first) if entry.stage == "grpo" else None)
         if shape is None and not entry.registered:
             _refuse_unknown_shape(entry.name, first, entry.stage)
         if shape:
@@ -158,6 +161,13 @@ def _text_layout(entry: Entry, first: Row) -> Layout:
     named = frozenset({"prompt"}) if entry.columns.get("prompt") else frozenset()
     columns = {"prompt": column or TEXTS[0]}
     return Layout("text", columns, named, {}, ROLES, entry.registered, "pt", notes=set(entry.notes))
+
+
+def prompt_shape(row: Row) -> tuple[str, dict[str, str]] | None:
+    """The formatting and columns of a row with a prompt and perhaps an answer, or None."""
+    column = next((name for name in PROMPTS if name in row), None)
+    answer = next((name for name in ANSWERS if name in row), None)
+    return ("alpaca", {"prompt": column} | ({"response": answer} if answer else {})) if column else None
 
 
 def preference_shape(row: Row) -> tuple[str, dict[str, str]] | None:

@@ -160,6 +160,7 @@ def cache_key(source: Source, config: Config, template: ChatTemplate, tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     settings = "cutoff_len overlong mask_history train_on_prompt enable_thinking default_system name author max_samples"
+    settings += " max_completion_length" if source.entry.stage == "grpo" else ""
     facts = [
         source.content,
         {name: str(value) for name, value in dataclasses.asdict(source.entry).items()},
@@ -284,8 +285,8 @@ def _arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk
     import pyarrow as pa
     from tqdm import tqdm
 
-    ints = pa.list_(pa.int32())
-    schema = pa.schema({column: pa.bool_() if column == "label" else ints for column in COLUMNS[stage]})
+    types = {"label": pa.bool_(), "row": pa.large_string()}
+    schema = pa.schema({column: types.get(column, pa.list_(pa.int32())) for column in COLUMNS[stage]})
     bar = tqdm(desc=f"tokenizing {name}", unit=" rows", delay=2, leave=False, disable=None)
     with bar, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 

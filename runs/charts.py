@@ -83,7 +83,7 @@ def picture(path: Path, *, columns: int = 1, size: tuple[float, float] = (8, 4.5
 def draw_loss(log: Sequence[dict[str, Any]], path: Path) -> None:
     """The training loss, raw and smoothed, and the evaluation loss, of the lines of a trainer_log.jsonl.
 
-    Where rewards were learned their margin beside it.
+    Where rewards were learned these beside it; of stage grpo, whose loss says nothing, alone.
     """
     draw_losses({path.resolve().parent.name: log}, path)
 
@@ -91,6 +91,7 @@ def draw_loss(log: Sequence[dict[str, Any]], path: Path) -> None:
 def draw_losses(logs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """As `draw_loss`, of several runs by name."""
     drawn = ["loss", *(key for key in REWARDS if any(points_of(log, key) for log in logs.values()))]
+    drawn = drawn[1:] if "reward" in drawn else drawn
     with picture(path, columns=len(drawn), size=(8 + 5 * (len(drawn) - 1), 4.5)) as panels:
         for key, axes in zip(drawn, panels, strict=True):
             _draw_curves(logs, key, axes)

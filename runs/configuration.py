@@ -151,14 +151,16 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
         if problem:
             faults.append(setting.fault(problem))
     _move_embeddings(values, notes)
-    faults += _check_preferences(values) + _check_schedule(values)
+    faults += _check_preferences(values) + _check_schedule(values) + _check_rewards(values)
     faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
     if faults:
         raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
     notes += _push_notes({**read, **typed})
-    if values.get("packing") and values.get("stage") in ("dpo", "kto"):
+    if values.get("packing") and values.get("stage") in ("dpo", "kto", "grpo"):
         values["packing"] = False
         notes.append(Message("packing_not_for_pairs"))
+    if "reward_funcs" in values:
+        values["reward_funcs"] = tuple(find_reward_file(name, recipe) for name in values["reward_funcs"])
     if values.get("packing") is None:
         values["packing"] = defaults_of(values.get("stage", Config.stage))["packing"]
     if values.get("output_dir") is None:
@@ -262,6 +264,32 @@ def _move_embeddings(values: dict[str, Any], notes: list[Message]) -> None:
         notes.append(Message("embeddings_learn_whole", modules=moved))
 
 
+def _check_rewards(values: dict[str, Any]) -> list[Message]:
+    """What is wrong with the settings of stage grpo taken together."""
+    if values.get("stage") != "grpo":
+        return []
+
+    def value(name: str) -> Any:
+        return values.get(name, getattr(Config, name))
+
+    faults = []
+    functions, weights = value("reward_funcs"), value("reward_weights")
+    if not functions:
+        faults.append(Message("reward_funcs_missing"))
+    elif weights and len(weights) != len(functions):
+        faults.append(Message("reward_weights_count", weights=len(weights), functions=len(functions)))
+    batch, steps, each = map(value, ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"))
+    if (replies := batch * steps) % each:
+        enough = next(n for n in range(steps, steps + each + 1) if batch * n % each == 0)
+        faults.append(Message("replies_not_whole", batch=batch, steps=steps, replies=replies, each=each, enough=enough))
+    longest, cutoff_len = value("max_completion_length"), value("cutoff_len")
+    if longest >= cutoff_len:
+        faults.append(Message("no_room_for_prompts", longest=longest, cutoff_len=cutoff_len))
+    if value("temperature") == 0:
+        faults.append(Message("replies_all_alike"))
+    return faults
+
+
 def _check_adapter(values: dict[str, Any]) -> list[Message]:
     """What is wrong with the settings of adapter and folders."""
     faults = []
@@ -358,6 +386,14 @@ def find_dataset_dir(folder: str, recipe: Path | None) -> str:
     return next(
         (str(home / folder) for home in (*above, ROOT) if (home / folder / "dataset_info.json").is_file()), folder
     )
+
+
+def find_reward_file(reward: str, recipe: Path | None) -> str:
+    """One of `reward_funcs`, where it is FILE.py:function with the file's path, which may be beside the recipe."""
+    file, _, function = reward.rpartition(":")
+    if file.endswith(".py") and recipe and not Path(file).is_file() and (recipe.parent / file).is_file():
+        return f"{recipe.parent / file}:{function}"
+    return reward
 
 
 def asks_for_training(config: Config) -> bool:

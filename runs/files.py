@@ -67,6 +67,12 @@ def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Adds a JSON object a line at the end of a file."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
 def sha256(path: Path, start: int = 0, size: int = sys.maxsize, before: str = "") -> str:
     """The hex SHA-256 of `before` and at most `size` bytes of a file from `start` on."""
     found = hashlib.sha256(before.encode())

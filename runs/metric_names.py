@@ -22,6 +22,7 @@ class MetricName(NamedTuple):
 
 # Keys of trainer_log.jsonl where rewards are learned, and with eval_ before them.
 REWARDS = {
+    "reward": MetricName("reward", "reward", "奖励"),
     "reward_margin": MetricName("margin", "reward margin", "奖励间隔"),
     "reward_accuracy": MetricName("accuracy", "reward accuracy", "奖励准确率"),
 }
@@ -50,6 +51,7 @@ METRICS = {
         "per token", "preference accuracy, per token", "偏好准确率（按 token 平均）"
     ),
     "margin": MetricName("margin", "mean log-probability margin", "对数概率差均值"),
+    "reward": MetricName("reward", "mean reward", "平均奖励"),
     "loss": MetricName("loss", "loss", "损失"),
     "perplexity": MetricName("perplexity", "perplexity", "困惑度"),
     "tokens": MetricName("tokens", "tokens", "token 数"),

@@ -37,6 +37,7 @@ def coerce(name: str, value: Any) -> Any:
         value = value[0]
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else str(value).split(",")
+        items = [_as_pair(item) for item in items]
         element = typing.get_args(kind)[0]
         found = tuple(_scalar(element, item) for item in items if str(item).strip())
         return tuple(map(expand_path, found)) if meta["path"] else found
@@ -63,6 +64,11 @@ def _number_of(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def _as_pair(item: Any) -> Any:
+    """`regex: ^[01]$` in a list, which is an object in YAML, as the text that was written."""
+    return ": ".join(map(str, *item.items())) if isinstance(item, dict) and len(item) == 1 else item
 
 
 def _scalar(kind: type, value: Any) -> Any:
@@ -122,4 +128,4 @@ def _unsupported_stage(stage: str) -> Message:
         return Message("stage_rm")
     if stage == "ppo":
         return Message("stage_ppo")
-    return Message("stage_grpo") if stage == "grpo" else Message("stage_unsupported")
+    return Message("stage_unsupported")

@@ -16,7 +16,7 @@ from runs.charts import Curve
 from runs.files import read_json, write_text
 from runs.folder import read_run, run_config
 from runs.log import read_log
-from runs.metric_names import METRICS, REWARDS
+from runs.metric_names import METRICS, REWARDS, MetricName
 
 MODELS = {"base": "训练前", "trained": "训练后", "majority vote": "多数类", "model": "模型"}
 TEMPLATE = Path(__file__).with_name("report.jinja")
@@ -60,10 +60,21 @@ def facts(folder: Path) -> dict[str, Any]:
             if e is not general
         ],
         "general": general,
-        "figures": METRICS,
+        "figures": METRICS | rewards_of(evaluations),
         "colors": charts.MODEL_COLORS,
         "chart_style": charts.css(),
         "commands": commands(folder, run, evaluations),
+    }
+
+
+def rewards_of(evaluations: Sequence[dict[str, Any]]) -> dict[str, MetricName]:
+    """The names of what was measured by reward function, as metrics.json has them."""
+    models = [figures for found in evaluations for figures in found["models"].values()]
+    names = {name: name.removeprefix("reward_") for figures in models for name in figures if name.startswith("reward_")}
+    return {
+        name: MetricName(short, f"reward: {short}", f"奖励：{short}")
+        for name, short in names.items()
+        if not name.endswith("_interval")
     }
 
 

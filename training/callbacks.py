@@ -18,6 +18,7 @@ from common import Config, Message, UserError
 from runs.charts import draw_loss
 from runs.log import append_line, keep_lines, read_log
 from training import early_stopping
+from training.grpo import logged_rewards
 from training.plan import TrainingPlan
 from training.preferences import REWARDS
 
@@ -75,7 +76,8 @@ class Progress(TrainerCallback):
             return
         line = self._line(state, logs)
         append_line(self.folder, line)
-        shown = {key: f"{logs[key]:.4f}" for key in ("loss", "eval_loss") if key in logs}
+        keys = ("reward", "eval_reward") if {"reward", "eval_reward"} & logs.keys() else ("loss", "eval_loss")
+        shown = {key: f"{logs[key]:.4f}" for key in keys if logs.get(key) is not None}
         self.bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)
         for key in ("loss", "eval_loss"):
             if not math.isfinite(logs.get(key, 0.0)):
@@ -92,6 +94,7 @@ class Progress(TrainerCallback):
             "epoch": round(state.epoch or 0.0, 4),
             **{key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs},
             **rewards_of(logs),
+            **(logged_rewards(logs) if "reward" in logs or "eval_reward" in logs else {}),
             "tokens": int(tokens),
             "tokens_per_second": round((tokens - self.first_tokens) / seconds, 1),
             "elapsed": round(self.earlier_seconds + seconds, 1),

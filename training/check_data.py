@@ -12,7 +12,16 @@ from runs.folder import read_run
 from training import hardware, packing, resume
 from training.findings import Finding, Run, fault, note, ok
 from training.inputs import describe_inputs, find_changes
-from training.memory import GB, checkpoint_bytes, estimate_memory, needs, sequences, smallest_change
+from training.memory import (
+    GB,
+    checkpoint_bytes,
+    estimate_memory,
+    forward_tokens,
+    needs,
+    replies_memory,
+    sequences,
+    smallest_change,
+)
 from training.plan import TrainingPlan, describe_evaluations, describe_steps, find_warnings, make_plan
 
 CLEARLY = 1.2  # an estimate of memory that is so many times what is free is taken at its word
@@ -114,7 +123,8 @@ def check_memory(run: Run) -> Iterator[Finding]:
     config = run.config
     longest = run.plan.longest if run.plan and not config.packing else config.cutoff_len * sequences(config)
     try:
-        parts = estimate_memory(config, run.model, config.per_device_train_batch_size * longest, run.gpu)
+        parts = estimate_memory(config, run.model, forward_tokens(config, longest, run.gpu), run.gpu)
+        parts["replies"] = replies_memory(config, run.model, longest, run.gpu)
     except KeyError:
         yield note(Message("memory_unknown"))
         return
@@ -153,6 +163,7 @@ def _memory_parts(parts: dict[str, float]) -> list[Message]:
         Message("memory_activations", gb=parts["activations"] / GB),
         Message("memory_logits", gb=parts["logits"] / GB),
         Message("memory_attention", gb=parts["attention"] / GB),
+        Message("memory_replies", gb=parts["replies"] / GB),
         Message("memory_runtime", gb=parts["runtime"] / GB),
     ]
     return [part for part in named if part.fields["gb"] >= 0.05]

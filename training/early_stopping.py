@@ -53,11 +53,22 @@ def has_memorized(losses: Sequence[tuple[int, float]], epoch_steps: float) -> bo
     return max(means) < MEMORIZED and means[0] - means[1] < MEMORIZED / 5
 
 
+def _reward_stalls(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int) -> Message | None:
+    """The reason to end a training on rewards, whose loss says nothing."""
+    patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
+    evaluations = [(line["step"], -line["eval_reward"]) for line in log if line.get("eval_reward") is not None]
+    if not evaluations or not has_stalled(evaluations, patience, threshold, epoch_steps):
+        return None
+    return Message("stopped_eval_reward", threshold=threshold, step=last_gain(evaluations, threshold)[0])
+
+
 def stop_reason(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int) -> Message | None:
     """The reason to end a training after these lines of transformers' log; None: go on."""
     if config.early_stopping == "no":
         return None
     patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
+    if config.stage == "grpo":
+        return _reward_stalls(log, config, epoch_steps)
     evaluations = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
     wrong = [(line["step"], 1 - line[ACCURACY]) for line in log if ACCURACY in line]
     measured = [points for points in (evaluations, wrong) if points]

@@ -12,6 +12,7 @@ from runs.configuration import Loaded
 from training.memory import ModelSize
 from training.plan import TrainingPlan
 from training.resume import ResumePlan
+from training.rewards import Reward
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
@@ -55,6 +56,7 @@ class Run:
     data: Prepared | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # as run.json records them
     plan: TrainingPlan | None = None
+    rewards: list[Reward] = field(default_factory=list)  # of stage grpo
 
     @classmethod
     def of(cls, loaded: Loaded) -> Run:

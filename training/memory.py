@@ -230,10 +230,33 @@ def sequences(config: Config) -> int:
     return 2 if config.stage == "dpo" else 1
 
 
+def forward_tokens(config: Config, longest: int, gpu: Gpu | None) -> int:
+    """Tokens of the largest forward pass with gradients, where the longest sample has `longest` tokens.
+
+    Of stage grpo that is a prompt: without a card each is computed once for its replies (shared_prompts.py).
+    """
+    batch, reply = config.per_device_train_batch_size, config.max_completion_length
+    if config.stage != "grpo":
+        return batch * longest
+    return batch * (longest + reply) if gpu else math.ceil(batch / config.num_generations) * longest + batch * reply
+
+
+def replies_memory(config: Config, model: ModelSize, longest: int, gpu: Gpu | None) -> float:
+    """Bytes of keys and values while the replies of a step are generated (stage grpo), all at the same time."""
+    if config.stage != "grpo":
+        return 0.0
+    replies = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    _, keys = _attention_widths(model.settings)
+    width = 2 if gpu or config.bf16 else 4
+    tokens = replies * (longest + config.max_completion_length)
+    return 2.0 * tokens * keys * model.settings["num_hidden_layers"] * width
+
+
 def needs(config: Config, model: ModelSize, longest: int, gpu: Gpu | None) -> float:
     """Bytes at the peak, where the longest sample has `longest` tokens."""
-    tokens = config.per_device_train_batch_size * longest
-    return sum(estimate_memory(config, model, tokens, gpu).values())
+    tokens = forward_tokens(config, longest, gpu)
+    parts = estimate_memory(config, model, tokens, gpu).values()
+    return sum(parts) + replies_memory(config, model, longest, gpu)
 
 
 def smallest_change(

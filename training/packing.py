@@ -127,8 +127,18 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
+def prompts_a_step(config: Config) -> int:
+    """Prompts of an optimizer step of stage grpo, whose batches are counted in replies."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps // config.num_generations
+
+
 def epoch_steps(config: Config, rows: int) -> int:
-    """Optimizer steps of one pass over `rows` samples or packed rows, counted as transformers does."""
+    """Optimizer steps of one pass over `rows` samples or packed rows, counted as transformers does.
+
+    Of prompts to reply to (grpo) as TRL does: what is left over of the last step's prompts is not used.
+    """
+    if config.stage == "grpo":
+        return max(1, rows // prompts_a_step(config))
     forwards = math.ceil(rows / config.per_device_train_batch_size)
     return max(1, math.ceil(forwards / config.gradient_accumulation_steps))
 

@@ -165,6 +165,8 @@ def cheap_evaluations(steps: int, epoch_steps: int, step_tokens: float, lengths:
 def describe_steps(config: Config, plan: TrainingPlan) -> Message:
     """How many optimizer steps of how many samples or packed rows."""
     unit = Message("samples") if plan.packed_rows is None else Message("packed_rows")
+    if config.stage == "grpo":
+        unit = Message("replies_to_prompts", prompts=packing.prompts_a_step(config), each=config.num_generations)
     return Message(
         "plan_steps",
         steps=plan.steps,
@@ -226,7 +228,7 @@ def _too_few_steps(config: Config, plan: TrainingPlan) -> Message:
 
 
 def _too_many_epochs(config: Config, plan: TrainingPlan) -> Message:
-    if config.early_stopping == "no":
+    if config.early_stopping == "no" or (config.stage == "grpo" and plan.eval_strategy == "no"):
         ending = Message("ending_never")
     elif plan.eval_strategy != "no":
         ending = Message("ending_by_eval_loss")

@@ -33,6 +33,7 @@ from training.check_machine import (
     check_trackers,
 )
 from training.check_model import check_adapter, check_model, check_parts
+from training.check_rewards import check_answers, check_rewards
 from training.findings import Check, Finding, Run, fault
 
 LABELS = {"ok": "ok   ", "note": "note ", "fault": "FAULT"}
@@ -50,10 +51,12 @@ CHECKS: dict[str, Check] = {
     "adapter": check_adapter,
     "model": check_model,
     "parts": check_parts,
+    "rewards": check_rewards,
 }
 CHECKS_WITH_DATA: dict[str, Check] = {
     "batches": check_batches,
     "data": check_data,
+    "answers": check_answers,
     "inputs": check_inputs,
     "plan": check_plan,
     "memory": check_memory,

@@ -110,9 +110,19 @@ def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str,
         "last_loss": last_value(lines, "loss"),
         "eval_loss": kept.get("eval_loss"),
         "eval_reward_accuracy": kept.get(f"eval_{REWARDS['reward_accuracy']}"),
+        **_rewards(run, lines),
         "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
         "peak_memory": peak_memory(),
     }
+
+
+def _rewards(run: Run, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of stage grpo: the first and last mean reward of a logged step, and the highest one on what is held out."""
+    if run.config.stage != "grpo":
+        return {}
+    rewards, held_out = ([line[key] for line in lines if key in line] for key in ("reward", "eval_reward"))
+    first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
+    return {"first_reward": first, "last_reward": last, "eval_reward": max(held_out, default=None)}
 
 
 def _now() -> str:

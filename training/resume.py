@@ -125,7 +125,8 @@ def changed_settings(config: Config, folder: Path) -> list[Message]:
     return [
         Message("changed_setting", name=name, then=_shown(getattr(begun, name)), now=_shown(getattr(config, name)))
         for name in common.OPTIONS
-        if name not in WITHOUT_EFFECT and getattr(begun, name) != getattr(config, name)
+        if (name not in WITHOUT_EFFECT or (name == "temperature" and config.stage == "grpo"))
+        and getattr(begun, name) != getattr(config, name)
     ]
 
 

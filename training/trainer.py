@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,12 @@ from runs.adapter import Adapter
 from runs.folder import suit_transformers_4
 from runs.peft_loading import write_readable
 from training import checkpoints, packing, pissa
+from training.grpo import end_replies_at, grpo_arguments, loading_settings, with_columns
 from training.memory import sequences
 from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
 from training.preferences import BEST_BY, PREFERENCES, preference_arguments
+from training.rewards import Reward
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
@@ -135,6 +137,7 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         local_files_only=True,
         use_exact_model_name=True,
         **({"attn_implementation": attention.register_sample_attention()} if on_cpu else {}),
+        **loading_settings(config),
     )
     if config.adapter_name_or_path:
         return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))
@@ -249,9 +252,19 @@ def choose_precision(config: Config) -> Precision:
 
 
 def make_trainer(
-    config: Config, precision: Precision, model: Any, tokenizer: Any, data: Prepared, plan: TrainingPlan
+    config: Config,
+    precision: Precision,
+    model: Any,
+    tokenizer: Any,
+    data: Prepared,
+    plan: TrainingPlan,
+    rewards: Sequence[Reward] = (),
+    stop: Sequence[str] = (),
 ) -> tuple[Any, EarlyStopping]:
-    """TRL's trainer of the stage (sped up by Unsloth), and the callback that knows why it stopped early."""
+    """TRL's trainer of the stage (sped up by Unsloth), and the callback that knows why it stopped early.
+
+    Of stage grpo: its rewards, and the control tokens that end a reply.
+    """
     from transformers import PrinterCallback
 
     from training import callbacks
@@ -260,7 +273,10 @@ def make_trainer(
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
     early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption()
-    trainer_class, more = _trainer_class(config)
+    trainer_class, more = _trainer_class(config, rewards, model.device.type == "cpu")
+    if config.stage == "grpo":
+        end_replies_at(model, tokenizer.convert_tokens_to_ids(list(stop)))
+        train, held_out = with_columns(train), with_columns(held_out) if held_out else None
     trainer = trainer_class(
         model=model,
         args=training_arguments(config, precision, plan),
@@ -278,7 +294,7 @@ def make_trainer(
     trainer.embedding_rate, trainer.start = config.embedding_learning_rate, getattr(model, "start", None)
     if config.neftune_noise_alpha:
         trainer.noise = EmbeddingNoise(model, config.neftune_noise_alpha)
-    if held_out and config.stage not in PREFERENCES:
+    if held_out and config.stage in ("sft", "pt"):
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
     gradients = callbacks.FiniteGradients(lambda: trainer.last_grad_norm)
@@ -288,8 +304,13 @@ def make_trainer(
     return trainer, early
 
 
-def _trainer_class(config: Config) -> tuple[type, dict[str, Any]]:
+def _trainer_class(config: Config, rewards: Sequence[Reward], on_cpu: bool) -> tuple[type, dict[str, Any]]:
     """The trainer of the stage, and what only it takes."""
+    if config.stage == "grpo":
+        from training.grpo_trainer import GrpoTrainer
+
+        shares = on_cpu and not packing.mixes_samples(Path(config.model_name_or_path))
+        return GrpoTrainer, {"config": config, "rewards": rewards, "shares_prompts": shares}
     if config.stage in PREFERENCES:
         from training.preference_trainers import DpoTrainer, KtoTrainer
 
@@ -314,7 +335,7 @@ def smaller_settings(config: Config, longest: int) -> list[str]:
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
     import torch
-    from trl import DPOConfig, KTOConfig, SFTConfig
+    from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
     on_gpu = torch.cuda.is_available()
     evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
@@ -344,6 +365,8 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
     }
     if config.stage in PREFERENCES:
         return {"dpo": DPOConfig, "kto": KTOConfig}[config.stage](**arguments, **preference_arguments(config))
+    if config.stage == "grpo":
+        return GRPOConfig(**(arguments | grpo_arguments(config)))
     return SFTConfig(
         **arguments,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -1,0 +1,80 @@
+"""Rows → prompts that are answered and rewarded (grpo): any row of stage sft, and rows without an answer.
+
+A prompt is {"messages": [... what is answered], "answer": str or None, "columns": {...}, ("tools")}: the answer is that
+of the row, `columns` are the row's own, for the reward functions.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from common import Config
+from preprocessing.faults import Fault
+from preprocessing.formats import (
+    Conversation,
+    Layout,
+    Row,
+    add_system,
+    alpaca_prompt,
+    check_order,
+    fill_in,
+    from_messages,
+    json_value,
+    kinds_of,
+    read_message,
+    tools_of,
+)
+from preprocessing.registry import refuse_other_data
+
+# Names that TRL gives to a reward function itself.
+GIVEN = ("prompt", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def to_prompt(row: Any, layout: Layout, config: Config) -> Conversation:
+    """A row as a prompt with its answer, where it has one; raises Fault with what is wrong."""
+    if not isinstance(row, dict):
+        raise Fault("row_no_object", value=json.dumps(row, ensure_ascii=False)[:40])
+    layout.seen.update(row)
+    if not layout.named:
+        refuse_other_data(kinds_of(row), layout.stage)
+    messages, answer = _messages(row, layout)
+    if not messages:
+        raise Fault("conversation_empty")
+    add_system(messages, row, layout, config)
+    reply = {"role": "assistant", "content": "-" if answer is None else answer}
+    check_order([*messages, reply])
+    fill_in([*messages, reply], layout, config)
+    layout.used.update(row)  # the reward functions are given all columns
+    columns = {name: value for name, value in row.items() if name not in GIVEN}
+    prompt = {
+        "messages": messages,
+        "answer": None if answer is None else reply["content"],
+        "columns": json.loads(json.dumps(columns, default=str)),  # a date of a parquet file becomes text
+    }
+    tools = tools_of(row, layout)
+    return prompt | ({"tools": tools} if tools else {})
+
+
+def _messages(row: Row, layout: Layout) -> tuple[list[Row], str | None]:
+    """What is answered, and the text of the answer."""
+    if layout.formatting != "alpaca":
+        messages = from_messages(row, layout)
+        has_answer = messages[-1]["role"] == "assistant"
+        return (messages[:-1], messages[-1]["content"]) if has_answer else (messages, None)
+    column = layout.columns.get("prompt")
+    value = row.get(column)
+    if isinstance(value, list):  # TRL's conversational form
+        layout.used.add(column)
+        given = json_value(value, column)
+        messages = [read_message(message, layout, number) for number, message in enumerate(given, 1)]
+    else:
+        messages = alpaca_prompt(row, layout)
+    return messages, _answer_text(layout.value(row, "response"))
+
+
+def _answer_text(value: Any) -> str | None:
+    """An answer as text: a number as JSON has it, of a list of messages the last one's content."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and isinstance(value[-1].get("content"), str):
+        return value[-1]["content"]
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
