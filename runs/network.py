@@ -85,9 +85,11 @@ def listen(host: str, port: int, advice: Message) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        problem = error.strerror or str(error)
-        raise UserError("cannot_listen", host=host, port=port, problem=problem, advice=advice) from None
+    except socket.gaierror as error:
+        problem = error.strerror
+    except OSError as error:  # whose text names the address once more
+        problem = os.strerror(error.errno)
+    raise UserError("cannot_listen", host=host, port=port, problem=problem, advice=advice)
 
 
 def is_loopback(host: str) -> bool:
