@@ -164,16 +164,9 @@ def read_tools(request: ResponsesRequest, has_tools: bool) -> Tools:
         check_function(function, where)
         tools.append({"type": "function", "function": function})
     choice = request.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed, mode = choice.get("tools"), choice.get("mode")
-        names = [one.get("name") for one in allowed if isinstance(one, dict)] if isinstance(allowed, list) else []
-        tools = [tool for tool in tools if tool["function"]["name"] in names]
-        if not tools or mode not in ("auto", "required"):
-            raise refuse("tool_choice", Message("api_tool_choice"))
-        choice = mode
-    elif isinstance(choice, dict) and choice.get("type") != "function":
+    if isinstance(choice, dict) and choice.get("type") != "function":
         raise refuse("tool_choice", Message("api_tool_choice"))
-    elif choice not in (None, "none", "auto") and not tools:
+    if choice not in (None, "none", "auto") and not tools:
         raise refuse("tool_choice", Message("api_no_tools_given"), "invalid_value")
     return choose_tools(tools, choice, request.parallel_tool_calls, has_tools)
 
