@@ -40,7 +40,9 @@ def measure_rewards(
     rewards = with_labels(config, find_rewards(config), [row["answer"] for row in data.rows])
     values: dict[str, dict[str, list[float]]] = {}
     for label, lines in predictions.items():
-        columns = reward_columns([data.rows[line["row"]] for line in lines], lines, tokenizer)
+        columns = reward_columns(
+            [data.rows[line["row"]] for line in lines], lines, tokenizer, config.max_completion_length
+        )
         by_name = {reward.name: [value or 0.0 for value in reward(**columns)] for reward in rewards}
         weighted = [[reward.weight * value for value in by_name[reward.name]] for reward in rewards]
         values[label] = {"reward": list(map(sum, zip(*weighted, strict=True)))}
@@ -57,13 +59,19 @@ def measure_rewards(
     return {"models": models, "rewards": paired}
 
 
-def reward_columns(rows: list[dict[str, Any]], lines: list[dict[str, Any]], tokenizer: Any) -> dict[str, list[Any]]:
-    """What a reward function is called with, for one reply to each of these rows."""
+def reward_columns(
+    rows: list[dict[str, Any]], lines: list[dict[str, Any]], tokenizer: Any, longest: int
+) -> dict[str, list[Any]]:
+    """What a reward function is called with, for one reply to each of these rows.
+
+    The replies' ids are those of their texts, with an end of at most `longest` tokens in all.
+    """
     names = sorted({name for row in rows for name in row["columns"]})
     texts = [line["prediction"] for line in lines]
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
     return {name: [row["columns"].get(name) for row in rows] for name in names} | {
         "prompts": [row["messages"] for row in rows],
         "completions": [[{"role": "assistant", "content": text}] for text in texts],
-        "completion_ids": [[*tokenizer(text, add_special_tokens=False)["input_ids"], -1] for text in texts],
+        "completion_ids": [reply[:longest] for reply in ids],
         "answer": [row["answer"] for row in rows],
     }
