@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import stand_in
 from conftest import ROOT, ok, refused, run, user_error
+from stand_in import StandIn
 
 import common
 import download
@@ -164,15 +165,12 @@ WANTED = {
 }
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(StandIn):
     """The parts of the hub's and of ModelScope's interface that download.py speaks to; models by name in folders."""
 
-    daemon_threads = True
-
     def __init__(self, models: dict[str, Path]):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.models = models
-        self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, str | None]] = []  # file and Range header
         self.cut: dict[str, list[int]] = {}  # file: after how many bytes its next connections break
         self.corrupt: dict[str, int] = {}  # file: how often it is sent with a wrong byte
@@ -184,12 +182,9 @@ class Hub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(stand_in.Handler):
     server: Hub
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
 
     def do_GET(self):
         url = urlsplit(self.path)
@@ -205,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/repo(/files)?", url.path):
             return self.modelscope(match[1], query, listing=bool(match[2]))
         if url.path.startswith("/page/"):
-            return self.answer(b"<html>hello</html>", "text/html")
+            return self.answer(b"<html>hello</html>", Content_Type="text/html")
         return self.json({"error": "no such page"}, 404)
 
     def hub_listing(self, name: str, revision: str | None):
@@ -274,16 +269,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def json(self, content, status: int = 200, code: str | None = None):
-        self.answer(json.dumps(content).encode(), "application/json", status, code)
-
-    def answer(self, body: bytes, kind: str, status: int = 200, code: str | None = None):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.end_headers()
-        self.wfile.write(body)
+        self.answer(content, status, **({"X_Error_Code": code} if code else {}))
 
 
 @pytest.fixture(scope="module")

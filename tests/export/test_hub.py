@@ -6,13 +6,13 @@ import base64
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import stand_in
 from conftest import refused, run
+from stand_in import StandIn, serving
 
 SCRIPT = """
 import sys, common
@@ -26,31 +26,19 @@ common.run_script(main)
 """
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(StandIn):
     """As much of the hub's API as an upload needs: who am I, create, list, preupload, LFS, commit."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__(Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.lfs: dict[str, bytes] = {}
         self.broken = False
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(stand_in.Handler):
     server: Hub
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, content: object, status: int = 200, **headers: str) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
 
     def do_GET(self) -> None:
         if self.headers["Authorization"] != "Bearer right":
@@ -111,13 +99,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def standin() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub()) as server:
+        yield server
 
 
 def hub_environment(server: Hub, home: Path, token: str | None = "right") -> dict[str, str]:

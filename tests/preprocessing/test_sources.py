@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import tracemalloc
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ok, run, user_error, write_jsonl
 from rows import GOOD, TALK, config, conversations, faulty, prepare, questions, register
+from stand_in import Handler, StandIn, serving
 
 import common
 from common import Message
@@ -330,57 +329,43 @@ def test_how_to_name_a_dataset_of_a_hub(tmp_path: Path) -> None:
 # Hubs
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class HubHandler(Handler):
     """As much of the hub's API as one dataset of one file needs."""
 
     file = "".join(json.dumps(row) + "\n" for row in questions(5)).encode()
     commit = "a" * 40
 
-    def log_message(self, *_: object) -> None:
-        pass
-
     def do_GET(self) -> None:
-        path, status = self.path.partition("?")[0], 200
+        path = self.path.partition("?")[0]
         self.server.asked.append(path)
         item = {"type": "file", "path": "train.jsonl", "size": len(self.file), "oid": "b" * 40}
         info = {"id": "me/rows", "sha": self.commit, "siblings": [{"rfilename": "train.jsonl"}], "private": False}
+        known = {"X_Repo_Commit": self.commit, "ETag": '"etag"'}
         if path.endswith("/train.jsonl"):
-            body = self.file
+            self.answer(self.file, **known)
         elif path.startswith(("/api/datasets/me/rows/tree", "/api/datasets/me/rows/paths-info")):
-            body = json.dumps([item]).encode()
+            self.answer([item], **known)
         elif path.startswith("/api/datasets/me/rows"):
-            body = json.dumps(info | {"gated": False, "tags": [], "downloads": 0, "likes": 0}).encode()
+            self.answer(info | {"gated": False, "tags": [], "downloads": 0, "likes": 0}, **known)
         else:
-            body, status = b"{}", 404
-        self.send_response(status)
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", '"etag"')
-        self.send_header("Content-Length", str(len(body)))
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound" if "me/rows" in path else "RepoNotFound")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+            self.answer({}, 404, **known, X_Error_Code="EntryNotFound" if "me/rows" in path else "RepoNotFound")
 
     do_HEAD = do_GET
 
 
 @pytest.fixture
-def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub() -> Iterator[StandIn]:
+    with serving(StandIn(HubHandler)) as server:
+        server.asked = []
+        yield server
 
 
 @pytest.mark.slow
-def test_dataset_of_the_hub_by_hf_endpoint(tmp_path: Path, tiny_model: Path, hub: ThreadingHTTPServer) -> None:
+def test_dataset_of_the_hub_by_hf_endpoint(tmp_path: Path, tiny_model: Path, hub: StandIn) -> None:
     folder = register(tmp_path, rows={"hf_hub_url": "me/rows", "num_samples": 3}, gone={"hf_hub_url": "me/gone"})
     environment = {
         **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "hf"),
         "ONECARD_CACHE": str(tmp_path / "cache"),

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from conftest import ROOT, ok, run, write_hollow_weights, write_jsonl
+from stand_in import Handler, StandIn, serving
 
 import common
 from common import Message
@@ -265,21 +264,14 @@ def test_a_model_that_is_nowhere(tmp_path):
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A hub on loopback that has one model's config.json, and the environment of a script that asks it."""
 
-    class Hub(BaseHTTPRequestHandler):
+    class Hub(Handler):
         def do_GET(self) -> None:
             found = self.path == "/shenzhi-wang/Llama3-8B-Chinese-Chat/resolve/main/config.json"
-            self.send_response(200 if found else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps(LLAMA3_8B).encode() if found else b"")
+            self.answer(LLAMA3_8B if found else b"", 200 if found else 404)
 
-        def log_message(self, *_: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", address)
-    yield address
-    server.shutdown()
+    with serving(StandIn(Hub)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server.url
 
 
 def test_steps_memory_and_disk_are_told_before_the_model_is_fetched(hub, tmp_path):
