@@ -368,6 +368,11 @@ def test_several_runs_stand_on_one_plot() -> None:
     assert [(colour, len(points.split())) for colour, faint, points in curves if not faint] == [("c0", 12), ("c1", 7)]
     assert ">one</span>" in large and ">two</span>" in large
     assert small.count('class="plot"') == 2
+    rewarded = make_folder("rewarded", "finished", lines=1)
+    line = json.loads((rewarded / "trainer_log.jsonl").read_text(encoding="utf-8"))
+    write_jsonl(rewarded / "trainer_log.jsonl", [line | {"reward_margin": 0.5, "eval_reward_accuracy": 0.75}])
+    small = train_page.plots_html(["rewarded", "two"], t)[1]
+    assert small.count('class="plot"') == 4 and "reward margin" in small and ">rewarded: held out</span>" in small
     status = train_page.status_html("one", t)
     assert "12 / 20" in status and "0.2500" in status
 
