@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +19,14 @@ from inference.child_process import run_child
 from runs import files
 from runs.adapter import language_config
 from runs.disk import existing_folder, explaining_full_disk
-from runs.files import read_json, read_object, sha256, write_json, write_text
+from runs.files import read_json, read_object, sha256, unfinished, write_json, write_text
 from runs.folder import is_run
-from runs.process import end_with_parent, is_alive
+from runs.process import end_with_parent
 from runs.target import Target, complete_model, config_of_run, find_16_bit_base, find_target, is_adapter
 from runs.weights import read_tensors
 
 RECORD = "gguf.json"
+WORK = "work"  # the folder beside which, in the output's, is what is not whole or not proven yet
 
 
 @dataclass(frozen=True)
@@ -297,19 +293,8 @@ def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
 
 def remove_leftovers(job: GgufJob) -> None:
     """Removes what killed processes left: they take space."""
-    files.remove_leftovers(job.model)
-    for path in job.output.glob(".work-*"):
-        match = re.fullmatch(r"\.work-(\d+)-.*", path.name)
-        if match and not path.is_symlink() and not is_alive(int(match[1])):
-            shutil.rmtree(path)
-
-
-@contextmanager
-def workspace(job: GgufJob) -> Iterator[Path]:
-    """A folder for what is not whole or not proven yet, inside the output's, removed at the end."""
-    job.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=job.output, prefix=f".work-{os.getpid()}-") as folder:
-        yield Path(folder)
+    for place in (job.model, job.output / WORK):
+        files.remove_leftovers(place)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +305,7 @@ def make_files(job: GgufJob, proving: bool, max_divergence: float | None, needed
     """Makes, proves and keeps a file of each type; returns what was measured, by type. `needed`: bytes of disk."""
     results: dict[str, dict[str, Any]] = {}
     count, own = weights_of(job.model)
-    with workspace(job) as work, explaining_full_disk(job.output, needed):
+    with unfinished(job.output / WORK) as work, explaining_full_disk(job.output, needed):
         proof = job.proof(work) if proving else None
         start = convert(job, first_type(job, own), work)
         matrix = importance_matrix(job, start, work)

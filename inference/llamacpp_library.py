@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from filelock import BaseFileLock, FileLock
 
 from common import CACHE, Gpu, Message, UserError, find_gpu
 from inference.child_process import run_child
-from runs.files import write_text
+from runs.files import unfinished, write_text
 
 VERSION = "0.3.36"  # of llama-cpp-python; its llama.cpp is 0.5.0
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -75,14 +74,14 @@ def source() -> Path:
     folder = HOME / "source"
     with _locked():
         if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=HOME, prefix=".fetch-") as beside:
-                archive = _fetch(Path(beside))
+            with unfinished(folder) as beside:
+                archive = _fetch(beside)
                 top = f"llama_cpp_python-{VERSION}"
                 wanted = (f"{top}/llama_cpp/", *(f"{top}/vendor/llama.cpp/{name}" for name in _UNPACKED))
                 with tarfile.open(archive) as file:
                     members = [member for member in file.getmembers() if member.name.startswith(wanted)]
                     file.extractall(beside, members=members, filter="data")
-                os.replace(Path(beside) / top, folder)
+                os.replace(beside / top, folder)
     return folder
 
 
@@ -180,11 +179,13 @@ def _build(target: Path) -> None:
     settings = [f"-D{key}={value}" for key, value in (_CMAKE | cuda).items()] + os.environ.get("CMAKE_ARGS", "").split()
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     tree, jobs = str(HOME / "source" / "vendor" / "llama.cpp"), str(os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory(dir=HOME, prefix=".build-") as beside:
-        run_child([_cmake(), "-S", tree, "-B", beside, *ninja, *settings], Message("llamacpp_configuring"))
-        run_child([_cmake(), "--build", beside, "--target", "llama", "--parallel", jobs], Message("llamacpp_building"))
-        libraries = Path(beside) / "libraries"
-        shutil.copytree(Path(beside) / "bin", libraries, symlinks=True)
+    with unfinished(target) as beside:
+        run_child([_cmake(), "-S", tree, "-B", str(beside), *ninja, *settings], Message("llamacpp_configuring"))
+        run_child(
+            [_cmake(), "--build", str(beside), "--target", "llama", "--parallel", jobs], Message("llamacpp_building")
+        )
+        libraries = beside / "libraries"
+        shutil.copytree(beside / "bin", libraries, symlinks=True)
         os.replace(libraries, target)
 
 

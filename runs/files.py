@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -97,15 +98,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Removes what killed processes left beside `path` of their attempts to let it appear."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = left.suffixes[-2].removeprefix(".")
-        if process.isdecimal() and not is_alive(int(process)):
-            with suppress(OSError):  # another user's: it only takes space
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path`: the file that is written there takes its place once the block has ended without an error.
@@ -122,17 +114,67 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """`replacing` for a folder: an empty one, which is made."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    beside, old = (folder.with_name(f".{folder.name}.{kind}.{os.getpid()}.tmp") for kind in ("new", "old"))
-    beside.mkdir()
+def unfinished(place: Path) -> Iterator[Path]:
+    """An empty folder beside `place` for what is to take its place; what is left of it at the end is removed.
+
+    Its process holds the kernel's lock on it, by which others tell it from what a killed process left. The number of
+    the process would not do: in a container every start may have the same.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(place)
+    made = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    made.mkdir()
+    lock = _lock(made)
+    folder = made.rename(made.with_name(f"{made.name}.tmp"))  # locked before others can take it for left
     try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def remove_leftovers(place: Path, others: bool = False) -> None:
+    """Removes what killed processes left beside `place` of their attempts to let it appear; with `others` also what
+    they left beside other places there."""
+    name = "*" if others else glob.escape(place.name)
+    for left in place.parent.glob(f".{name}.*.tmp"):
+        process = left.suffixes[-2].removeprefix(".")
+        if left.is_dir() and not left.is_symlink():
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        elif process.isdecimal() and not is_alive(int(process)):
+            with suppress(OSError):  # another user's: it only takes space
+                left.unlink()
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds the lock of a folder; None where another process holds it, or the file system has
+    no locks."""
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # removed by another process, or another user's
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place once the block has ended without an error."""
+    with unfinished(folder) as beside:
         yield beside
+        old = beside.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
         if folder.exists():
             os.rename(folder, old)
-        os.rename(beside, folder)
-    finally:
-        for path in (beside, old):
-            shutil.rmtree(path, ignore_errors=True)
+        try:
+            os.rename(beside, folder)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)

@@ -23,7 +23,7 @@ from conftest import ROOT, run, user_error
 import common
 from common import Config, Message, UserError
 from runs.configuration import SCHEDULE_VALUES, check_training_asked_for, load_config
-from runs.files import appearing, read_json, read_jsonl, sha256, write_json, write_jsonl, write_text
+from runs.files import appearing, read_json, read_jsonl, sha256, unfinished, write_json, write_jsonl, write_text
 from runs.folder import newest_run, read_run
 from runs.process import is_alive
 from runs.recipe import join_settings
@@ -542,21 +542,23 @@ def test_newest_run_is_the_one_last_written(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    left = [tmp_path / f".m[1].new.{os.getpid()}.tmp", tmp_path / ".m[1].12ab.tmp"]  # in a container numbers repeat
+    for folder in (*left, tmp_path / ".m1.34cd.tmp"):
+        folder.mkdir()
+    with unfinished(tmp_path / "m[1]") as others, appearing(tmp_path / "m[1]"):
+        assert not any(map(Path.exists, left)) and others.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {".m1.34cd.tmp", "m[1]"}
+
+
+def test_a_file_appears_whole_and_leaves_nothing(tmp_path):
     ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
     ended.wait()
-    names = {f".m[1].new.{ended.pid}.tmp", f".m[1].old.{ended.pid}.tmp"}
-    kept = {f".m[1].new.{os.getppid()}.tmp", f".m1.new.{ended.pid}.tmp"}
-    for name in names | kept:
-        (tmp_path / name).mkdir()
-    with appearing(tmp_path / "m[1]"):
-        pass
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "m[1]"}
     (tmp_path / f".a.json.{ended.pid}.tmp").write_text("cut o")
     (tmp_path / ".a.json.mine.tmp").write_text("")
     write_json(tmp_path / "a.json", 1)
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a.json", "\ud800")
-    assert {path.name for path in tmp_path.iterdir()} == {*kept, "m[1]", "a.json", ".a.json.mine.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", ".a.json.mine.tmp"}
     assert read_json(tmp_path / "a.json") == 1
 
 

@@ -626,7 +626,7 @@ def sparse_base(models: dict[str, Path], folder: Path, size: int) -> Path:
 
 def test_disk_space_is_looked_at_first(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     base = sparse_base(models, tmp_path / "base", 6 << 40)
-    killed = lora / f".merged.new.{2**22 + 1}.tmp"  # no process has this number
+    killed = lora / ".merged.12ab.tmp"
     killed.mkdir()
     with user_error("disk_full") as error:
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -80,13 +79,25 @@ def test_cut_cache_is_made_anew(tmp_path: Path, cache: Path, tiny_tokenizer, nam
 
 def test_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path, cache: Path, tiny_tokenizer) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", questions(3))
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    stale = cache / f".abc.{dead.pid}.tmp"
+    stale = cache / ".abc.12ab.tmp"
     stale.mkdir(parents=True)
     (stale / "samples.arrow").write_bytes(b"half")
     assert len(prepare(tiny_tokenizer, path).train) == 3
     assert not stale.exists() and len(list(cache.iterdir())) == 1
+
+
+def test_samples_are_overwritten_while_others_read_them(tmp_path: Path, cache: Path, tiny_tokenizer) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", questions(3))
+    prepared = prepare(tiny_tokenizer, path)
+    (folder,) = cache.iterdir()
+    expected, files = (
+        prepared.train[:],
+        {file.name: (file.stat().st_ino, file.read_bytes()) for file in folder.iterdir()},
+    )
+    assert prepare(tiny_tokenizer, path, overwrite_cache=True).train[:] == expected == prepared.train[:]
+    assert [*cache.iterdir()] == [folder]  # each file was replaced within it: at no moment was one missing
+    for name, (inode, content) in files.items():
+        assert (folder / name).read_bytes() == content and (folder / name).stat().st_ino != inode
 
 
 def test_several_threads_make_the_same_samples_in_order(tmp_path: Path, tiny_tokenizer, monkeypatch) -> None:

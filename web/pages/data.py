@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from html import escape
@@ -26,6 +25,7 @@ from preprocessing.faults import fault_messages
 from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
 from runs.configuration import find_dataset_dir
+from runs.files import unfinished
 from runs.target import missing_from_model
 from training import memory
 from web import control, fields, jobs, widgets
@@ -142,9 +142,8 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
     name = upload_name(file.name)
     if not control.is_below(UPLOADS, common.SAVES):
         raise UserError("uploads_outside", folder=UPLOADS, real=UPLOADS.resolve())
-    UPLOADS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=UPLOADS) as hidden:
-        beside = Path(hidden) / name
+    with unfinished(UPLOADS / name) as hidden:
+        beside = hidden / name
         shutil.copyfile(file, beside)
         try:
             check(beside)
