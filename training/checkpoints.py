@@ -73,7 +73,8 @@ def _sync(folder: Path) -> None:
 
 
 def delete_old(folder: Path, limit: int | None, saved: list[int], best: int | None) -> None:
-    """Deletes checkpoints until `limit` are left (None: none), never the newest or the best.
+    """Deletes checkpoints until `limit` are left (None: none), never the newest or the best, nor one in which another
+    command has made something, or is about to (`python merge.py RUN/checkpoint-8`, while the run trains).
 
     `saved` are the steps saved since the training began or went on, the newest last. Older checkpoints of later steps,
     which a run leaves that goes on from an earlier one, are deleted in any case.
@@ -82,7 +83,8 @@ def delete_old(folder: Path, limit: int | None, saved: list[int], best: int | No
     newest = saved[-1]
     for step in [step for step in found if step > newest]:
         shutil.rmtree(found.pop(step))
-    protected = {newest, best} & found.keys()
+    used = {step for step, path in found.items() if any(file.is_dir() for file in path.iterdir())}
+    protected = {newest, best, *used} & found.keys()
     for step in sorted(found):
         if limit is None or len(found) <= max(limit, len(protected)):
             return

@@ -140,6 +140,14 @@ def test_the_newest_and_the_best_checkpoint_are_kept(run, limit, best, left):
     assert kept(run) == left
 
 
+def test_a_checkpoint_that_was_merged_while_the_run_went_on_is_kept(run):
+    for step in (2, 6):
+        make_checkpoint(run, step)
+    (run / "checkpoint-2" / "merged").mkdir()
+    checkpoints.delete_old(run, 1, [2, 4, 6, 8], None)
+    assert kept(run) == [2, 8]
+
+
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_new_ones(run):
     """Checkpoint 8 is damaged, and the run goes on from 4: the next one, 6, must not be deleted for the sake of 8."""
     flip_a_byte(run / "checkpoint-8")
