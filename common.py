@@ -6,8 +6,10 @@ transformers: `--help` and every error of a configuration answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -19,12 +21,13 @@ import signal
 import string
 import subprocess
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 try:
     import yaml
@@ -539,7 +542,10 @@ sys.excepthook = _say_what_is_missing  # from the first line on: commands import
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130."""
+    """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130.
+
+    So does a full disk where nothing nearer to it has told how much is needed.
+    """
     # A shell starts what runs in the background (`nohup make webui &`) with SIGINT ignored; nothing could be paused.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -551,16 +557,27 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if file := os.environ.get("ONECARD_ERROR_FILE"):  # for a program that started this one
-            Path(file).write_text(json.dumps(error.message.to_json(), ensure_ascii=False), encoding="utf-8")
-        print(Message("error_line", error=error), file=sys.stderr)
-        sys.exit(2)
+        _end_with(error.message)
     except KeyboardInterrupt:
         print(f"\n{Message('stopped')}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python chat.py ... | head`: the reader went away, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = {path: shutil.disk_usage(path).free for path in (Path.cwd(), ROOT, Path(tempfile.gettempdir()))}
+        _end_with(Message("disk_is_full", place=error.filename or min(free, key=lambda path: free[path])))
+
+
+def _end_with(error: Message) -> NoReturn:
+    """Says what the user can mend, also to the program that started this one, and ends with status 2."""
+    if file := os.environ.get("ONECARD_ERROR_FILE"):
+        with contextlib.suppress(OSError):  # its disk may be full
+            Path(file).write_text(json.dumps(error.to_json(), ensure_ascii=False), encoding="utf-8")
+    print(Message("error_line", error=error), file=sys.stderr)
+    sys.exit(2)
 
 
 def configure_openmp() -> None:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import common
 from common import Message, UserError
 from runs.embedded_model import EMBEDDED, make_embedded
-from runs.model_download import disk_errors, download, is_downloaded
+from runs.model_download import download, folder_errors, is_downloaded
 from runs.option_values import expand_path
 
 
@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     folder = Path(expand_path(args.local_dir or f"models/{Path(args.model).name}"))
-    with disk_errors(folder):
+    with folder_errors(folder):
         if is_downloaded(folder, args.model, args.revision):
             print(Message("model_is_there", folder=folder))
         elif args.model == EMBEDDED:

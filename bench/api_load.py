@@ -1,6 +1,7 @@
 """api.py under load, and what batching brings.
 
-python bench/api_load.py [TARGET] [--seconds 600] [--clients 64]     good, malformed, oversized, slow and vanishing
+python bench/api_load.py [TARGET] [--seconds 600] [--clients 64]     good, malformed, oversized, slow and vanishing;
+                                                                     with --train a training runs beside it
 python bench/api_load.py [TARGET] --speed [--clients 8]              one at a time beside all at once
 
 TARGET as for api.py (unset: the embedded model), or the address of a server that runs already. The first ends with
@@ -20,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,13 +38,34 @@ def main() -> int:
     parser.add_argument("target", nargs="?", default="models/SmolLM2-135M-Instruct")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int)
+    parser.add_argument("--train", action="store_true")
     parser.add_argument("--speed", action="store_true")
     args = parser.parse_args()
     with server(args.target) as url:
         if args.speed:
             asyncio.run(speed(url, args.clients or 8))
             return 0
-        return asyncio.run(load(url, args.seconds, args.clients or 64))
+        with training() if args.train else contextlib.nullcontext():
+            return asyncio.run(load(url, args.seconds, args.clients or 64))
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """Trains the embedded model for as long as the block runs; ends this program where the training ends by itself."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        settings = ["dataset=identity", "max_steps=1000000", "cutoff_len=128", "early_stopping=no", "save_steps=50"]
+        command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={folder}/run", "bf16=false"]
+        with open(ROOT / ".cache" / "api_load_training.log", "w+b") as log:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            yield
+            if process.poll() is not None:
+                log.seek(0)
+                sys.exit(f"the training has ended: {log.read()[-2000:].decode(errors='replace')}")
+            process.kill()
+            process.wait()
+            lines = Path(folder, "run", "trainer_log.jsonl")
+            steps = json.loads(lines.read_text().splitlines()[-1])["step"] if lines.exists() else 0
+            print(f"the training beside it made {steps} steps")
 
 
 @contextlib.contextmanager
@@ -198,10 +221,11 @@ async def load(url: str, seconds: float, clients: int) -> int:
             return float(text.partition(f"\n{name} ")[2].split("\n")[0])
 
         model = (await http.get(f"{url}/models")).json()["data"][0]["id"]
-        run, memory = Load(url, model, seconds), []
+        run, memory, began = Load(url, model, seconds), [], time.monotonic()
         work = asyncio.gather(*(run.client(i) for i in range(clients)))
         while not work.done():
-            memory.append(await gauge("process_resident_memory_bytes") / 2**20)
+            resident = await gauge("process_resident_memory_bytes") / 2**20
+            memory.append(((time.monotonic() - began) / 60, resident))
             await asyncio.wait([work], timeout=seconds / 30)
         await work
         started = time.monotonic()
@@ -213,13 +237,16 @@ async def load(url: str, seconds: float, clients: int) -> int:
     for name, count in sorted(run.answers.items()):
         print(f"{count:7}  {name}")
     third = len(memory) // 3
-    middle, last = max(memory[third : 2 * third]), max(memory[2 * third :])
+    minutes, sizes = zip(*memory, strict=True)
+    middle, last = max(sizes[third : 2 * third]), max(sizes[2 * third :])
+    slope = statistics.linear_regression(minutes[third:], sizes[third:]).slope
     failed = sum(
         count for name, count in run.answers.items() if name.rpartition(" ")[2] in ("500", "502", "503", "short")
     )
     print(f"{sum(run.answers.values())} requests of {clients} clients in {seconds:.0f} s: {failed} answers of 500")
     print(f"{places:.0f} places kept by nobody, {time.monotonic() - started:.1f} s after the last client")
-    print(f"memory {memory[0]:.0f} MB at first, at most {middle:.0f} in the middle third, {last:.0f} in the last")
+    print(f"memory {sizes[0]:.0f} MB at first, at most {middle:.0f} in the middle third, {last:.0f} in the last")
+    print(f"slope of the last two thirds: {slope:+.1f} MB a minute")
     return int(failed > 0 or places > 0 or not alive or last > middle * 1.1 + 64)
 
 

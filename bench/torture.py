@@ -36,6 +36,7 @@ FUZZ = {
 KILLS = {"train": 100, "train, pt": 30, "train, dpo": 100, "train, kto": 100}
 KILLS |= {"merge": 30, "quantize": 30, "evaluate": 30, "download": 30}
 COUNTS = {**FUZZ, **{f"kills: {name}": count for name, count in KILLS.items()}}
+COUNTS |= {f"full disk: {name}": 10 for name in ("train", "merge", "quantize", "evaluate", "download")}
 
 
 def main() -> int:
@@ -75,7 +76,9 @@ def one(what: str, share: float, seed: int, folder: Path) -> int:
     if what in FUZZ:
         tally = fuzz.fuzz(what, count, folder, model, seed)
     else:
-        tally = kills.kill(what.removeprefix("kills: "), count, folder, model, seed)
+        disturbance, _, name = what.partition(": ")
+        series = kills.kill_series if disturbance == "kills" else kills.full_disk_series
+        tally = series(name, count, folder, model, seed)
     survived = tally.worked + tally.refused
     seconds = time.monotonic() - started
     print(f"{what:<22}{tally.tried:>9,}{survived:>10,}{tally.tried - survived:>6}{seconds:>9.0f}", flush=True)

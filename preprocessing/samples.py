@@ -187,7 +187,7 @@ def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplat
             if write_samples(beside, source, Job(config, tokenizer, template, layout_of(source)), faults):
                 _place(beside, folder)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError("cache_disk_full", folder=folder.parent) from None
     return folder

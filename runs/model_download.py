@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from common import Message, UserError, nearest_word
-from runs.disk import check_free_space
+from runs.disk import check_free_space, explaining_full_disk
 from runs.files import read_json, sha256, write_json
 from runs.network import check_environment
 from runs.target import missing_from_model
@@ -90,7 +90,8 @@ def download(
         if here:
             print(Message("download_goes_on", size=human(here)))
         check_free_space(folder, total - here)
-        fetch_all(files, headers, partial)
+        with explaining_full_disk(folder, total - here):
+            fetch_all(files, headers, partial)
     for path in {*partial.iterdir()} - {partial / file.name for file in files}:
         path.unlink()  # of an earlier revision
     if missing := missing_from_model(partial):
@@ -304,13 +305,11 @@ def hub_errors(model: str, source: str) -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk, or a folder that cannot be made, as a UserError."""
+def folder_errors(folder: Path) -> Iterator[None]:
+    """A folder that cannot be made, as a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError("disk_full_on_download") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise UserError("folder_not_writable", folder=folder, problem=error.strerror) from None
         raise

@@ -1,5 +1,5 @@
-"""Commands that are killed at random moments and started again. Nothing that looks whole may be broken, and the last
-start must end with what an undisturbed one made, bit for bit.
+"""Commands that are killed, or whose disk is filled, at random moments and started again. Nothing that looks whole may
+be broken, and the last start must end with what an undisturbed one made, bit for bit.
 
 The commands run in forks of this process, which has imported what they need: a kill then costs a second, not the ten
 that the imports take.
@@ -13,8 +13,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,11 @@ class Victim:
     result: Callable[[Path], Any]
 
 
+def log_of(folder: Path) -> Path:
+    """Where a command in `folder` prints to: not on the disk that is filled."""
+    return folder.parent.parent / f"{folder.name}.log"
+
+
 def start(victim: Victim, folder: Path) -> int:
     """Forks a process that runs the command in `folder`; returns its number."""
     sys.stdout.flush()
@@ -51,7 +58,7 @@ def start(victim: Victim, folder: Path) -> int:
     try:
         os.chdir(folder)
         common.CACHE = folder / "cache"  # of its own: what it holds is made, and killed, anew
-        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = [f"{victim.name}.py", *victim.arguments(folder)]
@@ -59,21 +66,23 @@ def start(victim: Victim, folder: Path) -> int:
         status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:  # noqa: BLE001 - the fork must not go on as its parent
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)
 
 
-def finish(victim: Victim, folder: Path) -> float:
-    """Runs the command to its end, which must be a good one; returns how long it took, in seconds."""
+def finish(victim: Victim, folder: Path, process: int | None = None, allowed: tuple[int, ...] = (0,)) -> float:
+    """Waits until the command has ended, in one of the `allowed` ways; returns how long it took, in seconds."""
     started = time.monotonic()
-    process = start(victim, folder)
+    process = process or start(victim, folder)
     while time.monotonic() - started < SECONDS:
         ended, status = os.waitpid(process, os.WNOHANG)
         if ended:
-            said = (folder / "log").read_text(errors="replace")[-800:]
-            assert status == 0, f"{victim.name} ended with {os.waitstatus_to_exitcode(status)}: {said}"
+            said, code = log_of(folder).read_text(errors="replace"), os.waitstatus_to_exitcode(status)
+            assert code in allowed and "Traceback" not in said, f"{victim.name} ended with {code}: {said[-800:]}"
             return time.monotonic() - started
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
@@ -81,10 +90,34 @@ def finish(victim: Victim, folder: Path) -> float:
     raise AssertionError(f"{victim.name} hangs")
 
 
-def kill_at_random(victim: Victim, kills: int, folder: Path, seed: int = 0) -> Tally:
-    """Kills the command `kills` times, a few times in a row in one folder, and compares what comes out in the end."""
-    draw, tally = random.Random(seed), Tally(f"kills: {victim.name}")
-    folder.mkdir()
+Disturb = Callable[[Victim, Path, int], None]  # what happens to a process that runs the command in a folder
+
+
+def kill(_: Victim, __: Path, process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def fill_disk(victim: Victim, folder: Path, process: int) -> None:
+    """Takes all space of the folder's disk until the command has ended, which it must do with a sentence."""
+    file, size, step = folder.parent / "filler", 0, 1 << 26
+    with open(file, "wb") as filler:
+        while step >= 4096:
+            try:
+                os.posix_fallocate(filler.fileno(), size, step)
+                size += step
+            except OSError:
+                step //= 2
+    try:
+        finish(victim, folder, process, (0, 2))
+    finally:
+        file.unlink()
+
+
+def disturb_at_random(victim: Victim, disturb: Disturb, count: int, folder: Path, seed: int = 0) -> Tally:
+    """Disturbs the command `count` times, a few times in a row in one folder, and compares what comes out at last."""
+    draw, tally = random.Random(seed), Tally(f"{disturb.__name__}: {victim.name}")
+    folder.mkdir(exist_ok=True)
     expected, seconds = None, 0.0
     for name in ("warm", "undisturbed"):  # the first reads the files of packages
         place = folder / name
@@ -93,28 +126,26 @@ def kill_at_random(victim: Victim, kills: int, folder: Path, seed: int = 0) -> T
         seconds = finish(victim, place)
         expected = victim.result(place)
     round_number = 0
-    while tally.tried < kills:
+    while tally.tried < count:
         round_number += 1
         place = folder / f"round-{round_number}"
         place.mkdir()
         victim.prepare(place)
         in_a_row = 0
         try:
-            for _ in range(min(draw.randint(1, 4), kills - tally.tried)):
+            for _ in range(min(draw.randint(1, 4), count - tally.tried)):
                 process = start(victim, place)
                 time.sleep(draw.uniform(0, 1.05 * seconds))
-                os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
                 tally.tried += 1
                 in_a_row += 1
+                disturb(victim, place, process)
                 victim.check(place)
             finish(victim, place)
             assert victim.result(place) == expected, "the result differs from the undisturbed one"
-        except (AssertionError, ValueError, OSError, KeyError) as error:
-            tally.lost.append(f"{place}, {in_a_row} kills: {type(error).__name__}: {str(error)[:900]}")
-        else:
             tally.worked += in_a_row
-            shutil.rmtree(place)
+        except (AssertionError, ValueError, OSError, KeyError) as error:
+            tally.lost.append(f"{place}, {in_a_row} times: {type(error).__name__}: {str(error)[:900]}")
+        shutil.rmtree(place)
         print(f"{tally.what}: {tally.tried} made, {tally.worked} survived", file=sys.stderr, flush=True)
     return tally
 
@@ -250,7 +281,7 @@ def quantizing(model: Path) -> Victim:
     return Victim(
         "quantize",
         quantize.main,
-        lambda _: ["model", "--type", "q8_0", "dataset=rows.jsonl"],
+        lambda folder: ["model", "--type", "q8_0", "dataset=rows.jsonl", *(["--overwrite"] if files(folder) else [])],
         prepare,
         check,
         result,
@@ -307,17 +338,35 @@ KINDS: dict[str, Callable[[Path], Victim]] = {
 }
 
 
-def kill(name: str, count: int, folder: Path, model: Path, seed: int = 0) -> Tally:
-    """Kills of a command, with a folder for each series below `folder`."""
-    place = folder / f"kills-{name}"
+@contextlib.contextmanager
+def victim_of(name: str, folder: Path, model: Path) -> Iterator[Victim]:
+    """A command to disturb; what it needs beside `model` is made in `folder`."""
     if name == "download":
-        place.mkdir()
-        with downloading(place) as victim:
-            return kill_at_random(victim, count, place / "downloads", seed)
-    if name == "quantize":
+        with downloading(folder) as victim:
+            yield victim
+    elif name == "quantize":
         embedded = common.ROOT / common.EMBEDDED_MODEL  # its tokenizer is one that llama.cpp's converter knows
         small = save_random_model(
             folder / "small", embedded, dtype="bfloat16", tie_word_embeddings=True, initializer_range=0.1
         )
-        return kill_at_random(quantizing(small), count, place, seed)
-    return kill_at_random(KINDS[name](model), count, place, seed)
+        yield quantizing(small)
+    else:
+        yield KINDS[name](model)
+
+
+def kill_series(name: str, count: int, folder: Path, model: Path, seed: int = 0) -> Tally:
+    """Kills of a command, with a folder for each series below `folder`."""
+    with victim_of(name, folder, model) as victim:
+        return disturb_at_random(victim, kill, count, folder / "kills", seed)
+
+
+def full_disk_series(name: str, count: int, folder: Path, model: Path, seed: int = 0) -> Tally:
+    """A disk that others fill at random moments: a tmpfs, which needs the right to mount one."""
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(disk)], check=True)
+    try:
+        with victim_of(name, folder, model) as victim:
+            return disturb_at_random(victim, fill_disk, count, disk, seed)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
