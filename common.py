@@ -279,8 +279,8 @@ class Config:
     )
     num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
     max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
-    per_device_train_batch_size: int = option(2, "samples (or packed rows) a forward pass", minimum=1)
-    gradient_accumulation_steps: int = option(8, "forward passes an optimizer step", minimum=1)
+    per_device_train_batch_size: int = option(2, "longest samples (or packed rows) a forward pass", minimum=1)
+    gradient_accumulation_steps: int = option(8, "such batches an optimizer step", minimum=1)
     learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
     lr_scheduler_type: str = option(
         "cosine",

@@ -12,11 +12,12 @@ from runs.files import write_json
 
 TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
 SAMPLES = "samples.jsonl"  # of a run folder: replies of stage grpo and their rewards, some of each logged step
+LOADING_LOG = "loading.log"  # of a run folder: what libraries print while they load the model
 # Patterns of all that a training, and what comes after it, leaves in a run folder.
 LEFT_BY_TRAINING = (
     *("checkpoint-[0-9]*", ".saving", ".replaced-*", "adapter_*", "tokenizer*", "special_tokens_map.json"),
     *("chat_template.jinja", "trainer_log.jsonl", "training_loss.png", "run.json", "config.yaml", "README.md"),
-    *("merged", "gguf", "eval", "report.html", "runs", "loading.log", SAMPLES, TRAINED),
+    *("merged", "gguf", "eval", "report.html", "runs", LOADING_LOG, SAMPLES, TRAINED),
 )
 
 

@@ -19,7 +19,17 @@ from runs.base_tensors import check_fits
 from runs.target import missing_from_model
 from training import whole_modules
 from training.findings import Finding, Run, fault, note, ok
-from training.memory import EMBEDDED_SHAPE, GB, ModelSize, adapted_weights, linear_modules, model_like, read_model
+from training.memory import (
+    EMBEDDED_SHAPE,
+    EXPERTS,
+    GB,
+    ModelSize,
+    adapted_weights,
+    has_experts,
+    linear_modules,
+    model_like,
+    read_model,
+)
 
 
 def check_model(run: Run) -> Iterator[Finding]:
@@ -105,10 +115,21 @@ def _model_faults(config: Config, model: ModelSize) -> Iterator[Finding]:
     if method not in (None, "bitsandbytes"):
         yield fault(Message("trained_base_is_quantized", folder=model.folder, method=method))
         return
+    if config.adapter_name_or_path is None:
+        yield from _target_faults(config, model)
+
+
+def _target_faults(config: Config, model: ModelSize) -> Iterator[Finding]:
+    """What of `lora_target` the model does not have, or cannot have with other settings."""
+    given = {"use_dora": config.use_dora, "lora_dropout": config.lora_dropout, "lora_bias": config.lora_bias == "true"}
+    refused = [name for name, value in given.items() if value]
+    if refused and has_experts(model) and {"all", *EXPERTS} & set(config.lora_target):
+        targets = sorted(linear_modules(model) - EXPERTS)
+        yield fault(Message("experts_need_plain_lora", settings=refused, targets=targets))
     matrices = {name for name, shape in model.shapes.items() if name.endswith(".weight") and len(shape) == 2}
     modules = {name.split(".")[-2] for name in matrices} | {"lm_head"}  # a tied one has no weights of its own
     unknown = [target for target in config.lora_target if target.split(".")[-1] not in modules]
-    if config.lora_target != ("all",) and unknown and config.adapter_name_or_path is None:
+    if config.lora_target != ("all",) and unknown:
         yield fault(Message("unknown_lora_target", targets=unknown, modules=sorted(linear_modules(model))))
 
 

@@ -72,6 +72,13 @@ def free_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def on_card() -> bool:
+    """Whether this process trains on a card. tests/training/cuda_on_cpu.py replaces it."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def peak_memory() -> int:
     """Most memory used so far, in bytes: the card's where there is one, else this process's."""
     import torch

@@ -17,6 +17,8 @@ from training.whole_modules import whole_tensors
 GB = 1e9
 # The matrices that `lora_target: all` leaves out: embeddings, the output layer, the routers of experts.
 NOT_ADAPTED = r"embed|lm_head|norm|\bw[tp]e\b|\bgate\.weight"
+# What Unsloth calls the matrices of fused experts, which are no linear layers.
+EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 # model_type of those whose attention Unsloth replaces (unsloth/models/loader.py); it needs no mask for flat batches.
 OWN_ATTENTION = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"}
 # config.json of the embedded model, so far as its size depends on it
@@ -106,6 +108,12 @@ def model_bytes(folder: Path) -> int:
 def linear_modules(model: ModelSize) -> set[str]:
     """Last names of the modules that `lora_target: all` means ("q_proj", ...)."""
     return {name.split(".")[-2] for name, shape in model.shapes.items() if _is_linear(name, shape)}
+
+
+def has_experts(model: ModelSize) -> bool:
+    """Whether it is a mixture of experts, by config.json's num_experts, num_local_experts or n_routed_experts."""
+    counts = [value for name, value in model.settings.items() if name.endswith("experts") and name.startswith("n")]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+FLAT_STAGES = ("sft", "pt")  # those whose batches are flat
 IGNORED = -100  # the label of a token that is not learned, as in transformers
 SEPARABLE = {"full_attention", "sliding_attention"}  # the kinds of layers that keep the samples of a flat batch apart
 # What keys of config.json start with where there are others: state spaces, convolutions, linear attention. Not every
@@ -43,7 +44,7 @@ def fit_batches(config: Config) -> tuple[Config, Message | None]:
 
     An optimizer step still sees as many samples, except that packed rows held several.
     """
-    is_flat = config.stage in ("sft", "pt")
+    is_flat = config.stage in FLAT_STAGES
     if not is_flat or not mixes_samples(Path(config.model_name_or_path)):
         return config, None
     one = dataclasses.replace(
@@ -59,6 +60,19 @@ def fit_batches(config: Config) -> tuple[Config, Message | None]:
         if getattr(one, name) != getattr(config, name)
     ]
     return one, Message("samples_one_by_one", changed=changed) if changed else None
+
+
+def micro_batch_tokens(config: Config, longest: int) -> int | None:
+    """The most tokens of a forward pass: as many as `per_device_train_batch_size` of the longest samples or rows have.
+
+    An optimizer step's samples are the same however they are put together, and no batch is larger than the largest that
+    the setting asks for. None: a batch is what the setting counts (preferences, whose samples come in pairs).
+    """
+    if config.stage not in FLAT_STAGES:
+        return None
+    if mixes_samples(Path(config.model_name_or_path)):
+        return 0
+    return config.per_device_train_batch_size * (config.cutoff_len if config.packing else longest)
 
 
 def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:

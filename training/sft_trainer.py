@@ -155,40 +155,52 @@ class RunTrainer:
 
 
 class Trainer(RunTrainer, SFTTrainer):
-    """SFTTrainer with an exact mean of the evaluation loss."""
+    """SFTTrainer with micro-batches of equal size, and an exact mean of the evaluation loss."""
 
+    share: float = 1.0  # of the mean loss of a piece in the one that is wanted
     learned_a_batch: float  # learned tokens of a batch of the held-out samples, on average
     train_splitter: Splitter
     eval_splitter: Splitter
     noise: EmbeddingNoise | None = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """In pieces where the micro-batch does not fit into memory."""
-        if self.noise:
-            self.noise.lengths = inputs["packed_seq_lengths"]
-        if num_items_in_batch is None:  # the loss would be a mean over the piece
-            return super().training_step(model, inputs, num_items_in_batch)
+        """In micro-batches: `inputs` is the flat batch of a whole optimizer step."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        train = super().training_step
+        train, learned = super().training_step, count_learned(inputs)
 
         def step(piece: dict[str, Any]) -> Any:
             if self.noise:
                 self.noise.lengths = piece["packed_seq_lengths"]
+            # the loss of a model that takes no count is the piece's mean
+            self.share = 1.0 if num_items_in_batch is not None else count_learned(piece) / max(learned, 1)
             return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
 
         return self.train_splitter.run(dict(inputs), step)
 
-    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens."""
-        predict = super().prediction_step
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens.
+
+        TRL's own leaves out how many they are.
+        """
 
         def step(piece: dict[str, Any]) -> Any:
-            learned = int((piece["labels"] != packing.IGNORED).sum())
+            learned = count_learned(piece)
             if not learned:
                 return torch.zeros((), device=self.args.device)
-            return predict(model, piece, *args, **kwargs)[0] * (learned / self.learned_a_batch)
+            self.share = learned / self.learned_a_batch
+            piece = self._prepare_inputs(piece)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                items = self._get_num_items_in_batch([piece], self.args.device)
+                return self.compute_loss(model, piece, num_items_in_batch=items).detach()
 
         return self.eval_splitter.run(dict(inputs), step), None, None  # prediction_loss_only
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * self.share
+
+
+def count_learned(batch: dict[str, Any]) -> int:
+    return int((batch["labels"] != packing.IGNORED).sum())
 
 
 def count_trainable(model: Any) -> int:

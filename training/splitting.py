@@ -1,7 +1,7 @@
-"""A micro-batch that does not fit into the card's memory is trained in pieces, which is the same.
+"""Micro-batches: as many tokens of an optimizer step at once as the recipe allows, and fewer where memory runs out.
 
-The loss is normalised by the learned tokens of the whole optimizer step (of preferences: by the rows of the whole
-micro-batch), and no sample sees another: losses and gradients of the pieces add up to those of the micro-batch.
+Any split is the same: the loss is normalised by the learned tokens of the whole optimizer step (of preferences: by the
+rows of the whole micro-batch), and no sample sees another, so losses and gradients of the pieces add up.
 """
 
 from __future__ import annotations
@@ -11,65 +11,59 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from common import Message, UserError
+from training import packing
 
-Cut = Callable[[dict[str, Any]], list[dict[str, Any]]]  # a batch in two, or itself where it cannot be cut
+# (batch, limit) → the batch in pieces of at most `limit` tokens each, or of one sample
+Divide = Callable[[dict[str, Any], int], list[dict[str, Any]]]
 
 
-def halves(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """A flat batch cut between two samples, as near to the middle of its tokens as that goes; itself if it has one."""
+def pieces(batch: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """A flat batch in as few pieces as its samples fill (packing.pack), the one with the longest sample first."""
     lengths = batch["packed_seq_lengths"].tolist()
-    if len(lengths) == 1:
+    found = packing.pack(np.asarray(lengths), limit)
+    if len(found) == 1:
         return [batch]
-    total, ends = sum(lengths), torch.tensor(lengths).cumsum(0).tolist()
-    samples = min(range(1, len(lengths)), key=lambda n: abs(2 * ends[n - 1] - total))
-    at = ends[samples - 1]
-    left, right = {}, {}
-    for name, tensor in batch.items():
-        by_sample = name == "packed_seq_lengths"
-        left[name] = tensor[:samples] if by_sample else tensor[:, :at]
-        right[name] = tensor[samples:] if by_sample else tensor[:, at:]
-    return [left, right]
+    by_sample = {name: tensor.split(lengths, 1) for name, tensor in batch.items() if name != "packed_seq_lengths"}
+    return [
+        {
+            **{name: torch.cat([samples[member] for member in members], 1) for name, samples in by_sample.items()},
+            "packed_seq_lengths": batch["packed_seq_lengths"][members],
+        }
+        for members in found
+    ]
 
 
-def halves_of_rows(batch: dict[str, Any], of_pairs: bool = False) -> list[dict[str, Any]]:
-    """A padded batch cut between two rows, or two pairs (first all chosen, then all rejected); itself if it has one."""
+def pieces_of_rows(batch: dict[str, Any], limit: int, of_pairs: bool = False) -> list[dict[str, Any]]:
+    """A padded batch cut between two rows, or two pairs (first all chosen, then all rejected); padding counts."""
     count = len(batch["input_ids"]) // (1 + of_pairs)
-    if count == 1:
+    if count == 1 or batch["input_ids"].numel() <= limit:
         return [batch]
     found = []
     for part in (slice(0, count // 2), slice(count // 2, count)):
         rows = torch.arange(len(batch["input_ids"]), device=batch["input_ids"].device)
         rows = torch.cat([side[part] for side in rows.split(count)])
         width = int(batch["attention_mask"][rows].sum(1).max())
-        found.append(
-            {name: tensor[rows] if tensor.ndim == 1 else tensor[rows, :width] for name, tensor in batch.items()}
-        )
+        half = {name: tensor[rows] if tensor.ndim == 1 else tensor[rows, :width] for name, tensor in batch.items()}
+        found += pieces_of_rows(half, limit, of_pairs)
     return found
 
 
-def pieces(batch: dict[str, Any], limit: int | None, cut: Cut = halves) -> list[dict[str, Any]]:
-    """`batch` in pieces of at most `limit` tokens each, padding included, or of one sample."""
-    if limit is None or batch["input_ids"].numel() <= limit:
-        return [batch]
-    parts = cut(batch)
-    return parts if len(parts) == 1 else [piece for part in parts for piece in pieces(part, limit, cut)]
-
-
 class Splitter:
-    """Runs a step on a batch, in halves where memory runs out; what did not fit is not tried again in this run."""
+    """Runs a step on the pieces of a batch, smaller ones where memory runs out; what did not fit is not tried again."""
 
-    def __init__(self, settings: list[str], cut: Cut = halves) -> None:
+    def __init__(self, settings: list[str], divide: Divide = pieces, limit: int | None = None) -> None:
         self.settings = settings  # what to change where a single sample does not fit
-        self.cut = cut
-        self.limit: int | None = None  # tokens
+        self.divide = divide
+        self.limit = limit  # tokens
 
     def run(self, batch: dict[str, Any], step: Callable[[dict[str, Any]], Any]) -> Any:
         """The sum of what `step` returns for the pieces. Raises UserError where a single sample does not fit."""
-        left, total = pieces(batch, self.limit, self.cut), None
+        left, total = [batch] if self.limit is None else self.divide(batch, self.limit), None
         while left:
             piece = left.pop(0)
             try:
@@ -86,13 +80,14 @@ class Splitter:
         return total
 
     def _split(self, piece: dict[str, Any]) -> list[dict[str, Any]]:
-        cut, tokens = self.cut(piece), piece["input_ids"].numel()
-        if len(cut) == 1:
+        tokens = piece["input_ids"].numel()
+        smaller = self.divide(piece, tokens // 2)
+        if len(smaller) == 1:
             total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
             raise UserError("sample_does_not_fit", tokens=tokens, total=total / 1e9, settings=self.settings)
-        self.limit = max(half["input_ids"].numel() for half in cut)
+        self.limit = max(part["input_ids"].numel() for part in smaller)
         tqdm.write(str(Message("micro_batch_split", tokens=tokens, limit=self.limit)), file=sys.stderr)
-        return cut
+        return smaller
 
 
 def with_gradients_apart(parameters: list[Any], step: Callable[[], Any]) -> Any:

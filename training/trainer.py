@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
-from runs.folder import suit_transformers_4
+from runs.folder import LOADING_LOG, suit_transformers_4
 from runs.peft_loading import write_readable
-from training import checkpoints, packing, pissa
+from training import checkpoints, hardware, packing, pissa
 from training.grpo import end_replies_at, grpo_arguments, loading_settings, with_columns
-from training.memory import sequences
+from training.memory import EXPERTS, sequences
 from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
 from training.preferences import BEST_BY, PREFERENCES, preference_arguments
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from preprocessing.dataset import Prepared
     from training.callbacks import EarlyStopping
 
-LOADING_LOG = "loading.log"  # in the run folder: what libraries print while they load the model
 # Settings that transformers' arguments call by the same name.
 SAME_NAMES = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -41,8 +40,6 @@ SAME_NAMES = (
     "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "full_determinism",
     "eval_delay", "logging_steps", "logging_first_step",
 )  # fmt: skip
-# What Unsloth calls the matrices of fused experts, which are no linear layers.
-EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,13 +82,13 @@ def load_model(config: Config, precision: Precision) -> Any:
     learn_in_float32(model)
     # PEFT takes the vectors of lora_bias for shards of a matrix, at each save
     warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
-    if model.device.type != "cpu":  # models that Unsloth has no attention of its own for, and all in 8 bit
+    if hardware.on_card():  # models that Unsloth has no attention of its own for, and all in 8 bit
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
         enable_hf_packed_attention()
     if config.pissa_init and not config.adapter_name_or_path:
         model.start = pissa.take_components(model, config.pissa_iter, config.seed)
-    if model.device.type == "cpu":
+    if not hardware.on_card():
         from training import lora_linear
 
         lora_linear.speed_up(model)
@@ -118,12 +115,11 @@ def check_quantized(model: Any, bits: int | None, log: Path) -> None:
 
 
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
-    import torch
     from unsloth import FastLanguageModel
 
     from training import attention
 
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not hardware.on_card()
     checkpointing = checkpointing_setting(config, on_cpu)
     model, _ = FastLanguageModel.from_pretrained(
         model_name=folder,
@@ -232,7 +228,7 @@ def choose_precision(config: Config) -> Precision:
     """bfloat16 wherever the device multiplies it fast, else float16 on a card and float32 on a CPU."""
     import torch
 
-    if torch.cuda.is_available():
+    if hardware.on_card():
         if torch.cuda.is_bf16_supported():
             return Precision(torch.bfloat16, "bf16", Message("fp16_is_bf16_on_card") if config.fp16 else None)
         if config.bf16:
@@ -268,7 +264,7 @@ def make_trainer(
     from transformers import PrinterCallback
 
     from training import callbacks
-    from training.splitting import Splitter, halves, halves_of_rows
+    from training.splitting import Splitter, pieces, pieces_of_rows
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
@@ -288,13 +284,17 @@ def make_trainer(
     )
     trainer.plan, trainer.save_limit = plan, config.save_total_limit
     settings = smaller_settings(config, plan.longest)
-    cut = partial(halves_of_rows, of_pairs=config.stage == "dpo") if config.stage in PREFERENCES else halves
-    trainer.train_splitter, trainer.eval_splitter = Splitter(settings, cut), Splitter(settings, cut)
+    is_flat = config.stage in packing.FLAT_STAGES
+    if is_flat:  # else Unsloth goes through the held-out samples, to cut those beyond it: all are cut already
+        trainer.args.max_length = trainer.args.max_seq_length = None
+    divide = pieces if is_flat else partial(pieces_of_rows, of_pairs=config.stage == "dpo")
+    trainer.train_splitter = Splitter(settings, divide, packing.micro_batch_tokens(config, plan.longest))
+    trainer.eval_splitter = Splitter(settings, divide)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
     trainer.embedding_rate, trainer.start = config.embedding_learning_rate, getattr(model, "start", None)
     if config.neftune_noise_alpha:
         trainer.noise = EmbeddingNoise(model, config.neftune_noise_alpha)
-    if held_out and config.stage in ("sft", "pt"):
+    if held_out and is_flat:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
     gradients = callbacks.FiniteGradients(lambda: trainer.last_grad_norm)
@@ -334,10 +334,9 @@ def smaller_settings(config: Config, longest: int) -> list[str]:
 
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
-    import torch
     from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = hardware.on_card()
     evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
     arguments = {
         **{name: getattr(config, name) for name in SAME_NAMES},
@@ -367,8 +366,10 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         return {"dpo": DPOConfig, "kto": KTOConfig}[config.stage](**arguments, **preference_arguments(config))
     if config.stage == "grpo":
         return GRPOConfig(**(arguments | grpo_arguments(config)))
+    # one flat batch a step, which the trainer fills its micro-batches from
+    samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return SFTConfig(
-        **arguments,
+        **(arguments | {"per_device_train_batch_size": samples, "gradient_accumulation_steps": 1}),
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,  # ours, in packing.py, never lets samples see each other

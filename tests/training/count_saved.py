@@ -57,11 +57,7 @@ def saved_bytes(model: Any) -> int:
 
 def count(folder: Path) -> list[dict[str, Any]]:
     os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder / "compiled")
-    cuda_on_cpu.pretend_there_is_a_card()
-    import unsloth  # noqa: F401
-
-    cuda_on_cpu.keep_tensors_on_the_cpu()
-    cuda_on_cpu.patch_trl()
+    cuda_on_cpu.pretend()
     import torch
     from conftest import make_tiny_model
     from transformers import LlamaConfig, LlamaForCausalLM

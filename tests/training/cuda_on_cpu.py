@@ -1,7 +1,11 @@
 """Runs Unsloth's CUDA branch on a machine without a card: its Python, its autograd functions and its Triton kernels,
 interpreted, on CPU tensors.
 
-    python tests/training/cuda_on_cpu.py MODEL       prints what exact_training.py measures there, as JSON
+    python tests/training/cuda_on_cpu.py exact MODEL ...    prints what exact_training.py measures of each, as JSON
+    python tests/training/cuda_on_cpu.py train RUNS         runs train.py in forks, one after the other
+
+RUNS is a JSON list of {"arguments": [...], "kill_at": null, or a path at whose appearance the run is killed}; the exit
+statuses are printed as JSON.
 
 UNSLOTH_ALLOW_CPU=1 and TRITON_INTERPRET=1 are Unsloth's and Triton's own switches; the rest is a stand-in for what the
 CUDA branch asks `torch.cuda`, and the two patches that `import unsloth` leaves out without a card. In float16 only:
@@ -13,10 +17,13 @@ mixed precision with a GradScaler, real memory, real speed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +37,12 @@ os.environ.update(
     UNSLOTH_DISABLE_PINNED_MEMORY="1",
     UNSLOTH_DISABLE_DOUBLE_BUFFER="1",
     UNSLOTH_MIXED_PRECISION="bfloat16",  # no autocast: accelerate has none of float16 on a CPU
+    TORCHDYNAMO_DISABLE="1",  # torch.compile would make C++ here
     HF_HUB_OFFLINE="1",
 )
+
+
+SEEN: Counter[str] = Counter()  # calls of attention
 
 
 def pretend_there_is_a_card() -> None:
@@ -100,43 +111,80 @@ def patch_trl() -> None:
         os.environ["UNSLOTH_ALLOW_CPU"] = "1"
 
 
-def count_attention(seen: Counter[str]) -> None:
-    """Counts how Unsloth's attention is called: with the samples' boundaries and without a mask, or otherwise."""
-    from unsloth.utils import attention_dispatch
-
-    real = attention_dispatch._run_attention
-
-    def run(*, config: Any, context: Any, **more: Any) -> Any:
-        packed = context.seq_info is not None and context.attention_mask is None
-        seen["packed" if packed else "other"] += 1
-        return real(config=config, context=context, **more)
-
-    attention_dispatch._run_attention = run
-
-
-def measure(model_folder: str) -> dict[str, Any]:
-    """What exact_training.measure reports, in float16 on the CUDA branch, and which attention and trainer ran."""
+def pretend() -> None:
+    """Imports Unsloth's CUDA branch, and has the kit take it for a card's, in float16."""
     pretend_there_is_a_card()
     import unsloth  # noqa: F401
 
     keep_tensors_on_the_cpu()
     patch_trl()
-    import exact_training
     import torch
+
+    from training import hardware, trainer
+
+    hardware.on_card = lambda: True
+    trainer.choose_precision = lambda _: trainer.Precision(torch.float16, None)
+
+
+def count_attention() -> None:
+    """Counts in SEEN the calls of Unsloth's attention ("own") and of transformers' as Unsloth changes it
+    ("transformers"), each with the samples' boundaries or ("without boundaries") not."""
+    from unsloth.utils import attention_dispatch, hf_packed_attention
+
+    own, transformers = attention_dispatch._run_attention, hf_packed_attention._sdpa_packed_varlen
+
+    def run(*, config: Any, context: Any, **more: Any) -> Any:
+        packed = context.seq_info is not None and context.attention_mask is None
+        SEEN["own" if packed else "own without boundaries"] += 1
+        return own(config=config, context=context, **more)
+
+    def run_transformers(*args: Any, **more: Any) -> Any:
+        SEEN["transformers" if "packed_seq_lengths" in more else "transformers without boundaries"] += 1
+        return transformers(*args, **more)
+
+    attention_dispatch._run_attention = run
+    hf_packed_attention._sdpa_packed_varlen = run_transformers  # what enable_hf_packed_attention will install
+
+
+def measure(model_folder: str) -> dict[str, Any]:
+    """What exact_training.measure reports, in float16 on the CUDA branch, and which attention and trainer ran."""
+    import exact_training
     import trl
 
-    from training import trainer
-
-    seen: Counter[str] = Counter()
-    count_attention(seen)
-    precision, checkpointing = trainer.Precision, trainer.checkpointing_setting
-    trainer.Precision = lambda *_: precision(torch.float16, None)
-    trainer.checkpointing_setting = lambda config, _: checkpointing(config, False)
+    SEEN.clear()
     exact_training.LENGTHS = ((3, 2), (6, 5), (5, 2))
     with tempfile.TemporaryDirectory() as folder:
         report = exact_training.measure(model_folder, folder)
-    return {**report, "attention": dict(seen), "trainer": trl.SFTTrainer.__name__}
+    return {**report, "attention": dict(SEEN), "trainer": trl.SFTTrainer.__name__}
+
+
+def run_train(arguments: list[str], kill_at: str | None) -> int:
+    """Runs train.py in a fork of this process; returns its exit status, negative where it was killed."""
+    sys.stdout.flush()
+    process = os.fork()
+    if not process:
+        import train
+        from runs.configuration import run_command
+
+        sys.argv = ["train.py", *arguments]
+        run_command(train.main)
+        os._exit(0)
+    while kill_at and not Path(kill_at).exists():
+        time.sleep(0.01)
+        if os.waitpid(process, os.WNOHANG)[0]:
+            raise SystemExit(f"ended before {kill_at} appeared")
+    if kill_at:
+        os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    pretend()
+    gc.freeze()  # Unsloth collects garbage often; what the imports have made need not be looked at each time
+    what, *words = sys.argv[1:]
+    if what == "exact":
+        count_attention()
+        print(json.dumps([measure(word) for word in words]))
+    else:
+        print(json.dumps([run_train(**run) for run in json.loads(words[0])]))
+    gc.unfreeze()

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import common
 from runs.configuration import load_config
+from training import hardware
 from training import trainer as training
 
 LENGTHS = ((9, 2), (31, 30), (17, 5), (40, 11))  # tokens, and how many of them are learned
@@ -66,7 +67,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     table = datasets.Dataset.from_list(samples)
     lengths = np.array([length for length, _ in LENGTHS])
     data = SimpleNamespace(train=table, train_lengths=lengths, eval=None, eval_lengths=None)
-    on_card = torch.cuda.is_available()
+    on_card = hardware.on_card()
     precision = training.choose_precision(common.Config()) if on_card else training.Precision(torch.float32, None)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
 

@@ -9,7 +9,7 @@ import pytest
 
 from common import Message
 from runs.configuration import load_config
-from training import packing
+from training import packing, splitting
 
 
 def test_best_fit_takes_the_fullest_row_that_fits():
@@ -54,6 +54,37 @@ def test_packed_rows_give_the_same_batch():
     from_rows = packing.collate([packed[0]])
     for key, value in packing.collate(SAMPLES).items():
         assert from_rows[key].tolist() == value.tolist(), key
+
+
+def test_micro_batches_are_filled_with_whole_samples():
+    lengths = [3, 5, 2, 4]
+    batch = packing.collate([{"input_ids": [n] * n, "labels": [10 * n] * n} for n in lengths])
+
+    def found(limit: int) -> list[list[int]]:
+        parts = splitting.pieces(batch, limit)
+        for part in parts:
+            samples = part["packed_seq_lengths"].tolist()
+            ids = [{"input_ids": [n] * n, "labels": [10 * n] * n} for n in samples]
+            for name, tensor in packing.collate(ids).items():
+                assert part[name].tolist() == tensor.tolist(), name
+        return [part["packed_seq_lengths"].tolist() for part in parts]
+
+    assert found(7) == [[5, 2], [4, 3]]
+    assert found(0) == [[5], [4], [3], [2]]
+    assert found(14) == [lengths]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        (["per_device_train_batch_size=2"], 120),
+        (["per_device_train_batch_size=2", "packing=true", "cutoff_len=256"], 512),
+        (["per_device_train_batch_size=2", "stage=dpo"], None),
+    ],
+)
+def test_a_forward_pass_has_the_tokens_of_the_longest_samples_that_the_batch_size_counts(tiny_model, settings, tokens):
+    config = load_config([f"model_name_or_path={tiny_model}", *settings]).config
+    assert packing.micro_batch_tokens(config, longest=60) == tokens
 
 
 def flat_model(folder, **config):
@@ -133,6 +164,7 @@ def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
     config, note = packing.fit_batches(given)
     assert (config.packing, config.per_device_train_batch_size, config.per_device_eval_batch_size) == (False, 1, 1)
     assert config.gradient_accumulation_steps == 24
+    assert packing.micro_batch_tokens(config, longest=60) == 0  # one sample at a time
     changed = ["packing=false", "per_device_train_batch_size=1", "gradient_accumulation_steps=24"]
     assert note == Message("samples_one_by_one", changed=changed)
     model, samples = flat_model(tmp_path), random_samples([7, 30, 12])

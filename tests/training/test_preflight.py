@@ -330,6 +330,28 @@ def test_a_base_that_is_quantized_in_another_way_is_refused_before_it_is_loaded(
     assert findings(preflight.check_model, f"model_name_or_path={base}") == refused
 
 
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (["use_dora=true"], ["use_dora"]),
+        (["use_dora=true", "lora_dropout=0.1", "lora_target=q_proj,up_proj"], ["use_dora", "lora_dropout"]),
+        (["use_dora=true", "lora_target=q_proj,o_proj"], []),
+        ([], []),
+    ],
+)
+def test_what_peft_refuses_on_experts_is_told_before_the_start(tiny_model, tmp_path, settings, refused):
+    folder = shutil.copytree(tiny_model, tmp_path / "experts")
+    model = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**model, "num_experts": 4, "num_experts_per_tok": 2}))
+    told = [
+        m
+        for m in findings(preflight.check_model, f"model_name_or_path={folder}", *settings)
+        if m.code != "model_is_whole"
+    ]
+    targets = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert told == ([Message("experts_need_plain_lora", settings=refused, targets=targets)] if refused else [])
+
+
 def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
@@ -341,6 +363,14 @@ def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
     assert found.code == "output_not_writable"
     assert findings(preflight.check_output, f"output_dir={tmp_path}/a/b/c") == []
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_that_failed_to_load_leaves_no_run(tmp_path):
+    (tmp_path / "loading.log").touch()
+    assert findings(preflight.check_run, f"output_dir={tmp_path}") == []
+    (tmp_path / "trainer_log.jsonl").touch()
+    (found,) = findings(preflight.check_run, f"output_dir={tmp_path}")
+    assert found == Message("unknown_run", folder=tmp_path, file="trainer_log.jsonl")
 
 
 def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
