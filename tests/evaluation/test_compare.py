@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import write_jsonl
 
 from common import Message
@@ -53,6 +54,7 @@ def test_two_runs_are_compared_on_the_same_conversations(tmp_path: Path) -> None
     assert compare.paired_predictions(tmp_path / "a", tmp_path / "none") is None
 
 
+@pytest.mark.slow
 def test_all_differences_of_two_runs_are_shown(tmp_path: Path) -> None:
     figures = metrics.classification(["0", "1"], np.array([[0.9, 0.1], [0.2, 0.8]]), ("0", "1"))
     for name, rank in (("a", 8), ("b", 16)):

@@ -39,6 +39,7 @@ def test_more_than_two_labels_and_a_label_that_does_not_occur() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.slow
 def test_pictures_with_chinese_labels_give_no_warnings(tmp_path: Path) -> None:
     import numpy as np
     from matplotlib import rcParams
