@@ -164,7 +164,8 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     if not record["stop"]:
         texts = [row.get("text") or row["messages"][-1]["content"] for row in rows]
         return [tokenizer(text)["input_ids"][:128] for text in texts]
-    found = encode_batch(stage, rows, Config(cutoff_len=128), load_template(None, tokenizer, stage), tokenizer)
+    short = Config(cutoff_len=128, max_completion_length=1)
+    found = encode_batch(stage, rows, short, load_template(None, tokenizer, stage), tokenizer)
     return [sequence_of(samples[0]) for samples in found if not isinstance(samples, Message)]
 
 

@@ -58,6 +58,31 @@ def test_steps_are_counted_in_whole_groups_of_prompts():
     assert [epoch_steps(config, prompts) for prompts in (2, 3, 7, 9)] == [1, 1, 2, 3]
 
 
+def test_a_run_stops_when_the_held_out_reward_no_longer_rises():
+    import common
+    from training.early_stopping import stop_reason
+
+    config = common.Config(stage="grpo", early_stopping_patience=2)
+    log = [{"step": step, "loss": 0.0} for step in range(1, 100)]
+    assert stop_reason(log, config, 5) is None  # its loss says nothing
+    log = [
+        {"step": 10 * i, "eval_loss": 0.0, "eval_reward": reward} for i, reward in enumerate((0.1, 0.9, 0.9, 0.8), 1)
+    ]
+    assert stop_reason(log[:3], config, 5) is None
+    assert stop_reason(log, config, 5) == common.Message("stopped_eval_reward", threshold=0.001, step=20)
+
+
+def test_memory_has_a_place_for_the_replies(tiny_model):
+    import common
+    from training.memory import forward_tokens, read_model, replies_memory
+
+    config = common.Config(stage="grpo", per_device_train_batch_size=16, max_completion_length=10)
+    assert forward_tokens(config, 100, None) == 2 * 100 + 16 * 10  # two prompts, each computed once
+    assert forward_tokens(config, 100, common.Gpu("", "", (0, 0), (0, 0), 0, 0)) == 16 * 110
+    # keys and values of 2 layers, 2 heads of 16 numbers, 4 bytes each; 8 forward passes a step
+    assert replies_memory(config, read_model(tiny_model), 100, None) == 2 * 2 * 32 * 4 * 128 * 110
+
+
 # Rewards a reply for the share of its tokens that have low numbers.
 OWN = """
 def low(prompts, completions, answer, shade, completion_ids, **columns):
@@ -129,6 +154,8 @@ def test_rewards_are_learned_resumed_and_evaluated(tmp_path, loud_model):
     assert trained["reward"] == pytest.approx(trained["reward_low"] + 0.1 * trained["reward_length"])
     assert trained["reward_low_interval"][0] <= trained["reward_low"] <= trained["reward_low_interval"][1]
     assert found["rewards"]["trained - base"]["reward_low"]["difference"] > 0.5
+
+    assert run("merge.py", str(folder)).returncode == 0  # with its proof on the run's prompts
 
     again = tmp_path / "again"  # in the third pass over the 16 prompts
     done = train(loud_model, again, data, *settings, f"resume_from_checkpoint={folder / 'checkpoint-7'}")

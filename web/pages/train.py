@@ -23,7 +23,7 @@ from runs.log import last_value
 from runs.metric_names import REWARDS
 from runs.target import missing_from_model
 from training.hardware import free_memory
-from training.memory import estimate_memory, read_model
+from training.memory import estimate_memory, forward_tokens, read_model, replies_memory
 from web import control, fields, jobs, widgets
 from web.control import run_folder
 from web.pages import data as data_page
@@ -56,7 +56,9 @@ def memory_html(config: Config, t: Translator) -> str:
     tokens = min(longest, config.cutoff_len) if longest and not config.packing else config.cutoff_len
     gpu = find_gpu()
     try:
-        parts = estimate_memory(config, read_model(folder), config.per_device_train_batch_size * tokens, gpu)
+        model = read_model(folder)
+        parts = estimate_memory(config, model, forward_tokens(config, tokens, gpu), gpu)
+        parts["activations"] += replies_memory(config, model, tokens, gpu)
     except (KeyError, json.JSONDecodeError):
         return note(t("Memory: cannot be estimated for this kind of model."))
     if gpu:
