@@ -166,8 +166,8 @@ def _text_layout(entry: Entry, first: Row) -> Layout:
 def prompt_shape(row: Row) -> tuple[str, dict[str, str]] | None:
     """The formatting and columns of a row with a prompt and perhaps an answer, or None."""
     column = next((name for name in PROMPTS if name in row), None)
-    answer = next((name for name in ANSWERS if name in row), None)
-    return ("alpaca", {"prompt": column} | ({"response": answer} if answer else {})) if column else None
+    answer = next((name for name in ANSWERS if name in row), ANSWERS[0])  # other rows may have one
+    return ("alpaca", {"prompt": column, "response": answer}) if column else None
 
 
 def preference_shape(row: Row) -> tuple[str, dict[str, str]] | None:

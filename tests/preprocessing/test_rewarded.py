@@ -48,6 +48,11 @@ def test_rows_of_every_form_are_a_prompt_with_or_without_answer(tmp_path, row, a
     assert found["columns"] == {name: value for name, value in row.items() if name != "prompt"}
 
 
+def test_the_first_row_may_lack_the_answer_that_others_have(tmp_path):
+    found = prompts_of(tmp_path, {"prompt": "two?"}, {"prompt": "three?", "answer": "3"})
+    assert [prompt["answer"] for prompt in found] == [None, "3"]
+
+
 def test_the_default_system_message_stands_before_a_prompt(tmp_path):
     (found,) = prompts_of(tmp_path, {"prompt": "two?", "level": 3}, default_system="Be brief.")
     assert [message["role"] for message in found["messages"]] == ["system", "user"]
