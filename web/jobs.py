@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 import common
 from common import Message, UserError
@@ -68,10 +69,15 @@ def start(folder: Path, command: list[str], language: str = "en") -> Job:
 
     Raises UserError where the folder's job still runs.
     """
-    earlier = find(folder)
-    if earlier and state(earlier) == "running":
-        raise UserError("job_running", command=earlier.shell_line)
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # of two boards on one folder, one starts it
+        earlier = find(folder)
+        if earlier and state(earlier) == "running":
+            raise UserError("job_running", command=earlier.shell_line)
+        return _start(folder, command, language)
+
+
+def _start(folder: Path, command: list[str], language: str) -> Job:
     status, error = folder / "status", folder / ERROR
     for old in (status, error, folder / ABORTED):
         old.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_a_job_lives_in_a_session_of_its_own(workdir: Path) -> None:
         jobs.start(workdir / "job", job.command)
     jobs.send_signal(job, signal.SIGKILL)
     assert ended(job) == "killed" and jobs.error(job) == Message("job_killed", command=job.shell_line)
+
+
+def test_of_boards_that_start_the_same_at_once_one_does(workdir: Path) -> None:
+    command = [script(workdir, "import time; time.sleep(60)")]
+
+    def start(_: int) -> jobs.Job | None:
+        try:
+            return jobs.start(workdir / "job", command)
+        except UserError as error:
+            assert error.code == "job_running"
+            return None
+
+    with ThreadPoolExecutor(4) as boards:
+        (job,) = filter(None, boards.map(start, range(4)))
+    assert jobs.find(workdir / "job") == job
+    jobs.send_signal(job, signal.SIGKILL)
+    assert ended(job) == "killed"
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
