@@ -217,7 +217,8 @@ async def load(url: str, seconds: float, clients: int) -> int:
     async with httpx.AsyncClient(timeout=60) as http:
 
         async def gauge(name: str) -> float:
-            text = (await http.get(f"{root}/metrics")).text
+            # an idle connection may be closed by the server in the moment of the next request
+            text = (await http.get(f"{root}/metrics", headers={"Connection": "close"})).text
             return float(text.partition(f"\n{name} ")[2].split("\n")[0])
 
         model = (await http.get(f"{url}/models")).json()["data"][0]["id"]
