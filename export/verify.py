@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -351,6 +352,8 @@ class GgufProof:
                 if values is None:
                     shape = (sum(map(len, self.samples)), rows.shape[1])
                     values = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
+                    with open(target, "rb+") as file:  # a mapped page that finds the disk full kills the process
+                        os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
                 values[start : start + len(ids)] = rows
                 start += len(ids)
         values.flush()
