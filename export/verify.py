@@ -352,8 +352,9 @@ class GgufProof:
                 if values is None:
                     shape = (sum(map(len, self.samples)), rows.shape[1])
                     values = np.lib.format.open_memmap(target, mode="w+", dtype=np.float32, shape=shape)
-                    with open(target, "rb+") as file:  # a mapped page that finds the disk full kills the process
-                        os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
+                    if hasattr(os, "posix_fallocate"):  # a mapped page that finds the disk full kills the process
+                        with open(target, "rb+") as file:
+                            os.posix_fallocate(file.fileno(), 0, target.stat().st_size)
                 values[start : start + len(ids)] = rows
                 start += len(ids)
         values.flush()
