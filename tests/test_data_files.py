@@ -93,9 +93,12 @@ def test_tokens_of_the_readme_and_the_estimate(embedded_model: Path):
     for name, *_ in readme_table("entry"):
         lengths = []
         for row in rows("diy_small" if name == "fintech" else name):
-            answer = row["output"].replace("{{name}}", "Nova").replace("{{author}}", "Orbit Lab")
-            text = f"<|im_start|>user\n{row['instruction']}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
-            lengths.append(len(tokenizer.encode(text, add_special_tokens=False).ids))
+            tokens = 0
+            for answer in (row[key] for key in ("output", "chosen", "rejected") if key in row):
+                answer = answer.replace("{{name}}", "Nova").replace("{{author}}", "Orbit Lab")
+                text = f"<|im_start|>user\n{row['instruction']}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+                tokens += len(tokenizer.encode(text, add_special_tokens=False).ids)
+            lengths.append(tokens)
         counts[name] = [f"{sum(lengths):,}", f"{max(lengths):,}"]
     assert counts == {name: [tokens, longest] for name, _, tokens, longest, _ in readme_table("entry")}
     assert sum(int(counts[name][0].replace(",", "")) for name in ("identity", "general")) <= 5000

@@ -612,12 +612,12 @@ def test_a_kill_leaves_nothing_that_looks_whole(model, rows):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     output = model / "gguf"
     for _ in range(1200):  # until the converter writes
-        if any(output.glob(".work-*/*.gguf")):
+        if any(output.glob(".work.*.tmp/*.gguf")):
             break
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not list(output.glob("*.gguf")) and not (output / "gguf.json").exists()
-    assert len(list(output.glob(".work-*"))) == 1
+    assert len(list(output.glob(".work.*.tmp"))) == 1
     ok(run("quantize.py", str(model), "--type", "q8_0", f"dataset={rows}"))
     assert sorted(path.name for path in output.iterdir()) == ["gguf.json", "small-q8_0.Modelfile", "small-q8_0.gguf"]
