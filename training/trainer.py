@@ -264,7 +264,6 @@ def make_trainer(
     from transformers import PrinterCallback
 
     from training import callbacks
-    from training.splitting import Splitter, pieces, pieces_of_rows
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
@@ -283,18 +282,12 @@ def make_trainer(
         **more,
     )
     trainer.plan, trainer.save_limit = plan, config.save_total_limit
-    settings = smaller_settings(config, plan.longest)
-    is_flat = config.stage in packing.FLAT_STAGES
-    if is_flat:  # else Unsloth goes through the held-out samples, to cut those beyond it: all are cut already
-        trainer.args.max_length = trainer.args.max_seq_length = None
-    divide = pieces if is_flat else partial(pieces_of_rows, of_pairs=config.stage == "dpo")
-    trainer.train_splitter = Splitter(settings, divide, packing.micro_batch_tokens(config, plan.longest))
-    trainer.eval_splitter = Splitter(settings, divide)
+    _set_splitters(trainer, config, plan)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
     trainer.embedding_rate, trainer.start = config.embedding_learning_rate, getattr(model, "start", None)
     if config.neftune_noise_alpha:
         trainer.noise = EmbeddingNoise(model, config.neftune_noise_alpha)
-    if held_out and is_flat:
+    if held_out and config.stage in packing.FLAT_STAGES:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
     gradients = callbacks.FiniteGradients(lambda: trainer.last_grad_norm)
@@ -302,6 +295,19 @@ def make_trainer(
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the log is ours
     return trainer, early
+
+
+def _set_splitters(trainer: Any, config: Config, plan: TrainingPlan) -> None:
+    """How a batch is trained, and evaluated, in pieces that fit into memory."""
+    from training.splitting import Splitter, pieces, pieces_of_rows
+
+    settings = smaller_settings(config, plan.longest)
+    is_flat = config.stage in packing.FLAT_STAGES
+    if is_flat:  # else Unsloth goes through the held-out samples, to cut those beyond it: all are cut already
+        trainer.args.max_length = trainer.args.max_seq_length = None
+    divide = pieces if is_flat else partial(pieces_of_rows, of_pairs=config.stage == "dpo")
+    trainer.train_splitter = Splitter(settings, divide, packing.micro_batch_tokens(config, plan.longest))
+    trainer.eval_splitter = Splitter(settings, divide)
 
 
 def _trainer_class(config: Config, rewards: Sequence[Reward], on_cpu: bool) -> tuple[type, dict[str, Any]]:
