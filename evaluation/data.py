@@ -77,9 +77,10 @@ def find_datasets(
         for name, folder in result_folders(home, names).items()
     ]
     found = [data for data in made if data]
-    if config.labels and not wants_only_losses(config) and all(data.labels != config.labels for data in found):
-        answer = labels.unknown_label(config.labels, [answer_of(row) for row in found[0].rows])
-        raise UserError("eval_label_unknown", dataset=found[0].name, answer=answer, labels=list(config.labels))
+    answered = [data for data in found if data.task in ("classification", "text")]  # of others, labels are a reward's
+    if config.labels and answered and all(data.labels != config.labels for data in answered):
+        answer = labels.unknown_label(config.labels, [answer_of(row) for row in answered[0].rows])
+        raise UserError("eval_label_unknown", dataset=answered[0].name, answer=answer, labels=list(config.labels))
     if any(data.name == GENERAL for data in found):
         return found
     return [*found, *general_knowledge(config, trainings, home)]

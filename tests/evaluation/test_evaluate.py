@@ -175,6 +175,14 @@ def test_a_recipe_names_what_is_predicted(trained: Path, tmp_path: Path) -> None
     )  # val_size does not stand in its way
 
 
+@pytest.mark.slow
+def test_the_labels_of_a_reward_need_not_be_the_answers_of_the_rows(trained: Path, tmp_path: Path) -> None:
+    home = trained.parent.parent
+    rewards = {"reward_funcs": ("one_of_labels",), "labels": ("No", "Yes")}
+    run = made_run(tmp_path / "run", trained, stage="grpo", dataset=(f"{home}/odd.jsonl",), **rewards)
+    assert job_of(str(run), f"dataset={home}/odd_test.jsonl").datasets[0].task == "rewarded"
+
+
 def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
     checkpoint = tmp_path / "saves" / "r" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
