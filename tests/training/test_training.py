@@ -371,7 +371,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
     """A step on the tiny model, with the data of data/; and the recipe is what one talks to."""
-    more = [f"model_name_or_path={tiny_model}", f"dataset_dir={ROOT / 'data'}", "max_steps=1", "cutoff_len=320"]
+    more = [f"model_name_or_path={tiny_model}", f"dataset_dir={ROOT / 'data'}", "max_steps=1", "cutoff_len=384"]
     ok(run("train.py", str(recipe), *more, cwd=tmp_path))
     assert read_run(tmp_path / "saves" / recipe.stem)["steps"] == 1
     if recipe.stem == "llama3-8b-chinese-chat":
