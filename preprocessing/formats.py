@@ -480,13 +480,30 @@ def fill_in(messages: list[Row], layout: Layout, config: Config) -> None:
                 message["content"] = message["content"].replace(mark, word)
 
 
-def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
-    """A row as a conversation, with {{name}} and {{author}} filled in; raises Fault with what is wrong."""
+def note_row(row: Any, layout: Layout) -> None:
+    """Notes the columns of a row; raises Fault where it is no object, or its data is of another stage."""
     if not isinstance(row, dict):
         raise Fault("row_no_object", value=json.dumps(row, ensure_ascii=False)[:40])
     layout.seen.update(row)
     if not layout.named:  # else the registry says which columns are meant
         refuse_other_data(kinds_of(row), layout.stage)
+
+
+def prompt_messages(row: Row, layout: Layout) -> list[Row]:
+    """The prompt of a row whose answer stands beside it: its messages, or the columns of a question."""
+    if layout.formatting != "alpaca":
+        return from_messages(row, layout)
+    value = row.get(layout.columns.get("prompt"))
+    if isinstance(value, list):  # TRL's conversational form
+        layout.used.add(layout.columns["prompt"])
+        messages = json_value(value, layout.columns["prompt"])
+        return [read_message(message, layout, number) for number, message in enumerate(messages, 1)]
+    return alpaca_prompt(row, layout)
+
+
+def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
+    """A row as a conversation, with {{name}} and {{author}} filled in; raises Fault with what is wrong."""
+    note_row(row, layout)
     messages = FORMATS[layout.formatting](row, layout)
     add_system(messages, row, layout, config)
     check_order(messages)

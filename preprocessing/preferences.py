@@ -17,32 +17,29 @@ from preprocessing.formats import (
     Layout,
     Row,
     add_system,
-    alpaca_prompt,
     check_order,
     column_value,
     fill_in,
     filled_text,
-    from_messages,
-    json_value,
-    kinds_of,
+    note_row,
+    prompt_messages,
     read_message,
     to_conversation,
     tools_of,
 )
-from preprocessing.registry import refuse_other_data
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # how Anthropic's HH data writes turns
 
 
 def to_document(row: Any, layout: Layout, _: Config) -> Conversation:
     """A row of text as a document; raises Fault with what is wrong."""
-    _note_row(row, layout)
+    note_row(row, layout)
     return {"text": filled_text(column_value(row, layout, "prompt"), layout.columns["prompt"])}
 
 
 def to_pair(row: Any, layout: Layout, config: Config) -> Conversation:
     """A row as a prompt with a chosen and a rejected answer; raises Fault with what is wrong."""
-    _note_row(row, layout)
+    note_row(row, layout)
     given = [_answer_value(row, layout, kind) for kind in ("chosen", "rejected")]
     prompts: list[list[Row]] = []
     answers: list[Row] = []
@@ -52,7 +49,7 @@ def to_pair(row: Any, layout: Layout, config: Config) -> Conversation:
             raise Fault("pair_answer_of_wrong_role", kind=kind, role=messages[-1]["role"])
         prompts.append(messages[:-1])
         answers.append(messages[-1])
-    prompt = prompts[0] or _prompt_messages(row, layout)
+    prompt = prompts[0] or prompt_messages(row, layout)
     if prompts[0] != prompts[1]:
         raise Fault("pair_rows_prompts_differ")
     if answers[0] == answers[1]:
@@ -73,26 +70,18 @@ def to_pair(row: Any, layout: Layout, config: Config) -> Conversation:
 
 def to_judged(row: Any, layout: Layout, config: Config) -> Conversation:
     """A row as a conversation whose last answer is good or bad; raises Fault with what is wrong."""
-    _note_row(row, layout)
+    note_row(row, layout)
     good = column_value(row, layout, "kto_tag")
     if good not in (True, False) or isinstance(good, float):
         raise Fault("kto_tag_no_bool", column=layout.columns["kto_tag"], value=json.dumps(good)[:40])
     if isinstance(row.get(layout.columns.get("prompt")), list):  # TRL's conversational form
-        messages = _prompt_messages(row, layout)
+        messages = prompt_messages(row, layout)
         messages += _answer_messages(column_value(row, layout, "response"), layout, "response")
         add_system(messages, row, layout, config)
         check_order(messages)
         fill_in(messages, layout, config)
         return {"messages": messages, "good": bool(good)}
     return {**to_conversation(row, layout, config), "good": bool(good)}
-
-
-def _note_row(row: Any, layout: Layout) -> None:
-    if not isinstance(row, dict):
-        raise Fault("row_no_object", value=json.dumps(row, ensure_ascii=False)[:40])
-    layout.seen.update(row)
-    if not layout.named:
-        refuse_other_data(kinds_of(row), layout.stage)
 
 
 def _answer_value(row: Row, layout: Layout, kind: str) -> Any:
@@ -116,15 +105,3 @@ def _answer_messages(value: Any, layout: Layout, kind: str) -> list[Row]:
         roles = ("user" if name == "Human" else "assistant" for name in turns[::2])
         return [{"role": role, "content": content} for role, content in zip(roles, turns[1::2], strict=True)]
     return [{"role": "assistant", "content": text}]
-
-
-def _prompt_messages(row: Row, layout: Layout) -> list[Row]:
-    """The prompt of a row: its messages, or the columns of a question."""
-    if layout.formatting != "alpaca":
-        return from_messages(row, layout)
-    value = row.get(layout.columns.get("prompt"))
-    if isinstance(value, list):
-        layout.used.add(layout.columns["prompt"])
-        messages = json_value(value, layout.columns["prompt"])
-        return [read_message(message, layout, number) for number, message in enumerate(messages, 1)]
-    return alpaca_prompt(row, layout)

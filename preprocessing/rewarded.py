@@ -16,16 +16,13 @@ from preprocessing.formats import (
     Layout,
     Row,
     add_system,
-    alpaca_prompt,
     check_order,
     fill_in,
     from_messages,
-    json_value,
-    kinds_of,
-    read_message,
+    note_row,
+    prompt_messages,
     tools_of,
 )
-from preprocessing.registry import refuse_other_data
 
 # Names that TRL gives to a reward function itself.
 GIVEN = ("prompt", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
@@ -33,11 +30,7 @@ GIVEN = ("prompt", "completions", "completion_ids", "prompt_ids", "trainer_state
 
 def to_prompt(row: Any, layout: Layout, config: Config) -> Conversation:
     """A row as a prompt with its answer, where it has one; raises Fault with what is wrong."""
-    if not isinstance(row, dict):
-        raise Fault("row_no_object", value=json.dumps(row, ensure_ascii=False)[:40])
-    layout.seen.update(row)
-    if not layout.named:
-        refuse_other_data(kinds_of(row), layout.stage)
+    note_row(row, layout)
     messages, answer = _messages(row, layout)
     if not messages:
         raise Fault("conversation_empty")
@@ -62,15 +55,7 @@ def _messages(row: Row, layout: Layout) -> tuple[list[Row], str | None]:
         messages = from_messages(row, layout)
         has_answer = messages[-1]["role"] == "assistant"
         return (messages[:-1], messages[-1]["content"]) if has_answer else (messages, None)
-    column = layout.columns.get("prompt")
-    value = row.get(column)
-    if isinstance(value, list):  # TRL's conversational form
-        layout.used.add(column)
-        given = json_value(value, column)
-        messages = [read_message(message, layout, number) for number, message in enumerate(given, 1)]
-    else:
-        messages = alpaca_prompt(row, layout)
-    return messages, _answer_text(layout.value(row, "response"))
+    return prompt_messages(row, layout), _answer_text(layout.value(row, "response"))
 
 
 def _answer_text(value: Any) -> str | None:
