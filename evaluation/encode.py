@@ -9,6 +9,7 @@ from typing import Any
 
 from common import Config, Message, UserError
 from evaluation.data import Conversation, EvalDataset, answer_of
+from preprocessing.encode_stages import encode_batch
 
 FORMAT = 2  # of predictions.jsonl and how they are made: another number makes the old ones invalid
 
@@ -90,6 +91,15 @@ def _split(sample: dict[str, list[int]]) -> tuple[list[int], list[int]]:
     labels = sample["labels"]
     first = next(i for i, label in enumerate(labels) if label != -100)
     return sample["input_ids"][:first], [label for label in labels[first:] if label != -100]
+
+
+def encode_single(
+    stage: str, data: EvalDataset, config: Config, tokenizer: Any, template: Any
+) -> tuple[list[int], list[Any]]:
+    """The numbers of the rows that fit, and these rows as their stage trains them, a sample each."""
+    encoded = encode_batch(stage, data.rows, config, template, tokenizer)
+    kept = usable_rows(data, encoded)
+    return kept, [encoded[i][0] for i in kept]
 
 
 def usable_rows(data: EvalDataset, samples: list[Any]) -> list[int]:

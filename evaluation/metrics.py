@@ -202,6 +202,13 @@ def paired(truth: Sequence[str], first: Sequence[str], second: Sequence[str]) ->
     }
 
 
+def against_base(models: dict[str, Any], compare: Callable[[Any, Any], dict[str, Any]]) -> dict[str, Any]:
+    """`compare(base, model)` of every other model, by "NAME - base"; empty where the base was not measured."""
+    if "base" not in models:
+        return {}
+    return {f"{name} - base": compare(models["base"], own) for name, own in models.items() if name != "base"}
+
+
 def mean(name: str, values: Sequence[float]) -> list[tuple[str, Any]]:
     """The mean under `name`, and its 95 % interval under `name`_interval: Wilson's of a share, else the bootstrap's."""
     import numpy as np

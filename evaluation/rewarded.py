@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import Config, Message
+from common import Config
 from evaluation import metrics
 from evaluation.data import EvalDataset
-from evaluation.encode import Encoded, usable_rows
-from preprocessing.encode_stages import encode_batch
+from evaluation.encode import Encoded, encode_single
 
 
 def encode_prompts(data: EvalDataset, config: Config, tokenizer: Any, template: Any, reply_limit: int) -> Encoded:
     """The prompts of a dataset as training renders them."""
-    found = [
-        sample if isinstance(sample, Message) else sample[0]
-        for sample in encode_batch("grpo", data.rows, config, template, tokenizer)
-    ]
-    kept = usable_rows(data, found)
+    kept, samples = encode_single("grpo", data, config, tokenizer, template)
     answers = [data.rows[i]["answer"] or "" for i in kept]
-    return Encoded(kept, [found[i]["prompt_ids"] for i in kept], [], [], answers, reply_limit)
+    return Encoded(kept, [sample["prompt_ids"] for sample in samples], [], [], answers, reply_limit)
 
 
 def score_prompts(_: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
@@ -51,11 +46,9 @@ def measure_rewards(
         label: {"rows": len(found["reward"])} | {k: v for name in found for k, v in metrics.mean(name, found[name])}
         for label, found in values.items()
     }
-    paired = {
-        f"{label} - base": {name: metrics.paired_means(values["base"][name], found[name]) for name in found}
-        for label, found in values.items()
-        if label != "base" and "base" in values
-    }
+    paired = metrics.against_base(
+        values, lambda base, found: {name: metrics.paired_means(base[name], found[name]) for name in found}
+    )
     return {"models": models, "rewards": paired}
 
 

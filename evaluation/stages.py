@@ -7,7 +7,7 @@ from typing import Any
 from common import Config, UserError
 from evaluation import metrics
 from evaluation.data import EvalDataset, answer_of
-from evaluation.encode import Encoded, usable_rows
+from evaluation.encode import Encoded, encode_single, usable_rows
 from evaluation.likelihood import batched_losses, document_windows, preference_figures, preferred, score_pairs
 from preprocessing.encode_stages import encode_batch
 
@@ -25,18 +25,14 @@ def encode_rows(data: EvalDataset, config: Config, tokenizer: Any, template: Any
             ids = [token for sample in documents[i] for token in sample["input_ids"]]
             samples.append({"input_ids": ids, "labels": document_windows(ids, config.cutoff_len)})
         return Encoded(kept, [[] for _ in kept], [], samples, [""] * len(kept))
-    found = [
-        sample if not isinstance(sample, list) else sample[0]
-        for sample in encode_batch(stage, data.rows, config, template, tokenizer)
-    ]
-    kept = usable_rows(data, found)
+    kept, found = encode_single(stage, data, config, tokenizer, template)
     names = ("chosen_ids", "rejected_ids") if stage == "dpo" else ("completion_ids",)
     samples = []
-    for i in kept:
-        first, *second = (_sample(found[i]["prompt_ids"], found[i][name]) for name in names)
+    for encoded in found:
+        first, *second = (_sample(encoded["prompt_ids"], encoded[name]) for name in names)
         samples.append(first | ({"rejected": second[0]} if second else {}))
     labels = [answer_of(data.rows[i]) if stage == "dpo" else "good" if data.rows[i]["good"] else "bad" for i in kept]
-    return Encoded(kept, [found[i]["prompt_ids"] for i in kept], [], samples, labels)
+    return Encoded(kept, [encoded["prompt_ids"] for encoded in found], [], samples, labels)
 
 
 def _sample(prompt: list[int], answer: list[int]) -> dict[str, Any]:
@@ -67,11 +63,7 @@ def measure_pairs(_: EvalDataset, predictions: dict[str, list[dict[str, Any]]]) 
     pairs = {name: [(line["chosen"], line["rejected"]) for line in lines] for name, lines in predictions.items()}
     models = {name: preference_figures(pairs[name]) for name in pairs}
     chosen = {name: [line["prediction"] for line in lines] for name, lines in predictions.items()}
-    paired = {
-        f"{name} - base": metrics.paired(["chosen"] * len(lines), chosen["base"], lines)
-        for name, lines in chosen.items()
-        if name != "base" and "base" in chosen
-    }
+    paired = metrics.against_base(chosen, lambda base, own: metrics.paired(["chosen"] * len(own), base, own))
     return {"models": models, "paired": paired}
 
 
