@@ -216,6 +216,12 @@ def what_was_learned(folder: Path) -> tuple[bytes, list[dict]]:
     return weights, [{name: line.get(name) for name in LEARNED} for line in lines]
 
 
+def train_on(model: Path, data: Path, folder: Path, *settings: str, **kwargs) -> Finished:
+    """`python train.py`: this model on this file into this run folder."""
+    named = (f"model_name_or_path={model}", f"dataset={data}", f"output_dir={folder}")
+    return run("train.py", *named, *settings, **kwargs)
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, save_adapter, write_jsonl
+from conftest import ROOT, run, save_adapter, train_on, write_jsonl
 
 from runs.log import read_log
 
@@ -106,11 +106,10 @@ def loud_model(tiny_model, tmp_path_factory):
 
 
 def train(model: Path, folder: Path, data: Path, *settings: str):
-    return run(
-        "train.py",
-        f"model_name_or_path={model}",
-        f"dataset={data}",
-        f"output_dir={folder}",
+    return train_on(
+        model,
+        data,
+        folder,
         *("stage=grpo", "max_completion_length=2", "cutoff_len=64", "num_generations=16", "learning_rate=3e-2"),
         *("per_device_train_batch_size=64", "gradient_accumulation_steps=1", "logging_steps=1", "seed=1", "val_size=6"),
         *settings,

@@ -8,17 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok, run, save_adapter, write_jsonl
+from conftest import ROOT, ok, run, save_adapter, train_on, write_jsonl
 
 from runs.log import read_log
 
 
 def train(model: Path, folder: Path, data: Path, *settings: str):
-    return run(
-        "train.py",
-        f"model_name_or_path={model}",
-        f"dataset={data}",
-        f"output_dir={folder}",
+    return train_on(
+        model,
+        data,
+        folder,
         *("cutoff_len=128", "learning_rate=1e-2", "gradient_accumulation_steps=1", "val_size=6", "seed=1"),
         *settings,
     )

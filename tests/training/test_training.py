@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Finished, ok, refused, run, save_adapter, user_error, write_jsonl
+from conftest import ROOT, Finished, ok, refused, run, save_adapter, train_on, user_error, write_jsonl
 
 import common
 import train as script
@@ -43,8 +43,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def train(model: Path, data: Path, folder: Path, *more: str, **kwargs) -> Finished:
-    settings = [f"model_name_or_path={model}", f"dataset={data}", f"output_dir={folder}", *SETTINGS, *more]
-    return run("train.py", *settings, cwd=data.parent, **kwargs)
+    return train_on(model, data, folder, *SETTINGS, *more, cwd=data.parent, **kwargs)
 
 
 def read_run(folder: Path) -> dict:
