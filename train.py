@@ -20,6 +20,7 @@ from common import Message, UserError
 from runs.configuration import check_training_asked_for, load_config, run_command
 from runs.disk import explaining_full_disk
 from runs.lock import locked
+from runs.process import interruptible
 from training import preflight, record, resume, trainer
 from training.findings import Run
 
@@ -43,7 +44,8 @@ def main(arguments: list[str]) -> None:
         return
     with locked(run.folder):
         preflight.make_missing_model(run)
-        trainer.import_unsloth()  # takes ten seconds: what can be told to be wrong before is told
+        with interruptible():
+            trainer.import_unsloth()  # takes ten seconds: what can be told to be wrong before is told
         prepare_data(run)
         train(run)
     if run.config.do_predict:
@@ -63,10 +65,11 @@ def train(run: Run) -> None:
     """Loads the model, trains it, and leaves the adapter in the run folder."""
     precision = trainer.choose_precision(run.config)
     print_notes([precision.note] if precision.note else [])
-    model = trainer.load_model(run.config, precision)
-    trained, early = trainer.make_trainer(
-        run.config, precision, model, run.tokenizer, run.data, run.plan, run.rewards, run.template.stop
-    )
+    with interruptible():
+        model = trainer.load_model(run.config, precision)
+        trained, early = trainer.make_trainer(
+            run.config, precision, model, run.tokenizer, run.data, run.plan, run.rewards, run.template.stop
+        )
     resume.clear_old_run(run.resume, run.folder)  # only now, when all that could be wrong with this run was tried
     record.begin_record(run.loaded, run.folder, run.data, run.inputs, run.resume.checkpoint)
     try:

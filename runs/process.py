@@ -1,10 +1,13 @@
-"""Whether a process that a file names still runs."""
+"""Whether a process that a file names still runs, and how this one ends when it is asked to."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 
 def is_alive(process: int, created: float | None = None) -> bool:
@@ -30,3 +33,29 @@ def end_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what is inside with KeyboardInterrupt, though libraries catch it with a bare `except:`.
+
+    Unsloth has more than a hundred of these, also while it is imported. So it is raised once a second until it arrives.
+    """
+    asked = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    earlier = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
