@@ -541,10 +541,14 @@ def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace:
 sys.excepthook = _say_what_is_missing  # from the first line on: commands import some packages before they run
 
 
+# Why a path cannot be used at all, whatever it was wanted for.
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS)
+
+
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs a script's `main(argv)`; a UserError becomes its sentence on stderr and exit status 2, Ctrl-C status 130.
 
-    So does a full disk where nothing nearer to it has told how much is needed.
+    So do a path that cannot be used, and a full disk, where nothing nearer to it has told more.
     """
     # A shell starts what runs in the background (`nohup make webui &`) with SIGINT ignored; nothing could be paused.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -565,6 +569,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename:
+            _end_with(Message("path_unusable", path=error.filename, problem=error.strerror))
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = {path: shutil.disk_usage(path).free for path in (Path.cwd(), ROOT, Path(tempfile.gettempdir()))}

@@ -77,6 +77,8 @@ def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> 
             entries.append(replace(entry, stage=stage))
         except FileNotFoundError:
             faults.append(_unknown_name(name, registry, folder))
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            faults.append(Message("path_unusable", path=error.filename, problem=error.strerror))
         except Fault as fault:
             faults.append(Message("dataset_fault", name=name, reason=fault.message))
     if faults:

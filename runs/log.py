@@ -22,10 +22,10 @@ def append_line(folder: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def keep_lines(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Rewrites the log with the lines that `keep` accepts (a resumed run logs the others again); returns them."""
-    lines = [line for line in read_log(folder) if keep(line)]
-    write_jsonl(folder / LOG, lines)
+def keep_lines(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Rewrites a log with the lines that `keep` accepts (a resumed run logs the others again); returns them."""
+    lines = [line for line in read_jsonl(file) if keep(line)]
+    write_jsonl(file, lines)
     return lines
 
 

@@ -14,6 +14,8 @@ import yaml
 
 from common import OPTIONS, TYPES, Message, UserError, load_yaml, nearest_word
 
+LONGEST_NAME = 255  # bytes of a file's or folder's name
+
 
 def is_unset(value: Any) -> bool:
     return value in (None, [], {}) or (isinstance(value, str) and value.strip().lower() in ("", "none", "null"))
@@ -95,8 +97,10 @@ def _scalar(kind: type, value: Any) -> Any:
 def expand_path(path: str) -> str:
     """A path or name with `~`, `${VARIABLE}` and Windows' backslashes resolved.
 
-    Raises UserError where a variable is not set.
+    Raises UserError where a variable is not set, or a name is longer than file systems have.
     """
+    if any(len(part.encode(errors="replace")) > LONGEST_NAME for part in path.split("/")):
+        raise UserError("name_too_long", most=LONGEST_NAME)
     if missing := [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]:
         raise UserError("variable_not_set", variable=missing[0])
     path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], path))

@@ -206,14 +206,21 @@ SAY_SETTINGS = [
     "learning_rate=0.01", "logging_steps=5", "eval_steps=4", "save_steps=3", "val_size=3", "lora_dropout=0.1",
     "bf16=false", "early_stopping=no",
 ]  # fmt: skip
+PROMPTS = [{"prompt": f"Say {word}.", "answer": f"{word}!"} for word in WORDS]
+GRPO_SETTINGS = [  # of a training of PROMPTS, after SAY_SETTINGS: two prompts a step
+    "stage=grpo", "reward_funcs=regex: [a-z],length", "num_generations=4", "per_device_train_batch_size=8",
+    "max_completion_length=8", "temperature=2",
+]  # fmt: skip
 LEARNED = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "reward_margin", "eval_reward_accuracy")
+LEARNED += ("reward", "eval_reward", "reward_std", "entropy", "reply_tokens")
 
 
-def what_was_learned(folder: Path) -> tuple[bytes, list[dict]]:
-    """The adapter of a run, and of each line of its log what must not depend on an interruption."""
+def what_was_learned(folder: Path) -> tuple[bytes, list[dict], str | None]:
+    """What of a run must not depend on an interruption: its adapter, of each line of its log, stage grpo's replies."""
     lines = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    return weights, [{name: line.get(name) for name in LEARNED} for line in lines]
+    weights, samples = (folder / "adapter_model.safetensors").read_bytes(), folder / "samples.jsonl"
+    replies = samples.read_text(encoding="utf-8") if samples.exists() else None
+    return weights, [{name: line.get(name) for name in LEARNED} for line in lines], replies
 
 
 def train_on(model: Path, data: Path, folder: Path, *settings: str, **kwargs) -> Finished:

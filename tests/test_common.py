@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, run, user_error
+from conftest import ROOT, refused, run, user_error
 
 import common
 from common import Config, Message, UserError
@@ -613,3 +613,16 @@ def test_sha256_of_a_part_of_a_file(tmp_path):
 def test_a_setting_longer_than_a_file_name_may_be_is_an_ordinary_fault():
     with user_error("config_faults"):
         load_config([f"lora_rank={'x' * 300}"])
+
+
+def test_a_name_longer_than_file_systems_have_is_a_fault_of_its_setting():
+    long = "a" * 256
+    faults = faults_of([f"model_name_or_path={long}", f"dataset=a,b/{long}.json", f"output_dir={'好' * 86}"])
+    assert {faults[name] for name in ("model_name_or_path", "dataset", "output_dir")} == {
+        Message("name_too_long", most=255)
+    }
+
+
+def test_a_path_that_no_command_can_use_is_one_sentence():
+    refused(run("preview.py", f"{'a' * 256}.json"), "config_faults")
+    refused(run("chat.py", "a" * 256), "path_unusable")

@@ -16,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common import Config, Message, UserError
 from runs.charts import draw_loss
-from runs.log import append_line, keep_lines, read_log
+from runs.folder import SAMPLES
+from runs.log import LOG, append_line, keep_lines, read_log
 from training import early_stopping
 from training.grpo import logged_rewards
 from training.plan import TrainingPlan
@@ -45,12 +46,14 @@ class Progress(TrainerCallback):
         # a resumed run goes on from its checkpoint: what was logged after that will be logged again
         evaluated = {line["step"] for line in state.log_history if "eval_loss" in line}
         kept = keep_lines(
-            self.folder,
+            self.folder / LOG,
             lambda line: (
                 line.get("step", math.inf) <= state.global_step  # another program's log has other keys
                 and ("eval_loss" not in line or line["step"] in evaluated)
             ),
         )
+        if (self.folder / SAMPLES).exists():
+            keep_lines(self.folder / SAMPLES, lambda line: line.get("step", math.inf) <= state.global_step)
         self.earlier_seconds = kept[-1]["elapsed"] if kept else 0.0
         self.started, self.first_step = time.monotonic(), state.global_step
         self.first_tokens = state.num_input_tokens_seen

@@ -20,7 +20,7 @@ from runs.files import append_lines
 from runs.folder import SAMPLES
 from training.preferences import remove_reference
 from training.rewards import Reward, text_of
-from training.sft_trainer import RunTrainer
+from training.sft_trainer import MeansTrainer
 from training.shared_prompts import PromptGroups, generate
 
 SAMPLE_PROMPTS = 2  # prompts of a logged step whose replies are written to samples.jsonl
@@ -39,7 +39,7 @@ class EpochSampler(RepeatSampler):
         return super().__iter__()
 
 
-class GrpoTrainer(RunTrainer, GRPOTrainer):
+class GrpoTrainer(MeansTrainer, GRPOTrainer):
     """GRPOTrainer whose prompts are token ids; evaluations take one greedy reply to each prompt."""
 
     def __init__(self, *, config: Config, rewards: Sequence[Reward], shares_prompts: bool, **kwargs: Any) -> None:

@@ -84,6 +84,7 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     import numpy as np
 
     rows: list[list[int]] = []
+    capacity = min(capacity, int(np.sum(lengths)))  # more is never filled, and the list below would not fit into memory
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the space that is left
     spaces = 0  # bit s is set where open_rows[s] is not empty
     for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():

@@ -12,7 +12,6 @@ import torch
 from trl import DPOTrainer, KTOTrainer
 
 from common import Config
-from runs.files import read_json
 from training.preferences import (
     BEST_BY,
     WITHOUT_REFERENCE,
@@ -23,14 +22,14 @@ from training.preferences import (
     remove_reference,
     with_mismatched,
 )
-from training.sft_trainer import LOSS_STATE, RunTrainer
+from training.sft_trainer import MeansTrainer
 from training.splitting import Splitter, with_gradients_apart
 
 IDS = ("input_ids", "attention_mask", "completion_mask")
 KINDS = ("rewards/chosen", "rewards/rejected")
 
 
-class PreferenceTrainer(RunTrainer):
+class PreferenceTrainer(MeansTrainer):
     """What DPO and KTO share: token ids as they are, no copy of the adapter, exact means, batches that are split."""
 
     train_splitter: Splitter
@@ -88,15 +87,6 @@ class PreferenceTrainer(RunTrainer):
     def _note(self, name: str, values: torch.Tensor) -> None:
         """Adds to what the next logged value of `name` is the mean of."""
         self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += values.detach().tolist()
-
-    def since_log(self) -> dict[str, Any]:
-        return {**super().since_log(), "rewards": self._metrics["train"]}
-
-    def restore(self) -> None:
-        super().restore()
-        if self.resumed_from:
-            saved = read_json(self.resumed_from / LOSS_STATE, default={}).get("rewards", {})
-            self._metrics["train"].update(saved)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         found, accuracy, comparisons = self._metrics["train" if self.model.training else "eval"], 1.0, 1

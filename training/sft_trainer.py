@@ -154,6 +154,19 @@ class RunTrainer:
         return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
 
 
+class MeansTrainer(RunTrainer):
+    """The trainer of a stage whose logged lines have means over the steps since the last one, beside the loss."""
+
+    def since_log(self) -> dict[str, Any]:
+        return {**super().since_log(), "means": self._metrics["train"]}
+
+    def restore(self) -> None:
+        super().restore()
+        if self.resumed_from:
+            saved = read_json(self.resumed_from / LOSS_STATE, default={}).get("means", {})
+            self._metrics["train"].update(saved)
+
+
 class Trainer(RunTrainer, SFTTrainer):
     """SFTTrainer with micro-batches of equal size, and an exact mean of the evaluation loss."""
 

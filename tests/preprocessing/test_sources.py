@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -233,6 +234,7 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
         "slip": {"file_nam": "rows.jsonl"},
         "misspelt": {"file_name": "rows.jsonl", "columns": {"promt": "instruction"}},
         "broken": "nothing",
+        "endless": {"file_name": "a" * 256},
     }
     folder = register(tmp_path, **entries)
     assert conversations("rows", dataset_dir=folder) == [{"messages": TALK}]
@@ -248,6 +250,7 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
         "slip": Message("entry_key_unknown", key="file_nam", near="file_name"),
         "misspelt": Message("entry_key_unknown", key="columns: promt", near="prompt"),
         "broken": Message("entry_no_object"),
+        "endless": Message("path_unusable", path=str(tmp_path / ("a" * 256)), problem=os.strerror(errno.ENAMETOOLONG)),
         "rwos": Message("dataset_unknown", name="rwos", registry=tmp_path / "dataset_info.json", near="rows"),
     }
     for name, reason in reasons.items():

@@ -22,7 +22,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import SAY, SAY_SETTINGS, WORDS, make_run, save_random_model, what_was_learned, write_jsonl
+from conftest import (
+    GRPO_SETTINGS,
+    PROMPTS,
+    SAY,
+    SAY_SETTINGS,
+    WORDS,
+    make_run,
+    save_random_model,
+    what_was_learned,
+    write_jsonl,
+)
 from fuzz import Tally
 
 import common
@@ -159,6 +169,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "pt": [{"text": f"{word} is a number"} for word in WORDS],
     "dpo": [{"prompt": f"Say {word}.", "chosen": f"{word}!", "rejected": "no"} for word in WORDS],
     "kto": [{"prompt": f"Say {word}.", "completion": f"{word}!", "label": len(word) < 5} for word in WORDS],
+    "grpo": PROMPTS,
 }
 
 
@@ -183,6 +194,7 @@ def training(model: Path, stage: str = "sft") -> Victim:
             "dataset=rows.jsonl",
             "output_dir=run",
             *SAY_SETTINGS,
+            *(GRPO_SETTINGS if stage == "grpo" else ()),
         ],
         lambda folder: (write_jsonl(folder / "rows.jsonl", STAGES[stage]), None)[1],
         check,
@@ -333,6 +345,7 @@ KINDS: dict[str, Callable[[Path], Victim]] = {
     "train, pt": lambda model: training(model, "pt"),
     "train, dpo": lambda model: training(model, "dpo"),
     "train, kto": lambda model: training(model, "kto"),
+    "train, grpo": lambda model: training(model, "grpo"),
     "merge": merging,
     "evaluate": evaluating,
 }

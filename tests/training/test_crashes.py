@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAY, SAY_SETTINGS, Finished, ok, refused, run, what_was_learned, write_jsonl
+from conftest import (
+    GRPO_SETTINGS,
+    PROMPTS,
+    ROOT,
+    SAY,
+    SAY_SETTINGS,
+    Finished,
+    ok,
+    refused,
+    run,
+    what_was_learned,
+    write_jsonl,
+)
 from test_training import read_run
 
 from common import Message
@@ -160,17 +173,22 @@ JUDGED = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "rows"), [("dpo", PAIRS), ("kto", JUDGED)])
-def test_a_training_on_preferences_goes_on_after_a_kill(tiny_model, tmp_path, stage: str, rows: list[dict]):
+@pytest.mark.parametrize(
+    ("settings", "rows"), [(["stage=dpo"], PAIRS), (["stage=kto"], JUDGED), (GRPO_SETTINGS, PROMPTS)]
+)
+def test_a_training_on_rewards_goes_on_after_a_kill(tiny_model, tmp_path, settings: list[str], rows: list[dict]):
+    """From the checkpoint of step 9, in the middle of what a logged line is the mean of; step 10 was logged already."""
     write_jsonl(tmp_path / "rows.jsonl", rows)
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
-    ok(train(tiny_model, undisturbed, f"stage={stage}"))
-    kill_after_checkpoint(tiny_model, folder, 6, f"stage={stage}")
-    ok(train(tiny_model, folder, f"stage={stage}"))
+    ok(train(tiny_model, undisturbed, *settings))
+    kill_after_checkpoint(tiny_model, folder, 12, *settings, "save_total_limit=9")
+    shutil.rmtree(folder / "checkpoint-12")
+    ok(train(tiny_model, folder, *settings))
     assert what_was_learned(folder) == what_was_learned(undisturbed)
     kept = [read_run(run_folder) for run_folder in (folder, undisturbed)]
     assert kept[0]["best_step"] == kept[1]["best_step"]
-    assert kept[0]["eval_reward_accuracy"] == kept[1]["eval_reward_accuracy"] > 0
+    measured = "eval_reward" if settings is GRPO_SETTINGS else "eval_reward_accuracy"
+    assert kept[0][measured] == kept[1][measured] > 0
 
 
 def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_model, tmp_path):

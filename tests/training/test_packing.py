@@ -30,6 +30,10 @@ def test_a_sample_beyond_the_capacity_has_a_row_of_its_own():
     assert packing.pack(np.array([3, 12, 3]), 10) == [[1], [0, 2]]
 
 
+def test_a_capacity_beyond_all_samples_takes_no_memory():
+    assert packing.pack(np.array([4, 2]), 1 << 40) == [[0, 1]]
+
+
 SAMPLES = [
     {"input_ids": [1, 2, 3], "labels": [1, -100, 3]},
     {"input_ids": [4, 5], "labels": [4, 5]},
