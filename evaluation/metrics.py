@@ -53,7 +53,7 @@ def classification(truth: Sequence[str], probabilities: np.ndarray, labels: Sequ
         "brier": float(sk.brier_score_loss(y, p[:, 1] if len(labels) == 2 else p, labels=range(len(labels)))),
         "log_loss": float(sk.log_loss(y, p, labels=range(len(labels)))),
         **calibration(y, p),
-        "confusion": sk.confusion_matrix(y, predicted, labels=range(len(labels))).tolist(),  # [truth][predicted]
+        "confusion": _confusion(y, p).tolist(),  # [truth][predicted]
         "curves": curves(y, p) if len(set(y.tolist())) > 1 else None,
     }
     return figures
@@ -67,39 +67,66 @@ def wilson(right: int, rows: int) -> list[float]:
     return [float(interval.low), float(interval.high)]
 
 
-def _f1(y: np.ndarray, p: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
+# The bootstrap computes these figures RESAMPLES times. scikit-learn's functions check their arguments each time, which
+# takes many times as long for the same values.
 
-    average = {"average": "binary"} if p.shape[1] == 2 else {"average": "macro", "labels": range(p.shape[1])}
-    return float(f1_score(y, p.argmax(1), zero_division=0, **average))
+
+def _confusion(y: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """How many rows of each label (rows of the matrix) are taken for which (columns)."""
+    import numpy as np
+
+    labels = p.shape[1]
+    return np.bincount(y * labels + p.argmax(1), minlength=labels**2).reshape(labels, labels)
+
+
+def _f1(y: np.ndarray, p: np.ndarray) -> float:
+    import numpy as np
+
+    confusion = _confusion(y, p)
+    f1 = 2 * confusion.diagonal() / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
+    return float(f1[1] if len(f1) == 2 else f1.mean())
 
 
 def _balanced_accuracy(y: np.ndarray, p: np.ndarray) -> float:
-    from sklearn.metrics import recall_score
-
-    present = sorted(set(y.tolist()))  # as balanced_accuracy_score, which warns of labels that do not occur
-    return float(recall_score(y, p.argmax(1), labels=present, average="macro", zero_division=0))
+    confusion = _confusion(y, p)
+    support = confusion.sum(1)
+    return float((confusion.diagonal()[support > 0] / support[support > 0]).mean())
 
 
 def _roc_auc(y: np.ndarray, p: np.ndarray) -> float | None:
-    from sklearn.metrics import roc_auc_score
-
-    if len(set(y.tolist())) < p.shape[1]:
-        return None
-    if p.shape[1] == 2:
-        return float(roc_auc_score(y, p[:, 1]))
-    return float(roc_auc_score(y, p / p.sum(1, keepdims=True), multi_class="ovr"))
+    return _one_against_rest(_binary_roc_auc, y, p if p.shape[1] == 2 else p / p.sum(1, keepdims=True))
 
 
 def _average_precision(y: np.ndarray, p: np.ndarray) -> float | None:
-    import numpy as np
-    from sklearn.metrics import average_precision_score
+    return _one_against_rest(_binary_average_precision, y, p)
 
-    if len(set(y.tolist())) < p.shape[1]:
+
+def _one_against_rest(figure: Callable[[np.ndarray, np.ndarray], float], y: np.ndarray, p: np.ndarray) -> float | None:
+    """`figure(rows of a label, scores)` of the last of two labels, or the mean over more; None if one never occurs."""
+    labels = p.shape[1]
+    if len(set(y.tolist())) < labels:
         return None
-    if p.shape[1] == 2:
-        return float(average_precision_score(y, p[:, 1]))
-    return float(average_precision_score(np.eye(p.shape[1])[y], p, average="macro"))
+    values = [figure(y == label, p[:, label]) for label in ((1,) if labels == 2 else range(labels))]
+    return sum(values) / len(values)
+
+
+def _binary_roc_auc(positive: np.ndarray, score: np.ndarray) -> float:
+    """The share of pairs of a positive and another row where the positive one has the higher score; a tie is half."""
+    from scipy.stats import rankdata
+
+    count = int(positive.sum())
+    pairs_won = rankdata(score)[positive].sum() - count * (count + 1) / 2
+    return float(pairs_won / (count * (len(positive) - count)))
+
+
+def _binary_average_precision(positive: np.ndarray, score: np.ndarray) -> float:
+    """The precision down to each distinct score, weighted by the share of the positive rows that have this score."""
+    import numpy as np
+
+    order = np.argsort(-score)
+    last = np.flatnonzero(np.append(np.diff(score[order]), 1))  # of the rows of one score
+    found = positive[order].cumsum()[last]
+    return float((np.diff(found, prepend=0) * found / (last + 1)).sum() / found[-1])
 
 
 def bootstrap(figure: Callable[[np.ndarray, np.ndarray], float | None], y: np.ndarray, p: np.ndarray) -> list[float]:

@@ -51,6 +51,23 @@ def test_pictures_with_chinese_labels_give_no_warnings(tmp_path: Path) -> None:
     assert (tmp_path / "confusion.png").is_file() and rcParams["font.family"][0] in ("DejaVu Sans", "sans-serif")
 
 
+@pytest.mark.parametrize("labels", [2, 3])
+def test_figures_are_those_of_scikit_learn(labels: int) -> None:
+    import numpy as np
+    from sklearn import metrics as sk
+
+    random = np.random.default_rng(labels)
+    y, p = random.integers(0, labels, 200), random.multinomial(8, [1 / labels] * labels, 200) / 8  # with many ties
+    found = metrics.classification([str(label) for label in y], p, [str(label) for label in range(labels)])
+    score, one_hot = (p[:, 1], y) if labels == 2 else (p, np.eye(labels)[y])
+    average = "binary" if labels == 2 else "macro"
+    assert found["f1"] == pytest.approx(sk.f1_score(y, p.argmax(1), average=average), abs=1e-12)
+    assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(y, p.argmax(1)), abs=1e-12)
+    assert found["roc_auc"] == pytest.approx(sk.roc_auc_score(y, score, multi_class="ovr"), abs=1e-12)
+    assert found["average_precision"] == pytest.approx(sk.average_precision_score(one_hot, score), abs=1e-12)
+    assert found["confusion"] == sk.confusion_matrix(y, p.argmax(1)).tolist()
+
+
 def test_majority_vote_is_the_trained_rows_majority() -> None:
     shares = metrics.majority(["1", "1", "0"], ["0", "0"], ("0", "1"))
     assert shares.tolist() == [pytest.approx([1 / 3, 2 / 3])] * 2
