@@ -45,27 +45,34 @@ def main() -> int:
         if args.speed:
             asyncio.run(speed(url, args.clients or 8))
             return 0
-        with training() if args.train else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if args.train:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+                stack.enter_context(training(Path(folder)))
             return asyncio.run(load(url, args.seconds, args.clients or 64))
 
 
 @contextlib.contextmanager
-def training() -> Iterator[None]:
-    """Trains the embedded model for as long as the block runs; ends this program where the training ends by itself."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        settings = ["dataset=identity", "max_steps=1000000", "cutoff_len=128", "early_stopping=no", "save_steps=50"]
-        command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={folder}/run", "bf16=false"]
-        with open(ROOT / ".cache" / "api_load_training.log", "w+b") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+def training(saves: Path) -> Iterator[None]:
+    """Trains the embedded model in saves/run for as long as the block runs.
+
+    Ends this program where the training ends by itself.
+    """
+    settings = ["dataset=identity", "max_steps=1000000", "cutoff_len=128", "early_stopping=no", "save_steps=50"]
+    command = [sys.executable, str(ROOT / "train.py"), *settings, f"output_dir={saves}/run", "bf16=false"]
+    with open(ROOT / ".cache" / "api_load_training.log", "w+b") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
             yield
             if process.poll() is not None:
                 log.seek(0)
                 sys.exit(f"the training has ended: {log.read()[-2000:].decode(errors='replace')}")
+        finally:
             process.kill()
             process.wait()
-            lines = Path(folder, "run", "trainer_log.jsonl")
-            steps = json.loads(lines.read_text().splitlines()[-1])["step"] if lines.exists() else 0
-            print(f"the training beside it made {steps} steps")
+        lines = saves / "run" / "trainer_log.jsonl"
+        steps = json.loads(lines.read_text().splitlines()[-1])["step"] if lines.exists() else 0
+        print(f"the training beside it made {steps} steps")
 
 
 @contextlib.contextmanager
@@ -237,18 +244,23 @@ async def load(url: str, seconds: float, clients: int) -> int:
         alive = (await http.get(f"{root}/health")).status_code == 200
     for name, count in sorted(run.answers.items()):
         print(f"{count:7}  {name}")
-    third = len(memory) // 3
-    minutes, sizes = zip(*memory, strict=True)
-    middle, last = max(sizes[third : 2 * third]), max(sizes[2 * third :])
-    slope = statistics.linear_regression(minutes[third:], sizes[third:]).slope
     failed = sum(
         count for name, count in run.answers.items() if name.rpartition(" ")[2] in ("500", "502", "503", "short")
     )
     print(f"{sum(run.answers.values())} requests of {clients} clients in {seconds:.0f} s: {failed} answers of 500")
     print(f"{places:.0f} places kept by nobody, {time.monotonic() - started:.1f} s after the last client")
+    return int(memory_grew(memory) or failed > 0 or places > 0 or not alive)
+
+
+def memory_grew(memory: list[tuple[float, float]]) -> bool:
+    """Prints what a server's memory did, of (minute, MB); whether it grew in the last third."""
+    third = len(memory) // 3
+    minutes, sizes = zip(*memory, strict=True)
+    middle, last = max(sizes[third : 2 * third]), max(sizes[2 * third :])
+    slope = statistics.linear_regression(minutes[third:], sizes[third:]).slope
     print(f"memory {sizes[0]:.0f} MB at first, at most {middle:.0f} in the middle third, {last:.0f} in the last")
     print(f"slope of the last two thirds: {slope:+.1f} MB a minute")
-    return int(failed > 0 or places > 0 or not alive or last > middle * 1.1 + 64)
+    return last > middle * 1.1 + 64
 
 
 if __name__ == "__main__":

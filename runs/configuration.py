@@ -156,6 +156,8 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
     if faults:
         raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
     notes += _push_notes({**read, **typed})
+    if values.get("trust_remote_code"):
+        notes.append(Message("remote_code_runs"))
     if values.get("packing") and values.get("stage") in ("dpo", "kto", "grpo"):
         values["packing"] = False
         notes.append(Message("packing_not_for_pairs"))

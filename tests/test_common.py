@@ -626,3 +626,9 @@ def test_a_name_longer_than_file_systems_have_is_a_fault_of_its_setting():
 def test_a_path_that_no_command_can_use_is_one_sentence():
     refused(run("preview.py", f"{'a' * 256}.json"), "config_faults")
     refused(run("chat.py", "a" * 256), "path_unusable")
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_said():
+    assert load_config(["trust_remote_code=true"]).notes == [Message("remote_code_runs")]
+    loaded = load_config([])
+    assert loaded.config.trust_remote_code is False and loaded.notes == []

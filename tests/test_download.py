@@ -24,7 +24,7 @@ import common
 import download
 from runs import embedded_model as embedded_module
 from runs import network
-from runs.model_download import RECORD
+from runs.model_download import RECORD, RemoteFile, choose_files
 from runs.target import missing_from_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -552,3 +552,9 @@ def test_an_index_with_a_file_that_the_repository_lacks(hub, repository, tmp_pat
     missing = ["model-00002-of-00002.safetensors"]
     refuses("repository_lacks_files", "org/half", "--mirror", hub.url, missing=missing)
     assert not Path("models/half").exists()
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "a/../../b.json", "..", "../x.py"])
+def test_no_file_of_a_hub_leaves_its_folder(name):
+    whole = [RemoteFile(each, 1, "", None) for each in ("model.safetensors", "config.json")]
+    assert choose_files([*whole, RemoteFile(name, 1, "", None)], "org/x") == whole

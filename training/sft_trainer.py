@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
+from common import UserError
 from runs.disk import check_free_space
 from runs.files import read_json
 from training import checkpoints, packing, pissa
@@ -20,6 +22,15 @@ from training.plan import TrainingPlan
 from training.splitting import Splitter, with_gradients_apart
 
 LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
+
+
+@contextlib.contextmanager
+def refusing_pickles(checkpoint: Any) -> Iterator[None]:
+    """Around transformers' reading of a checkpoint's states: what torch does not load as numbers is one sentence."""
+    try:
+        yield
+    except torch.serialization.pickle.UnpicklingError:
+        raise UserError("checkpoint_state_is_code", checkpoint=checkpoint) from None
 
 
 class RunTrainer:
@@ -111,6 +122,14 @@ class RunTrainer:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with pissa.as_trained(Path(resume_from_checkpoint), self.start) as folder:
             super()._load_from_checkpoint(str(folder), model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with refusing_pickles(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with refusing_pickles(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -14,9 +14,10 @@ import fastapi
 import uvicorn
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from common import Config, Message
+from inference.server_guard import TimedProtocol
 from runs import charts
 from runs.target import Source
 from web import fields, theme, widgets
@@ -27,6 +28,9 @@ from web.theme import static
 
 LOCALES = {"en": "en", "zh": "zh-CN"}
 MAX_UPLOAD = "4gb"  # of a data file; a larger one is named by its path
+# Pages whose state is kept, of each language. Gradio keeps it also of pages that are closed, about 2 MB each; the one
+# that was used longest ago goes first, and an open page is used every two seconds.
+MAX_SESSIONS = 50
 
 
 def build(source: Source | None, password: str | None, host: str, names: Collection[str] = ()) -> Any:
@@ -45,9 +49,11 @@ def build(source: Source | None, password: str | None, host: str, names: Collect
     css += charts.css() + static("board.css") if source is None else ""
     for language in LANGUAGES:
         t = Translator(language)
+        blocks = chat_blocks(t, source) if source else board_blocks(t)
+        blocks.state_session_capacity = MAX_SESSIONS
         gr.mount_gradio_app(
             app,
-            chat_blocks(t, source) if source else board_blocks(t),
+            blocks,
             f"/{language}",
             footer_links=[],
             run_history=False,
@@ -57,9 +63,15 @@ def build(source: Source | None, password: str | None, host: str, names: Collect
             theme=theme.gradio_theme(),
             css=css,
         )
+        app.routes[-1].app.add_exception_handler(KeyError, no_such_function)
     app.add_middleware(PageScript)
     protect(app, password, host, names)
     return app
+
+
+def no_such_function(*_: Any) -> Response:
+    """Gradio's own answer to the number of a function that a page does not have would be status 500."""
+    return PlainTextResponse("this page has no such function\n", 404)
 
 
 def board_blocks(t: Translator) -> Any:
@@ -151,5 +163,5 @@ def serve(app: Any, listener: socket.socket) -> None:
     """Prints the address and answers until Ctrl-C."""
     host, port = listener.getsockname()[:2]
     print(Message("web_open_at", url=f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import hmac
 import html
+import math
 import secrets
 from collections.abc import Collection
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from runs.network import LOOPBACK, host_name
 from web.texts import LANGUAGES, Translator
@@ -25,6 +27,8 @@ from web.theme import static
 SESSION = "onecard-session"  # the cookie of a visitor who has sent the password
 WAIT_SECONDS = 1.0  # after a wrong password, for each address
 MAX_LOGIN_BYTES = 4096
+MAX_BODY = 16 << 20  # bytes of a request, uploads aside: the values of a page with a long conversation
+PART_SECONDS = 60  # to send the next part of a request
 MAX_ADDRESSES = 1000  # whose turns are remembered
 
 
@@ -43,7 +47,38 @@ def protect(app: Any, password: str | None, host: str, names: Collection[str] = 
         app.add_middleware(SessionCheck, token=login.token)
     # With a password a foreign name that leads here has no session; without one it must not be answered.
     hosts = None if password else {*LOOPBACK, host, *names}
+    app.add_middleware(BodyCheck)
     app.add_middleware(OriginCheck, hosts=hosts, names=set(names))
+
+
+class BodyCheck:
+    """Limits the size of what is sent, of uploads as Gradio is told, and the time that each part may take."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        limit = math.inf if scope["path"].endswith("/gradio_api/upload") else MAX_BODY
+        size, ended = 0, False
+
+        async def receive_checked() -> Message:
+            nonlocal size, ended
+            if ended:  # it waits for the visitor to go away
+                return await receive()
+            try:
+                async with asyncio.timeout(PART_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, headers={"Connection": "close"}) from None
+            size += len(message.get("body", b""))
+            ended = not message.get("more_body", False)
+            if size > limit:
+                raise HTTPException(413, headers={"Connection": "close"})
+            return message
+
+        await self.app(scope, receive_checked, send)
 
 
 class OriginCheck:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_run, user_error
+from conftest import ROOT, make_run, user_error, write_jsonl
 
 from common import UserError
 from runs.files import write_json
@@ -45,3 +48,24 @@ def test_merging_a_run_that_is_still_training_is_one_sentence(training: Path) ->
 def test_a_second_holder_of_a_run_folder_is_refused(training: Path) -> None:
     with user_error("run_is_training", process=os.getpid()), locked(training):
         pass
+
+
+@pytest.mark.slow
+def test_a_cache_written_by_two_processes_at_once_is_whole(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {i}", "output": f"number {i} " * 20} for i in range(300)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    command = [sys.executable, str(ROOT / "preview.py"), str(data), f"model_name_or_path={tiny_model}"]
+    cache = tmp_path / "cache"
+    environment = os.environ | {"ONECARD_CACHE": str(cache)}
+    several = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=120) for process in several]
+    assert [process.returncode for process in several] == [0, 0], printed
+    assert len({out for out, _ in printed}) == 1
+    (folder,) = (cache / "data").iterdir()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    shutil.rmtree(cache)
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -27,6 +27,7 @@ from conftest import (
 from test_training import read_run
 
 from common import Message
+from training.checkpoints import write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -203,6 +204,28 @@ def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_
     checkpoint = result.error.fields["checkpoint"]
     ok(train(tiny_model, folder, f"resume_from_checkpoint={checkpoint}"))
     assert read_run(folder)["earlier_inputs"] == [before] and read_run(folder)["inputs"] != before
+
+
+class Code:
+    """What an attacker puts into a checkpoint: unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_that_brings_code_is_refused_and_runs_none(tiny_model, tmp_path, name: str):
+    import torch
+
+    folder, ran = tmp_path / "run", tmp_path / "ran"
+    kill_after_checkpoint(tiny_model, folder, 6)
+    torch.save({"state": Code(ran)}, folder / "checkpoint-6" / name)
+    write_manifest(folder / "checkpoint-6")  # whoever made the checkpoint made its manifest, too
+    refused(train(tiny_model, folder), "checkpoint_state_is_code")
+    assert not ran.exists()
 
 
 NAN_GRADIENT = """

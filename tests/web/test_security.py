@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -89,6 +90,47 @@ def test_no_file_beyond_its_folders_is_given_out(client, path: str) -> None:
     assert answer.status_code in (403, 404)
     assert "hidden text" not in answer.text and "root:" not in answer.text
     assert client.get("/files/saves/mine/report.html").text == "<p>report</p>"
+
+
+def test_requests_of_any_size_or_without_an_end_are_refused(client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts() -> Iterator[bytes]:
+        while True:
+            yield b" " * (1 << 20)
+
+    path = "/en/gradio_api/queue/join"
+    assert client.post(path, content=b" " * ((16 << 20) + 1), headers=OWN).status_code == 413
+    monkeypatch.setattr(security, "MAX_BODY", 2 << 20)
+    assert client.post(path, content=itertools.islice(parts(), 3), headers=OWN).status_code == 413
+
+    async def slow(sent: list[int]) -> None:
+        async def receive() -> dict:
+            await asyncio.sleep(9)
+
+        async def send(message: dict) -> None:
+            sent.append(message.get("status", 0))
+
+        scope = {"type": "http", "path": path, "method": "POST", "query_string": b"", "http_version": "1.1"}
+        headers = [(name.encode(), text.encode()) for name, text in {**OWN, "content-type": "application/json"}.items()]
+        await client.app({**scope, "headers": headers, "root_path": "", "scheme": "http"}, receive, send)
+
+    monkeypatch.setattr(security, "PART_SECONDS", 0.1)
+    sent: list[int] = []
+    asyncio.run(slow(sent))
+    assert sent[0] == 408
+
+
+def test_a_function_that_a_page_does_not_have_is_no_fault_of_the_server(client) -> None:
+    asked = {"data": [], "fn_index": 9999, "session_hash": "x"}
+    assert client.post("/en/gradio_api/queue/join", json=asked, headers=OWN).status_code == 404
+
+
+def test_pages_that_are_closed_are_forgotten(client) -> None:
+    from web import app
+
+    (blocks,) = {mount.app.get_blocks() for mount in client.app.routes if getattr(mount, "path", "") == "/en"}
+    for number in range(2 * app.MAX_SESSIONS):
+        assert blocks.state_holder[f"session {number}"]
+    assert len(blocks.state_holder.session_data) <= app.MAX_SESSIONS + 1
 
 
 @pytest.fixture
