@@ -382,11 +382,12 @@ def draw_history(draw: random.Random, kind: Kind) -> list[Transaction]:
     pause = weeks * 7 * DAY / count / (1 - habit["burst"])  # mean seconds between transactions outside bursts
     moment = START + draw.random() * (END - START - weeks * 7 * DAY)
     history: list[Transaction] = []
+    met: set[str] = set()
     for _ in range(count):
         moment = next_moment(draw, habit, moment, pause)
-        strangers = len({t.counterparty for t in history})
         back = history and draw.random() < habit["known"]
-        counterparty = draw.choice(history).counterparty if back else f"stranger {strangers}"
+        counterparty = draw.choice(history).counterparty if back else f"stranger {len(met)}"
+        met.add(counterparty)
         history.append(Transaction(moment, counterparty, draw_amount(draw, habit)))
     return history
 

@@ -197,6 +197,13 @@ def embedded_model() -> Path:
     return ROOT / "models" / "SmolLM2-135M-Instruct"
 
 
+def python_files(*left_out: str) -> list[Path]:
+    """The kit's own Python files: not those of packages, models and runs, nor of the folders `left_out`."""
+    skipped = {".venv", ".cache", "models", "saves", *left_out}
+    folders = (place for place in ROOT.iterdir() if place.is_dir() and place.name not in skipped)
+    return [*ROOT.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
+
+
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 SAY = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in WORDS]
 # A training of SAY with dropout, a logging step that is no save step, evaluations, and a checkpoint of neither: what

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 # From the bottom up; folders of one level do not know each other. The commands at the root stand above all.
@@ -13,10 +14,12 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 COMMANDS = ["api", "chat", "download", "evaluate", "merge", "preview", "quantize", "train", "webui"]
 
 
-def modules() -> dict[str, Path]:
-    """The kit's own Python files by the names under which they are imported."""
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """The kit's own modules, and which others of them each imports."""
     files = [*ROOT.glob("*.py"), *(file for name in LEVEL for file in (ROOT / name).rglob("*.py"))]
-    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    known = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {module: imported(module, known) for module in known}
 
 
 def imported(module: str, known: dict[str, Path]) -> set[str]:
@@ -42,15 +45,13 @@ def test_only_the_commands_and_common_stand_at_the_root():
     assert sorted(file.stem for file in ROOT.glob("*.py")) == sorted([*COMMANDS, "common"])
 
 
-def test_imports_point_one_way():
-    known = modules()
-    wrong = [f"{a} -> {b}" for a in known for b in imported(a, known) if not may_import(a, b)]
+def test_imports_point_one_way(imports: dict[str, set[str]]):
+    wrong = [f"{a} -> {b}" for a, others in imports.items() for b in others if not may_import(a, b)]
     assert wrong == []
 
 
-def test_there_is_no_circle_of_imports():
-    known = modules()
-    left = {module: imported(module, known) for module in known}
+def test_there_is_no_circle_of_imports(imports: dict[str, set[str]]):
+    left = dict(imports)
     while free := [module for module, others in left.items() if not others & left.keys()]:
         for module in free:
             del left[module]

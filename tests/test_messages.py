@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, python_files
 
 from common import LANGUAGES, Message, UserError, sentences
 from runs.compatibility import compatibility
@@ -28,9 +28,7 @@ def is_copy(code: ast.expr | None) -> bool:
 
 def made_messages() -> Iterator[tuple[str, str, set[str]]]:
     """Where a message is made, its code and its fields."""
-    for file in ROOT.rglob("*.py"):
-        if {".venv", ".cache", "tests", "bench"} & set(file.relative_to(ROOT).parts):
-            continue
+    for file in python_files("tests", "bench"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in MAKERS:
                 continue
@@ -44,9 +42,14 @@ def made_messages() -> Iterator[tuple[str, str, set[str]]]:
         yield "configs/compat/llamafactory.yaml", code, set()
 
 
-def test_the_fields_of_every_message_are_those_of_its_sentence():
+@pytest.fixture(scope="module")
+def made() -> list[tuple[str, str, set[str]]]:
+    return list(made_messages())
+
+
+def test_the_fields_of_every_message_are_those_of_its_sentence(made: list[tuple[str, str, set[str]]]):
     wrong = []
-    for place, code, fields in made_messages():
+    for place, code, fields in made:
         known = sentences().get(code)
         if known is None:
             wrong.append(f"{place}: {code!r} stands in no file of messages/")
@@ -57,8 +60,8 @@ def test_the_fields_of_every_message_are_those_of_its_sentence():
     assert wrong == []
 
 
-def test_no_sentence_is_unused():
-    assert sentences().keys() - {code for _, code, _ in made_messages()} == set()
+def test_no_sentence_is_unused(made: list[tuple[str, str, set[str]]]):
+    assert sentences().keys() - {code for _, code, _ in made} == set()
 
 
 def test_sentences_stand_once_and_in_all_languages():

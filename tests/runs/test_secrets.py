@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 import pytest
-from conftest import ROOT, user_error
+from conftest import python_files, user_error
 
 from runs.configuration import load_config
 from runs.secrets import redact, redact_arguments
@@ -51,9 +51,7 @@ def test_an_error_does_not_repeat_a_token() -> None:
 
 def test_nothing_of_the_kit_unpickles() -> None:
     """torch.load and numpy's allow_pickle would run code that a file brings; transformers loads with weights_only."""
-    for file in ROOT.rglob("*.py"):
-        if {".venv", ".cache", "models", "saves"} & set(file.relative_to(ROOT).parts):
-            continue
+    for file in python_files():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
