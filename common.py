@@ -192,6 +192,12 @@ def nearest_word(word: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), None)
 
 
+def nearest_path(path: Path, there: Iterable[Path]) -> Path | None:
+    """The path of `there` whose name `path` was probably meant to have, or None."""
+    by_name = {other.name: other for other in there}
+    return by_name.get(nearest_word(path.name, by_name))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Options: one flat dataclass; a field's name is the key in YAML and on the command line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from json import JSONDecodeError
 from typing import Any
 
 from common import Message, UserError
@@ -32,6 +33,14 @@ class RowFault:
     row: int
     reason: Message
     final: bool = False
+
+
+def json_problem(error: JSONDecodeError) -> str | Message:
+    """What the json module says is wrong, whose messages may end with "at"; of a comma too many it says less."""
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if before.endswith(",") and after in ("]", "}"):
+        return Message("json_extra_comma")
+    return error.msg.removesuffix(" at")
 
 
 class FaultReport:

@@ -29,12 +29,26 @@ SHAPES: dict[tuple[str, ...], tuple[str, dict[str, str]]] = {
     ("prompt", "response"): ("alpaca", {"prompt": "prompt", "response": "response"}),
     ("question", "answer"): ("alpaca", {"prompt": "question", "response": "answer"}),
 }
-SHAPES_SHOWN = (
+ANSWERED_SHAPES = (
     '{"instruction": "...", "input": "...", "output": "..."}',
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
     '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}',
     '{"prompt": "...", "completion": "..."}',
 )
+SHAPES_SHOWN = {  # stage → rows that an error shows as examples
+    "sft": ANSWERED_SHAPES,
+    "dpo": (
+        '{"prompt": "...", "chosen": "...", "rejected": "..."}',
+        '{"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}',
+        '{"conversations": [{"from": "human", "value": "..."}], "chosen": {"from": "gpt", "value": "..."}, '
+        '"rejected": {"from": "gpt", "value": "..."}}',
+    ),
+    "kto": (
+        '{"prompt": "...", "completion": "...", "label": true}',
+        '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], "label": true}',
+    ),
+    "grpo": ('{"prompt": "..."}', '{"prompt": "...", "answer": "..."}', *ANSWERED_SHAPES[:3]),
+}
 # What the values of a message's role mean; an entry's tags come on top. "call" is an assistant's tool call as JSON.
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 ROLES |= {"developer": "system", "tool": "tool", "observation": "tool", "function": "tool", "function_call": "call"}
@@ -203,7 +217,7 @@ def _refuse_unknown_shape(name: str, row: Row, stage: str) -> None:
     if shape_of(dict.fromkeys(plain.values())):
         wrong = [column for column in have if plain[column] != column]
         raise UserError("columns_misspelt", name=name, found=wrong, wanted=[plain[column] for column in wrong])
-    raise UserError("columns_unknown", name=name, columns=have or ["-"], shapes=list(SHAPES_SHOWN))
+    raise UserError("columns_unknown", name=name, columns=have or ["-"], stage=stage, shapes=list(SHAPES_SHOWN[stage]))
 
 
 def kinds_of(row: Row) -> Iterable[str]:

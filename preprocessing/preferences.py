@@ -87,7 +87,7 @@ def to_judged(row: Any, layout: Layout, config: Config) -> Conversation:
 def _answer_value(row: Row, layout: Layout, kind: str) -> Any:
     """What stands in a row as its chosen or rejected answer; raises Fault where the row is no pair."""
     if layout.columns.get(kind) not in row and kind not in layout.named:
-        raise Fault("data_is_no_pairs")
+        raise Fault("data_is_no_pairs", columns=list(row))
     return column_value(row, layout, kind)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import Message, UserError, nearest_word
-from preprocessing.faults import Fault
+from common import Message, UserError, nearest_path, nearest_word
+from preprocessing.faults import Fault, json_problem
 
 REGISTRY = "dataset_info.json"
 TEXT_COLUMNS = {
@@ -96,7 +96,7 @@ def read_registry(path: Path) -> dict[str, Any]:
         registry = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(
-            "registry_broken", file=path, line=error.lineno, column=error.colno, problem=error.msg
+            "registry_broken", file=path, line=error.lineno, column=error.colno, problem=json_problem(error)
         ) from None
     except UnicodeDecodeError:
         raise UserError("registry_not_utf8", file=path) from None
@@ -112,7 +112,11 @@ def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
         return Message("dataset_dir_missing", name=name, folder=folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in EXTENSIONS:
         return Message("dataset_on_hub", name=name, registry=folder / REGISTRY)
+    if re.search("[，、；]", name):
+        meant = re.sub("[，、；]", ",", name).replace(" ", "")
+        return Message("dataset_with_wide_comma", name=name, meant=meant)
     near = nearest_word(name, [*registry, *(p.name for p in folder.glob("*") if p.suffix in EXTENSIONS)])
+    near = near or nearest_path(Path(name), (p for p in Path(name).parent.glob("*") if p.suffix in EXTENSIONS))
     if near is None and registry:
         return Message("dataset_unknown_of", name=name, registry=folder / REGISTRY, known=[*registry][:20])
     return Message("dataset_unknown", name=name, registry=folder / REGISTRY, near=near)

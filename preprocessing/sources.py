@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import Config, Message, UserError
-from preprocessing.faults import Fault
+from preprocessing.faults import Fault, json_problem
 from preprocessing.registry import EXTENSIONS, Entry
 from runs import network
 from runs.files import sha256
@@ -201,16 +201,11 @@ def parse_line(line: bytes, number: int) -> Any:
     except json.JSONDecodeError as error:
         if line.startswith(codecs.BOM_UTF8):
             raise Fault("line_starts_with_bom", line=number) from None
-        raise Fault("json_broken", line=number, column=error.colno, problem=_problem(error.msg)) from None
+        raise Fault("json_broken", line=number, column=error.colno, problem=json_problem(error)) from None
     except RecursionError:
         raise Fault("json_too_deep") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise Fault("json_broken", line=number, column=1, problem=str(error)) from None
-
-
-def _problem(message: str) -> str:
-    """A message of the json module, which may end with "at"."""
-    return message.removesuffix(" at")
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -263,7 +258,7 @@ class _JsonList:
                     continue  # the row goes on in the next chunk
                 at_end = error.pos >= len(self.text)
                 position = max(self.at, len(self.text.rstrip()) - 1) if at_end else error.pos
-                return self.broken(error.msg, position)
+                return self.broken(json_problem(error), position)
             except ValueError as error:  # a number of more digits than Python reads
                 return self.broken(str(error), self.at)
             if end == len(self.text) and self.read_more():
@@ -288,12 +283,10 @@ class _JsonList:
             if self.at < len(self.text) or not self.read_more():
                 return self.text[self.at : self.at + 1]
 
-    def broken(self, problem: str, position: int) -> Fault:
+    def broken(self, problem: str | Message, position: int) -> Fault:
         newlines = self.text.count("\n", 0, position)
         column = position - self.text.rfind("\n", 0, position) if newlines else self.column + position
-        return Fault(
-            "json_list_broken", line=self.line + newlines, column=column, problem=_problem(problem), final=True
-        )
+        return Fault("json_list_broken", line=self.line + newlines, column=column, problem=problem, final=True)
 
 
 def _list_rows(path: Path, chunk: int = 1 << 20, longest: int = 1 << 26) -> NumberedRows:

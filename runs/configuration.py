@@ -82,7 +82,9 @@ def load_config(arguments: list[str]) -> Loaded:
 
 
 def _flags() -> list[str]:
-    return ["--help", "--dry-run", *(f"--{name}" for name in OPTIONS)]
+    """The flags of the command that runs, which its docstring lists, and the settings."""
+    told = re.findall(r"--[a-z][a-z-]+", sys.modules["__main__"].__doc__ or "")
+    return ["--help", *told, *(f"--{name}" for name in OPTIONS)]
 
 
 def _parse(text: str) -> Any:
@@ -423,6 +425,8 @@ def check_training_asked_for(loaded: Loaded) -> list[Message]:
         raise UserError("do_eval_without_data")
     if config.do_predict and config.val_size == 0 and not config.eval_dataset:
         raise UserError("do_predict_without_data")
+    if not loaded.recipe and not loaded.typed:
+        return [Message("trains_by_defaults", dataset=list(config.dataset), recipe="configs/quickstart.yaml")]
     return [Message("predicts_after_training")] if config.do_predict or config.predict_with_generate else []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from common import OPTIONS, TYPES, Message, UserError, load_yaml, nearest_word
+from common import OPTIONS, TYPES, Message, UserError, load_yaml, nearest_path
 from runs.compatibility import compatibility
 from runs.option_values import as_text
 
@@ -53,11 +53,13 @@ def _is_boolean(key: str) -> bool:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a YAML or JSON recipe; raises UserError when it cannot be read, with line and column."""
+    if path.suffix in (".jsonl", ".csv", ".parquet", ".arrow", ".txt") and path.exists():
+        raise UserError("recipe_is_data", file=path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        there = (str(p) for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json"))
-        raise UserError("recipe_missing", recipe=path, near=nearest_word(str(path), there)) from None
+        there = (p for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json"))
+        raise UserError("recipe_missing", recipe=path, near=nearest_path(path, there)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("recipe_not_text", recipe=path, problem=str(error)) from None
     try:
@@ -65,6 +67,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         content = load_yaml(text)
     except yaml.YAMLError as error:
         if fault := _mistyped_line(text):
+            raise UserError("recipe_faults", recipe=path, faults=[fault]) from None
+        if getattr(error, "context", None) == "while scanning a quoted scalar":
+            fault = Message("quote_not_closed", line=error.context_mark.line + 1)
             raise UserError("recipe_faults", recipe=path, faults=[fault]) from None
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         if mark is None:
@@ -78,6 +83,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     is_mapping = isinstance(content, dict)
     if (not is_mapping or any(not str(key).isprintable() for key in content)) and (fault := _mistyped_line(text)):
         raise UserError("recipe_faults", recipe=path, faults=[fault])
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        raise UserError("recipe_is_data", file=path)
     if not is_mapping:
         raise UserError("recipe_without_settings", recipe=path)
     return {str(key): value for key, value in content.items()}

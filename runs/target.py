@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import common
-from common import ROOT, Config, Message, UserError
+from common import ROOT, SAVES, Config, Message, UserError, nearest_path
 from runs.configuration import Loaded, asks_for_training, load_config
 from runs.files import read_object
 from runs.folder import is_run, newest_run, read_run, run_config
@@ -134,7 +134,7 @@ def _refuse_unfinished(folder: Path) -> None:
 
 def _refuse_without_adapter(path: Path) -> None:
     if not path.exists():
-        raise UserError("adapter_not_found", path=path)
+        raise UserError("adapter_not_found", path=path, near=nearest_path(path, _runs_beside(path)))
     if any(path.glob("checkpoint-*/adapter_config.json")):
         _refuse_unfinished(path)
     raise UserError("folder_without_adapter", folder=path)
@@ -258,6 +258,10 @@ def missing_from_model(folder: Path) -> list[str]:
     return missing + [name for name in weights if not _is_complete(folder / name)]
 
 
+def _runs_beside(folder: Path) -> list[Path]:
+    return [file.parent for file in folder.parent.glob("*/run.json")]
+
+
 def _is_complete(path: Path) -> bool:
     try:
         read_header(path)
@@ -279,6 +283,9 @@ def complete_model(name: str, adapter: Path | None = None) -> Path:
         raise UserError("folder_of_ggufs", folder=name, files=[path.name for path in ggufs], command=chat)
     if Path(name).is_dir():
         raise UserError("folder_without_model", folder=name)
+    runs = _runs_beside(Path(name)) if "/" in name else []
+    if not adapter and (runs or Path(name).parent == SAVES):
+        raise UserError("run_not_found", folder=name, near=nearest_path(Path(name), runs))
     plain = QUANTIZED_NAME.sub("", name)
     fetch = common.command("download.py", plain if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plain) else "ORG/NAME")
     if adapter:

@@ -259,7 +259,8 @@ def test_a_prediction_beside_a_training_is_told():
     assert check_training_asked_for(load_config(["do_train=true", "do_predict=true"])) == [
         Message("predicts_after_training")
     ]
-    assert check_training_asked_for(load_config([])) == []
+    assert check_training_asked_for(load_config(["seed=1"])) == []
+    assert [note.code for note in check_training_asked_for(load_config([]))] == ["trains_by_defaults"]
     with user_error("do_predict_without_data"):
         check_training_asked_for(load_config(["do_train=true", "do_predict=true", "val_size=0"]))
 
@@ -375,11 +376,21 @@ def test_broken_recipes(recipe, tmp_path):
     fault = Message("yaml_problem", line=2, column=10, problem="mapping values are not allowed in this context")
     with user_error("recipe_faults", faults=[fault]):
         load_config([recipe("seed: 1\nepochs: 3: 4\n")])
+    for text in ('seed: 1\nname: "Nova\nlora_rank: 8\n', "seed: 1\nname: 'Nova\nlora_rank: 8\n"):
+        with user_error("recipe_faults", faults=[Message("quote_not_closed", line=2)]):
+            load_config([recipe(text)])
     with user_error("recipe_without_settings"):
         load_config([recipe("- a\n- b\n")])
     recipe("seed: 1", "mine.yaml")
-    with user_error("recipe_missing", near=str(tmp_path / "mine.yaml")):
+    with user_error("recipe_missing", near=tmp_path / "mine.yaml"):
         load_config([str(tmp_path / "min.yaml")])
+    with user_error("recipe_missing", near=None):
+        load_config([str(tmp_path / "other.yaml")])
+    recipe('[{"instruction": "q", "output": "a"}]', "rows.json")
+    recipe('{"instruction": "q", "output": "a"}\n', "rows.jsonl")
+    for name in ("rows.json", "rows.jsonl"):
+        with user_error("recipe_is_data", file=tmp_path / name):
+            load_config([str(tmp_path / name)])
     (tmp_path / "utf16.yaml").write_bytes("seed: 1".encode("utf-16"))
     with user_error("recipe_not_text"):
         load_config([str(tmp_path / "utf16.yaml")])

@@ -106,7 +106,7 @@ def check_plan(run: Run) -> Iterator[Finding]:
     run.plan = make_plan(run.config, run.data)
     resume.check_steps_left(run.resume, run.folder, run.plan)
     yield ok(describe_steps(run.config, run.plan))
-    yield ok(describe_evaluations(run.config, run.plan))
+    yield ok(Message("plan_holds_out", held_out=describe_evaluations(run.config, run.plan)))
     for warning in find_warnings(run.config, run.plan):
         yield note(warning)
 

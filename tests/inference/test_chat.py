@@ -69,6 +69,8 @@ def test_wrong_arguments_are_reported_at_once(arguments: list[str], code: str) -
     result = run("chat.py", *arguments, input="", timeout=30)
     assert result.returncode == 2 and result.stdout == ""
     assert result.error.code == code and "Traceback" not in result.stderr
+    if code == "unknown_argument":
+        assert result.error.fields["near"] == "--base"
 
 
 def test_an_error_as_the_user_sees_it(tiny_model: Path) -> None:

@@ -18,7 +18,7 @@ from inference import sampling, transformers_engine
 from inference.engine import Settings
 from inference.load import load
 from inference.transformers_engine import TransformersEngine
-from runs.target import find
+from runs.target import find, find_target
 
 CHINESE = TALK["hi"]
 EXACT = ["infer_dtype=float32"]
@@ -576,6 +576,8 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
     assert str(caught.value) == (
         f"there is no model nobody/nothing; fetch it (python {ROOT / 'download.py'} nobody/nothing), or name its folder"
     )
+    with user_error("run_not_found", folder="saves/mine", near=None):
+        find("saves/mine")
     with user_error("gguf_not_found", path="x.gguf"):
         find("x.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"PK and more")
@@ -595,6 +597,11 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
         find("half")
 
     folder = make_run(parrot, tmp_path / "saves" / "mine")
+    for name in ("saves/mien", str(tmp_path / "saves/mien")):
+        with user_error("run_not_found", near=Path(name).parent / "mine"):
+            find(name)
+    with user_error("adapter_not_found", near=Path("saves/mine")):
+        find_target("saves/mien", [], wants="adapter")
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace(str(parrot), "/gone/base"))
     with user_error("base_not_found", base="/gone/base", adapter="saves/mine"):

@@ -87,6 +87,17 @@ def test_pairs_of_the_registry(tmp_path):
     assert conversations("talk", dataset_dir=folder, stage="dpo") == [{**PAIR, "messages": [system, Q]}]
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "grpo"])
+def test_rows_of_no_known_form_are_shown_forms_that_the_stage_can_read(tmp_path: Path, stage: str):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"wrong": "q", "good": "a", "bad": "b"}])
+    with user_error("columns_unknown", stage=stage, columns=["wrong", "good", "bad"]) as raised:
+        dataset.check(config(path, stage=stage, reward_funcs=("json_valid",)))
+    for shape in raised.value.message.fields["shapes"]:
+        first, *others = shape.split("...")
+        row = json.loads(first + "".join(f"{i}{other}" for i, other in enumerate(others)))
+        dataset.check(config(write_jsonl(tmp_path / "b.jsonl", [row]), stage=stage))
+
+
 @pytest.mark.parametrize(
     ("row", "code"),
     [

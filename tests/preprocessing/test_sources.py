@@ -141,6 +141,13 @@ def test_long_json_list_needs_little_memory(tmp_path: Path) -> None:
         ("a.json", b"[] x", "json_list_broken", {"problem": "text after the end of the list"}),
         ("a.json", b"[" + b"1" * 5000 + b"]", "json_list_broken", {"line": 1}),
         ("a.jsonl", b"1" * 5000, "json_broken", {"line": 1}),
+        (
+            "a.json",
+            b"[" + json.dumps(GOOD).encode() + b",\n]",
+            "json_list_broken",
+            {"row": 2, "problem": Message("json_extra_comma")},
+        ),
+        ("a.jsonl", b'{"instruction": "q", }', "json_broken", {"problem": Message("json_extra_comma")}),
         ("a.json", b"[" * 100_000, "json_too_deep", {}),
         ("a.jsonl", b'{"a":' * 100_000, "json_too_deep", {}),
         ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), "object_over_lines", {}),
@@ -252,6 +259,13 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
         "broken": Message("entry_no_object"),
         "endless": Message("path_unusable", path=str(tmp_path / ("a" * 256)), problem=os.strerror(errno.ENAMETOOLONG)),
         "rwos": Message("dataset_unknown", name="rwos", registry=tmp_path / "dataset_info.json", near="rows"),
+        str(tmp_path / "rwos.jsonl"): Message(
+            "dataset_unknown",
+            name=str(tmp_path / "rwos.jsonl"),
+            registry=tmp_path / "dataset_info.json",
+            near=tmp_path / "rows.jsonl",
+        ),
+        "rows，a、b": Message("dataset_with_wide_comma", name="rows，a、b", meant="rows,a,b"),
     }
     for name, reason in reasons.items():
         assert fault_of(name, folder) == reason
