@@ -221,11 +221,11 @@ class Load:
 
 async def load(url: str, seconds: float, clients: int) -> int:
     root = url.removesuffix("/v1")
-    async with httpx.AsyncClient(timeout=60) as http:
+    # an idle connection may be closed by the server in the moment of the next request
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as http:
 
         async def gauge(name: str) -> float:
-            # an idle connection may be closed by the server in the moment of the next request
-            text = (await http.get(f"{root}/metrics", headers={"Connection": "close"})).text
+            text = (await http.get(f"{root}/metrics")).text
             return float(text.partition(f"\n{name} ")[2].split("\n")[0])
 
         model = (await http.get(f"{url}/models")).json()["data"][0]["id"]

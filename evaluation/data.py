@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def result_folders(home: Path, names: Sequence[str]) -> dict[str, Path]:
     """The folder of each dataset: its name, or its file's; where another has that, a hash of its path beside it."""
     found: dict[str, Path] = {}
     for name in names:
-        folder = home / Path(name).stem
+        folder = home / (Path(os.path.abspath(name)).stem or "data")  # of "..", too, it lies in `home`
         if name != GENERAL and folder in {home / GENERAL, *found.values()}:
             folder = folder.with_name(f"{folder.name}-{hashlib.sha256(name.encode()).hexdigest()[:6]}")
         found[name] = folder

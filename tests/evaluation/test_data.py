@@ -41,6 +41,15 @@ def test_datasets_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
     assert folders[GENERAL] == tmp_path / "general_test" and folders["b/test.json"].name.startswith("test-")
 
 
+def test_results_stay_below_their_folder_whatever_the_dataset_is_called(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    home = tmp_path / "run" / "eval"
+    found = result_folders(home, [".", "..", "/", "../..", "a/..", "../../etc/passwd", "/x/y.json"])
+    assert found["."] == home / "mine" and found[".."] == home / tmp_path.name and found["/"] == home / "data"
+    assert all(folder.parent == home for folder in found.values())
+
+
 def test_a_tool_call_is_its_own_reference_answer(tiny_tokenizer, tmp_path: Path) -> None:
     from preprocessing import chat_template
 

@@ -750,6 +750,26 @@ def test_origins_and_hosts_that_are_opened_may_ask(parrot: Path, tmp_path: Path)
     assert server.chat()[0] == 200 and server.end() == 0
 
 
+def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.testclient import TestClient
+
+    from inference.load import load
+    from inference.server import ApiServer
+    from inference.server_options import ServerOptions
+    from runs.target import find, read_arguments
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("/secret/place")
+
+    engine = load(find(*read_arguments([str(tiny_model), "infer_dtype=float32"])), only_replies=True)
+    server = ApiServer(engine, ServerOptions.from_environment({}))
+    monkeypatch.setattr(server.generator, "growth", fail)
+    asked = {"model": server.model_name, "messages": [{"role": "user", "content": "hi"}]}
+    with TestClient(server.application(), raise_server_exceptions=False) as client:
+        answer = client.post("/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, str(Message("api_server_failed")))
+
+
 @pytest.mark.slow
 def test_slow_clients_are_cut_off(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits of a second instead of a minute: heads and bodies that do not come, answers that are not taken."""

@@ -27,7 +27,7 @@ from conftest import (
 from test_training import read_run
 
 from common import Message
-from training.checkpoints import write_manifest
+from training.checkpoints import MANIFEST, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,8 @@ def test_a_checkpoint_that_brings_code_is_refused_and_runs_none(tiny_model, tmp_
     folder, ran = tmp_path / "run", tmp_path / "ran"
     kill_after_checkpoint(tiny_model, folder, 6)
     torch.save({"state": Code(ran)}, folder / "checkpoint-6" / name)
-    write_manifest(folder / "checkpoint-6")  # whoever made the checkpoint made its manifest, too
+    (folder / "checkpoint-6" / MANIFEST).unlink()  # whoever made the checkpoint made its manifest, too
+    write_manifest(folder / "checkpoint-6")
     refused(train(tiny_model, folder), "checkpoint_state_is_code")
     assert not ran.exists()
 

@@ -168,6 +168,14 @@ def test_passwords_that_are_sent_at_once_are_tried_one_after_the_other(guarded: 
     assert time.monotonic() - start >= 4 * 0.2
 
 
+def test_both_servers_listen_on_this_machine_alone_unless_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import webui
+    from inference.server_options import ServerOptions
+
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    assert ServerOptions.from_environment({}).host == webui.parse([]).host == "127.0.0.1"
+
+
 def test_the_password_is_not_passed_on_to_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     import webui
 
