@@ -32,7 +32,7 @@ from api_load import ROOT, memory_grew, training
 sys.path[:0] = [str(ROOT / "tests" / "web"), str(ROOT)]
 
 TICK = 2.0  # seconds, as the board's timers have it
-QUIET_SECONDS = 20  # after the last page: its connections are closed by then, and its worker threads idle
+QUIET_SECONDS = 12  # after the last page: its connections are closed by then, and its worker threads idle
 
 
 def main() -> int:
@@ -169,7 +169,7 @@ async def look_once(url: str, config: dict[str, Any]) -> None:
     """Opens one page for a while, without and after others: at a call, worker threads that idle for 10 s are ended."""
     for seconds in (QUIET_SECONDS, 0):
         async with httpx.AsyncClient(base_url=url, timeout=120) as http:
-            await Page(Board(url, config, 0), http, random.Random(0)).live(10)
+            await Page(Board(url, config, 0), http, random.Random(0)).live(4)
         await asyncio.sleep(seconds)
 
 
