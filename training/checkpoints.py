@@ -11,7 +11,7 @@ from common import Config, Message, UserError
 from runs.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"  # {"files": {name: {"bytes": ..., "sha256": ...}}}, written last
-BESIDE = ".saving"  # the folder in the run folder in which a checkpoint is written
+BESIDE = ".saving"  # the folder in the run folder in which a checkpoint is written, and deleted
 REPLACED = ".replaced-"  # before the name of a checkpoint whose successor of the same step is about to appear
 UNUSED = ("training_args.bin", "README.md")  # a pickle that nothing reads, and PEFT's empty form
 
@@ -82,14 +82,22 @@ def delete_old(folder: Path, limit: int | None, saved: list[int], best: int | No
     found = {step_of(path): path for path in all_checkpoints(folder)}
     newest = saved[-1]
     for step in [step for step in found if step > newest]:
-        shutil.rmtree(found.pop(step))
+        delete(found.pop(step))
     used = {step for step, path in found.items() if any(file.is_dir() for file in path.iterdir())}
     protected = {newest, best, *used} & found.keys()
     for step in sorted(found):
         if limit is None or len(found) <= max(limit, len(protected)):
             return
         if step not in protected:
-            shutil.rmtree(found.pop(step))
+            delete(found.pop(step))
+
+
+def delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint; one that a kill has left in part would look whole where its manifest went first."""
+    beside = checkpoint.parent / BESIDE
+    beside.mkdir(exist_ok=True)
+    os.replace(checkpoint, beside / checkpoint.name)
+    shutil.rmtree(beside)
 
 
 def remove_leftovers(folder: Path) -> None:

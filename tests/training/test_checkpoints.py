@@ -116,6 +116,22 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint_of_the_same_step(run):
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-8"]
 
 
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_part_of_it(run, monkeypatch):
+    def killed(folder, **_):
+        for name in ("manifest.json", "optimizer.pt"):
+            next(Path(folder).rglob(name)).unlink()
+        raise KeyboardInterrupt
+
+    make_checkpoint(run, 12)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoints.shutil, "rmtree", killed)
+        checkpoints.delete_old(run, 2, [12], None)
+    assert [path.name for path in checkpoints.all_checkpoints(run)] == ["checkpoint-8", "checkpoint-12"]
+    assert [checkpoints.find_damage(path) for path in checkpoints.all_checkpoints(run)] == [None, None]
+    checkpoints.remove_leftovers(run)
+    assert not (run / ".saving").exists()
+
+
 def test_a_kill_between_two_renames_loses_no_checkpoint(run):
     (run / "checkpoint-8").rename(run / ".replaced-checkpoint-8")
     checkpoints.remove_leftovers(run)
