@@ -462,13 +462,9 @@ def test_a_python_with_pyyaml_alone_is_told_too(tmp_path, command, package):
 
 
 def test_help_lists_every_key_in_half_a_second():
-    times = []
-    for _ in range(3):
-        started = time.process_time()
-        before = time.monotonic()
-        result = run("train.py", "--help")
-        times.append(min(time.monotonic() - before, 60))
-        assert time.process_time() - started < 1
+    used = os.times().children_user
+    result = run("train.py", "--help")
+    assert os.times().children_user - used < 0.5
     assert result.returncode == 0
     for name in common.OPTIONS:
         assert f"  {name} " in result.stdout
