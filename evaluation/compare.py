@@ -17,6 +17,9 @@ from runs.folder import is_run, read_run, run_config, run_folders
 from runs.metric_names import METRICS
 from runs.process import is_alive
 
+# The figure of an evaluation that says most, whatever the stage; others come only where those before it are missing.
+KEY_FIGURES = ("accuracy", "exact_match", "reward", "preference_accuracy", "roc_auc", "perplexity")
+
 
 def runs_table() -> list[list[str]]:
     """All runs, newest first: how they went and what they reached. Raises UserError where there is none."""
@@ -40,7 +43,7 @@ def run_status(run: dict[str, Any]) -> str:
 
 
 def key_figure(folder: Path) -> tuple[str, str]:
-    """The newest evaluation of a run's own model, or of what was made of it: its data, and accuracy or exact match.
+    """The newest evaluation of a run's own model, or of what was made of it: its data, and the first of KEY_FIGURES.
 
     Dashes for none. General knowledge comes only where nothing else was evaluated.
     """
@@ -50,7 +53,7 @@ def key_figure(folder: Path) -> tuple[str, str]:
         models = {label: f for label, f in found["models"].items() if label not in ("majority vote", "base")}
         label = "trained" if "trained" in models else next(iter(models), None)
         of_model = "" if label == "trained" else f" ({label})"
-        for key in ("accuracy", "exact_match", "reward"):
+        for key in KEY_FIGURES:
             if key in models.get(label, {}):
                 return found["dataset"], f"{METRICS[key].head} {models[label][key]:.3f}{of_model}"
     return "-", "-"

@@ -41,6 +41,25 @@ def test_runs_that_were_killed_and_models_made_of_a_run_are_listed(tmp_path: Pat
     assert compare.amount(1_234_567) == "1,234,567" and compare.amount(0.12345678) == "0.12346"
 
 
+@pytest.mark.parametrize(
+    ("figures", "shown"),
+    [
+        ({"exact_match": 0.5, "perplexity": 3.0}, "exact match 0.500"),
+        (
+            {"preference_accuracy": 0.75, "preference_accuracy_per_token": 0.5, "margin": 1.0},
+            "preference accuracy 0.750",
+        ),
+        ({"roc_auc": 0.625}, "ROC AUC 0.625"),
+        ({"loss": 0.5, "perplexity": 1.65}, "perplexity 1.650"),
+        ({"reward": 0.25}, "reward 0.250"),
+    ],
+)
+def test_the_list_of_runs_has_a_figure_of_every_stage(tmp_path: Path, figures: dict[str, float], shown: str) -> None:
+    (tmp_path / "eval" / "d").mkdir(parents=True)
+    write_json(tmp_path / "eval/d/metrics.json", {"dataset": "d", "models": {"base": {}, "trained": figures}})
+    assert compare.key_figure(tmp_path) == ("d", shown)
+
+
 def test_two_runs_are_compared_on_the_same_conversations(tmp_path: Path) -> None:
     """Rows with the same last message and a different history."""
     for name, predictions in (("a", "00"), ("b", "011")):
