@@ -22,7 +22,7 @@ from pathlib import Path
 import common
 from common import Message, UserError
 from runs import network
-from runs.configuration import run_command
+from runs.configuration import load_config, run_command
 from runs.target import find
 
 
@@ -57,6 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not args.port.isdecimal() or int(args.port) > 65535:
         raise UserError("web_not_a_port", port=args.port)
     if args.chat is None and args.settings:
+        load_config(args.settings)  # raises UserError for a misspelt flag
         raise UserError("web_setting_for_board", setting=args.settings[0])
     return args
 

@@ -148,6 +148,7 @@ def test_a_turn_without_an_answer_is_no_training_data() -> None:
         (["--host", "0.0.0.0"], "web_password_needed"),
         (["--port", "x"], "web_not_a_port"),
         (["learning_rate=1"], "web_setting_for_board"),
+        (["--prot", "9000"], "unknown_argument"),
         (["--host", "256.1.1.1", "--password"], "cannot_listen"),
     ],
 )
