@@ -52,9 +52,10 @@ def python() -> str:
     return str((Path() if _in_kit_folder() else ROOT) / ".venv" / "bin" / "python")
 
 
-def command(script: str, *arguments: object) -> str:
+def command(script: str, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
     """A command that runs a script of this kit, as a line for the shell in the working directory."""
-    return shlex.join([python(), script if _in_kit_folder() else str(ROOT / script), *map(str, arguments)])
+    place = script if _in_kit_folder() else str(ROOT / script)
+    return shlex.join([python(), *launcher, place, *map(str, arguments)])
 
 
 def _in_kit_folder() -> bool:
@@ -644,6 +645,20 @@ def find_gpu() -> Gpu | None:
 
         memory = (psutil.virtual_memory().total, psutil.virtual_memory().available)
     return Gpu(name, driver, _version(cuda), _version(compute), *memory)
+
+
+def visible_cards() -> list[str]:
+    """All cards that may be used, by the names that CUDA_VISIBLE_DEVICES takes; needs no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None:
+        return []
+    if visible is not None:
+        return [] if visible.split(",")[0] in ("", "-1") else visible.split(",")
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number, _ in enumerate(re.findall(r"^GPU ", listed, re.MULTILINE))]
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from runs.lock import locked
 from runs.process import interruptible
 from training import preflight, record, resume, trainer
 from training.findings import Run
+from training.processes import Processes
 
 if TYPE_CHECKING:
     from training.callbacks import EarlyStopping
@@ -32,23 +33,32 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(common.help_text(__doc__))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
+    processes = Processes.of_launcher()
+    with processes.one_voice():
+        start(arguments, processes)
+
+
+def start(arguments: list[str], processes: Processes) -> None:
+    if processes.is_first:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     loaded = resume.locate_model(load_config([a for a in arguments if a != "--dry-run"]))
     print_notes([*check_training_asked_for(loaded), *loaded.notes])
-    run = Run.of(loaded)
+    run = Run.of(loaded, processes)
     if "--dry-run" in arguments:
-        sys.exit(preflight.dry_run(run))
+        sys.exit(preflight.dry_run(run) if processes.is_first else 0)
     print_notes(preflight.check_before_loading(run))
     if run.resume.finished:
         print_next(run.folder)
         return
-    with locked(run.folder):
-        preflight.make_missing_model(run)
+    with locked(run.folder) if processes.is_first else contextlib.nullcontext(), processes.connected():
+        with processes.in_turn():
+            preflight.make_missing_model(run)
         with interruptible():
             trainer.import_unsloth()  # takes ten seconds: what can be told to be wrong before is told
-        prepare_data(run)
+        with processes.in_turn():
+            prepare_data(run)
         train(run)
-    if run.config.do_predict:
+    if run.config.do_predict and processes.is_first:
         predict(run)
 
 
@@ -63,19 +73,25 @@ def prepare_data(run: Run) -> None:
 
 def train(run: Run) -> None:
     """Loads the model, trains it, and leaves the adapter in the run folder."""
-    precision = trainer.choose_precision(run.config)
+    processes, resumed = run.processes, run.resume.checkpoint
+    config = processes.as_one(run.config)
+    precision = trainer.choose_precision(config)
     print_notes([precision.note] if precision.note else [])
     with interruptible():
-        model = trainer.load_model(run.config, precision)
+        model = trainer.load_model(config, precision, processes)
         trained, early = trainer.make_trainer(
-            run.config, precision, model, run.tokenizer, run.data, run.plan, run.rewards, run.template.stop
+            config, precision, model, run.tokenizer, run.data, run.plan, run.rewards, run.template.stop, processes
         )
+    processes.wait()
+    if not processes.is_first:
+        trained.train_from(resumed)
+        return
     resume.clear_old_run(run.resume, run.folder)  # only now, when all that could be wrong with this run was tried
-    record.begin_record(run.loaded, run.folder, run.data, run.inputs, run.resume.checkpoint)
+    record.begin_record(run.loaded, run.folder, run.data, run.inputs, resumed, processes.count)
     try:
         announce(run, trained.model)
         with explaining_full_disk(run.folder, trained.checkpoint_bytes()):
-            trained.train_from(run.resume.checkpoint)
+            trained.train_from(resumed)
             conclude(run, trained, early)
     except (Exception, KeyboardInterrupt) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -95,7 +111,8 @@ def announce(run: Run, model: Any) -> None:
     trainable = count_trainable(model)
     named = Message("model_parameters", model=config.model_name_or_path, total=run.model.parameters, trained=trainable)
     tokenized = Message("data_tokenized", samples=run.plan.samples, tokens=run.plan.tokens, longest=run.plan.longest)
-    steps, held_out = plan.describe_steps(config, run.plan), plan.describe_evaluations(config, run.plan)
+    steps = plan.describe_steps(config, run.plan, run.processes)
+    held_out = plan.describe_evaluations(config, run.plan)
     print(Message("training_announced", model=named, data=tokenized, steps=steps, held_out=held_out))
     for warning in plan.find_warnings(config, run.plan):
         print(Message("warning", text=warning))
@@ -109,7 +126,8 @@ def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
     facts, folder = record.facts_of(trained, run, early.reason), run.folder
     if trained.misses_evaluation or (facts["steps"] < facts["total_steps"] and not early.reason):
         record.complete_record(folder, "interrupted", **facts)
-        again = common.command("train.py", folder / "config.yaml")  # which deletes nothing, whatever the recipe says
+        # which deletes nothing, whatever the recipe says
+        again = common.command("train.py", folder / "config.yaml", launcher=run.processes.launcher)
         print(f"\n{Message('stopped_at_step', step=facts['steps'], steps=facts['total_steps'], command=again)}")
         sys.exit(130)
     trainer.save_adapter(trained, run.template, folder)

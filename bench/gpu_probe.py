@@ -64,19 +64,21 @@ def kinds_of_weights(model: Any) -> dict[str, int]:
 def watch(found: dict[str, Any]) -> None:
     """Has the next training in this process fill `found`: loaded weights, the estimate of memory, a step's kernels."""
     from training import memory, trainer
+    from training.plan import TrainingPlan
 
     load, make = trainer.load_model, trainer.make_trainer
 
-    def load_model(config: common.Config, precision: Any) -> Any:
-        model = load(config, precision)
+    def load_model(*given: Any) -> Any:
+        model = load(*given)
         found["loaded"] = kinds_of_weights(model)
         return model
 
-    def make_trainer(config: common.Config, precision: Any, model: Any, tokenizer: Any, data: Any, plan: Any) -> Any:
+    def make_trainer(config: common.Config, *given: Any) -> Any:
+        plan = next(one for one in given if isinstance(one, TrainingPlan))
         longest = config.cutoff_len if config.packing else plan.longest
         size = memory.read_model(Path(config.model_name_or_path))
         found["estimate"] = memory.needs(config, size, longest, common.find_gpu())
-        made, early = make(config, precision, model, tokenizer, data, plan)
+        made, early = make(config, *given)
         made.add_callback(step_watcher(found))
         return made, early
 

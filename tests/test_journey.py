@@ -27,6 +27,7 @@ ELSEWHERE = {
     "python train.py configs/llama3-8b-chinese-chat.yaml --dry-run": "test_preflight.py",
     "python train.py configs/llama3-8b-chinese-chat.yaml": "test_training.py, on the tiny model",
     "python chat.py configs/llama3-8b-chinese-chat.yaml": "test_training.py, after that",
+    "torchrun --nproc-per-node 2 train.py configs/quickstart.yaml output_dir=saves/two-torchrun": "test_processes.py",
     "vllm serve saves/quickstart/merged --served-model-name quickstart": "test_server.py, the files that vLLM reads",
     "llama-server -m saves/quickstart/gguf/quickstart-q8_0.gguf --jinja": "test_quantize.py, by llama.cpp's library",
     "make test-quick": "this run",
@@ -155,7 +156,7 @@ def journey(tmp_path_factory, embedded_model) -> tuple[Path, dict[str, str]]:
         for command in all_commands():
             if command in ELSEWHERE:
                 continue
-            line = re.sub(r"^python ", ".venv/bin/python ", command).replace(":8000/", f":{port}/")
+            line = re.sub(r"^(python|accelerate) ", r".venv/bin/\1 ", command).replace(":8000/", f":{port}/")
             line += "".join(f" {more}" for pattern, more in SHORTENED.items() if re.search(pattern, line))
             if ready := next((text for start, text in SERVERS.items() if command.startswith(start)), None):
                 said[command] = servers.enter_context(serving(line, ready, folder, port))

@@ -22,6 +22,7 @@ from training import early_stopping
 from training.grpo import logged_rewards
 from training.plan import TrainingPlan
 from training.preferences import REWARDS
+from training.processes import Processes
 
 PICTURE = "training_loss.png"
 DRAW_EVERY = 15  # seconds; a picture costs a third of a second
@@ -32,7 +33,7 @@ class EvaluationInterrupted(Exception):
 
 
 class Progress(TrainerCallback):
-    """Writes the log, draws the loss, shows the progress bar, and ends a run whose loss is no number."""
+    """Writes the log, draws the loss, shows the progress bar."""
 
     def __init__(self, folder: Path, plot_loss: bool) -> None:
         self.folder, self.plot_loss = folder, plot_loss
@@ -63,8 +64,6 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
-        if state.global_step == state.max_steps:
-            control.should_log = True  # the last loss and the whole time, whatever logging_steps is
 
     def on_log(
         self,
@@ -82,9 +81,6 @@ class Progress(TrainerCallback):
         keys = ("reward", "eval_reward") if {"reward", "eval_reward"} & logs.keys() else ("loss", "eval_loss")
         shown = {key: f"{logs[key]:.4f}" for key in keys if logs.get(key) is not None}
         self.bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)
-        for key in ("loss", "eval_loss"):
-            if not math.isfinite(logs.get(key, 0.0)):
-                raise UserError("loss_not_finite", what=key, value=str(logs[key]), step=state.global_step)
         if self.plot_loss and time.monotonic() - self.drawn_at > DRAW_EVERY:
             self.draw()
 
@@ -127,8 +123,14 @@ class Interruption(TrainerCallback):
     An evaluation is given up where it stands, and repeated when the run goes on.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.asked = False  # this process
+        self.agreed = False  # all of them, which save at the same step
+
+    def _agree(self) -> bool:
+        self.agreed = self.processes.agree(self.asked)
+        return self.agreed
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -141,16 +143,16 @@ class Interruption(TrainerCallback):
             signal.signal(number, self._ask)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
+        if self._agree():
             raise EvaluationInterrupted
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
+        if self._agree():
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked:
+        if self.agreed:
             control.should_evaluate = control.should_save = False
 
 
@@ -164,16 +166,18 @@ class Resuming(TrainerCallback):
         self.restore()
 
 
-class Saves(TrainerCallback):
+class Due(TrainerCallback):
     """Saves at the steps of `save_steps` that are not evaluated; transformers saves at those that are.
 
-    It would also save where an evaluation is left out at the beginning (eval_delay).
+    It would also save where an evaluation is left out at the beginning (eval_delay), and would not log the last loss.
     """
 
     def __init__(self, plan: TrainingPlan) -> None:
         self.plan = plan
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
         if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
             control.should_save = self.plan.saves_at(state.global_step)
 
@@ -203,8 +207,8 @@ class EarlyStopping(TrainerCallback):
             control.should_training_stop = True
 
 
-class FiniteGradients(TrainerCallback):
-    """Ends a run before a gradient that is no number reaches the weights, whatever the loss is.
+class FiniteNumbers(TrainerCallback):
+    """Ends a run whose loss is no number, and before a gradient that is none reaches the weights, whatever the loss is.
 
     `last_norm` gives the gradients' norm of this step. With float16's loss scaling an overflow is expected now and
     then, and the scaler leaves that step out: there the weights are looked at, after each step.
@@ -212,6 +216,18 @@ class FiniteGradients(TrainerCallback):
 
     def __init__(self, last_norm: Callable[[], float]) -> None:
         self.last_norm = last_norm
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite((logs or {}).get(key, 0.0)):
+                raise UserError("loss_not_finite", what=key, value=str(logs[key]), step=state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.fp16 and not math.isfinite(norm := self.last_norm()):

@@ -22,7 +22,14 @@ from training.memory import (
     sequences,
     smallest_change,
 )
-from training.plan import TrainingPlan, describe_evaluations, describe_steps, find_warnings, make_plan
+from training.plan import (
+    TrainingPlan,
+    describe_count,
+    describe_evaluations,
+    describe_steps,
+    find_warnings,
+    make_plan,
+)
 
 CLEARLY = 1.2  # an estimate of memory that is so many times what is free is taken at its word
 
@@ -75,10 +82,11 @@ def _count_conversations(run: Run) -> Iterator[Finding]:
 
     conversations = len(dataset.read_conversations(run.config)[0])
     yield ok(Message("data_not_tokenized", conversations=conversations))
-    steps = packing.total_steps(run.config, conversations)
+    steps = packing.total_steps(run.processes.as_one(run.config), conversations)
     batch, accumulation = run.config.per_device_train_batch_size, run.config.gradient_accumulation_steps
     limit = Message("at_most") if run.config.packing and run.config.max_steps <= 0 else ""
-    yield ok(Message("steps_expected", limit=limit, steps=steps, batch=batch, accumulation=accumulation))
+    each = describe_count(run.processes)
+    yield ok(Message("steps_expected", limit=limit, steps=steps, batch=batch, accumulation=accumulation, each=each))
 
 
 def check_inputs(run: Run) -> Iterator[Finding]:
@@ -103,9 +111,9 @@ def check_inputs(run: Run) -> Iterator[Finding]:
 def check_plan(run: Run) -> Iterator[Finding]:
     if run.data is None:
         return
-    run.plan = make_plan(run.config, run.data)
+    run.plan = make_plan(run.processes.as_one(run.config), run.data)
     resume.check_steps_left(run.resume, run.folder, run.plan)
-    yield ok(describe_steps(run.config, run.plan))
+    yield ok(describe_steps(run.config, run.plan, run.processes))
     yield ok(Message("plan_holds_out", held_out=describe_evaluations(run.config, run.plan)))
     for warning in find_warnings(run.config, run.plan):
         yield note(warning)
@@ -128,7 +136,8 @@ def check_memory(run: Run) -> Iterator[Finding]:
     except KeyError:
         yield note(Message("memory_unknown"))
         return
-    need, have = sum(parts.values()), run.gpu.free_memory if run.gpu else hardware.free_memory()
+    need = sum(parts.values())
+    have = run.gpu.free_memory if run.gpu else hardware.free_memory() / run.processes.here
     limit = "" if run.plan or config.packing else Message("at_most")
     finding = Message("memory_estimate", limit=limit, need=need / GB, parts=_memory_parts(parts), have=have / GB)
     if need <= have:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from common import Message
 from training import hardware, resume
 from training.findings import Finding, Run, fault, note, ok
 from training.memory import GB
+from training.processes import SHARED_STAGES
 
 # Packages without which nothing trains; another one of requirements.txt may be missing.
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo")
@@ -29,11 +29,18 @@ def check_python(_: Run) -> Iterator[Finding]:
         yield fault(Message("python_does_not_fit", version=found))
 
 
-def check_processes(_: Run) -> Iterator[Finding]:
-    """A launcher (torchrun, accelerate launch) has started several processes, which would write to one run folder."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        yield fault(Message("several_processes", count=int(count)))
+def check_processes(run: Run) -> Iterator[Finding]:
+    """Whether the processes that a launcher (torchrun, accelerate launch) has started can train together."""
+    processes = run.processes
+    if processes.missing:
+        yield fault(Message("processes_without_launcher", count=processes.count, missing=processes.missing))
+    elif 0 < processes.cards < processes.here:
+        yield fault(Message("processes_share_cards", count=processes.here, cards=processes.cards))
+    elif processes.count > 1 and run.config.stage not in SHARED_STAGES:
+        stages = list(SHARED_STAGES)
+        yield fault(Message("processes_of_stage", count=processes.count, stage=run.config.stage, stages=stages))
+    elif processes.count > 1:
+        yield ok(Message("processes_together", count=processes.count))
 
 
 def check_card(run: Run) -> Iterator[Finding]:
@@ -98,7 +105,7 @@ def check_imports(_: Run) -> Iterator[Finding]:
 
 
 def check_run(run: Run) -> Iterator[Finding]:
-    run.resume = resume.plan_resume(run.loaded, run.folder)
+    run.resume = resume.plan_resume(run.loaded, run.folder, run.processes.count)
     for message in (*run.resume.damaged, run.resume.message):
         if message:
             yield note(message)

@@ -11,6 +11,7 @@ from common import Config, Gpu, Message
 from runs.configuration import Loaded
 from training.memory import ModelSize
 from training.plan import TrainingPlan
+from training.processes import ALONE, Processes
 from training.resume import ResumePlan
 from training.rewards import Reward
 
@@ -46,6 +47,7 @@ class Run:
     loaded: Loaded
     folder: Path
     config: Config  # with batches that the model can take
+    processes: Processes = ALONE
     gpu: Gpu | None = None
     model: ModelSize | None = None
     ask_hub: bool = False  # about a model that is not on the disk
@@ -59,8 +61,8 @@ class Run:
     rewards: list[Reward] = field(default_factory=list)  # of stage grpo
 
     @classmethod
-    def of(cls, loaded: Loaded) -> Run:
-        return cls(loaded, Path(loaded.config.output_dir), loaded.config)
+    def of(cls, loaded: Loaded, processes: Processes = ALONE) -> Run:
+        return cls(loaded, Path(loaded.config.output_dir), loaded.config, processes)
 
     @property
     def can_tokenize(self) -> bool:

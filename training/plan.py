@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from common import Config, Message, UserError
 from training import packing
+from training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,7 +163,12 @@ def cheap_evaluations(steps: int, epoch_steps: int, step_tokens: float, lengths:
 # The plan as messages
 
 
-def describe_steps(config: Config, plan: TrainingPlan) -> Message:
+def describe_count(processes: Processes) -> Message | str:
+    """What the samples of a step are multiplied by beside batch and accumulation."""
+    return Message("times_processes", count=processes.count) if processes.count > 1 else ""
+
+
+def describe_steps(config: Config, plan: TrainingPlan, processes: Processes = ALONE) -> Message:
     """How many optimizer steps of how many samples or packed rows."""
     unit = Message("samples") if plan.packed_rows is None else Message("packed_rows")
     if config.stage == "grpo":
@@ -172,6 +178,7 @@ def describe_steps(config: Config, plan: TrainingPlan) -> Message:
         steps=plan.steps,
         batch=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
+        each=describe_count(processes),
         unit=unit,
         rate=config.learning_rate,
         schedule=config.lr_scheduler_type,

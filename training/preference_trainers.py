@@ -37,6 +37,7 @@ class PreferenceTrainer(MeansTrainer):
 
     def __init__(self, *, config: Config, **kwargs: Any) -> None:
         self.config = config
+        self.losses_of_step: list[torch.Tensor] = []  # so far, of each micro-batch; zero of another process's
         super().__init__(**kwargs)
         remove_reference(self.model)
 
@@ -56,7 +57,11 @@ class PreferenceTrainer(MeansTrainer):
         return ranked_right(chosen, rejected), len(chosen) * len(rejected)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """In pieces where the micro-batch does not fit into memory."""
+        """In pieces where the micro-batch does not fit into memory; several processes take the micro-batches in turn.
+
+        Returns the loss of the whole optimizer step with its last micro-batch, and zero before.
+        """
+        processes, turn = self.processes, len(self.losses_of_step)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train = super().training_step
 
@@ -64,7 +69,19 @@ class PreferenceTrainer(MeansTrainer):
             return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
 
         model.train()
-        return self.train_splitter.run(self.with_reference(self._prepare_inputs(inputs)), step)
+        nothing = torch.zeros((), device=self.args.device)
+        if turn % processes.count == processes.rank:
+            number = self.state.global_step * self.args.gradient_accumulation_steps + turn
+            with processes.own_random_numbers(self.args.seed, number):
+                batch = self.with_reference(self._prepare_inputs(inputs))
+                self.losses_of_step.append(self.train_splitter.run(batch, step))
+        else:
+            self.losses_of_step.append(nothing)
+        if not self.accelerator.sync_gradients:
+            return nothing
+        loss, self.losses_of_step = torch.stack(self.losses_of_step).sum(), []
+        processes.total_gradients(trained)
+        return processes.total(loss)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         predict = super().prediction_step
@@ -88,7 +105,21 @@ class PreferenceTrainer(MeansTrainer):
         """Adds to what the next logged value of `name` is the mean of."""
         self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += values.detach().tolist()
 
+    def _gather_rewards(self) -> None:
+        """Leaves the first process, which logs and saves them, what all have noted of their micro-batches."""
+        noted = self._metrics["train"]
+        for name in KINDS:
+            gathered = self.processes.gather(noted.pop(name, []))
+            if self.processes.is_first and (values := [value for each in gathered for value in each]):
+                noted[name] = values
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._gather_rewards()
+        super()._save_checkpoint(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training:
+            self._gather_rewards()
         found, accuracy, comparisons = self._metrics["train" if self.model.training else "eval"], 1.0, 1
         chosen, rejected = (found.pop(name, []) for name in KINDS)
         found |= {name: values for name, values in zip(KINDS, (chosen, rejected), strict=True) if values}

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
 
 
-def begin_record(loaded: Loaded, folder: Path, data: Prepared, inputs: dict[str, Any], resumed: Path | None) -> None:
+def begin_record(
+    loaded: Loaded,
+    folder: Path,
+    data: Prepared,
+    inputs: dict[str, Any],
+    resumed: Path | None,
+    processes: int = 1,
+) -> None:
     """Writes config.yaml and run.json, before the first step."""
     import psutil
 
@@ -47,6 +54,7 @@ def begin_record(loaded: Loaded, folder: Path, data: Prepared, inputs: dict[str,
         "resumed_from": str(resumed) if resumed else None,
         "recipe": str(loaded.recipe) if loaded.recipe else None,
         "command": typed_command(),
+        "processes": processes,
         "model": loaded.config.model_name_or_path,
         "seed": loaded.config.seed,
         "device": dataclasses.asdict(gpu) if gpu else {"name": "cpu", "cores": os.cpu_count()},

@@ -48,8 +48,8 @@ class ResumePlan:
     damaged: tuple[Message, ...] = ()  # newer checkpoints that cannot be used
 
 
-def plan_resume(loaded: Loaded, folder: Path) -> ResumePlan:
-    """Looks at what an earlier run has left in `folder`, and changes nothing.
+def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
+    """Looks at what an earlier run has left in `folder`, and changes nothing. `processes` are those that would train.
 
     A recipe that says overwrite_output_dir (nearly every file of LLaMA-Factory does) means the runs before this one:
     started again after an interruption it goes on. Only the command line starts an interrupted run over. Raises
@@ -68,7 +68,7 @@ def plan_resume(loaded: Loaded, folder: Path) -> ResumePlan:
         raise UserError("unknown_run", folder=folder, file=left[0].name)
     if run is None:
         return ResumePlan(Message("going_on", checkpoint=named) if named else None, named)
-    refuse_changed_settings(config, folder, run, within)
+    refuse_changed_settings(config, folder, run, within, processes)
     if run["status"] == "finished":
         return ResumePlan(Message("run_is_finished", folder=folder), finished=True)
     newest, damaged = (named, []) if named else checkpoints.newest_whole(config, folder)
@@ -105,9 +105,11 @@ def is_interrupted(config: Config, folder: Path) -> bool:
     return wanted and run is not None and run["status"] != "finished" and bool(checkpoints.all_checkpoints(folder))
 
 
-def refuse_changed_settings(config: Config, folder: Path, run: dict[str, Any], within: bool) -> None:
+def refuse_changed_settings(
+    config: Config, folder: Path, run: dict[str, Any], within: bool, processes: int = 1
+) -> None:
     """Raises UserError where settings that change the result differ from those that the run was begun with."""
-    changed = changed_settings(config, folder)
+    changed = changed_settings(config, folder, run, processes)
     if not changed:
         return
     if run["status"] == "finished" and {setting.fields["name"] for setting in changed} <= LONGER_RUN:
@@ -119,15 +121,24 @@ def refuse_changed_settings(config: Config, folder: Path, run: dict[str, Any], w
     raise UserError("other_settings", folder=folder, changed=changed)
 
 
-def changed_settings(config: Config, folder: Path) -> list[Message]:
+def changed_settings(config: Config, folder: Path, run: dict[str, Any], processes: int = 1) -> list[Message]:
     """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
     begun = locate_model(load_config([str(folder / "config.yaml")])).config
-    return [
+    changed = [
         Message("changed_setting", name=name, then=_shown(getattr(begun, name)), now=_shown(getattr(config, name)))
         for name in common.OPTIONS
         if (name not in WITHOUT_EFFECT or (name == "temperature" and config.stage == "grpo"))
         and getattr(begun, name) != getattr(config, name)
     ]
+    then = run.get("processes", 1)
+    if processes == then:
+        return changed
+    # more processes with as much less accumulation take the same steps, except for what each draws at random
+    accumulation = {name: one.gradient_accumulation_steps for name, one in (("then", begun), ("now", config))}
+    is_random = bool(config.lora_dropout or config.neftune_noise_alpha)
+    if accumulation["then"] * then == accumulation["now"] * processes and not is_random:
+        return [setting for setting in changed if setting.fields["name"] != "gradient_accumulation_steps"]
+    return [*changed, Message("changed_setting", name="processes", then=str(then), now=str(processes))]
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from training.callbacks import EvaluationInterrupted, check_finite_weights
 from training.learning_rates import split_learning_rates
 from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
-from training.splitting import Splitter, with_gradients_apart
+from training.processes import Processes
+from training.splitting import Splitter, share, with_gradients_apart
 
 LOSS_STATE = "loss_since_log.json"  # of a checkpoint: what the next logged loss is to begin with
 
@@ -37,6 +38,7 @@ class RunTrainer:
     """What the trainers of all stages add to TRL's: checkpoints that appear whole, and exact resuming."""
 
     plan: TrainingPlan
+    processes: Processes
     save_limit: int | None  # checkpoints that are kept
     lr_ratio_of_b: float = 1.0  # learning rate of the adapter's B matrices in that of the others (LoRA+)
     embedding_rate: float | None = None  # learning rate of embeddings that learn whole
@@ -165,9 +167,12 @@ class RunTrainer:
                 pissa.write_as_lora(beside / f"checkpoint-{step}", self.start)
             (beside / f"checkpoint-{step}" / LOSS_STATE).write_text(json.dumps(self.since_log()), encoding="utf-8")
 
-        checkpoints.save_whole(folder, step, write)
-        self.saved.append(step)
-        checkpoints.delete_old(folder, self.save_limit, self.saved, self.state.best_global_step)
+        if self.processes.is_first:
+            checkpoints.save_whole(folder, step, write)
+            self.saved.append(step)
+            checkpoints.delete_old(folder, self.save_limit, self.saved, self.state.best_global_step)
+        self.processes.wait()
+        self._name_best_checkpoint()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.writing_to) if self.writing_to else super()._get_output_dir(trial)
@@ -181,7 +186,7 @@ class MeansTrainer(RunTrainer):
 
     def restore(self) -> None:
         super().restore()
-        if self.resumed_from:
+        if self.resumed_from and self.processes.is_first:  # which logs
             saved = read_json(self.resumed_from / LOSS_STATE, default={}).get("means", {})
             self._metrics["train"].update(saved)
 
@@ -196,7 +201,7 @@ class Trainer(RunTrainer, SFTTrainer):
     noise: EmbeddingNoise | None = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """In micro-batches: `inputs` is the flat batch of a whole optimizer step."""
+        """In micro-batches: `inputs` is the flat batch of a whole optimizer step, of all processes."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train, learned = super().training_step, count_learned(inputs)
 
@@ -207,7 +212,21 @@ class Trainer(RunTrainer, SFTTrainer):
             self.share = 1.0 if num_items_in_batch is not None else count_learned(piece) / max(learned, 1)
             return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
 
-        return self.train_splitter.run(dict(inputs), step)
+        with self.processes.own_random_numbers(self.args.seed, self.state.global_step):
+            loss = self._run_share(self.train_splitter, inputs, step)
+        self.processes.total_gradients(trained)
+        return loss
+
+    def _run_share(self, splitter: Splitter, inputs: Any, step: Callable[[dict[str, Any]], Any]) -> torch.Tensor:
+        """Runs `step` on what this process takes of a flat batch; returns the sum over all processes."""
+        mine = share(dict(inputs), self.processes.rank, self.processes.count)
+        loss = splitter.run(mine, step) if mine else torch.zeros((), device=self.args.device)
+        return self.processes.total(loss)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Every batch is one summand of the mean; `gather_for_metrics` would cut down a last one that is not full."""
+        self.gather_function = self.accelerator.gather
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens.
@@ -225,7 +244,7 @@ class Trainer(RunTrainer, SFTTrainer):
                 items = self._get_num_items_in_batch([piece], self.args.device)
                 return self.compute_loss(model, piece, num_items_in_batch=items).detach()
 
-        return self.eval_splitter.run(dict(inputs), step), None, None  # prediction_loss_only
+        return self._run_share(self.eval_splitter, inputs, step), None, None  # prediction_loss_only
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(*args, **kwargs) * self.share

@@ -26,16 +26,29 @@ def pieces(batch: dict[str, Any], limit: int) -> list[dict[str, Any]]:
     """A flat batch in as few pieces as its samples fill (packing.pack), the one with the longest sample first."""
     lengths = batch["packed_seq_lengths"].tolist()
     found = packing.pack(np.asarray(lengths), limit)
-    if len(found) == 1:
-        return [batch]
+    return [batch] if len(found) == 1 else [_chosen(batch, members) for members in found]
+
+
+def share(batch: dict[str, Any], process: int, count: int) -> dict[str, Any] | None:
+    """The samples of a flat batch that one of `count` processes takes, None where there are too few for all.
+
+    Each takes about as many tokens: the longest sample left goes to the process that has the fewest.
+    """
+    if count == 1:
+        return batch
+    lengths = batch["packed_seq_lengths"].tolist()
+    taken: list[list[int]] = [[] for _ in range(count)]
+    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
+        min(taken, key=lambda samples: sum(lengths[s] for s in samples)).append(sample)
+    return _chosen(batch, sorted(taken[process])) if taken[process] else None
+
+
+def _chosen(batch: dict[str, Any], members: list[int]) -> dict[str, Any]:
+    """Some samples of a flat batch, as a flat batch."""
+    lengths = batch["packed_seq_lengths"].tolist()
     by_sample = {name: tensor.split(lengths, 1) for name, tensor in batch.items() if name != "packed_seq_lengths"}
-    return [
-        {
-            **{name: torch.cat([samples[member] for member in members], 1) for name, samples in by_sample.items()},
-            "packed_seq_lengths": batch["packed_seq_lengths"][members],
-        }
-        for members in found
-    ]
+    chosen = {name: torch.cat([samples[member] for member in members], 1) for name, samples in by_sample.items()}
+    return {**chosen, "packed_seq_lengths": batch["packed_seq_lengths"][members]}
 
 
 def pieces_of_rows(batch: dict[str, Any], limit: int, of_pairs: bool = False) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from training.memory import EXPERTS, sequences
 from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
 from training.preferences import BEST_BY, PREFERENCES, preference_arguments
+from training.processes import ALONE, Processes
 from training.rewards import Reward
 
 if TYPE_CHECKING:
@@ -71,12 +72,12 @@ def import_unsloth() -> None:
         import unsloth  # noqa: F401
 
 
-def load_model(config: Config, precision: Precision) -> Any:
+def load_model(config: Config, precision: Precision, processes: Processes = ALONE) -> Any:
     """The model with its adapter, a new one or the one to go on with, by Unsloth on every device."""
     log = Path(config.output_dir) / LOADING_LOG
     if config.full_determinism:  # cuBLAS reads it once, long before transformers would set it
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-    with _folder_to_load(config) as folder, quietly(log):
+    with _folder_to_load(config) as folder, quietly(log if processes.is_first else None):
         model = _load_from(folder, config, precision)
     check_quantized(model, config.quantization_bit, log)
     learn_in_float32(model)
@@ -256,10 +257,12 @@ def make_trainer(
     plan: TrainingPlan,
     rewards: Sequence[Reward] = (),
     stop: Sequence[str] = (),
+    processes: Processes = ALONE,
 ) -> tuple[Any, EarlyStopping]:
     """TRL's trainer of the stage (sped up by Unsloth), and the callback that knows why it stopped early.
 
-    Of stage grpo: its rewards, and the control tokens that end a reply.
+    Of stage grpo: its rewards, and the control tokens that end a reply. Of several processes: `config` and `plan` are
+    those of one that takes the samples of all (Processes.as_one).
     """
     from transformers import PrinterCallback
 
@@ -267,21 +270,22 @@ def make_trainer(
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
-    early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption()
+    early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption(processes)
+    shown = [callbacks.Progress(Path(config.output_dir), config.plot_loss)] if processes.is_first else []
     trainer_class, more = _trainer_class(config, rewards, model.device.type == "cpu")
     if config.stage == "grpo":
         end_replies_at(model, tokenizer.convert_tokens_to_ids(list(stop)))
         train, held_out = with_columns(train), with_columns(held_out) if held_out else None
     trainer = trainer_class(
         model=model,
-        args=training_arguments(config, precision, plan),
+        args=training_arguments(config, precision, plan, processes),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[callbacks.Progress(Path(config.output_dir), config.plot_loss), callbacks.Saves(plan)],
+        callbacks=[*shown, callbacks.Due(plan)],
         **more,
     )
-    trainer.plan, trainer.save_limit = plan, config.save_total_limit
+    trainer.plan, trainer.save_limit, trainer.processes = plan, config.save_total_limit, processes
     _set_splitters(trainer, config, plan)
     trainer.lr_ratio_of_b = config.loraplus_lr_ratio or 1.0
     trainer.embedding_rate, trainer.start = config.embedding_learning_rate, getattr(model, "start", None)
@@ -290,8 +294,8 @@ def make_trainer(
     if held_out and config.stage in packing.FLAT_STAGES:
         eval_batches = math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
         trainer.learned_a_batch = learned_tokens(held_out) / eval_batches
-    gradients = callbacks.FiniteGradients(lambda: trainer.last_grad_norm)
-    for callback in (callbacks.Resuming(trainer.restore), interruption, early, gradients):
+    finite = callbacks.FiniteNumbers(lambda: trainer.last_grad_norm)
+    for callback in (callbacks.Resuming(trainer.restore), interruption, early, finite):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the log is ours
     return trainer, early
@@ -338,12 +342,14 @@ def smaller_settings(config: Config, longest: int) -> list[str]:
     return ["quantization_bit=4" if config.quantization_bit is None else other, f"cutoff_len={shorter}"]
 
 
-def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
+def training_arguments(config: Config, precision: Precision, plan: TrainingPlan, processes: Processes = ALONE) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
     from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
     on_gpu = hardware.on_card()
-    evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Saves
+    evaluated = (
+        plan.saves_evaluated
+    )  # transformers then insists on saving exactly where it evaluates; see callbacks.Due
     arguments = {
         **{name: getattr(config, name) for name in SAME_NAMES},
         "warmup_steps": config.warmup_steps or config.warmup_ratio,
@@ -361,7 +367,7 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         "metric_for_best_model": BEST_BY if config.stage in PREFERENCES else "eval_loss",
         "greater_is_better": False,
         "include_num_input_tokens_seen": "non_padding" if config.stage in PREFERENCES else "all",
-        "report_to": [name for name in config.report_to if name != "none"],
+        "report_to": [name for name in config.report_to if name != "none" and processes.is_first],
         "run_name": Path(config.output_dir).name,
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
@@ -372,7 +378,7 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         return {"dpo": DPOConfig, "kto": KTOConfig}[config.stage](**arguments, **preference_arguments(config))
     if config.stage == "grpo":
         return GRPOConfig(**(arguments | grpo_arguments(config)))
-    # one flat batch a step, which the trainer fills its micro-batches from
+    # one flat batch a step, of which the trainer fills its micro-batches
     samples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return SFTConfig(
         **(arguments | {"per_device_train_batch_size": samples, "gradient_accumulation_steps": 1}),

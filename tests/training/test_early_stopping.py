@@ -249,14 +249,15 @@ def test_training_stops_when_everything_is_known_by_heart(parrot, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path):
-    """Long and short answers in batches of one: a mean of the batches' means would be another number."""
+@pytest.mark.parametrize("batch", [1, 3])  # of 4 samples: the last batch of three is not full
+def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path, batch):
+    """Long and short answers: a mean of the batches' means would be another number."""
     import torch
     from transformers import AutoModelForCausalLM
 
     rows = [{"instruction": f"say {n}", "output": "x" * (1 + 30 * (n % 2))} for n in range(8)]
     data, held_out = write_jsonl(tmp_path / "rows.jsonl", rows), write_jsonl(tmp_path / "held.jsonl", rows[:4])
-    more = ["max_steps=1", "learning_rate=0", "per_device_eval_batch_size=1", "eval_steps=1"]
+    more = ["max_steps=1", "learning_rate=0", f"per_device_eval_batch_size={batch}", "eval_steps=1"]
     ok(train(tiny_model, data, tmp_path / "run", f"eval_dataset={held_out}", *more))
     config = load_config([f"model_name_or_path={tiny_model}", f"dataset={held_out}", "cutoff_len=128"]).config
     from preprocessing.chat_template import load_template

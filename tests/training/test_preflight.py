@@ -16,10 +16,12 @@ from conftest import ROOT, ok, refused, run, write_hollow_weights, write_jsonl
 from stand_in import Handler, StandIn, serving
 
 import common
+import train
 from common import Message
 from runs.configuration import load_config
 from training import check_machine, hardware, memory, preflight
 from training.findings import Run
+from training.processes import Processes
 
 GB = 1e9
 LLAMA3_8B = {
@@ -125,6 +127,7 @@ def test_a_start_that_cannot_fit_ends_before_the_model_is_loaded(llama3_8b):
 
 FAKE_SMI = """#!/bin/sh
 case "$*" in
+-L) echo "GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)" ;;
 *query-gpu*) echo "NVIDIA GeForce RTX 4090, {driver}, 8.9, 24564, 24100" ;;
 *) echo "| NVIDIA-SMI {driver}    Driver Version: {driver}    CUDA Version: 12.2 |" ;;
 esac
@@ -235,15 +238,48 @@ def test_all_faults_are_told(tiny_model, tmp_path):
     assert str(Message("dry_run_no", count=2)) in result.stdout
 
 
-def test_several_processes_of_a_launcher_are_refused(tiny_model, tmp_path, monkeypatch, capsys):
-    """Each of them would train the whole data and write to the same run folder."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "code"),
+    [
+        (["stage=grpo", "reward_funcs=length"], LAUNCHED, "processes_of_stage"),
+        ([], {"WORLD_SIZE": "2"}, "processes_without_launcher"),
+    ],
+)
+def test_processes_that_cannot_train_together_are_refused(tiny_model, tmp_path, settings, environment, code):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 3)
-    settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={tmp_path / 'run'}"]
-    refused(run("train.py", *settings, cwd=tmp_path), "several_processes")
-    assert preflight.dry_run(Run.of(load_config(settings))) == 2
-    assert str(Message("several_processes", count=2)) in capsys.readouterr().out
+    named = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={tmp_path / 'run'}"]
+    assert refused(run("train.py", *named, *settings, cwd=tmp_path, env=os.environ | environment), code)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_of_several_processes_makes_the_dry_run(tiny_model, tmp_path, monkeypatch, capsys, rank):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"a{n}", "output": "b"} for n in range(64)])
+    monkeypatch.setattr(preflight, "check_imports", lambda _: ())
+    for name, value in (LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--dry-run", f"model_name_or_path={tiny_model}", f"dataset={rows}", "num_train_epochs=1"])
+    said = capsys.readouterr().out
+    assert "2 of 2 x 8 x 2 processes samples" in said if rank == "0" else said == ""
+
+
+def test_each_process_sees_its_own_card(card, monkeypatch):
+    card("580.65.06")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "is taken back after the test")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    for name, value in (LAUNCHED | {"RANK": "1", "LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    one_card = Processes.of_launcher()
+    (found,) = check_machine.check_processes(Run.of(load_config([]), one_card))
+    assert found.message == Message("processes_share_cards", count=2, cards=1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert Processes.of_launcher() == Processes(rank=1, count=2, here=2, cards=2)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_a_model_that_is_nowhere(tmp_path):
