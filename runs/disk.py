@@ -30,12 +30,16 @@ def disk_full(folder: Path, needed: int, free: int) -> UserError:
 @contextmanager
 def explaining_full_disk(path: Path, needed: int) -> Iterator[None]:
     """Turns "no space left on device" within the block into a UserError with the needed and the free bytes."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except UserError as error:  # a child's full disk comes as its failure
+    except (UserError, RuntimeError, SafetensorError) as error:
+        # a child's full disk comes as its failure; torch and safetensors have words of their own for it
         folder = existing_folder(path)
         free = shutil.disk_usage(folder).free
-        if error.code != "child_failed" or free > min(needed // 10, 1 << 26):
+        other = isinstance(error, UserError) and error.code != "child_failed"
+        if other or free > min(needed // 10, 1 << 26):
             raise
         raise disk_full(folder, needed, free) from None
     except OSError as error:

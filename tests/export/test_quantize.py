@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import test_hub
 from conftest import ROOT, make_run, ok, refused, run, save_random_model, user_error, write_hollow_weights, write_jsonl
+from safetensors import SafetensorError
 
 import quantize
 from common import Config, Message, UserError, dump_config
@@ -287,6 +288,17 @@ def test_a_full_disk_is_told_where_a_child_meets_it(tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with user_error(expected), disk.explaining_full_disk(tmp_path, 10**9):
             child_process.run_child([sys.executable, "-c", code], "converting")
+
+
+def test_a_full_disk_is_told_where_a_library_writes(tmp_path, monkeypatch):
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    for error in (full, RuntimeError("[enforce fail at inline_container.cc:664]")):  # torch's
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+        with user_error("disk_full", free=4096 / 1e9), disk.explaining_full_disk(tmp_path, 10**7):
+            raise error
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+        with pytest.raises(type(error)), disk.explaining_full_disk(tmp_path, 10**7):
+            raise error
 
 
 def test_samples_are_spread_and_cut():
