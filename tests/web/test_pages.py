@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+import quick_gradio  # noqa: F401
 from browser import Server, browsing, end, serving
 from conftest import ROOT, user_error, write_jsonl
 
