@@ -92,8 +92,7 @@ def _findings(check: Check, run: Run) -> Iterator[Finding]:
 def check_before_loading(run: Run) -> list[Message]:
     """Makes the checks that need nothing heavy, and returns what is to be noted.
 
-    Raises UserError with all that is wrong. Nothing more is looked at of a recipe that does not train, or of a
-    finished run.
+    Raises UserError with all that is wrong. Nothing more is looked at of a finished run.
     """
     notes, faults = [], []
     for name, check in {**CHECKS, "data": check_rows}.items():
@@ -102,7 +101,7 @@ def check_before_loading(run: Run) -> list[Message]:
                 faults.append(finding.message)
             elif finding.level == "note" and name in ("run", "adapter", "parts"):
                 notes.append(finding.message)
-        if (name == "recipe" and faults) or (name == "run" and run.resume.finished and not faults):
+        if name == "run" and run.resume.finished and not faults:
             break
     if len(faults) == 1:
         raise UserError.from_message(faults[0])
