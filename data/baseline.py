@@ -1,6 +1,6 @@
 """What simple methods reach on a fraud dataset of make_diy.py: majority vote and logistic regression.
 
-  python data/baseline.py                                     diy, diy_small and diy_words
+  python data/baseline.py                                     diy, diy_small, diy_words and diy_amounts
   python data/baseline.py mydata.json mydata_test.json        your own
 
 Prints, for the held-out part: accuracy, F1 of the class fraud and ROC AUC with their 95 % intervals (Wilson's for the
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHIPPED = ("diy", "diy_small", "diy_words")
+SHIPPED = ("diy", "diy_small", "diy_words", "diy_amounts")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -27,6 +27,7 @@ from evaluation import metrics  # noqa: E402
 
 LINE = re.compile(r"\[(\d\d)-(\d\d) (\d\d):(\d\d)\] 节点 (\d+) 交易 (\d+\.\d+)")
 WORDS = ("night", "minutes", "hours", "known", "round", "zero", "tiny", "small", "large", "huge")  # of make_diy.py
+SIZES = {"medium", *WORDS[5:]}
 FEATURES = ("night", "burst", "repeated", "round", "zero", "log mean", "log deviation", "largest", "a day")
 
 
@@ -36,7 +37,9 @@ def features(prompt: str) -> list[float]:
     Raises ValueError when it is neither.
     """
     lines = [line.split() for line in prompt.removesuffix("\nFraud?").split("\n")]
-    if all(line and line[0] in ("night", "day") for line in lines):
+    if len(lines) == 1 and set(lines[0]) <= SIZES:
+        lines = [[word] for word in lines[0]]
+    if all(line and line[0] in ("night", "day", *SIZES) for line in lines):
         return [statistics.fmean(word in line for line in lines) for word in WORDS]
     found = [tuple(map(float, match)) for match in LINE.findall(prompt)]
     if not found:

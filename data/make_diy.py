@@ -1,8 +1,8 @@
 """The fraud task as a dataset: drawn from a seed, or made of your own table of transactions.
 
   python data/make_diy.py
-      writes diy, diy_small and diy_words, each .json and _test.json, beside this file, always the same bytes; with
-      --overwrite where they are there already
+      writes diy, diy_small, diy_words and diy_amounts, each .json and _test.json, beside this file, always the same
+      bytes; with --overwrite where they are there already
   python data/make_diy.py --table tx.csv --labels labels.csv --split-time 2024-06-01 --out mydata
       writes mydata.json and mydata_test.json; tx has the columns from, to, amount, time, labels has account, label
 
@@ -37,11 +37,13 @@ from common import Message, UserError, nearest_word, run_script  # noqa: E402
 from preprocessing.sources import not_utf8  # noqa: E402
 from runs.files import write_text  # noqa: E402
 
+IN_WORDS = "--accounts 4400 --window 10 --min-transactions 10 --balance 1 --split-time 2024-06-01"
 # The datasets of this folder, as the arguments that make them.
 SHIPPED = {
     "diy": "--accounts 700 --window 64 --min-transactions 20 --test-share 0.4 --balance 1 --split-time 2024-06-01",
     "diy_small": "--accounts 1500 --window 10 --min-transactions 10 --digits 3 --balance 1 --split-time 2024-06-01",
-    "diy_words": "--accounts 4400 --window 10 --min-transactions 10 --form words --balance 1 --split-time 2024-06-01",
+    "diy_words": f"{IN_WORDS} --form words",
+    "diy_amounts": f"{IN_WORDS} --form amounts",
 }
 HEAD = "以下是你需要分析的账户节点的交易数据:"
 QUESTION = "\n\n这是当前节点和其他节点的交易数据，请对这个节点作出判断，诈骗节点输出1，正常节点输出0."
@@ -104,13 +106,22 @@ def words(transactions: list[Transaction], digits: int) -> str:
         line.append("known" if counterparty in seen else "new")
         if amount and float(f"{amount:.1g}") == float(f"{amount:.{digits}g}"):
             line.append("round")
-        line.append("zero" if amount == 0 else next(word for word, end in SIZES.items() if amount < end))
+        line.append(size(amount))
         seen.add(counterparty)
         lines.append(" ".join(line))
     return "\n".join(lines) + WORDS_QUESTION
 
 
-FORMS = {"tutorial": prompt, "words": words}
+def amounts(transactions: list[Transaction]) -> str:
+    """Of the words only the sizes of the amounts, for a training that must be short."""
+    return " ".join(size(amount) for _, _, amount in transactions) + WORDS_QUESTION
+
+
+def size(amount: float) -> str:
+    return "zero" if amount == 0 else next(word for word, end in SIZES.items() if amount < end)
+
+
+FORMS = {"tutorial": prompt, "words": words, "amounts": lambda transactions, _: amounts(transactions)}
 
 
 def amount_text(amount: float, digits: int) -> str:
@@ -430,7 +441,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--split-time", help="training ends and the held-out part begins; unset: after 70%% of the transactions")
     add("--test-share", type=float, default=0.3, help="share of the accounts that is held out")
     add("--balance", type=float, help="most normal samples for each fraudulent one in training; unset: all")
-    add("--form", choices=FORMS, default="tutorial", help="the tutorial's prompt, or words for a small model")
+    add(
+        "--form",
+        choices=FORMS,
+        default="tutorial",
+        help="the tutorial's prompt, words for a small model, or of these the amounts",
+    )
     add("--digits", type=int, default=4, help="significant digits of an amount")
     add("--seed", type=int, default=42, help="seed of the split, the order and the drawn accounts")
     add("--overwrite", action="store_true", help="replace files that are there already")

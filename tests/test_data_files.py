@@ -22,7 +22,7 @@ import make_diy
 from common import Message
 
 DATA = ROOT / "data"
-FRAUD = ("diy", "diy_small", "diy_words")
+FRAUD = ("diy", "diy_small", "diy_words", "diy_amounts")
 # The tutorial's own prompt, cut to two transactions.
 TUTORIAL = (
     "以下是你需要分析的账户节点的交易数据:[05-17 09:01] 节点 22 交易 12.35 [05-17 12:04] 节点 215 交易 0.0\n\n"
@@ -171,6 +171,15 @@ def test_the_same_in_words():
     }
 
 
+def test_the_sizes_of_the_amounts_alone():
+    transactions = [make_diy.Transaction(0, "a", amount) for amount in (0.5, 0.0, 12.35, 100.0, 0.0512, 1.0)]
+    text = make_diy.amounts(transactions)
+    assert text == "small zero large huge tiny medium\nFraud?"
+    values = dict(zip(baseline.WORDS, baseline.features(text), strict=True))
+    assert {word for word, share in values.items() if share} == {"small", "zero", "large", "huge", "tiny"}
+    assert values["zero"] == pytest.approx(1 / 6)
+
+
 def test_counterparties_are_numbered_as_the_window_meets_them():
     transactions = [make_diy.Transaction(2e9, name, 1) for name in ("bob", "eve", "bob", "mallory")]
     assert re.findall(r"节点 (\d+) ", make_diy.prompt(transactions, 4)) == ["1", "2", "1", "3"]
@@ -230,7 +239,7 @@ def test_baseline_is_the_readmes_and_the_task_is_neither_trivial_nor_hopeless():
         majority, regression = measured["majority vote"], measured["logistic regression"]
         assert majority["accuracy"] < 0.6
         assert regression["accuracy_interval"][0] > majority["accuracy_interval"][1]  # they do not even touch
-        assert 0.84 < regression["roc_auc"] < 0.93
+        assert (0.7 if name == "diy_amounts" else 0.84) < regression["roc_auc"] < 0.93
         assert max(alone.values()) < 0.8
         assert f"{max(alone.values()):.2f} (`{name}_test`)" in (DATA / "README.md").read_text(encoding="utf-8")
     assert figures == readme_table("held-out part")
