@@ -92,6 +92,12 @@ def test_keys_with_their_meaning(recipe, line, name, value):
     assert getattr(load_config([recipe(line)]).config, name) == value
 
 
+def test_none_is_a_value_where_it_is_one_of_the_choices(recipe):
+    assert load_config([recipe("stage: grpo\nscale_rewards: none")]).config.scale_rewards == "none"
+    assert load_config(["stage=grpo", "scale_rewards=None"]).config.scale_rewards == "none"
+    assert load_config([recipe("stage: grpo\nscale_rewards:")]).config.scale_rewards == "group"
+
+
 def test_alpha_is_twice_the_rank_when_unset():
     assert load_config(["lora_rank=12"]).config.alpha == 24
     assert load_config(["lora_rank=12", "lora_alpha=5"]).config.alpha == 5
