@@ -189,7 +189,7 @@ def _read_option(name: str, setting: _Setting, values: dict[str, Any]) -> Messag
     if name in MAY_BE_EMPTY and isinstance(value, str):
         values[name] = value.strip()
         return None
-    choices = OPTIONS[name].metadata["choices"] or ()
+    choices = OPTIONS[name].metadata["choices"]
     if is_unset(value) and not (isinstance(value, str) and value.strip().lower() in choices):
         if name == "dataset":
             values[name] = ()

@@ -93,9 +93,10 @@ def test_keys_with_their_meaning(recipe, line, name, value):
 
 
 def test_none_is_a_value_where_it_is_one_of_the_choices(recipe):
-    assert load_config([recipe("stage: grpo\nscale_rewards: none")]).config.scale_rewards == "none"
-    assert load_config(["stage=grpo", "scale_rewards=None"]).config.scale_rewards == "none"
-    assert load_config([recipe("stage: grpo\nscale_rewards:")]).config.scale_rewards == "group"
+    grpo = "stage: grpo\nreward_funcs: exact_label\n"
+    assert load_config([recipe(grpo + "scale_rewards: none")]).config.scale_rewards == "none"
+    assert load_config([recipe(grpo), "scale_rewards=None"]).config.scale_rewards == "none"
+    assert load_config([recipe(grpo + "scale_rewards:")]).config.scale_rewards == "group"
 
 
 def test_alpha_is_twice_the_rank_when_unset():
