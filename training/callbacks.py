@@ -21,7 +21,7 @@ from runs.log import LOG, append_line, keep_lines, read_log
 from training import early_stopping
 from training.grpo import logged_rewards
 from training.plan import TrainingPlan
-from training.preferences import REWARDS
+from training.preference_losses import REWARDS
 from training.processes import Processes
 
 PICTURE = "training_loss.png"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import Config, Message
-from training.preferences import REWARDS
+from training.preference_losses import REWARDS
 
 ACCURACY = f"eval_{REWARDS['reward_accuracy']}"
 MEMORIZED = 0.05  # a mean loss, in nats a token, below which there is nothing left to learn

@@ -18,7 +18,7 @@ from trl.trainer.utils import RepeatSampler
 from common import Config
 from runs.files import append_lines
 from runs.folder import SAMPLES
-from training.preferences import remove_reference
+from training.preference_losses import remove_reference
 from training.rewards import Reward, text_of
 from training.sft_trainer import MeansTrainer
 from training.shared_prompts import PromptGroups, generate

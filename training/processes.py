@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import Config, UserError, visible_cards
 from training.packing import FLAT_STAGES
-from training.preferences import PREFERENCES
+from training.preference_losses import PREFERENCES
 
 if TYPE_CHECKING:
     import torch

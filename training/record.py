@@ -20,7 +20,7 @@ from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log
 from runs.secrets import typed_command
 from training.hardware import peak_memory
-from training.preferences import REWARDS
+from training.preference_losses import REWARDS
 
 if TYPE_CHECKING:
     from preprocessing.dataset import Prepared

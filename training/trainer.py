@@ -25,7 +25,7 @@ from training.grpo import end_replies_at, grpo_arguments, loading_settings, with
 from training.memory import EXPERTS, sequences
 from training.neftune import EmbeddingNoise
 from training.plan import TrainingPlan
-from training.preferences import BEST_BY, PREFERENCES, preference_arguments
+from training.preference_losses import BEST_BY, PREFERENCES, preference_arguments
 from training.processes import ALONE, Processes
 from training.rewards import Reward
 

@@ -17,7 +17,7 @@ from preprocessing import dataset
 from runs.configuration import load_config
 from training import early_stopping, plan
 from training.plan import TrainingPlan
-from training.preferences import preference_error, ranked_right
+from training.preference_losses import preference_error, ranked_right
 
 
 @pytest.mark.parametrize(
