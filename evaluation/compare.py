@@ -13,7 +13,7 @@ from evaluation.results import describe_difference, figures_table
 from preprocessing.data_report import format_table, table_head
 from runs import charts
 from runs.files import read_json, read_jsonl
-from runs.folder import is_run, read_run, run_config, run_folders
+from runs.folder import is_run, read_run, run_config, run_folders, run_stage
 from runs.metric_names import METRICS
 from runs.process import is_alive
 
@@ -29,7 +29,7 @@ def runs_table() -> list[list[str]]:
         minutes = f"{run['seconds'] / 60:.1f}" if run.get("seconds") else "-"
         losses = ["-" if run.get(key) is None else f"{run[key]:.4f}" for key in ("last_loss", "eval_loss")]
         steps = [str(run.get(key) or "-") for key in ("steps", "total_steps")]
-        rows.append([str(folder), run_status(run), *steps, minutes, *losses, *key_figure(folder)])
+        rows.append([str(folder), run_stage(folder), run_status(run), *steps, minutes, *losses, *key_figure(folder)])
     if len(rows) == 1:
         raise UserError("eval_no_runs", folder=common.SAVES)
     return rows

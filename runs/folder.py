@@ -9,6 +9,7 @@ from typing import Any
 from common import SAVES, Config, UserError
 from runs.configuration import load_config
 from runs.files import write_json
+from runs.recipe import read_recipe
 
 TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
 SAMPLES = "samples.jsonl"  # of a run folder: replies of stage grpo and their rewards, some of each logged step
@@ -72,3 +73,9 @@ def left_by_training(folder: Path) -> list[Path]:
 def run_config(folder: Path) -> Config:
     """The configuration of a run folder."""
     return load_config([str(folder / "config.yaml")]).config
+
+
+def run_stage(folder: Path) -> str:
+    """The stage of a run folder; a dash where its config.yaml is missing."""
+    file = folder / "config.yaml"
+    return str(read_recipe(file).get("stage", "sft")) if file.exists() else "-"

@@ -162,7 +162,7 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.loss_type, self.calculate_KL = "kto", True  # see preference_losses.kto_arguments
+        self.loss_type, self.calculate_KL = "kto", True  # see preference_losses.preference_arguments
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return with_mismatched(dataset)

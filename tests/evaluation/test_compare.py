@@ -34,10 +34,11 @@ def test_runs_that_were_killed_and_models_made_of_a_run_are_listed(tmp_path: Pat
     process = subprocess.Popen(["true"])
     process.wait()
     write_json(tmp_path / "saves/a/run.json", {"status": "running", "pid": process.pid, "eval_loss": 0.0})
+    (tmp_path / "saves/a/config.yaml").write_text("stage: pt\n", encoding="utf-8")
     figures = {"base": {"accuracy": 0.5}, "merged": {"accuracy": 0.75}}
     write_json(part / "metrics.json", {"dataset": "d", "models": figures})
     (row,) = compare.runs_table()[1:]
-    assert row == ["saves/a", "interrupted", "-", "-", "-", "-", "0.0000", "d", "accuracy 0.750 (merged)"]
+    assert row == ["saves/a", "pt", "interrupted", "-", "-", "-", "-", "0.0000", "d", "accuracy 0.750 (merged)"]
     assert compare.amount(1_234_567) == "1,234,567" and compare.amount(0.12345678) == "0.12346"
 
 
