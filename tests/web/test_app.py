@@ -230,10 +230,14 @@ def open_page(browser: Browser, url: str) -> Any:
     return opened
 
 
-def start(page: Any, text: str) -> None:
-    """Sends a message; the reply has begun when this returns."""
+def write(page: Any, text: str) -> None:
     page.locator("#chat-box textarea").fill(text)
     page.locator("#chat-box textarea").press("Enter")
+
+
+def start(page: Any, text: str) -> None:
+    """Sends a message whose reply takes long; it has begun when this returns."""
+    write(page, text)
     page.locator("#chat-box button", has_text="Stop").wait_for()
 
 
@@ -243,7 +247,9 @@ def finish(page: Any) -> None:
 
 
 def send(page: Any, text: str) -> None:
-    start(page, text)
+    replies = len(said(page, "bot"))
+    write(page, text)
+    page.locator("#chat-trained [data-testid=bot]").nth(replies).wait_for()  # a short reply hardly shows "Stop"
     finish(page)
 
 
@@ -350,7 +356,7 @@ def test_a_new_conversation_ends_the_reply_of_the_old(page: Any) -> None:
 def test_who_goes_away_frees_the_model_for_the_next(page: Any, server: Server, browser: Browser) -> None:
     other = open_page(browser, server.url)
     set_longest(other, 8000)
-    start(other, "Count from one to ten thousand, in words.")
+    start(other, "Tell me a very long story about the sea.")  # hundreds of tokens; other questions end soon
     start(page, "hi")
     page.get_by_text("another page is being answered").wait_for()
     other.context.close()
