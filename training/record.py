@@ -37,13 +37,13 @@ def begin_record(
     resumed: Path | None,
     processes: int = 1,
 ) -> None:
-    """Writes config.yaml and run.json, before the first step."""
+    """Writes trained.npy, config.yaml and run.json, in this order (resume.has_begun), before the first step."""
     import psutil
 
     earlier = (read_run(folder) or {}) if resumed else {}
     before = [*earlier.get("earlier_inputs", ()), earlier.get("inputs")]
-    write_text(folder / "config.yaml", common.dump_config(repeatable(loaded).config))
     write_fingerprints(folder, data, resumed)
+    write_text(folder / "config.yaml", common.dump_config(repeatable(loaded).config))
     gpu = common.find_gpu()
     run = {
         "status": "running",

@@ -13,7 +13,7 @@ import common
 from common import Config, Message, UserError
 from runs.configuration import Loaded, load_config
 from runs.files import read_json
-from runs.folder import LOADING_LOG, left_by_training, read_run
+from runs.folder import LOADING_LOG, TRAINED, left_by_training, read_run
 from runs.process import is_alive
 from runs.target import find_model
 from training import checkpoints
@@ -59,7 +59,7 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     named = checkpoints.named_checkpoint(config)
     within = named is not None and named.resolve().is_relative_to(folder.resolve())
     refuse_running(folder)
-    left = [path for path in left_by_training(folder) if path.name != LOADING_LOG]  # alone: a model failed to load
+    left = left_by_training(folder) if has_begun(folder) else []
     goes_on = within or (not typed and named is None and is_interrupted(config, folder))
     if config.overwrite_output_dir and not goes_on:
         return ResumePlan(Message("run_is_overwritten", folder=folder) if left else None, named, overwrite=True)
@@ -81,6 +81,12 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     else:
         message = Message("going_on", checkpoint=newest)
     return ResumePlan(message, newest, damaged=tuple(damaged))
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether `folder` holds more of a run than a model that failed to load leaves, or a kill before run.json."""
+    left = {path.name for path in left_by_training(folder)}
+    return not left <= {LOADING_LOG} and not (TRAINED in left and left <= {LOADING_LOG, TRAINED, "config.yaml"})
 
 
 def refuse_running(folder: Path) -> None:

@@ -401,12 +401,20 @@ def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_model_that_failed_to_load_leaves_no_run(tmp_path):
-    (tmp_path / "loading.log").touch()
-    assert findings(preflight.check_run, f"output_dir={tmp_path}") == []
-    (tmp_path / "trainer_log.jsonl").touch()
-    (found,) = findings(preflight.check_run, f"output_dir={tmp_path}")
-    assert found == Message("unknown_run", folder=tmp_path, file="trainer_log.jsonl")
+@pytest.mark.parametrize(
+    ("left", "faults"),
+    [
+        (["loading.log"], []),  # a model failed to load
+        (["trained.npy"], []),  # killed before the other files of a run's beginning were written
+        (["loading.log", "trained.npy", "config.yaml"], []),
+        (["config.yaml"], ["unknown_run"]),  # of somebody else
+        (["trained.npy", "trainer_log.jsonl"], ["unknown_run"]),
+    ],
+)
+def test_what_comes_before_the_record_of_a_run_is_no_run(tmp_path, left: list[str], faults: list[str]):
+    for name in left:
+        (tmp_path / name).touch()
+    assert [found.code for found in findings(preflight.check_run, f"output_dir={tmp_path}")] == faults
 
 
 def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
