@@ -33,7 +33,7 @@ FUZZ = {
     "safetensors": 100,
     "GGUF headers": 50,
 }
-KILLS = {"train": 100, "train, pt": 30, "train, dpo": 100, "train, kto": 100, "train, grpo": 30}
+KILLS = {"train": 100, "train, pt": 100, "train, dpo": 100, "train, kto": 100, "train, grpo": 100}
 KILLS |= {"merge": 30, "quantize": 30, "evaluate": 30, "download": 30}
 COUNTS = {**FUZZ, **{f"kills: {name}": count for name, count in KILLS.items()}}
 COUNTS |= {f"full disk: {name}": 10 for name in ("train", "merge", "quantize", "evaluate", "download")}

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from conftest import (
     write_jsonl,
 )
 from fuzz import Tally
+from tqdm import tqdm
 
 import common
 from runs.configuration import run_command
@@ -68,6 +70,7 @@ def start(victim: Victim, folder: Path) -> int:
     try:
         os.chdir(folder)
         common.CACHE = folder / "cache"  # of its own: what it holds is made, and killed, anew
+        tqdm.set_lock(threading.RLock())  # tqdm's own is one for all forks, and a killed one may hold it for good
         log = os.open(log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
