@@ -217,17 +217,10 @@ class FiniteNumbers(TrainerCallback):
     def __init__(self, last_norm: Callable[[], float]) -> None:
         self.last_norm = last_norm
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for key in ("loss", "eval_loss"):
-            if not math.isfinite((logs or {}).get(key, 0.0)):
-                raise UserError("loss_not_finite", what=key, value=str(logs[key]), step=state.global_step)
+            if not math.isfinite(value := kwargs["logs"].get(key, 0.0)):
+                raise UserError("loss_not_finite", what=key, value=str(value), step=state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.fp16 and not math.isfinite(norm := self.last_norm()):

@@ -37,7 +37,7 @@ def begin_record(
     resumed: Path | None,
     processes: int = 1,
 ) -> None:
-    """Writes trained.npy, config.yaml and run.json, in this order (resume.has_begun), before the first step."""
+    """Writes trained.npy, config.yaml and run.json, in this order (resume.left_by_run), before the first step."""
     import psutil
 
     earlier = (read_run(folder) or {}) if resumed else {}

@@ -59,7 +59,7 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     named = checkpoints.named_checkpoint(config)
     within = named is not None and named.resolve().is_relative_to(folder.resolve())
     refuse_running(folder)
-    left = left_by_training(folder) if has_begun(folder) else []
+    left = left_by_run(folder)
     goes_on = within or (not typed and named is None and is_interrupted(config, folder))
     if config.overwrite_output_dir and not goes_on:
         return ResumePlan(Message("run_is_overwritten", folder=folder) if left else None, named, overwrite=True)
@@ -83,10 +83,10 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     return ResumePlan(message, newest, damaged=tuple(damaged))
 
 
-def has_begun(folder: Path) -> bool:
-    """Whether `folder` holds more of a run than a model that failed to load leaves, or a kill before run.json."""
-    left = {path.name for path in left_by_training(folder)}
-    return not left <= {LOADING_LOG} and not (TRAINED in left and left <= {LOADING_LOG, TRAINED, "config.yaml"})
+def left_by_run(folder: Path) -> list[Path]:
+    """What a run has left in `folder`; nothing where a model failed to load, or a kill came before run.json."""
+    left = [path for path in left_by_training(folder) if path.name != LOADING_LOG]
+    return [] if {path.name for path in left} in ({TRAINED}, {TRAINED, "config.yaml"}) else left
 
 
 def refuse_running(folder: Path) -> None:

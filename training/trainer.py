@@ -347,9 +347,7 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan,
     from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
     on_gpu = hardware.on_card()
-    evaluated = (
-        plan.saves_evaluated
-    )  # transformers then insists on saving exactly where it evaluates; see callbacks.Due
+    evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Due
     arguments = {
         **{name: getattr(config, name) for name in SAME_NAMES},
         "warmup_steps": config.warmup_steps or config.warmup_ratio,
