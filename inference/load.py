@@ -29,8 +29,8 @@ def load(
         from inference.llamacpp_engine import LlamaCppEngine
 
         return LlamaCppEngine(source)
-    from inference.quick_start import paused_garbage_collection
     from inference.transformers_load import load_transformers
+    from runs.imports import paused_garbage_collection
 
     with paused_garbage_collection():
         return load_transformers(source, with_base, only_replies)

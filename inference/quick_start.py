@@ -7,35 +7,21 @@ tensors (with sympy and triton), scipy, accelerate, PEFT, and transformers' scan
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib.machinery
-import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Packages that transformers imports wherever they are installed.
-HIDDEN = (
-    "torchao",
-    "sklearn",
-    "bitsandbytes",
-    "scipy",
-    "peft",
-    "accelerate",
-    "triton",
-    "pandas",
-    "PIL",
-    "torchvision",
-    "rich",
-)
+from runs.imports import UNUSED_ON_CPU, light_imports
+
+# Packages that transformers imports wherever they are installed, and no reply needs.
+UNUSED = (*UNUSED_ON_CPU, "peft", "accelerate", "pandas", "PIL", "torchvision")
 _MASK_HELPER = "torch._dynamo._trace_wrapped_higher_order_op"
 
 
 @contextlib.contextmanager
-def light_imports() -> Iterator[None]:
+def reply_imports() -> Iterator[None]:
     """While the block imports transformers, the packages above and torch's compiler and distributed part are missing.
 
     For a process that only generates, before its first import of transformers: what transformers finds missing then
@@ -43,34 +29,19 @@ def light_imports() -> Iterator[None]:
     """
     import torch
 
-    hidden = [name for name in HIDDEN if name not in sys.modules]
     stand_ins = {} if "torch._dynamo" in sys.modules else _compiler_stand_ins()
-    stand_ins |= {} if "transformers.models" in sys.modules else _unscanned_models()
-    distributed, distributions = torch.distributed.is_available, importlib.metadata.packages_distributions
-    sys.modules.update({**dict.fromkeys(hidden), **stand_ins})
+    sys.modules.update(stand_ins)
+    distributed = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
-    importlib.metadata.packages_distributions = dict  # it reads the metadata of every package
     try:
-        yield
+        with light_imports(UNUSED):
+            yield
     finally:
-        torch.distributed.is_available, importlib.metadata.packages_distributions = distributed, distributions
-        for name in [*hidden, *stand_ins]:
-            if name != "transformers.models":  # its submodules are there now, and more can be imported
-                del sys.modules[name]
-        if "torch._dynamo" in stand_ins:
+        torch.distributed.is_available = distributed
+        for name in stand_ins:
+            del sys.modules[name]
+        if stand_ins:
             vars(torch).pop("_dynamo", None)
-
-
-@contextlib.contextmanager
-def paused_garbage_collection() -> Iterator[None]:
-    """Imports make a million objects that stay; looking for garbage among them takes a tenth of the start."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class _Compiler(ModuleType):
@@ -104,14 +75,6 @@ def _compiler_stand_ins() -> dict[str, ModuleType]:
     helper.TransformGetItemToIndex = _MaskHelper
     torch._dynamo = _Compiler("torch._dynamo")
     return {"torch._dynamo": torch._dynamo, _MASK_HELPER: helper}
-
-
-def _unscanned_models() -> dict[str, ModuleType]:
-    """The package transformers.models without its list of all models, which costs reading every file of them."""
-    folder = Path(importlib.util.find_spec("transformers").origin).parent / "models"
-    spec = importlib.machinery.ModuleSpec("transformers.models", None, is_package=True)
-    spec.submodule_search_locations = [str(folder)]
-    return {"transformers.models": importlib.util.module_from_spec(spec)}
 
 
 def read_tensors(folder: Path, dtype: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from common import Config, UserError
 from inference.engine import Engine
-from inference.quick_start import light_imports, make_model, read_tensors
+from inference.quick_start import make_model, read_tensors, reply_imports
 from inference.transformers_engine import AdapterSwitch, TransformersEngine
 from preprocessing.tokenizer import load_tokenizer
 from runs.adapter import Adapter
@@ -36,7 +36,7 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
     quick = only_replies and merged and plain_base and not torch.cuda.is_available()
     quick = quick and not source.config.trust_remote_code and "transformers" not in sys.modules
     dtype, folder = _dtype(source.config), Path(source.model)
-    with light_imports() if quick else contextlib.nullcontext(), ThreadPoolExecutor(1, "weights") as beside:
+    with reply_imports() if quick else contextlib.nullcontext(), ThreadPoolExecutor(1, "weights") as beside:
         tensors = beside.submit(read_tensors, folder, dtype) if quick else None
         from transformers.utils import logging
 

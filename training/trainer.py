@@ -19,6 +19,7 @@ import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
 from runs.folder import LOADING_LOG, suit_transformers_4
+from runs.imports import UNUSED_ON_CPU, light_imports, paused_garbage_collection
 from runs.peft_loading import write_readable
 from training import checkpoints, hardware, packing, pissa
 from training.grpo import end_replies_at, grpo_arguments, loading_settings, with_columns
@@ -68,8 +69,15 @@ def import_unsloth() -> None:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub at every start
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(common.CACHE / "unsloth_compiled"))
     print(Message("loading_unsloth"), flush=True)
-    with quietly():
+    with quietly(), _quick_start(on_card=common.find_gpu() is not None):
         import unsloth  # noqa: F401
+
+
+@contextlib.contextmanager
+def _quick_start(on_card: bool) -> Iterator[None]:
+    """Around what imports libraries: on a CPU without those that only a card uses."""
+    with paused_garbage_collection(), contextlib.nullcontext() if on_card else light_imports(UNUSED_ON_CPU):
+        yield
 
 
 def load_model(config: Config, precision: Precision, processes: Processes = ALONE) -> Any:
@@ -78,7 +86,8 @@ def load_model(config: Config, precision: Precision, processes: Processes = ALON
     if config.full_determinism:  # cuBLAS reads it once, long before transformers would set it
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
     with _folder_to_load(config) as folder, quietly(log if processes.is_first else None):
-        model = _load_from(folder, config, precision)
+        with _quick_start(hardware.on_card()):
+            model = _load_from(folder, config, precision)
     check_quantized(model, config.quantization_bit, log)
     learn_in_float32(model)
     # PEFT takes the vectors of lora_bias for shards of a matrix, at each save
