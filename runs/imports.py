@@ -1,4 +1,4 @@
-"""Quicker imports of transformers and what builds on it: without packages that a process never uses, without garbage."""
+"""Quicker imports of transformers and what builds on it: without packages that a process never uses."""
 
 from __future__ import annotations
 

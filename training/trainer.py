@@ -85,9 +85,9 @@ def load_model(config: Config, precision: Precision, processes: Processes = ALON
     log = Path(config.output_dir) / LOADING_LOG
     if config.full_determinism:  # cuBLAS reads it once, long before transformers would set it
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-    with _folder_to_load(config) as folder, quietly(log if processes.is_first else None):
-        with _quick_start(hardware.on_card()):
-            model = _load_from(folder, config, precision)
+    printing = quietly(log if processes.is_first else None)
+    with _folder_to_load(config) as folder, printing, _quick_start(hardware.on_card()):
+        model = _load_from(folder, config, precision)
     check_quantized(model, config.quantization_bit, log)
     learn_in_float32(model)
     # PEFT takes the vectors of lora_bias for shards of a matrix, at each save
