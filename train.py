@@ -54,7 +54,7 @@ def start(arguments: list[str], processes: Processes) -> None:
         with processes.in_turn():
             preflight.make_missing_model(run)
         with interruptible():
-            trainer.import_unsloth()  # takes ten seconds: what can be told to be wrong before is told
+            trainer.import_unsloth(bool(run.config.quantization_bit))  # takes seconds: told before is what can be
         with processes.in_turn():
             prepare_data(run)
         train(run)

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runs.imports import UNUSED_ON_CPU, light_imports
+from runs.imports import QUANTIZING, UNUSED_ON_CPU, light_imports
 
 # Packages that transformers imports wherever they are installed, and no reply needs.
-UNUSED = (*UNUSED_ON_CPU, "peft", "accelerate", "pandas", "PIL", "torchvision")
+UNUSED = (*UNUSED_ON_CPU, QUANTIZING, "peft", "accelerate", "pandas", "PIL", "torchvision")
 _MASK_HELPER = "torch._dynamo._trace_wrapped_higher_order_op"
 
 

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-# What transformers, PEFT, TRL and Unsloth import wherever it is installed, and need for nothing on a CPU.
-UNUSED_ON_CPU = ("torchao", "bitsandbytes", "sklearn", "scipy", "triton", "rich")
+# What transformers, PEFT, TRL and Unsloth import wherever it is installed, and need for nothing on a CPU. Of a model in
+# 4 or 8 bit they need QUANTIZING there, too.
+UNUSED_ON_CPU = ("torchao", "sklearn", "scipy", "triton", "rich")
+QUANTIZING = "bitsandbytes"
 
 
 @contextlib.contextmanager

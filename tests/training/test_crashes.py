@@ -330,7 +330,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(und
 HOLD_THE_FOLDER = """
 import time
 from training import trainer
-def hold():
+def hold(quantized):
     print("holding", flush=True)
     time.sleep(300)
 trainer.import_unsloth = hold
