@@ -207,7 +207,7 @@ class Task(NamedTuple):
             "adapter": str(self.folder / "adapter"),
             "targets": TARGETS,
             "length": self.job.length,
-            "arguments": self.common | {"data_seed": 42},
+            "arguments": self.common | {"data_seed": 42, "use_cpu": True},
             "rows": [
                 {"prompt": turn.format(row["instruction"]), "completion": row["output"] + "<|im_end|>"} for row in rows
             ],
@@ -225,7 +225,7 @@ def command(name: str, task: Task) -> list[str]:
         return [sys.executable, str(ROOT / "train.py"), str(task.recipe(packing=True))]
     peer = llamafactory_python(Path(tempfile.gettempdir()) / "lf-merge-venv")
     if name.startswith("LLaMA-Factory"):
-        own: dict[str, Any] = {"data_seed": 42}
+        own: dict[str, Any] = {"data_seed": 42, "use_cpu": True}  # else it refuses bfloat16 without a card
         if "no checkpointing" in name:
             own["disable_gradient_checkpointing"] = True
         if "neat_packing" in name:

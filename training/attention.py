@@ -162,4 +162,5 @@ def sample_attention(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return result.transpose(1, 2).contiguous(), None

@@ -3,7 +3,7 @@
 PEFT computes `base(x)`, which autocast rounds to bfloat16, adds the adapter's product to that and rounds again. While
 an adapter is young its product is smaller than half a unit in the last place of the base's, and most of it is rounded
 away (docs/log.md). Here the adapter's product is computed first, and the base's is accumulated onto it by one matrix
-product (`torch.addmm`), whose sums are float32.
+product (`addmm_`), whose sums are float32.
 
 Autograd would multiply the thin matrices of an adapter in orders that a CPU is slow at, and scale and add whole
 outputs; `LoraProduct` writes the same gradients out. In float32 the frozen products go to oneDNN, which multiplies
@@ -97,7 +97,7 @@ class LoraProduct(torch.autograd.Function):
             if dtype == torch.float32:
                 result = linear(x, weight).addmm_(low, low_b.t())
             else:
-                result = torch.addmm(low @ low_b.t(), x, weight.t())
+                result = (low @ low_b.t()).addmm_(x, weight.t())
             if bias is not None:
                 result += bias.to(dtype)
         ctx.save_for_backward(entering, low, weight, low_a, low_b)
@@ -108,7 +108,7 @@ class LoraProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         entering, low, weight, a, b = ctx.saved_tensors
         x_type, a_type, b_type = ctx.types
-        low_gradient = linear(gradient, b.t().contiguous()) * ctx.scaling  # T × r
+        low_gradient = (gradient @ b) * ctx.scaling  # T × r
         of_a = (low_gradient.t() @ entering).to(a_type)
         of_b = (low.t() @ gradient).t().to(b_type)
         if ctx.has_dropout:
@@ -116,5 +116,5 @@ class LoraProduct(torch.autograd.Function):
         elif gradient.dtype == torch.float32:
             of_x, of_dropped = linear(gradient, weight.t()).addmm_(low_gradient, a), None
         else:
-            of_x, of_dropped = torch.addmm(low_gradient @ a, gradient, weight).to(x_type), None
+            of_x, of_dropped = (low_gradient @ a).addmm_(gradient, weight).to(x_type), None
         return of_x, of_dropped, None, None, of_a, of_b, None

@@ -102,9 +102,11 @@ def load_model(config: Config, precision: Precision, processes: Processes = ALON
     if config.pissa_init and not config.adapter_name_or_path:
         model.start = pissa.take_components(model, config.pissa_iter, config.seed)
     if not hardware.on_card():
-        from training import lora_linear
+        from training import cpu_layers, lora_linear
 
         lora_linear.speed_up(model)
+        if not config.quantization_bit:
+            cpu_layers.speed_up(model)
         if precision.mixed == "bf16":
             lora_linear.store_in_bfloat16(model)
     return model
@@ -279,6 +281,7 @@ def make_trainer(
     from transformers import PrinterCallback
 
     from training import callbacks
+    from training.cpu_layers import remember_modules
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
@@ -310,6 +313,8 @@ def make_trainer(
     for callback in (callbacks.Resuming(trainer.restore), interruption, early, finite):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the log is ours
+    if not hardware.on_card():
+        remember_modules(trainer.model)
     return trainer, early
 
 

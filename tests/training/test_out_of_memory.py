@@ -59,7 +59,7 @@ def train(model: Path, folder: Path, *more: str, limit: int = 1 << 30, first: in
     words = ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *more]
     patch = PATCH.format(limit=limit, first=first)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}\nfrom training import trainer\n"
-    code += f"real = trainer.import_unsloth\ndef load(quantized):\n    real(quantized)\n    exec({patch!r}, globals())\n"
+    code += f"real = trainer.import_unsloth\ndef load(*given):\n    real(*given)\n    exec({patch!r}, globals())\n"
     code += "trainer.import_unsloth = load\nimport common, train; common.run_script(train.main)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
 
