@@ -104,7 +104,7 @@ def remember_modules(model: torch.nn.Module) -> None:
     modules, parameters, train = list(model.modules()), list(model.parameters()), model.train
 
     def in_mode(mode: bool = True) -> torch.nn.Module:
-        return train(mode) if model.training != mode else model
+        return model if all(module.training == mode for module in modules) else train(mode)
 
     def all_parameters(recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         return iter(parameters) if recurse else torch.nn.Module.parameters(model, recurse=False)
