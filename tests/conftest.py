@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -26,6 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 from common import Config, Message, UserError  # noqa: E402
 from runs.configuration import load_config  # noqa: E402
+
+
+def pytest_sessionstart() -> None:
+    """Until the tests are collected: looking for garbage among all that they import takes a fifth of the time."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 CONTROL_TOKENS = [
     "<|endoftext|>",
