@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     for note in source.notes:
         tell(Message("note", text=note))
     piped = PipedText(waits="-" in args.prompt) if args.prompt else None
-    if piped and piped.waits:
+    if piped and (piped.waits or not piped.reads):
         make_prompt(args.prompt, piped.text())  # an empty one is an error before the model is loaded
     tell(Message("loading", name=source.name))
     started = time.monotonic()
@@ -79,9 +79,9 @@ class PipedText:
 
     def __init__(self, waits: bool) -> None:
         self.waits, self._parts = waits, []
-        self._thread = None
-        if waits or (sys.stdin is not None and not sys.stdin.isatty() and not is_shared_with_parent(0)):
-            self._thread = threading.Thread(target=self._read, daemon=True)
+        self.reads = waits or (sys.stdin is not None and not sys.stdin.isatty() and not is_shared_with_parent(0))
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        if self.reads:
             self._thread.start()
 
     def _read(self) -> None:
@@ -90,7 +90,7 @@ class PipedText:
 
     def text(self) -> str:
         """All of it; "" where there is none."""
-        if self._thread is None:
+        if not self.reads:
             return ""
         if not self.waits:
             self._thread.join(timeout=0.2)

@@ -78,6 +78,12 @@ def test_an_error_as_the_user_sees_it(tiny_model: Path) -> None:
     assert result.stderr == "error: -p has no text and nothing is piped in; write the message after -p\n"
 
 
+def test_an_empty_message_with_no_pipe_is_reported_before_the_model_is_loaded(tiny_model: Path) -> None:
+    result = run("chat.py", str(tiny_model), "-p", "")  # shares the input of the tests, as a script's command does
+    assert result.returncode == 2 and "loading" not in result.stderr
+    assert result.error.code == "chat_prompt_empty"
+
+
 def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a line of bash in which $CHAT is chat.py."""
     env = {**os.environ, "CHAT": f"{sys.executable} {ROOT / 'chat.py'}", **environment}
