@@ -32,6 +32,9 @@ HOME = CACHE / f"llamacpp-{VERSION}"
 # What is unpacked of the archive (39 of 210 MB): the binding, the converter, and what the library is built from.
 _UNPACKED = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "CMakeLists.txt", "cmake", "include", "src", "ggml")
 _UNPACKED += ("vendor", "LICENSE", "licenses")
+# Without llama.cpp's code for AMX, which crashes at the first reply: compilers optimize the configuration of the tiles
+# away, and its threads lack the permission for them (pull request 26954 there).
+_NO_AMX = "-U__AMX_INT8__"
 # The library alone: no programs, tests or server. Built for this machine's CPU, as fast as it can be on it.
 _CMAKE = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -40,6 +43,8 @@ _CMAKE = {
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
     "GGML_NATIVE": "ON",
     "GGML_CCACHE": "OFF",
+    "CMAKE_C_FLAGS": f"{os.environ.get('CFLAGS', '')} {_NO_AMX}".strip(),
+    "CMAKE_CXX_FLAGS": f"{os.environ.get('CXXFLAGS', '')} {_NO_AMX}".strip(),
     **{f"LLAMA_BUILD_{part}": "OFF" for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP", "MTMD")},
 }
 
@@ -151,6 +156,7 @@ def _machine() -> str:
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else platform.processor()
     flags = re.search(r"^(flags|Features)\s*:.*", cpu, re.MULTILINE)
     text = platform.machine() + (flags.group() if flags else cpu) + os.environ.get("CMAKE_ARGS", "")
+    text += _NO_AMX if "amx_int8" in text else ""  # earlier builds had it
     if card := _card():
         text += f"CUDA {card.compute}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
