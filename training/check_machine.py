@@ -93,9 +93,11 @@ def check_trackers(run: Run) -> Iterator[Finding]:
             yield fault(Message("tracker_not_installed", package=package, python=sys.executable))
 
 
-def check_imports(_: Run) -> Iterator[Finding]:
-    """Imports Unsloth in a process of its own; it takes ten seconds and may end the process."""
-    command = [sys.executable, "-c", "import unsloth"]
+def check_imports(run: Run) -> Iterator[Finding]:
+    """Imports Unsloth as the training will, in a process of its own: it takes seconds and may end the process."""
+    quantized = run.config.quantization_bit is not None
+    code = f"from training.trainer import import_unsloth; import_unsloth(quantized={quantized})"
+    command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]

@@ -71,7 +71,7 @@ def dry_run(run: Run) -> int:
     faults: list[Message] = []
     for name, check in {**CHECKS, **CHECKS_WITH_DATA, "unsloth": check_imports}.items():
         if check is check_imports and faults:
-            continue  # it takes ten seconds
+            continue  # it takes seconds
         for finding in _findings(check, run):
             if finding.message in faults:
                 continue
