@@ -25,6 +25,9 @@ SETTINGS = [
     "cutoff_len=256", "max_steps=4", "per_device_train_batch_size=4", "per_device_eval_batch_size=3", "lora_rank=4",
     "learning_rate=0.01", "logging_steps=1", "eval_steps=2", "val_size=3", "bf16=false", "early_stopping=no",
 ]  # fmt: skip
+ROUNDING = (
+    1e-5  # of weights: Adam divides a gradient by its size, and the last digits of a small one are a processor's own
+)
 PATCH = """
 import accelerate, torch
 from training import splitting
@@ -86,7 +89,7 @@ def test_a_run_whose_memory_ran_out_learns_the_same(tiny_model, tmp_path, first:
     assert 1 <= len(said) <= 5, said
     (weights, log), (expected, expected_log) = learned(disturbed), learned(undisturbed)
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=ROUNDING, msg=name)
     for line, other in zip(log, expected_log, strict=True):
         for key in {"loss", "eval_loss", "tokens"} & set(line):
             assert line[key] == pytest.approx(other[key], rel=1e-6), (line, other)
@@ -104,7 +107,7 @@ def test_preferences_whose_memory_ran_out_learn_the_same(tiny_model, tmp_path, s
     assert 1 <= result.stderr.count("out of memory: a micro-batch") <= 5
     (weights, log), (expected, expected_log) = learned(disturbed), learned(undisturbed)
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=ROUNDING, msg=name)
     for line, other in zip(log, expected_log, strict=True):
         for key in {"loss", "eval_loss", "eval_reward_margin", "tokens"} & set(line):
             assert line[key] == pytest.approx(other[key], rel=1e-5), (line, other)
