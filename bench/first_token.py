@@ -44,7 +44,7 @@ def first_token(command: list[str], before: bytes) -> tuple[float, float]:
     )
     os.write(process.stdin.fileno(), b"Hi\nexit\n")
     process.stdin.close()
-    while not printed.partition(before)[2].strip():
+    while before not in printed or not printed[printed.index(before) + len(before) :].strip():
         part = os.read(process.stdout.fileno(), 4096)
         if not part:
             sys.exit(f"no reply: {printed.decode()}")

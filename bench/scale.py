@@ -44,7 +44,8 @@ class Run(NamedTuple):
 def train(folder: Path, settings: dict[str, Any]) -> Run:
     """A few steps in a process of its own; the tokens are kept in `folder`."""
     common = {"model_name_or_path": MODEL, "output_dir": folder / "run", "dataset_dir": folder, "val_size": 0}
-    common |= {"overwrite_output_dir": "true", "plot_loss": "false", "max_steps": STEPS, "save_strategy": "no"}
+    common |= {"gradient_accumulation_steps": 1, "overwrite_output_dir": "true", "plot_loss": "false"}
+    common |= {"max_steps": STEPS, "save_strategy": "no"}
     words = [f"{key}={value}" for key, value in (common | settings).items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ONECARD_CACHE": str(folder / "cache")}
     report, begin = folder / "batches.json", time.time()
@@ -95,7 +96,8 @@ def varied(part: str) -> list[list[float]]:
     table = []
     for value in values:
         with tempfile.TemporaryDirectory(prefix="scale-") as temporary:
-            write_text(Path(temporary), value if part == "length" else settings["cutoff_len"], value)
+            length = value if part == "length" else settings["cutoff_len"]
+            write_text(Path(temporary), length, samples=value if part == "batch" else 4)
             found = train(Path(temporary), {"stage": "pt", "dataset": "text", **settings, key: value})
         table.append([value, found.speed, found.memory])
         print(f"| {value:,} | {found.speed:.0f} | {found.memory:,.0f} |", flush=True)
@@ -103,9 +105,9 @@ def varied(part: str) -> list[list[float]]:
 
 
 def write_text(folder: Path, length: int, samples: int) -> None:
-    """Enough raw text for the steps: this kit's documentation, repeated."""
+    """Raw text for steps of so many samples: this kit's documentation, repeated."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    wanted = STEPS * max(samples, 4) * length * 6  # characters; a token of it has less
+    wanted = (STEPS + 1) * samples * length * 6  # characters; a token of it has less
     (folder / "text.txt").write_text((text * (wanted // len(text) + 1))[:wanted], encoding="utf-8")
     registry = {"text": {"file_name": "text.txt", "columns": {"prompt": "text"}}}
     (folder / "dataset_info.json").write_text(json.dumps(registry), encoding="utf-8")

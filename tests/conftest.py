@@ -39,6 +39,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind takes what is left for leaks
+
+
 CONTROL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
