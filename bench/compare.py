@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from tokenize_speed import MODEL, ROOT
 PEERS = Path(__file__).resolve().parent / "peers"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 8
+OF_PEERS: dict[str, Any] = {"data_seed": 42, "use_cpu": True}  # else they refuse bfloat16 without a card
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.03}  # relative, of a step's loss
 PREPARE = """
 import sys, torch
@@ -85,15 +86,26 @@ JOBS = {
 
 @dataclass
 class Result:
-    """What one contestant did at one job."""
+    """A training that the probe has watched."""
 
     startup: float  # seconds
-    wall: float  # seconds of all steps but the first
-    cpu: float
-    tokens: int  # of these steps, without padding
     memory: float  # MB
-    losses: list[float]
     batches: list[dict[str, float]]
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def wall(self) -> float:
+        """Seconds of all steps but the first."""
+        return self.batches[-1]["end"] - self.batches[1]["begin"]
+
+    @property
+    def cpu(self) -> float:
+        return self.batches[-1]["cpu_end"] - self.batches[1]["cpu_begin"]
+
+    @property
+    def tokens(self) -> int:
+        """Of these steps, without padding."""
+        return sum(batch["tokens"] for batch in self.batches[1:])
 
     @property
     def counts(self) -> list[tuple[float, float]]:
@@ -208,7 +220,7 @@ class Task(NamedTuple):
             "adapter": str(self.folder / "adapter"),
             "targets": TARGETS,
             "length": self.job.length,
-            "arguments": self.common | {"data_seed": 42, "use_cpu": True},
+            "arguments": self.common | OF_PEERS,
             "rows": [
                 {"prompt": turn.format(row["instruction"]), "completion": row["output"] + "<|im_end|>"} for row in rows
             ],
@@ -226,7 +238,7 @@ def command(name: str, task: Task) -> list[str]:
         return [sys.executable, str(ROOT / "train.py"), str(task.recipe(packing=True))]
     peer = llamafactory_python(Path(tempfile.gettempdir()) / "lf-merge-venv")
     if name.startswith("LLaMA-Factory"):
-        own: dict[str, Any] = {"data_seed": 42, "use_cpu": True}  # else it refuses bfloat16 without a card
+        own = dict(OF_PEERS)
         if "no checkpointing" in name:
             own["disable_gradient_checkpointing"] = True
         if "neat_packing" in name:
@@ -251,36 +263,34 @@ CONTESTANTS = [
 def train(name: str, task: Task, threads: int) -> Result | str:
     """Runs a contestant; the end of what it printed if it failed."""
     shutil.rmtree(task.folder / "out", ignore_errors=True)
-    report = task.folder / "batches.json"
-    report.unlink(missing_ok=True)
-    python, script, file = command(name, task)
-    environment = os.environ | {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    environment = {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
     environment |= {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    begin = time.time()
+    result = watch(command(name, task), task.folder, environment)
+    if isinstance(result, Result):
+        (state,) = (task.folder / "out").glob("checkpoint-*/trainer_state.json")
+        log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        result.losses = [line["loss"] for line in log if "loss" in line]
+    return result
+
+
+def watch(command: list[str], folder: Path, environment: dict[str, str]) -> Result | str:
+    """Runs a training script in `folder` under the probe; the end of what it printed if it failed."""
+    (python, *words), report, begin = command, folder / "batches.json", time.time()
+    report.unlink(missing_ok=True)
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(
-            [python, str(PEERS / "probe.py"), str(report), script, file],
+            [python, str(PEERS / "probe.py"), str(report), *words],
             stdout=printed,
             stderr=printed,
-            env=environment,
-            cwd=task.folder,
+            env=os.environ | environment,
+            cwd=folder,
         )
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             printed.seek(0)
             return printed.read().decode()[-6000:]
     batches = [batch for batch in json.loads(report.read_text(encoding="utf-8")) if "end" in batch]
-    (state,) = (task.folder / "out").glob("checkpoint-*/trainer_state.json")
-    log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    return Result(
-        startup=batches[0]["begin"] - begin,
-        wall=batches[-1]["end"] - batches[1]["begin"],
-        cpu=batches[-1]["cpu_end"] - batches[1]["cpu_begin"],
-        tokens=sum(batch["tokens"] for batch in batches[1:]),
-        memory=usage.ru_maxrss / 1024,
-        losses=[line["loss"] for line in log if "loss" in line],
-        batches=batches,
-    )
+    return Result(batches[0]["begin"] - begin, usage.ru_maxrss / 1024, batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,20 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from compare import Result, watch
 from tokenize_speed import MODEL, ROOT
 
 sys.path.insert(0, str(ROOT))
 
 from runs.charts import COLORS, picture
 
-PROBE = Path(__file__).resolve().parent / "peers" / "probe.py"
 VARIED = {
     "length": ("cutoff_len", [64, 256, 1024, 4096], {"per_device_train_batch_size": 1}),
     "rank": ("lora_rank", [4, 16, 64, 256], {"cutoff_len": 256, "per_device_train_batch_size": 4}),
@@ -35,34 +34,15 @@ VARIED = {
 STEPS = 4
 
 
-class Run(NamedTuple):
-    startup: float  # seconds
-    speed: float  # tokens a CPU second, without the first step
-    memory: float  # MB
-
-
-def train(folder: Path, settings: dict[str, Any]) -> Run:
+def train(folder: Path, settings: dict[str, Any]) -> Result:
     """A few steps in a process of its own; the tokens are kept in `folder`."""
     common = {"model_name_or_path": MODEL, "output_dir": folder / "run", "dataset_dir": folder, "val_size": 0}
     common |= {"gradient_accumulation_steps": 1, "overwrite_output_dir": "true", "plot_loss": "false"}
     common |= {"max_steps": STEPS, "save_strategy": "no"}
     words = [f"{key}={value}" for key, value in (common | settings).items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ONECARD_CACHE": str(folder / "cache")}
-    report, begin = folder / "batches.json", time.time()
-    process = subprocess.Popen(
-        [sys.executable, str(PROBE), str(report), str(ROOT / "train.py"), *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    printed = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(printed[-3000:])
-    batches = [batch for batch in json.loads(report.read_text(encoding="utf-8")) if "end" in batch]
-    cpu = batches[-1]["cpu_end"] - batches[1]["cpu_begin"]
-    tokens = sum(batch["tokens"] for batch in batches[1:])
-    return Run(batches[0]["begin"] - begin, tokens / cpu, usage.ru_maxrss / 1024)
+    environment = {"OMP_NUM_THREADS": "1", "ONECARD_CACHE": str(folder / "cache")}
+    result = watch([sys.executable, str(ROOT / "train.py"), *words], folder, environment)
+    return sys.exit(result) if isinstance(result, str) else result
 
 
 def write_rows(folder: Path, count: int) -> dict[str, Any]:
@@ -99,8 +79,8 @@ def varied(part: str) -> list[list[float]]:
             length = value if part == "length" else settings["cutoff_len"]
             write_text(Path(temporary), length, samples=value if part == "batch" else 4)
             found = train(Path(temporary), {"stage": "pt", "dataset": "text", **settings, key: value})
-        table.append([value, found.speed, found.memory])
-        print(f"| {value:,} | {found.speed:.0f} | {found.memory:,.0f} |", flush=True)
+        table.append([value, found.tokens / found.cpu, found.memory])
+        print(f"| {value:,} | {table[-1][1]:.0f} | {found.memory:,.0f} |", flush=True)
     return table
 
 
