@@ -7,6 +7,7 @@ tensors (with sympy and triton), scipy, accelerate, PEFT, and transformers' scan
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +32,14 @@ def reply_imports() -> Iterator[None]:
 
     stand_ins = {} if "torch._dynamo" in sys.modules else _compiler_stand_ins()
     sys.modules.update(stand_ins)
-    distributed = torch.distributed.is_available
+    distributed, distributions = torch.distributed.is_available, importlib.metadata.packages_distributions
     torch.distributed.is_available = lambda: False
+    importlib.metadata.packages_distributions = dict  # transformers alone needs none of it
     try:
         with light_imports(UNUSED):
             yield
     finally:
-        torch.distributed.is_available = distributed
+        torch.distributed.is_available, importlib.metadata.packages_distributions = distributed, distributions
         for name in stand_ins:
             del sys.modules[name]
         if stand_ins:

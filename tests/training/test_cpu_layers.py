@@ -5,12 +5,6 @@ from __future__ import annotations
 import pytest
 
 
-def config(**more):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(hidden_size=24, intermediate_size=56, num_attention_heads=2, **more)
-
-
 def with_gradients(module, x):
     """The output, and the gradients of the input and of the module's parameters that learn."""
     import torch
@@ -33,9 +27,11 @@ def make_norm(name: str):
 
 
 def make_mlp(activation: str):
+    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    return LlamaMLP(config(hidden_act=activation))
+    shape = {"hidden_size": 24, "intermediate_size": 56, "num_attention_heads": 2}
+    return LlamaMLP(LlamaConfig(**shape, hidden_act=activation))
 
 
 @pytest.mark.parametrize("make", [lambda: make_norm("Llama"), lambda: make_norm("Qwen3"), lambda: make_mlp("silu")])

@@ -25,9 +25,7 @@ SETTINGS = [
     "cutoff_len=256", "max_steps=4", "per_device_train_batch_size=4", "per_device_eval_batch_size=3", "lora_rank=4",
     "learning_rate=0.01", "logging_steps=1", "eval_steps=2", "val_size=3", "bf16=false", "early_stopping=no",
 ]  # fmt: skip
-ROUNDING = (
-    1e-5  # of weights: Adam divides a gradient by its size, and the last digits of a small one are a processor's own
-)
+ROUNDING = 1e-5  # of weights: Adam divides a gradient by its size, and the last digits differ between processors
 PATCH = """
 import accelerate, torch
 from training import splitting
