@@ -570,7 +570,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         _end_with(error.message)
     except KeyboardInterrupt:
-        print(f"\n{Message('stopped')}", file=sys.stderr)
+        print("\n", Message("stopped"), sep="", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python chat.py ... | head`: the reader went away, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -57,9 +57,9 @@ def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str])
             print(describe_results(write_results(job, data), data.folder))
         files = llamafactory.write_files(job)
     if files:
-        print(f"\n{Message('llamafactory_files', files=files)}")
+        print("\n", Message("llamafactory_files", files=files), sep="")
     if job.run:
-        print(f"\n{Message('eval_report', file=report.write(job.run))}")
+        print("\n", Message("eval_report", file=report.write(job.run)), sep="")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:

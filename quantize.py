@@ -100,7 +100,7 @@ def table(job: GgufJob, results: dict[str, dict[str, Any]]) -> str:
         )
     text = format_table(lines)
     if noise := max(DTYPE_DIVERGENCE[result.get("reference_dtype", "float32")] for result in results.values()):
-        text += f"\n{Message('divergence_of_type', divergence=noise)}"
+        text += "\n" + str(Message("divergence_of_type", divergence=noise))
     return text
 
 

@@ -128,16 +128,13 @@ def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
         record.complete_record(folder, "interrupted", **facts)
         # which deletes nothing, whatever the recipe says
         again = common.command("train.py", folder / "config.yaml", launcher=run.processes.launcher)
-        print(f"\n{Message('stopped_at_step', step=facts['steps'], steps=facts['total_steps'], command=again)}")
+        print("\n", Message("stopped_at_step", step=facts["steps"], steps=facts["total_steps"], command=again), sep="")
         sys.exit(130)
     trainer.save_adapter(trained, run.template, folder)
     record.complete_record(folder, "finished", **facts)
     written = report.write(folder)
     if early.reason:
-        print(
-            f"\n{Message('stopped_early', step=facts['steps'], steps=facts['total_steps'], reason=early.reason)}",
-            end="",
-        )
+        print("\n", Message("stopped_early", step=facts["steps"], steps=facts["total_steps"], reason=early.reason), sep="", end="")
     print_result(facts, written)
     if facts["eval_loss"] is not None:
         print(Message("measure_it", command=common.command("evaluate.py", folder)))
@@ -150,7 +147,7 @@ def predict(run: Run) -> None:
     The memory of the training is free then; the evaluation's exit status is that of the whole.
     """
     arguments = [str(run.folder), "do_predict=true"]
-    print(f"\n{Message('predicting', command=common.command('evaluate.py', *arguments))}", flush=True)
+    print("\n", Message("predicting", command=common.command("evaluate.py", *arguments)), sep="", flush=True)
     os.execv(sys.executable, [sys.executable, str(common.ROOT / "evaluate.py"), *arguments])
 
 
@@ -167,9 +164,7 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
         gb=facts["peak_memory"] / 1e9,
     )
     if "last_reward" in facts:
-        print(
-            f"\n{Message('rewarded_training_ended', finished=finished, reward=describe_reward(facts), report=written)}"
-        )
+        print("\n", Message("rewarded_training_ended", finished=finished, reward=describe_reward(facts), report=written), sep="")
         return
     held_out = ""
     if facts["eval_loss"] is not None:
@@ -179,7 +174,7 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
         held_out = Message("best_preference", accuracy=accuracy, loss=facts["eval_loss"], step=facts["best_step"])
     first, last = facts["first_loss"] or math.nan, facts["last_loss"] or math.nan
     loss = Message("loss_first_last", first=first, last=last, held_out=held_out)
-    print(f"\n{Message('training_ended', finished=finished, loss=loss, report=written)}")
+    print("\n", Message("training_ended", finished=finished, loss=loss, report=written), sep="")
 
 
 def describe_reward(facts: dict[str, Any]) -> Message:

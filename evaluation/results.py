@@ -71,7 +71,7 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
 
 def describe_results(found: dict[str, Any], folder: Path) -> str:
     """The content of a metrics.json as text: the table, the differences, and whether something was forgotten."""
-    lines = [f"\n{Message('eval_dataset_rows', name=found['dataset'], rows=found['rows'])}"]
+    lines = ["", str(Message("eval_dataset_rows", name=found["dataset"], rows=found["rows"]))]
     lines.append(format_table(figures_table(found["task"], found["models"])))
     lines += [f"{name}: {describe_difference(pair)}" for name, pair in found.get("paired", {}).items()]
     lines += [

@@ -117,7 +117,7 @@ class TerminalChat:
     def do_help(self, _: str) -> None:
         for command, meaning in COMMANDS.items():
             print(f"  {command:<17}{meaning}")
-        print(f"  {TRIPLE_QUOTE:<17}{Message('chat_help_lines')}")
+        print(f"  {TRIPLE_QUOTE:<17}", Message("chat_help_lines"), sep="")
 
     def do_clear(self, _: str) -> None:
         for speaker in self.speakers:

@@ -136,7 +136,7 @@ class Interruption(TrainerCallback):
         if self.asked:
             os._exit(128 + number)
         self.asked = True
-        print(f"\n{Message('saving_then_stopping')}", file=sys.stderr)
+        print("\n", Message("saving_then_stopping"), sep="", file=sys.stderr)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
