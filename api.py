@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     options = ServerOptions.from_environment(os.environ)
     source = find(target, settings)
     for note in source.notes:
-        print(Message("note", text=note), file=sys.stderr)
-    with listen(options.host, options.port, Message("set_api_address")) as listener:
-        print(Message("loading", name=source.name), file=sys.stderr, flush=True)
+        print(Message("note: {text}", text=note), file=sys.stderr)
+    with listen(options.host, options.port, Message("set API_HOST, API_PORT")) as listener:
+        print(Message("loading {name} ...", name=source.name), file=sys.stderr, flush=True)
         model = load(source, only_replies=True)
         from inference.server import serve  # what is wrong is told before this takes its second
 

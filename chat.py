@@ -34,24 +34,24 @@ def main(argv: list[str]) -> None:
         return
     args, settings = parse(argv)
     if sys.stdout is None:
-        raise UserError("chat_stdout_closed")
+        raise UserError("standard output is closed, so no reply can be shown; open it, or send it to a file (> FILE)")
     if sys.stdin is None and (not args.prompt or "-" in args.prompt):
-        raise UserError("chat_stdin_closed")
+        raise UserError("standard input is closed, so no message can be read; give the message with -p TEXT")
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")
     source = find(args.target, settings)
     for note in source.notes:
-        tell(Message("note", text=note))
+        tell(Message("note: {text}", text=note))
     piped = PipedText(waits="-" in args.prompt) if args.prompt else None
     if piped and (piped.waits or not piped.reads):
         make_prompt(args.prompt, piped.text())  # an empty one is an error before the model is loaded
-    tell(Message("loading", name=source.name))
+    tell(Message("loading {name} ...", name=source.name))
     started = time.monotonic()
     model = load(source, with_base=args.base, only_replies=True)
-    tell(Message("chat_loaded", seconds=time.monotonic() - started))
+    tell(Message("loaded in {seconds:.1f} s", seconds=time.monotonic() - started))
     speakers = [Speaker(model)]
     if model.base is not None:
-        speakers = [Speaker(model.base, Message("chat_before_training")), Speaker(model, Message("chat_trained"))]
+        speakers = [Speaker(model.base, Message("before training")), Speaker(model, Message("trained"))]
     chat = TerminalChat(speakers, Settings.of(source.config))
     if piped is None:
         chat.run()
@@ -97,7 +97,11 @@ class PipedText:
         if self.waits or self._parts:
             self._thread.join()
         elif self._thread.is_alive():
-            tell(Message("chat_pipe_silent"))
+            tell(
+                Message(
+                    "note: standard input is open, but nothing has come; answering without it (-p - waits for its end)"
+                )
+            )
         return b"".join(self._parts).decode("utf-8", "replace").strip("\n")
 
 
@@ -115,7 +119,7 @@ def make_prompt(texts: list[str], piped: str) -> str:
     parts = [piped if text == "-" else text for text in texts] + ([] if "-" in texts else [piped])
     prompt = "\n\n".join(part for part in parts if part)
     if not prompt:
-        raise UserError("chat_prompt_empty")
+        raise UserError("-p has no text and nothing is piped in; write the message after -p")
     return prompt
 
 

@@ -63,64 +63,66 @@ def _in_kit_folder() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Messages: code works with codes and fields; a sentence is made where it is shown
+# Messages: a sentence stands where it is said; its fields stay apart until it is shown
 
 LANGUAGES = ("en", "zh")
 
 
 class Message:
-    """An error, note, warning or reason: a stable code and its fields. Its sentence stands in messages/*.yaml.
+    """An error, note, warning or reason: an English sentence with {fields}, and the fields' values.
 
-    A field may be a message itself, or a list of values or messages. `str(message)` is the sentence in the user's
-    language, `text("zh")` that in Chinese.
+    The English sentence is also the key of the Chinese one in zh.yaml. A field may be a message itself, or a list of
+    values or messages. `str(message)` is the text in the user's language, `text("zh")` that in Chinese.
     """
 
-    def __init__(self, code: str, /, **fields: Any) -> None:
-        self.code, self.fields = code, fields
+    def __init__(self, sentence: str, /, **fields: Any) -> None:
+        self.sentence, self.fields = sentence, fields
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Message) and (self.code, self.fields) == (other.code, other.fields)
+        return isinstance(other, Message) and (self.sentence, self.fields) == (other.sentence, other.fields)
 
     def __hash__(self) -> int:
-        return hash((self.code, repr(self.fields)))
+        return hash((self.sentence, repr(self.fields)))
 
     def __repr__(self) -> str:
-        return f"Message({', '.join([repr(self.code), *(f'{name}={value!r}' for name, value in self.fields.items())])})"
+        values = [repr(self.sentence), *(f"{name}={value!r}" for name, value in self.fields.items())]
+        return f"Message({', '.join(values)})"
 
     def __str__(self) -> str:
         return self.text(user_language())
 
     def text(self, language: str) -> str:
-        """The sentence in `language`, one of LANGUAGES."""
-        if self.code not in sentences():  # of a file that another version of the kit wrote
-            return f"{self.code} {self.fields or ''}".strip()
-        sentence = sentences()[self.code][language]
+        """The sentence in `language`, one of LANGUAGES; without fields it is said as it stands, braces too.
+
+        English where zh.yaml lacks it: of a file that another version of the kit wrote.
+        """
+        sentence = chinese().get(self.sentence, self.sentence) if language == "zh" else self.sentence
         return _Sentence(language).vformat(sentence, (), self.fields) if self.fields else sentence
 
     def to_json(self) -> dict[str, Any]:
-        """For a file: {"code": ..., "fields": {...}}; what JSON does not know becomes text."""
-        return {"code": self.code, "fields": {name: _to_json(value) for name, value in self.fields.items()}}
+        """For a file: {"sentence": ..., "fields": {...}}; what JSON does not know becomes text."""
+        return {"sentence": self.sentence, "fields": {name: _to_json(value) for name, value in self.fields.items()}}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Message:
         """The message of `to_json`."""
-        return cls(content["code"], **{name: _from_json(value) for name, value in content["fields"].items()})
+        return cls(content["sentence"], **{name: _from_json(value) for name, value in content["fields"].items()})
 
 
 class UserError(Exception):
     """An error that the user can fix: its message says what is wrong and what to do. Ends a command with status 2."""
 
-    def __init__(self, code: str, /, **fields: Any) -> None:
-        super().__init__(code, fields)
-        self.message = Message(code, **fields)
+    def __init__(self, sentence: str, /, **fields: Any) -> None:
+        super().__init__(sentence, fields)
+        self.message = Message(sentence, **fields)
 
     @classmethod
     def from_message(cls, message: Message) -> UserError:
-        return cls(message.code, **message.fields)
+        return cls(message.sentence, **message.fields)
 
     @property
-    def code(self) -> str:
-        return self.message.code
+    def sentence(self) -> str:
+        return self.message.sentence
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -143,12 +145,9 @@ def load_yaml(text: str) -> Any:
 
 
 @functools.cache
-def sentences() -> dict[str, dict[str, str]]:
-    """All sentences of messages/*.yaml: code → language → sentence with {fields}."""
-    found: dict[str, dict[str, str]] = {}
-    for file in sorted((ROOT / "messages").glob("*.yaml")):
-        found.update(load_yaml(file.read_text(encoding="utf-8")) or {})
-    return found
+def chinese() -> dict[str, str]:
+    """zh.yaml: the Chinese of every sentence, page text and help text, by the English."""
+    return load_yaml((ROOT / "zh.yaml").read_text(encoding="utf-8"))
 
 
 class _Sentence(string.Formatter):
@@ -540,7 +539,15 @@ def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace:
         sys.__excepthook__(kind, error, trace)
         return
     print(
-        Message("error_line", error=Message("package_missing", python=sys.executable, package=package)), file=sys.stderr
+        Message(
+            "error: {error}",
+            error=Message(
+                "{python} lacks {package}, which this kit needs; run make setup, then .venv/bin/python",
+                python=sys.executable,
+                package=package,
+            ),
+        ),
+        file=sys.stderr,
     )
     sys.exit(2)
 
@@ -577,11 +584,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in UNUSABLE and error.filename:
-            _end_with(Message("path_unusable", path=error.filename, problem=error.strerror))
+            _end_with(Message("{path} cannot be used: {problem}", path=error.filename, problem=error.strerror))
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = {path: shutil.disk_usage(path).free for path in (Path.cwd(), ROOT, Path(tempfile.gettempdir()))}
-        _end_with(Message("disk_is_full", place=error.filename or min(free, key=lambda path: free[path])))
+        _end_with(
+            Message(
+                "no space is left on the disk of {place}; make room and give the command again: what was finished "
+                "before is kept",
+                place=error.filename or min(free, key=lambda path: free[path]),
+            )
+        )
 
 
 def _end_with(error: Message) -> NoReturn:
@@ -589,7 +602,7 @@ def _end_with(error: Message) -> NoReturn:
     if file := os.environ.get("ONECARD_ERROR_FILE"):
         with contextlib.suppress(OSError):  # its disk may be full
             Path(file).write_text(json.dumps(error.to_json(), ensure_ascii=False), encoding="utf-8")
-    print(Message("error_line", error=error), file=sys.stderr)
+    print(Message("error: {error}", error=error), file=sys.stderr)
     sys.exit(2)
 
 

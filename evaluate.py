@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str]) -> None:
     job = find_job(target, settings, only_base=flags.base, no_base=flags.no_base)
     for note in job.notes:
-        print(Message("note", text=note))
+        print(Message("note: {text}", text=note))
     print(describe(job))
     with only_evaluation(job):
         for model in job.models:
@@ -57,9 +57,9 @@ def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str])
             print(describe_results(write_results(job, data), data.folder))
         files = llamafactory.write_files(job)
     if files:
-        print("\n", Message("llamafactory_files", files=files), sep="")
+        print("\n", Message("as LLaMA-Factory writes them: {files}", files=files), sep="")
     if job.run:
-        print("\n", Message("eval_report", file=report.write(job.run)), sep="")
+        print("\n", Message("the report: {file}", file=report.write(job.run)), sep="")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:

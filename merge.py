@@ -31,15 +31,15 @@ def main(argv: list[str]) -> None:
         return
     job = merged_model.find_job(target, settings)
     for note in job.notes:
-        print(Message("note", text=note))
+        print(Message("note: {text}", text=note))
     if flags.push and merged_model.is_verified(job):  # its upload failed
         hub.check_access(flags.push, job.config.overwrite_output_dir)
     else:
         merged_model.merge(job, verifying=not flags.no_verify, repo=flags.push)
     if flags.push:
         merged_model.push(flags.push, job)
-    print(Message("talk_to_it", command=common.command("chat.py", job.output)))
-    print(Message("make_a_gguf", command=common.command("quantize.py", job.output)))
+    print(Message("talk to it: {command}", command=common.command("chat.py", job.output)))
+    print(Message("make a GGUF: {command}", command=common.command("quantize.py", job.output)))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
     parser.add_argument("--check", metavar="FOLDER")
     flags, rest = parser.parse_known_args(argv)
     if flags.push and flags.no_verify:
-        raise UserError("push_needs_proof")
+        raise UserError("--push uploads only what is proven; leave --no-verify out")
     target, settings = read_arguments(rest)
     return flags, target, [*settings, "overwrite_output_dir=true"] if flags.overwrite else settings
 

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     print(format_report(prepared.report))
     count = len(prepared.train)
     for index in sorted({0, count // 2, count - 1}):
-        title = Message("sample_number", number=index + 1, count=count)
+        title = Message("--- sample {number} of {count:,} ---", number=index + 1, count=count)
         print(f"\n{title}\n{show_sample(tokenizer, prepared.train[index])}")
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     logging.disable(logging.WARNING)  # what transformers says on import is not about this
     job = gguf.find_job(flags.type, target, settings)
     for note in job.notes:
-        print(Message("note", text=note))
+        print(Message("note: {text}", text=note))
     proving = not flags.no_verify and gguf.can_prove(job)
     if flags.push:
         gguf.check_push(flags.push, job, proving)
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
     if flags.push:
         gguf.push(flags.push, job)
     first = job.types[0]
-    print(Message("talk_to_it", command=common.command("chat.py", job.file(first))))
+    print(Message("talk to it: {command}", command=common.command("chat.py", job.file(first))))
     ollama = shlex.join(["ollama", "create", job.name, "-f", str(job.modelfile(first))])
-    print(Message("in_ollama", command=ollama))
+    print(Message("in Ollama:  {command}", command=ollama))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
@@ -73,18 +73,26 @@ def make(job: GgufJob, proving: bool, max_divergence: float | None) -> None:
     gguf.merge_first(job, proving)
     gguf.check_merge(job)
     if proving or job.needs_matrix:
-        print(Message("gguf_data", samples=len(job.samples[0]), tokens=PROOF_TOKENS))
+        print(
+            Message(
+                "data       {samples} samples, of which at most {tokens} tokens prove it",
+                samples=len(job.samples[0]),
+                tokens=PROOF_TOKENS,
+            )
+        )
     print(table(job, gguf.make_files(job, proving, max_divergence, needed)))
 
 
 def table(job: GgufJob, results: dict[str, dict[str, Any]]) -> str:
     """The results as aligned text: one line a type, the 16-bit model first."""
     count, own = gguf.weights_of(job.model)
-    lines = [table_head(Message("gguf_table"))]
+    lines = [
+        table_head(Message("type|MB|bits/weight|KL divergence|same first choice|perplexity|tokens/s|prompt tokens/s"))
+    ]
     for kind, result in results.items():
         size = [kind, f"{result['bytes'] / 1e6:.0f}", f"{8 * result['bytes'] / count:.2f}"]
         if "verified" not in result:
-            lines.append([*size, str(Message("not_verified")), "", "", "", ""])
+            lines.append([*size, str(Message("not verified")), "", "", "", ""])
             continue
         if len(lines) == 1:
             lines.append(reference_line(result, count, TYPES[own].bits))
@@ -100,14 +108,19 @@ def table(job: GgufJob, results: dict[str, dict[str, Any]]) -> str:
         )
     text = format_table(lines)
     if noise := max(DTYPE_DIVERGENCE[result.get("reference_dtype", "float32")] for result in results.values()):
-        text += "\n" + str(Message("divergence_of_type", divergence=noise))
+        text += "\n" + str(
+            Message(
+                "(that type alone makes a divergence of about {divergence:g}: three times that is allowed on top)",
+                divergence=noise,
+            )
+        )
     return text
 
 
 def reference_line(result: dict[str, Any], count: int, bits: float) -> list[str]:
     """The line of the 16-bit model, whose perplexity was measured beside a file's."""
     dtype = result["reference_dtype"]
-    name = str(Message("model_of_16_bit") if dtype == "float32" else Message("model_of_16_bit_in", dtype=dtype))
+    name = str(Message("16-bit model") if dtype == "float32" else Message("16-bit model, in {dtype}", dtype=dtype))
     return [name, f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", f"{result['reference_perplexity']:.4f}", "", ""]
 
 

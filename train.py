@@ -109,13 +109,31 @@ def announce(run: Run, model: Any) -> None:
 
     config = run.config
     trainable = count_trainable(model)
-    named = Message("model_parameters", model=config.model_name_or_path, total=run.model.parameters, trained=trainable)
-    tokenized = Message("data_tokenized", samples=run.plan.samples, tokens=run.plan.tokens, longest=run.plan.longest)
+    named = Message(
+        "{model}: {total:,} parameters, {trained:,} trained",
+        model=config.model_name_or_path,
+        total=run.model.parameters,
+        trained=trainable,
+    )
+    tokenized = Message(
+        "{samples:,} samples, {tokens:,} tokens, the longest {longest:,}",
+        samples=run.plan.samples,
+        tokens=run.plan.tokens,
+        longest=run.plan.longest,
+    )
     steps = plan.describe_steps(config, run.plan, run.processes)
     held_out = plan.describe_evaluations(config, run.plan)
-    print(Message("training_announced", model=named, data=tokenized, steps=steps, held_out=held_out))
+    print(
+        Message(
+            "model      {model}\ndata       {data}\nsteps      {steps}\nheld out   {held_out}",
+            model=named,
+            data=tokenized,
+            steps=steps,
+            held_out=held_out,
+        )
+    )
     for warning in plan.find_warnings(config, run.plan):
-        print(Message("warning", text=warning))
+        print(Message("warning: {text}", text=warning))
     print(show_sample(run.tokenizer, run.data.train[0]))
 
 
@@ -128,16 +146,35 @@ def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
         record.complete_record(folder, "interrupted", **facts)
         # which deletes nothing, whatever the recipe says
         again = common.command("train.py", folder / "config.yaml", launcher=run.processes.launcher)
-        print("\n", Message("stopped_at_step", step=facts["steps"], steps=facts["total_steps"], command=again), sep="")
+        print(
+            "\n",
+            Message(
+                "stopped at step {step:,} of {steps:,}; to go on: {command}",
+                step=facts["steps"],
+                steps=facts["total_steps"],
+                command=again,
+            ),
+            sep="",
+        )
         sys.exit(130)
     trainer.save_adapter(trained, run.template, folder)
     record.complete_record(folder, "finished", **facts)
     written = report.write(folder)
     if early.reason:
-        print("\n", Message("stopped_early", step=facts["steps"], steps=facts["total_steps"], reason=early.reason), sep="", end="")
+        print(
+            "\n",
+            Message(
+                "stopped at step {step:,} of {steps:,}: {reason}",
+                step=facts["steps"],
+                steps=facts["total_steps"],
+                reason=early.reason,
+            ),
+            sep="",
+            end="",
+        )
     print_result(facts, written)
     if facts["eval_loss"] is not None:
-        print(Message("measure_it", command=common.command("evaluate.py", folder)))
+        print(Message("measure it: {command}", command=common.command("evaluate.py", folder)))
     print_next(folder)
 
 
@@ -147,7 +184,7 @@ def predict(run: Run) -> None:
     The memory of the training is free then; the evaluation's exit status is that of the whole.
     """
     arguments = [str(run.folder), "do_predict=true"]
-    print("\n", Message("predicting", command=common.command("evaluate.py", *arguments)), sep="", flush=True)
+    print("\n", Message("do_predict: {command}", command=common.command("evaluate.py", *arguments)), sep="", flush=True)
     os.execv(sys.executable, [sys.executable, str(common.ROOT / "evaluate.py"), *arguments])
 
 
@@ -155,7 +192,7 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
     """Says how long the training took, where its loss began and ended, and where the report is."""
     minutes, seconds = divmod(round(facts["seconds"] or time.process_time()), 60)
     finished = Message(
-        "finished_in",
+        "{steps:,} of {total:,} steps in {minutes} min {seconds} s, {tokens:,} tokens, peak memory {gb:.1f} GB",
         steps=facts["steps"],
         total=facts["total_steps"],
         minutes=minutes,
@@ -164,35 +201,60 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
         gb=facts["peak_memory"] / 1e9,
     )
     if "last_reward" in facts:
-        print("\n", Message("rewarded_training_ended", finished=finished, reward=describe_reward(facts), report=written), sep="")
+        print(
+            "\n",
+            Message(
+                "finished   {finished}\nreward     {reward}\nreport     {report}",
+                finished=finished,
+                reward=describe_reward(facts),
+                report=written,
+            ),
+            sep="",
+        )
         return
     held_out = ""
     if facts["eval_loss"] is not None:
-        held_out = Message("best_eval_loss", loss=facts["eval_loss"], step=facts["best_step"])
+        held_out = Message(", eval_loss {loss:.4f} (step {step:,})", loss=facts["eval_loss"], step=facts["best_step"])
     if facts["eval_reward_accuracy"] is not None:
         accuracy = facts["eval_reward_accuracy"]
-        held_out = Message("best_preference", accuracy=accuracy, loss=facts["eval_loss"], step=facts["best_step"])
+        held_out = Message(
+            ", reward accuracy {accuracy:.3f} and eval_loss {loss:.4f} (step {step:,})",
+            accuracy=accuracy,
+            loss=facts["eval_loss"],
+            step=facts["best_step"],
+        )
     first, last = facts["first_loss"] or math.nan, facts["last_loss"] or math.nan
-    loss = Message("loss_first_last", first=first, last=last, held_out=held_out)
-    print("\n", Message("training_ended", finished=finished, loss=loss, report=written), sep="")
+    loss = Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=held_out)
+    print(
+        "\n",
+        Message(
+            "finished   {finished}\nloss       {loss}\nreport     {report}",
+            finished=finished,
+            loss=loss,
+            report=written,
+        ),
+        sep="",
+    )
 
 
 def describe_reward(facts: dict[str, Any]) -> Message:
     """Where the mean reward of the replies began and ended."""
     held_out = ""
     if facts["eval_reward"] is not None:
-        held_out = Message("best_eval_reward", reward=facts["eval_reward"], step=facts["best_step"])
+        held_out = Message(
+            ", eval_reward {reward:.4f} (step {step:,})", reward=facts["eval_reward"], step=facts["best_step"]
+        )
     first, last = (math.nan if facts[key] is None else facts[key] for key in ("first_reward", "last_reward"))
-    return Message("loss_first_last", first=first, last=last, held_out=held_out)
+    return Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=held_out)
 
 
 def print_notes(notes: list[Any]) -> None:
     for note in notes:
-        print(Message("note", text=note))
+        print(Message("note: {text}", text=note))
 
 
 def print_next(folder: Path) -> None:
-    print(Message("talk_to_it", command=common.command("chat.py", folder)))
+    print(Message("talk to it: {command}", command=common.command("chat.py", folder)))
 
 
 if __name__ == "__main__":

@@ -34,9 +34,13 @@ def main(argv: list[str]) -> None:
     network.check_environment()  # Gradio asks its own server through httpx
     password = read_password(args)
     source = find(args.chat or None, args.settings) if args.chat is not None else None
-    listener = network.listen(args.host, int(args.port), Message("choose_web_address", other=int(args.port) + 1))
+    listener = network.listen(
+        args.host,
+        int(args.port),
+        Message("choose another port: --port {other}, or leave --host out", other=int(args.port) + 1),
+    )
     for note in source.notes if source else ():
-        print(Message("note", text=note), file=sys.stderr)
+        print(Message("note: {text}", text=note), file=sys.stderr)
     names = [name.strip().lower() for name in args.allow_host.split(",") if name.strip()]
     from web import app  # what is wrong is told before this takes its seconds
 
@@ -55,10 +59,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.chat and "=" in args.chat and not Path(args.chat).exists():
         args.chat, args.settings = "", [args.chat, *args.settings]
     if not args.port.isdecimal() or int(args.port) > 65535:
-        raise UserError("web_not_a_port", port=args.port)
+        raise UserError("--port {port} is not a port; give a number from 0 to 65535", port=args.port)
     if args.chat is None and args.settings:
         load_config(args.settings)  # raises UserError for a misspelt flag
-        raise UserError("web_setting_for_board", setting=args.settings[0])
+        raise UserError(
+            "{setting} is not for the board, where settings are on the page; leave it out", setting=args.settings[0]
+        )
     return args
 
 
@@ -68,9 +74,15 @@ def read_password(args: argparse.Namespace) -> str | None:
     if args.password:
         password = getpass.getpass("password for the page: ") if sys.stdin.isatty() else sys.stdin.readline().strip()
         if not password:
-            raise UserError("web_password_empty")
+            raise UserError("the password is empty; type one")
     if password is None and not network.is_loopback(args.host):
-        raise UserError("web_password_needed", host=args.host, port=args.port)
+        raise UserError(
+            "--host {host} lets others reach this machine's models and files; give a password (--password, or "
+            "WEBUI_PASSWORD in the environment), or leave --host out and forward the port: ssh -L "
+            "{port}:127.0.0.1:{port} THIS_MACHINE",
+            host=args.host,
+            port=args.port,
+        )
     return password
 
 

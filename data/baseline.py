@@ -73,16 +73,20 @@ def read(path: Path) -> Data:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError("baseline_unreadable", file=path, problem=str(error)) from None
+        raise UserError(
+            "{file} cannot be read ({problem}); make it with data/make_diy.py", file=path, problem=str(error)
+        ) from None
     data = Data([], [])
     for number, row in enumerate(rows, 1):
         try:
             data.x.append(features(row["instruction"]))
             data.y.append({"0": 0, "1": 1}[row["output"]])
         except (KeyError, TypeError, ValueError):
-            raise UserError("baseline_other_task", file=path, row=number) from None
+            raise UserError(
+                "{file}, row {row} is not of the fraud task; make it with data/make_diy.py", file=path, row=number
+            ) from None
     if set(data.y) != {0, 1}:
-        raise UserError("baseline_one_class", file=path)
+        raise UserError("{file} does not hold both classes; make it with data/make_diy.py", file=path)
     return data
 
 
@@ -118,7 +122,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if len(argv) not in (0, 2):
-        raise UserError("baseline_two_files")
+        raise UserError("give two files, the training and the held-out part, or none for those of data/")
     pairs = [argv] if argv else [[HERE / f"{name}.json", HERE / f"{name}_test.json"] for name in SHIPPED]
     for train_path, test_path in pairs:
         train, test = read(Path(train_path)), read(Path(test_path))

@@ -151,9 +151,15 @@ def build(accounts: Accounts, labels: dict[str, int], args: argparse.Namespace) 
     for part in parts:
         draw.shuffle(part)
     train, test = balanced(parts[0], args.balance), parts[1]
-    for title, part in ((Message("diy_training"), train), (Message("diy_held_out"), test)):
+    for title, part in ((Message("training"), train), (Message("held-out"), test)):
         if {w.label for w in part} != {0, 1}:
-            raise UserError("diy_class_missing", part=title, samples=len(part), split_time=show_time(args.split_time))
+            raise UserError(
+                "the {part} part has {samples} sample{samples:plural} and not both classes; change --split-time "
+                "({split_time}), --test-share or --min-transactions, or label more accounts",
+                part=title,
+                samples=len(part),
+                split_time=show_time(args.split_time),
+            )
     return train, test
 
 
@@ -168,7 +174,10 @@ def fit(transactions: list[Transaction], args: argparse.Namespace) -> list[Trans
 
     kept = bisect_left(range(1, len(transactions) + 1), True, key=is_too_long)
     if kept == 0:
-        raise UserError("diy_max_tokens_too_small", max_tokens=args.max_tokens)
+        raise UserError(
+            "--max-tokens {max_tokens} is too small for one transaction; it must be at least 256",
+            max_tokens=args.max_tokens,
+        )
     return transactions[-kept:]
 
 
@@ -193,7 +202,7 @@ def token_counter(folder: str | None) -> Callable[[str], int]:
         return estimate_tokens
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
-        raise UserError("diy_no_tokenizer", file=file)
+        raise UserError("there is no {file}; give the folder of a model, or leave --tokenizer out", file=file)
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
@@ -208,10 +217,12 @@ def rows_of(path: Path, wanted: dict[str, str]) -> Rows:
     """(place, {"from": ..., ...}) of each row of a CSV or parquet file; `wanted` maps a key to its column."""
     reader = {".csv": csv_rows, ".parquet": parquet_rows}.get(path.suffix.lower())
     if reader is None:
-        raise UserError("diy_unknown_kind_of_file", file=path)
+        raise UserError("{file} is neither .csv nor .parquet; save it as one of them", file=path)
     if not path.is_file():
         near = nearest_word(path.name, (p.name for p in path.parent.glob("*")))
-        raise UserError("diy_no_file", file=path, near=near)
+        raise UserError(
+            "there is no file {file}{near:suggestion}; give the path of a .csv or .parquet file", file=path, near=near
+        )
     return reader(path, wanted)
 
 
@@ -222,16 +233,26 @@ def csv_rows(path: Path, wanted: dict[str, str]) -> Rows:
             header = next(reader, [])
             columns = check_columns(path, wanted, header)
             for cells in reader:
-                place = Message("diy_line", file=path, line=reader.line_num)
+                place = Message("{file}, line {line}", file=path, line=reader.line_num)
                 if len(cells) != len(header) and cells:
-                    raise UserError("diy_wrong_count", place=place, values=len(cells), columns=len(header))
+                    raise UserError(
+                        "{place} has {values} values where the header has {columns}; correct the line, or quote "
+                        "the values that hold a comma",
+                        place=place,
+                        values=len(cells),
+                        columns=len(header),
+                    )
                 if cells:
                     yield place, {key: cells[i].strip() for key, i in columns.items()}
         except csv.Error as error:
-            place = Message("diy_line", file=path, line=reader.line_num)
-            raise UserError("diy_broken_csv", place=place, problem=str(error)) from None
+            place = Message("{file}, line {line}", file=path, line=reader.line_num)
+            raise UserError(
+                "{place} is broken CSV ({problem}); correct its quotes", place=place, problem=str(error)
+            ) from None
         except UnicodeDecodeError:
-            raise UserError("diy_not_utf8", file=path, problem=not_utf8(path).message) from None
+            raise UserError(
+                "{file}: {problem}; save the file as CSV in UTF-8", file=path, problem=not_utf8(path).message
+            ) from None
 
 
 def parquet_rows(path: Path, wanted: dict[str, str]) -> Rows:
@@ -241,13 +262,18 @@ def parquet_rows(path: Path, wanted: dict[str, str]) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError("diy_broken_parquet", file=path, problem=str(error).splitlines()[0]) from None
+        raise UserError(
+            "{file} is not a parquet file ({problem}); write it again", file=path, problem=str(error).splitlines()[0]
+        ) from None
     check_columns(path, wanted, file.schema_arrow.names)
     number = 0
     for batch in file.iter_batches(columns=list(wanted.values())):
         for row in batch.to_pylist():
             number += 1
-            yield Message("diy_row", file=path, row=number), {key: row[column] for key, column in wanted.items()}
+            yield (
+                Message("{file}, row {row}", file=path, row=number),
+                {key: row[column] for key, column in wanted.items()},
+            )
 
 
 def check_columns(path: Path, wanted: dict[str, str], header: list[str]) -> dict[str, int]:
@@ -256,7 +282,15 @@ def check_columns(path: Path, wanted: dict[str, str], header: list[str]) -> dict
     for key, column in wanted.items():
         if column not in header:
             near = nearest_word(column, header)
-            raise UserError("diy_no_column", file=path, column=column, near=near, columns=header, key=key)
+            raise UserError(
+                "{file} has no column '{column}'{near:suggestion}; its columns: {columns}. Name yours by --columns "
+                "{key}=NAME",
+                file=path,
+                column=column,
+                near=near,
+                columns=header,
+                key=key,
+            )
     return {key: header.index(column) for key, column in wanted.items()}
 
 
@@ -267,9 +301,17 @@ def read_labels(path: Path, columns: dict[str, str]) -> dict[str, int]:
         name, value = account_name(place, "account", row["account"]), str(row["label"]).lower()
         label = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}.get(value)
         if label is None:
-            raise UserError("diy_label_unknown", place=place, label=row["label"])
+            raise UserError(
+                "{place}: the label '{label}' is neither 0 nor 1; write 1 for fraud, 0 for normal",
+                place=place,
+                label=row["label"],
+            )
         if labels.setdefault(name, label) != label:
-            raise UserError("diy_label_contradicts", place=place, account=name)
+            raise UserError(
+                "{place}: account {account} is 0 in one line and 1 in another; keep the right one",
+                place=place,
+                account=name,
+            )
     return labels
 
 
@@ -284,13 +326,15 @@ def read_table(path: Path, columns: dict[str, str], labels: dict[str, int]) -> A
         if receiver in labels and receiver != sender:
             accounts[receiver].append(Transaction(moment, sender, amount))
     if not accounts:
-        raise UserError("diy_no_account_labelled", file=path)
+        raise UserError(
+            "no account of the labels is in {file}; write the accounts in both files the same way", file=path
+        )
     return dict(accounts)
 
 
 def account_name(place: Message, key: str, value: Any) -> str:
     if value is None or str(value).strip() == "":
-        raise UserError("diy_account_empty", place=place, key=key)
+        raise UserError("{place}: the {key} account is empty; fill it in or delete the row", place=place, key=key)
     return str(value).strip()
 
 
@@ -300,7 +344,11 @@ def read_amount(place: Message, value: Any) -> float:
     except (TypeError, ValueError):
         amount = math.nan
     if not 0 <= amount < math.inf:
-        raise UserError("diy_amount_wrong", place=place, amount=value)
+        raise UserError(
+            "{place}: the amount '{amount}' is not a number of at least 0; correct it or delete the row",
+            place=place,
+            amount=value,
+        )
     return amount
 
 
@@ -309,19 +357,19 @@ def read_time(place: Message | str, value: Any) -> float:
 
     Also of a date with slashes, as Excel writes it in Chinese: 2024/5/20 9:01.
     """
-    advice = Message("diy_how_to_write_times")
+    advice = Message("write it like 2024-05-17 09:01, or as seconds since 1970")
     try:
         if not isinstance(value, datetime):
             value = str(value).strip().replace("Z", "+00:00")
             if value.replace(".", "", 1).isdigit():
                 if float(value) > 1e11:  # the year 5138
-                    advice = Message("diy_milliseconds")
+                    advice = Message("it looks like milliseconds since 1970: divide it by 1000")
                 value = from_seconds(float(value))
             else:
                 value = datetime.fromisoformat(SLASHED.sub(dashed, value))
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError, OSError):
-        raise UserError("diy_not_a_time", place=place, value=value, advice=advice) from None
+        raise UserError("{place}: '{value}' is not a time; {advice}", place=place, value=value, advice=advice) from None
 
 
 def dashed(date: re.Match[str]) -> str:
@@ -459,22 +507,33 @@ def check(args: argparse.Namespace) -> None:
     """Turns the arguments into what the functions above take; raises UserError at the first that makes no sense."""
     for name in ("accounts", "window", "windows", "min_transactions", "digits"):
         if getattr(args, name) < 1:
-            raise UserError("diy_must_be_at_least_1", flag=f"--{name.replace('_', '-')}", value=getattr(args, name))
+            raise UserError(
+                "{flag} {value} must be at least 1", flag=f"--{name.replace('_', '-')}", value=getattr(args, name)
+            )
     if args.min_transactions > args.window:
-        raise UserError("diy_window_too_small", least=args.min_transactions, window=args.window)
+        raise UserError(
+            "--min-transactions {least} is above --window {window}; lower it",
+            least=args.min_transactions,
+            window=args.window,
+        )
     if not 0 < args.test_share < 1:
-        raise UserError("diy_test_share_wrong", value=args.test_share)
+        raise UserError("--test-share {value} must be between 0 and 1, like 0.3", value=args.test_share)
     if args.balance is not None and not 0 < args.balance < math.inf:
-        raise UserError("diy_balance_wrong", value=args.balance)
+        raise UserError("--balance {value} must be above 0, like 1", value=args.balance)
     if (args.table is None) != (args.labels is None):
-        raise UserError("diy_table_without_labels")
+        raise UserError("--table and --labels belong together; give both, or neither to draw accounts")
     if args.table and not args.out:
-        raise UserError("diy_out_missing")
+        raise UserError("--out is missing; give the dataset a name, like --out mydata")
     known = {key: key for key in ("from", "to", "amount", "time", "account", "label")}
     for pair in args.columns:
         key, equals, name = pair.partition("=")
         if key not in known or not equals:
-            raise UserError("diy_columns_wrong", pair=pair, near=nearest_word(key, known), keys=list(known))
+            raise UserError(
+                "--columns {pair}{near:suggestion}: write KEY=NAME, KEY one of {keys}",
+                pair=pair,
+                near=nearest_word(key, known),
+                keys=list(known),
+            )
         known[key] = name
     args.columns = known
     args.split_time = None if args.split_time is None else read_time("--split-time", args.split_time)
@@ -486,7 +545,7 @@ def make(args: argparse.Namespace) -> None:
     files = [args.out.with_name(args.out.name + end) for end in (".json", "_test.json")]
     for file in files:
         if file.exists() and not args.overwrite:
-            raise UserError("diy_file_exists", file=file)
+            raise UserError("{file} is there already; choose another --out, or add --overwrite", file=file)
     if args.table:
         labels = read_labels(args.labels, args.columns)
         accounts = read_table(args.table, args.columns, labels)
@@ -498,7 +557,14 @@ def make(args: argparse.Namespace) -> None:
     parts = build(accounts, labels, args)
     print(f"{len(labels)} labelled accounts, split at {show_time(args.split_time)}")
     if absent := [name for name in labels if name not in accounts]:
-        print(Message("diy_accounts_absent", count=len(absent), first=absent[0]))
+        print(
+            Message(
+                "labelled accounts that the table lacks: {count} (first: {first}); write them the same way in both "
+                "files",
+                count=len(absent),
+                first=absent[0],
+            )
+        )
     left_out = len(labels) - len(absent) - len({window.account for part in parts for window in part})
     if left_out:
         print(f"left out: {left_out} accounts, with too few transactions in their part or above --balance")

@@ -23,7 +23,7 @@ KEY_FIGURES = ("accuracy", "exact_match", "reward", "preference_accuracy", "roc_
 
 def runs_table() -> list[list[str]]:
     """All runs, newest first: how they went and what they reached. Raises UserError where there is none."""
-    rows = [table_head(Message("runs_table"))]
+    rows = [table_head(Message("run|stage|status|steps|of|minutes|loss|eval_loss|measured on|figure"))]
     for folder in run_folders():
         run = read_run(folder) or {}
         minutes = f"{run['seconds'] / 60:.1f}" if run.get("seconds") else "-"
@@ -31,7 +31,7 @@ def runs_table() -> list[list[str]]:
         steps = [str(run.get(key) or "-") for key in ("steps", "total_steps")]
         rows.append([str(folder), run_stage(folder), run_status(run), *steps, minutes, *losses, *key_figure(folder)])
     if len(rows) == 1:
-        raise UserError("eval_no_runs", folder=common.SAVES)
+        raise UserError("there is no run in {folder}/; train one: make train", folder=common.SAVES)
     return rows
 
 
@@ -63,7 +63,7 @@ def describe_two_runs(first: Path, second: Path) -> str:
     """Settings that differ, losses, figures side by side and the difference on the same rows; draws both losses."""
     for folder in (first, second):
         if not is_run(folder):
-            raise UserError("eval_not_a_run", folder=folder)
+            raise UserError("{folder} is not a run folder; python evaluate.py --runs lists them", folder=folder)
     blocks = [format_table([["", str(first), str(second)], *_settings(first, second), *_facts(first, second)])]
     for file in sorted(first.glob("eval/*/metrics.json")):
         other = second / file.relative_to(first)
@@ -71,7 +71,7 @@ def describe_two_runs(first: Path, second: Path) -> str:
             blocks.append(_describe_dataset(file, other, str(first), str(second)))
     picture = second / f"loss_beside_{first.resolve().name}.png"
     charts.draw_losses({str(folder): read_jsonl(folder / "trainer_log.jsonl") for folder in (first, second)}, picture)
-    return "\n\n".join([*blocks, str(Message("both_losses", file=picture))])
+    return "\n\n".join([*blocks, str(Message("both losses: {file}", file=picture))])
 
 
 def _settings(*folders: Path) -> list[list[str]]:
@@ -105,14 +105,20 @@ def _describe_dataset(first: Path, second: Path, *names: str) -> str:
     title = found[0]["dataset"]
     same = all(found[0][key] == found[1][key] for key in ("task", "labels"))
     if not same or any("trained" not in part["models"] for part in found):
-        return str(Message("evaluated_differently", name=title))
+        return str(Message("{name}: not evaluated in the same way; evaluate both again", name=title))
     models = {name: part["models"]["trained"] for name, part in zip(names, found, strict=True)}
     text = f"{title}\n{format_table(figures_table(found[0]['task'], models))}"
     pair = paired_predictions(*(file.parent / "predictions.jsonl" for file in (first, second)))
     if pair is None:
         return text
     difference = describe_difference(pair)
-    facts = Message("difference_of_runs", one=names[1], other=names[0], rows=pair["rows"], difference=difference)
+    facts = Message(
+        "{one} - {other} on {rows:,} rows of both: {difference}",
+        one=names[1],
+        other=names[0],
+        rows=pair["rows"],
+        difference=difference,
+    )
     return f"{text}\n{facts}"
 
 

@@ -62,7 +62,9 @@ def find_datasets(
     own = run_config(run) if run else None
     names = config.eval_dataset if "eval_dataset" in given else config.dataset if "dataset" in given else ()
     if not names and own is None:
-        raise UserError("eval_data_unknown", target=target)
+        raise UserError(
+            "{target} is not a run, so its held-out data is not known; name some data: dataset=NAME", target=target
+        )
     names, held_out = names or own.eval_dataset, None
     if own is None and config.val_size:  # LLaMA-Factory evaluates the part that this recipe's training would hold out
         held_out = set(map(fingerprint, dataset.read_conversations(config)[1]))
@@ -70,7 +72,11 @@ def find_datasets(
         config, names = own, own.dataset
     elif not names:
         names, held_out = registered_test_sets(own), None
-        notes.append(Message("eval_uses_test_sets", run=run, datasets=list(names)))
+        notes.append(
+            Message(
+                "{run} held nothing out; {datasets} of dataset_info.json is used instead", run=run, datasets=list(names)
+            )
+        )
     trainings = trainings_of(run, notes) if run else []
     home = (run or common.SAVES / target.name) / "eval"
     made = [
@@ -81,7 +87,12 @@ def find_datasets(
     answered = [data for data in found if data.task in ("classification", "text")]  # of others, labels are a reward's
     if config.labels and answered and all(data.labels != config.labels for data in answered):
         answer = labels.unknown_label(config.labels, [answer_of(row) for row in answered[0].rows])
-        raise UserError("eval_label_unknown", dataset=answered[0].name, answer=answer, labels=list(config.labels))
+        raise UserError(
+            "{dataset} has the answer '{answer}', which is not among labels: {labels}; correct labels",
+            dataset=answered[0].name,
+            answer=answer,
+            labels=list(config.labels),
+        )
     if any(data.name == GENERAL for data in found):
         return found
     return [*found, *general_knowledge(config, trainings, home)]
@@ -116,7 +127,11 @@ def make_dataset(
     if not any(wanted):
         return None
     if not kept:
-        raise UserError("eval_all_rows_trained", dataset=name)
+        raise UserError(
+            "the model was trained on every row of {dataset}, so the result would mean nothing; name other data: "
+            "dataset=NAME",
+            dataset=name,
+        )
     if task := task_of(kept[0]):
         return EvalDataset(name, kept, folder, task, left_out=sum(wanted) - len(kept))
     if wants_only_losses(config):
@@ -124,10 +139,20 @@ def make_dataset(
     answers, trained = [answer_of(row) for row in kept], trained_answers(name, trainings)
     unknown = labels.unknown_label(config.labels, answers) if config.labels else None
     if unknown is not None:
-        notes.append(Message("eval_labels_do_not_fit", dataset=name, answer=unknown))
+        notes.append(
+            Message("labels do not fit {dataset}, which has the answer '{answer}'", dataset=name, answer=unknown)
+        )
     chosen = config.labels if config.labels and unknown is None else labels.closed_set(answers, trained)
     if not chosen and (exceptions := labels.exceptional_answers([*answers, *trained])):
-        notes.append(Message("eval_exceptional_answer", dataset=name, answer=exceptions[0]))
+        notes.append(
+            Message(
+                "{dataset}: without the answer '{answer}' the answers would be a few that repeat; because of it all "
+                "are measured as\n"
+                "free text. Correct or remove its row to have the choice among the others measured",
+                dataset=name,
+                answer=exceptions[0],
+            )
+        )
     task = "classification" if chosen else "text"
     return EvalDataset(name, kept, folder, task, chosen, trained, sum(wanted) - len(kept))
 
@@ -196,7 +221,12 @@ def held_out_by(run: Path, config: Config) -> set[int]:
     """The fingerprints of what a run held out; raises UserError where that is no longer known."""
     _, held_out = dataset.read_conversations(config)
     if held_out and (changed := changed_files(run)):
-        raise UserError("eval_held_out_unknown", file=changed[0], run=run)
+        raise UserError(
+            "{file} has changed since {run} was trained, so the rows that were held out are no longer known;\n"
+            "name data that it was not trained on: dataset=NAME",
+            file=changed[0],
+            run=run,
+        )
     return set(map(fingerprint, held_out))
 
 
@@ -205,7 +235,10 @@ def registered_test_sets(config: Config) -> tuple[str, ...]:
     known = read_json(Path(config.dataset_dir) / "dataset_info.json", default={})
     found = tuple(f"{name}_test" for name in config.dataset if f"{name}_test" in known)
     if not found:
-        raise UserError("eval_nothing_held_out")
+        raise UserError(
+            "the run held nothing out; name data that it was not trained on: dataset=NAME, and train with "
+            "val_size: 0.1 next time"
+        )
     return found
 
 
@@ -221,7 +254,15 @@ def trainings_of(run: Path, notes: list[Message]) -> list[Training]:
             break
         earlier = run_of(Path(config.adapter_name_or_path))
         if earlier is None or not (earlier / "config.yaml").is_file():
-            notes.append(Message("eval_earlier_training_unknown", run=run, adapter=config.adapter_name_or_path))
+            notes.append(
+                Message(
+                    "{run} continued {adapter}, which is not a run folder: its training data is not known, and rows of "
+                    "it may be among\n"
+                    "these",
+                    run=run,
+                    adapter=config.adapter_name_or_path,
+                )
+            )
             break
         run = earlier
     return found
@@ -241,10 +282,22 @@ def trained_contents(run: Path, config: Config, notes: list[Message]) -> set[int
     try:
         trained, _ = dataset.read_conversations(config)
     except UserError as error:
-        notes.append(Message("eval_trained_rows_unreadable", run=run, reason=error.message))
+        notes.append(
+            Message(
+                "rows that {run} was trained on may be among these: its training data cannot be read ({reason})",
+                run=run,
+                reason=error.message,
+            )
+        )
         return set()
     if changed := changed_files(run):
-        notes.append(Message("eval_trained_file_changed", file=changed[0], run=run))
+        notes.append(
+            Message(
+                "{file} has changed since {run} was trained: rows that it was trained on then may be among these",
+                file=changed[0],
+                run=run,
+            )
+        )
     return set(map(fingerprint, trained))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from common import Config, Message, UserError
 from evaluation.data import Conversation, EvalDataset, answer_of
 from preprocessing.encode_stages import encode_batch
+from preprocessing.faults import TooLong
 
 FORMAT = 2  # of predictions.jsonl and how they are made: another number makes the old ones invalid
 
@@ -105,11 +106,19 @@ def encode_single(
 def usable_rows(data: EvalDataset, samples: list[Any]) -> list[int]:
     """The numbers of the rows that are samples; raises UserError where a row cannot be one."""
     for number, sample in enumerate(samples, 1):
-        if isinstance(sample, Message) and sample.code != "longer_than_cutoff_len":
-            raise UserError("eval_row_unusable", dataset=data.name, row=number, reason=sample)
+        if isinstance(sample, Message) and not isinstance(sample, TooLong):
+            raise UserError(
+                "{dataset}, row {row}: {reason}; take the row out", dataset=data.name, row=number, reason=sample
+            )
     kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Message)]
     if not kept:
-        raise UserError("eval_no_row_fits", dataset=data.name)
+        raise UserError("no row of {dataset} fits into cutoff_len; raise it: cutoff_len=...", dataset=data.name)
     if len(kept) < len(samples):
-        print(Message("eval_rows_too_long", dataset=data.name, count=len(samples) - len(kept)))
+        print(
+            Message(
+                "note: {count:,} row{count:plural} of {dataset} longer than cutoff_len left out",
+                dataset=data.name,
+                count=len(samples) - len(kept),
+            )
+        )
     return kept

@@ -54,7 +54,7 @@ def find_job(target: str | None, settings: Sequence[str], *, only_base: bool = F
     """Raises UserError, before anything heavy, for what is missing or not fit to be evaluated."""
     keys = {setting: setting.lstrip("-").partition("=")[0].replace("-", "_") for setting in settings}
     if fixed := sorted(FIXED & set(keys.values())):
-        raise UserError("eval_setting_fixed", key=fixed[0])
+        raise UserError("{key} cannot be changed after training; name the data instead: dataset=NAME", key=fixed[0])
     # a model does not depend on the data, and a run's val_size would contradict an eval_dataset
     source = find(target, [setting for setting in settings if keys[setting] not in DATA])
     run = run_of(Path(source.name))
@@ -101,7 +101,9 @@ def _find_models(source: Source, run: Path | None, only_base: bool, no_base: boo
     has_adapter = run is not None and (run / "adapter_config.json").is_file()
     base = source if source.adapter else find(str(run)) if label != "trained" and has_adapter else None
     if only_base and base is None:
-        raise UserError("eval_base_unknown", model=source.name)
+        raise UserError(
+            "the model that {model} was trained from is not known; evaluate the run with --base", model=source.name
+        )
     target = [] if only_base else [EvalModel(label, source)]
     if base is None or no_base:
         return target
@@ -149,30 +151,46 @@ def tokenizer_of(job: Job) -> tuple[Any, Any]:
     source = job.models[-1].source
     folder = job.run if job.run and (job.run / "tokenizer_config.json").is_file() else source.tokenizer
     if not folder:
-        raise UserError("eval_tokenizer_unknown", model=source.name)
+        raise UserError(
+            "{model} is in no run folder, so its tokenizer is not known; evaluate it in saves/NAME/gguf",
+            model=source.name,
+        )
     tokenizer = load_tokenizer(folder, trust_remote_code=job.config.trust_remote_code)
     return tokenizer, load_template(job.config.template, tokenizer, job.config.stage)
 
 
 def describe(job: Job) -> str:
     """What will be done, a line for the models and for each dataset."""
-    lines = [Message("eval_models", models=[f"{model.label} ({model.source.name})" for model in job.models])]
+    lines = [Message("models     {models}", models=[f"{model.label} ({model.source.name})" for model in job.models])]
     for data in job.datasets:
-        left_out = Message("eval_rows_left_out", count=data.left_out) if data.left_out else ""
+        left_out = (
+            Message("; {count:,} that were trained on are left out", count=data.left_out) if data.left_out else ""
+        )
         task = _describe_task(data)
-        lines.append(Message("eval_data", name=data.name, rows=len(data.rows), task=task, left_out=left_out))
+        lines.append(
+            Message(
+                "data       {name}: {rows:,} rows, {task}{left_out}",
+                name=data.name,
+                rows=len(data.rows),
+                task=task,
+                left_out=left_out,
+            )
+        )
     return "\n".join(map(str, lines))
 
 
 def _describe_task(data: EvalDataset) -> Message:
     if data.task == "classification" and len(data.labels) == 2:
         return Message(
-            "eval_task_two_labels", labels=data.labels, swap=swapped_labels(data.labels), last=data.labels[1]
+            "choose among {labels}; positive is {last} (to swap: {swap})",
+            labels=data.labels,
+            swap=swapped_labels(data.labels),
+            last=data.labels[1],
         )
     return {
-        "classification": Message("eval_task_labels", labels=data.labels),
-        "text": Message("eval_task_texts"),
-        "pairs": Message("eval_task_pairs"),
-        "judged": Message("eval_task_judged"),
-        "rewarded": Message("eval_task_rewarded"),
-    }.get(data.task, Message("eval_task_perplexity"))
+        "classification": Message("choose among {labels}", labels=data.labels),
+        "text": Message("texts"),
+        "pairs": Message("preference accuracy"),
+        "judged": Message("likelihood of good and bad answers"),
+        "rewarded": Message("rewards of replies"),
+    }.get(data.task, Message("perplexity"))

@@ -16,9 +16,11 @@ POSITIVE = {"yes", "y", "true", "t", "positive", "是", "对", "真", "有", "�
 def check_labels(labels: Sequence[str]) -> None:
     """Raises UserError for given labels among which there is nothing to choose."""
     if repeated := next((label for label, count in Counter(labels).items() if count > 1), None):
-        raise UserError("eval_label_repeated", label=repeated)
+        raise UserError("labels: {label} is given twice; give each answer once", label=repeated)
     if len(labels) == 1:
-        raise UserError("eval_label_alone", label=labels[0])
+        raise UserError(
+            "labels: {label} alone leaves nothing to choose; give every answer, with commas", label=labels[0]
+        )
 
 
 def unknown_label(labels: Sequence[str], answers: Sequence[str]) -> str | None:

@@ -32,9 +32,9 @@ def predict(job: Job, model: EvalModel) -> None:
     """Makes the predictions of one model that are not there yet; a model with none left to make is not loaded."""
     todo = [(data, missing) for data in job.datasets if (missing := missing_rows(job, model, data))]
     if not todo:
-        print(Message("eval_all_predicted", model=model.label))
+        print(Message("{model}: all predictions are there already", model=model.label))
         return
-    print(Message("eval_loading", model=model.source.name), flush=True)
+    print(Message("loading {model} ...", model=model.source.name), flush=True)
     scorer = scoring.scorer_for(load(model.source))
     for data, missing in todo:
         started, batches = time.monotonic(), 0
@@ -128,7 +128,11 @@ def only_evaluation(job: Job) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder))
         except UserError as error:
-            raise UserError("eval_is_running", folder=folder, process=error.fields["process"]) from None
+            raise UserError(
+                "process {process} is evaluating into {folder}; wait until it ends",
+                folder=folder,
+                process=error.fields["process"],
+            ) from None
         with explaining_full_disk(folder, _needed_space(job)):
             yield
 
@@ -174,7 +178,15 @@ def missing_rows(job: Job, model: EvalModel, data: EvalDataset) -> list[int]:
     done = {line["row"] for line in lines}
     missing = [position for position, row in enumerate(rows.rows) if row not in done]
     if done and missing:
-        print(Message("eval_resumes", model=model.label, dataset=data.name, done=len(done), total=len(rows.rows)))
+        print(
+            Message(
+                "{model}, {dataset}: going on after {done:,} of {total:,} rows",
+                model=model.label,
+                dataset=data.name,
+                done=len(done),
+                total=len(rows.rows),
+            )
+        )
     return missing
 
 

@@ -71,7 +71,7 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
 
 def describe_results(found: dict[str, Any], folder: Path) -> str:
     """The content of a metrics.json as text: the table, the differences, and whether something was forgotten."""
-    lines = ["", str(Message("eval_dataset_rows", name=found["dataset"], rows=found["rows"]))]
+    lines = ["", str(Message("{name}: {rows:,} rows", name=found["dataset"], rows=found["rows"]))]
     lines.append(format_table(figures_table(found["task"], found["models"])))
     lines += [f"{name}: {describe_difference(pair)}" for name, pair in found.get("paired", {}).items()]
     lines += [
@@ -81,7 +81,7 @@ def describe_results(found: dict[str, Any], folder: Path) -> str:
     ]
     if found["dataset"] == GENERAL and found["task"] != "classification":
         lines += map(str, forgetting(found["models"]))
-    return "\n".join([*lines, str(Message("eval_all_results", folder=folder))])
+    return "\n".join([*lines, str(Message("all of it: {folder}", folder=folder))])
 
 
 def figures_table(task: str, models: dict[str, Any]) -> list[list[str]]:
@@ -89,7 +89,7 @@ def figures_table(task: str, models: dict[str, Any]) -> list[list[str]]:
     main, *others = COLUMNS[task] if task in COLUMNS else (_reward_columns(models), ())
     names = [name for group in others for name in group]
     titles = [title for name in main for title in (METRICS[name].head if name in METRICS else name, "95 %")]
-    table = [[str(Message("eval_model")), *titles, *(METRICS[name].head for name in names)]]
+    table = [[str(Message("model")), *titles, *(METRICS[name].head for name in names)]]
     for label, figures in models.items():
         cells = [cell for name in main for cell in (f"{figures[name]:.3f}", _interval(figures[f"{name}_interval"]))]
         table.append([label, *cells, *("-" if figures[name] is None else f"{figures[name]:.3f}" for name in names)])
@@ -109,14 +109,27 @@ def _interval(interval: list[float], form: str = ".3f", joint: str = "-") -> str
 def describe_difference(pair: dict[str, Any]) -> Message:
     """A difference of accuracies (metrics.paired)."""
     low, high = pair["difference_interval"]
-    return Message("eval_difference", difference=pair["difference"], low=low, high=high, p=pair["mcnemar_p"])
+    return Message(
+        "accuracy {difference:+.3f} ({low:+.3f} to {high:+.3f}), McNemar's p {p:.2g}",
+        difference=pair["difference"],
+        low=low,
+        high=high,
+        p=pair["mcnemar_p"],
+    )
 
 
 def forgetting(models: dict[str, Any]) -> list[Message]:
     """Warns of each model whose perplexity on general knowledge is above the base's, beyond both intervals."""
     base = models.get("base")
     return [
-        Message("eval_forgot_general", model=label, before=base["perplexity"], now=figures["perplexity"])
+        Message(
+            "note: {model} forgot general knowledge: perplexity {before:.1f} before, {now:.1f} now; mix some into your "
+            "data\n"
+            "(dataset: ...,general), or train less",
+            model=label,
+            before=base["perplexity"],
+            now=figures["perplexity"],
+        )
         for label, figures in models.items()
         if base and figures["perplexity_interval"][0] > base["perplexity_interval"][1]
     ]

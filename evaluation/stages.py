@@ -78,7 +78,9 @@ def measure_judged(data: EvalDataset, predictions: dict[str, list[dict[str, Any]
     for name, lines in predictions.items():
         good = [line["label"] == "good" for line in lines]
         if all(good) or not any(good):
-            raise UserError("eval_answers_of_one_kind", dataset=data.name)
+            raise UserError(
+                "{dataset}: all answers are good, or all are bad: there is nothing to tell apart", dataset=data.name
+            )
         likelihoods = [-line["nats"] / line["tokens"] for line in lines]
         models[name] = {"rows": len(lines), "roc_auc": float(roc_auc_score(good, likelihoods))}
     return {"models": models}

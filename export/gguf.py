@@ -156,7 +156,12 @@ def parse_types(wanted: str) -> tuple[str, ...]:
     types = tuple(dict.fromkeys(kind.strip().lower() for kind in wanted.split(",") if kind.strip()))
     for kind in types or ("",):
         if kind not in TYPES:
-            raise UserError("gguf_type_unknown", type=kind, near=common.nearest_word(kind, TYPES), known=[*TYPES])
+            raise UserError(
+                "--type {type}{near:suggestion} is not known; use {known}",
+                type=kind,
+                near=common.nearest_word(kind, TYPES),
+                known=[*TYPES],
+            )
     return types
 
 
@@ -166,7 +171,9 @@ def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
     target = find_target(name, settings)
     config, loaded, notes = target.config, target.loaded, tuple(target.loaded.notes)
     if target.kind == "gguf":
-        raise UserError("quantize_a_gguf", file=target.path)
+        raise UserError(
+            "{file} is a GGUF already; give the run or the 16-bit model that it was made of", file=target.path
+        )
     if target.kind == "adapter":
         home = Path(config.export_dir) if loaded.recipe and config.export_dir else target.path
         model = Path(config.export_dir or target.path / "merged")
@@ -199,14 +206,14 @@ def can_prove(job: GgufJob) -> bool:
     if missing and (by_library or job.needs_matrix):
         raise UserError.from_message(missing)
     if missing:
-        print(Message("note", text=Message("gguf_not_proven", reason=missing)))
+        print(Message("note: {text}", text=Message("the files will not be verified: {reason}", reason=missing)))
     return not missing
 
 
 def merge_first(job: GgufJob, proving: bool) -> None:
     """Runs merge.py where there is no merged model yet."""
     if job.merges_first:
-        print(Message("merging_first"), flush=True)
+        print(Message("merging first"), flush=True)
         command = [
             sys.executable,
             str(common.ROOT / "merge.py"),
@@ -214,7 +221,7 @@ def merge_first(job: GgufJob, proving: bool) -> None:
             *([] if proving else ["--no-verify"]),
         ]
         if status := subprocess.run(command, preexec_fn=end_with_parent).returncode:
-            raise UserError("merge_failed", status=status)
+            raise UserError("merge.py ended with status {status}, see above; nothing was quantized", status=status)
 
 
 def check_merge(job: GgufJob) -> None:
@@ -223,7 +230,11 @@ def check_merge(job: GgufJob) -> None:
     weights = Path(record.get("adapter", "")) / "adapter_model.safetensors"
     if weights.exists() and record["adapter_sha256"] != sha256(weights):
         command = common.command("merge.py", record["adapter"], "--overwrite")
-        raise UserError("merge_is_stale", model=job.model, command=command)
+        raise UserError(
+            "{model} was merged from another state of its adapter; merge again first: {command}",
+            model=job.model,
+            command=command,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,9 +264,15 @@ def types_to_make(job: GgufJob, proving: bool) -> tuple[str, ...]:
     there = [kind for kind in job.types if job.file(kind).exists()]
     made = [kind for kind in there if job.model.exists() and is_made(job, kind, proving)]
     if there and (len(made) == len(job.types) or len(made) < len(there)):
-        raise UserError("gguf_exists", files=[job.file(kind) for kind in there])
+        raise UserError(
+            "{files} is there already; add --overwrite to replace it", files=[job.file(kind) for kind in there]
+        )
     for kind in made:
-        print(Message("note", text=Message("gguf_kept", file=job.file(kind))))
+        print(
+            Message(
+                "note: {text}", text=Message("{file} already exists and is up to date; it is kept", file=job.file(kind))
+            )
+        )
     return tuple(kind for kind in job.types if kind not in made)
 
 
@@ -263,7 +280,9 @@ def weights_of(folder: Path) -> tuple[int, str]:
     """Count of a model's weights, and the GGUF type that holds most of them as they are; reads headers only."""
     tensors = list(read_tensors(folder).values())
     if not any(tensor.dtype in ("F32", "F16", "BF16") for tensor in tensors):
-        raise UserError("model_is_quantized", folder=folder)
+        raise UserError(
+            "{folder} has no 16-bit or 32-bit weights; quantize the merged model: python merge.py", folder=folder
+        )
     types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     return sum(tensor.count for tensor in tensors), types[own_dtype(tensors)]
 
@@ -287,7 +306,16 @@ def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
         needed += size(own)
     sizes = {kind: sizes[kind] for kind in job.types}
     parts = [f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items()]
-    print(Message("gguf_plan", model=job.model, millions=count / 1e6, dtype=own, output=job.output, sizes=parts))
+    print(
+        Message(
+            "model      {model} ({millions:.0f} M weights, {dtype})\noutput     {output} (at most {sizes})",
+            model=job.model,
+            millions=count / 1e6,
+            dtype=own,
+            output=job.output,
+            sizes=parts,
+        )
+    )
     return needed, sizes
 
 
@@ -394,7 +422,7 @@ def read_record(job: GgufJob) -> dict[str, Any]:
 def check_push(repo: str, job: GgufJob, proving: bool) -> None:
     """Raises UserError where the hub would refuse the files, or they will not be proven."""
     if not proving:
-        raise UserError("push_needs_proof")
+        raise UserError("--push uploads only what is proven; leave --no-verify out")
     hub.check_access(repo, job.config.overwrite_output_dir)
 
 
@@ -402,4 +430,4 @@ def push(repo: str, job: GgufJob) -> None:
     """Uploads the files just made, and nothing else of their folder."""
     names = [path.name for kind in job.types for path in (job.file(kind), job.modelfile(kind))]
     address = hub.upload(job.output, repo, ignore=[p.name for p in job.output.iterdir() if p.name not in names])
-    print(Message("uploaded", address=address))
+    print(Message("uploaded   {address}", address=address))

@@ -40,13 +40,22 @@ def check_access(repo: str, overwrite: bool) -> None:
         user = api.whoami()
         names = [user["name"], *(org["name"] for org in user.get("orgs", []))]
         if repo.count("/") != 1 or repo.partition("/")[0] not in names:
-            raise UserError("push_namespace", repo=repo, names=names, first=names[0])
+            raise UserError(
+                "--push {repo}: you may write below {names}; name it {first}/NAME",
+                repo=repo,
+                names=names,
+                first=names[0],
+            )
         try:
             files = set(api.list_repo_files(repo)) - {".gitattributes"}
         except RepositoryNotFoundError:
             return
     if files and not overwrite:
-        raise UserError("push_repo_not_empty", repo=repo, count=len(files))
+        raise UserError(
+            "--push {repo}: it holds {count} file{count:plural} already; add --overwrite, or choose another name",
+            repo=repo,
+            count=len(files),
+        )
 
 
 def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | None = None) -> str:
@@ -79,15 +88,34 @@ def explained_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError:
-        raise UserError("push_no_login", repo=repo) from None
+        raise UserError(
+            "--push {repo}: you are not logged in to the hub; run `hf auth login` with a token that may write, or "
+            "set HF_TOKEN to it",
+            repo=repo,
+        ) from None
     except HFValidationError as error:
-        raise UserError("push_bad_name", repo=repo, reason=str(error)) from None
+        raise UserError("--push {repo}: {reason}; name it ORG/NAME", repo=repo, reason=str(error)) from None
     except OfflineModeIsEnabled:
-        raise UserError("push_offline", repo=repo) from None
+        raise UserError("--push {repo}: HF_HUB_OFFLINE is set; unset it to upload", repo=repo) from None
     except HfHubHTTPError as error:
         status, reason = error.response.status_code, error.server_message or str(error)
         if status in (401, 403):
-            raise UserError("push_refused", repo=repo, status=status, reason=reason) from None
-        raise UserError("push_failed", repo=repo, status=status, reason=reason) from None
+            raise UserError(
+                "--push {repo}: the hub answered {status} ({reason}); run `hf auth login` with a token that may "
+                "write, or set HF_TOKEN to it",
+                repo=repo,
+                status=status,
+                reason=reason,
+            ) from None
+        raise UserError(
+            "--push {repo}: the hub answered {status} ({reason}); try again later with --push, the folder is whole",
+            repo=repo,
+            status=status,
+            reason=reason,
+        ) from None
     except httpx.TransportError as error:
-        raise UserError("push_unreachable", repo=repo, reason=str(error)) from None
+        raise UserError(
+            "--push {repo}: the hub cannot be reached ({reason}); check the network, or HF_ENDPOINT",
+            repo=repo,
+            reason=str(error),
+        ) from None

@@ -129,7 +129,12 @@ def output_dtype(name: str, tensor: Tensor, wanted: str | None) -> str:
         return wanted or tensor.dtype
     if tensor.dtype in SIZES and tensor.dtype != "F64":
         return tensor.dtype  # whole numbers are tables, not weights
-    raise UserError("base_dtype", file=tensor.file, tensor=name, dtype=tensor.dtype)
+    raise UserError(
+        "{file}: {tensor} is stored as {dtype}; give model_name_or_path=the 16-bit model",
+        file=tensor.file,
+        tensor=name,
+        dtype=tensor.dtype,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +161,13 @@ def write_tensor(tensor: OutputTensor, survival: Survival, file: int, start: int
         if change:
             change.apply(values, first, last)
         if not max(values.max(), -values.min()) <= LARGEST[tensor.dtype]:  # a NaN compares false
-            raise UserError("merged_value_unfit", tensor=tensor.name, dtype=tensor.dtype)
+            raise UserError(
+                "{tensor} has values that are no numbers, or too large for {dtype}, once merged; "
+                "export_dtype=bfloat16 holds larger ones, else the adapter is broken: train with a lower learning "
+                "rate",
+                tensor=tensor.name,
+                dtype=tensor.dtype,
+            )
         packed = pack(values, tensor.dtype)
         if sample:
             survival.add(values[:sample] - before, unpack(packed[:sample], tensor.dtype) - before)
@@ -275,7 +286,11 @@ def copy(tensor: Tensor, file: int, start: int) -> None:
         while left:
             chunk = stream.read(min(left, 1 << 22))
             if not chunk:
-                raise UserError("broken_safetensors", file=tensor.file, error="it became shorter")
+                raise UserError(
+                    "{file} is not a complete safetensors file ({error}); fetch or train it again",
+                    file=tensor.file,
+                    error="it became shorter",
+                )
             start = write_at(file, chunk, start)
             left -= len(chunk)
 

@@ -47,11 +47,19 @@ def find_job(name: str | None, settings: list[str]) -> MergeJob:
     base, base_name, base_config = find_16_bit_base(target)
     notes = list(target.loaded.notes)
     if base_name != target.base:
-        notes.append(Message("merging_into_16_bit", quantized=target.base, base=base))
+        notes.append(
+            Message(
+                "{quantized} is quantized; merging into {base}, which it was made of", quantized=target.base, base=base
+            )
+        )
     output = Path(target.config.export_dir or target.path / "merged")
     if output.is_symlink():
         if not output.exists():
-            raise UserError("output_is_broken_link", output=output)
+            raise UserError(
+                "{output} is a symbolic link to a folder that is not there; remove it, or give export_dir=another "
+                "folder",
+                output=output,
+            )
         output = output.resolve()  # what it leads to is replaced, not the link
     tokenizer = target.tokenizer or base
     config, run = target.config, target.run
@@ -79,7 +87,7 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
         if verifying:
             verify_in_child(folder)
         write_card(job, folder)
-    print(Message("merged", output=job.output, gb=plan.size / 1e9))
+    print(Message("merged     {output} ({gb:.2f} GB)", output=job.output, gb=plan.size / 1e9))
 
 
 def verify_in_child(folder: Path) -> None:
@@ -93,12 +101,20 @@ def check_output(job: MergeJob, plan: Plan) -> None:
     """Raises UserError where the output may not be replaced, or the disk has not enough space for it."""
     for folder in filter(None, (job.base, job.adapter, job.run)):
         if folder.resolve().is_relative_to(job.output.resolve()):
-            raise UserError("output_holds_source", output=job.output, source=folder)
+            raise UserError(
+                "{output} holds {source}, which is merged; give export_dir=another folder",
+                output=job.output,
+                source=folder,
+            )
     if job.output.is_file() or (job.output.is_dir() and any(job.output.iterdir())):
         if not (job.output / RECORD).exists():
-            raise UserError("output_is_no_merge", output=job.output)
+            raise UserError(
+                "{output} is there already and is no earlier merge; give another export_dir", output=job.output
+            )
         if not job.config.overwrite_output_dir:
-            raise UserError("merge_exists", output=job.output)
+            raise UserError(
+                "{output} is there already; add --overwrite, or give export_dir=another folder", output=job.output
+            )
     remove_leftovers(job.output)  # they take space
     check_free_space(job.output, plan.size + 10**8)
 
@@ -116,29 +132,62 @@ def is_verified(job: MergeJob) -> bool:
 def push(repo: str, job: MergeJob) -> None:
     """Uploads the merged model, in place of the weights that the repository may hold."""
     weights = ["model*.safetensors", "model.safetensors.index.json"]
-    print(Message("uploaded", address=hub.upload(job.output, repo, ignore=[RECORD], delete=weights)))
+    print(Message("uploaded   {address}", address=hub.upload(job.output, repo, ignore=[RECORD], delete=weights)))
 
 
 def announce(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTemplate | None) -> None:
     changed = sum(tensor.update is not None for tensor in plan.tensors)
     dtypes = sorted({tensor.dtype for tensor in plan.tensors if tensor.dtype in DTYPES.values()})
-    print(Message("merge_base", base=job.base, tensors=len(plan.tensors)))
+    print(Message("base       {base} ({tensors} tensors)", base=job.base, tensors=len(plan.tensors)))
     own = len(adapter.tensors)
-    print(Message("merge_adapter", adapter=job.adapter, kind=kind(adapter), tensors=own, changed=changed))
-    print(Message("merge_output", output=job.output, gb=plan.size / 1e9, dtypes=dtypes))
+    print(
+        Message(
+            "adapter    {adapter} ({kind}, {tensors} tensors, for {changed} of the base's)",
+            adapter=job.adapter,
+            kind=kind(adapter),
+            tensors=own,
+            changed=changed,
+        )
+    )
+    print(Message("output     {output} ({gb:.2f} GB, {dtypes})", output=job.output, gb=plan.size / 1e9, dtypes=dtypes))
     if template:
-        print(Message("merge_template", name=template.name, stop=" ".join(template.stop)))
+        print(Message("template   {name}, ends a turn with {stop}", name=template.name, stop=" ".join(template.stop)))
     else:
-        print(Message("note", text=Message("merge_without_template")))
+        print(
+            Message(
+                "note: {text}",
+                text=Message(
+                    "neither is a template named nor does the tokenizer have one; set template=, see templates/"
+                ),
+            )
+        )
     if plan.untied:
-        print(Message("note", text=Message("merge_unties")))
+        print(
+            Message(
+                "note: {text}",
+                text=Message(
+                    "the adapter changes the embedding and the output layer differently; each gets a tensor of its own"
+                ),
+            )
+        )
     if dtypes == ["F32"]:
-        print(Message("note", text=Message("merge_in_float32")))
+        print(
+            Message(
+                "note: {text}",
+                text=Message("the base is in float32; export_dtype=bfloat16 makes the result half as large"),
+            )
+        )
 
 
 def announce_survival(record: dict[str, Any]) -> None:
     if (share := record["adapter_share"]) is not None:
-        print(Message("merge_rounding", share=share, dtype=record["dtype"]))
+        print(
+            Message(
+                "rounding   {share:.1%} of the adapter's product arrives in the weights in {dtype}",
+                share=share,
+                dtype=record["dtype"],
+            )
+        )
 
 
 def kind(adapter: Adapter) -> str:
@@ -177,18 +226,24 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     tokenizer = load_light_tokenizer(job.tokenizer)
     known = tokenizer.backend.get_vocab_size()
     if plan.vocabulary and known > plan.vocabulary:
-        raise UserError("tokens_without_rows", folder=job.tokenizer, tokens=known, rows=plan.vocabulary)
+        raise UserError(
+            "the tokenizer of {folder} has {tokens} tokens, the embedding {rows} rows; the adapter was saved "
+            "without the embedding of its new tokens: train it with modules_to_save",
+            folder=job.tokenizer,
+            tokens=known,
+            rows=plan.vocabulary,
+        )
     run = read_run(job.run) if job.run else None
     jinja = (job.run or job.adapter) / "chat_template.jinja"
     if run and run.get("stop") and jinja.exists() and job.config.template == run_config(job.run).template:
-        name, text, stop = Message("template_of_run"), jinja.read_text(encoding="utf-8"), run["stop"]
+        name, text, stop = Message("the run's"), jinja.read_text(encoding="utf-8"), run["stop"]
     elif job.config.template is None and not tokenizer.chat_template:
         return None
     else:
         from preprocessing.chat_template import OWN, load_template
 
         template = load_template(job.config.template, tokenizer, job.config.stage)
-        name = Message("own_template") if template.name == OWN else template.name
+        name = Message("the tokenizer's own") if template.name == OWN else template.name
         text, stop = template.saved, template.stop
     return TrainedTemplate(name, text, list(stop), [tokenizer.backend.token_to_id(token) for token in stop])
 
@@ -222,7 +277,11 @@ def check_links(path: Path) -> None:
         real = file.resolve()
         inside = real.parent.is_relative_to(path.parent.resolve()) or real.parent.name == "blobs"
         if file.is_symlink() and not inside and real.name != file.name:
-            raise UserError("link_leaves_folder", link=file, target=real)
+            raise UserError(
+                "{link} is a symbolic link to {target}, outside of its folder; put a copy of the file there",
+                link=file,
+                target=real,
+            )
 
 
 def write_generation_config(job: MergeJob, template: TrainedTemplate | None, folder: Path) -> None:

@@ -19,8 +19,10 @@ def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_
     lines = [f"# ollama create {shlex.quote(name)} -f {made}", f"FROM ./{file}"]
     shape = template_shape(tokenizer)
     if shape is None:
-        note = Message("modelfile_without_template")
-        print(Message("note", text=note))
+        note = Message(
+            "the chat template cannot be written in Ollama's template language; write TEMPLATE into the Modelfile"
+        )
+        print(Message("note: {text}", text=note))
         lines.append(f"# {note}")
     else:
         if adds_bos and tokenizer.bos_token:

@@ -43,7 +43,12 @@ def choose_device(folder: Path, cuda_memory: int | None) -> tuple[str, str]:
         for device, available in free.items():
             if needed < available:
                 return device, dtype
-    raise UserError("verify_memory", needed=min(needs.values()) / 1e9, free=max(free.values()) / 1e9)
+    raise UserError(
+        "the proof needs {needed:.0f} GB of memory, {free:.0f} GB are free; free some, or leave the proof out with "
+        "--no-verify",
+        needed=min(needs.values()) / 1e9,
+        free=max(free.values()) / 1e9,
+    )
 
 
 def check_memory(folder: Path) -> None:
@@ -81,11 +86,18 @@ def verify_merged(folder: Path) -> None:
     every twelfth of the changed weights moves by one unit in the last place, which has the variance of rounding.
     """
     if not (folder / "merge.json").is_file():
-        raise UserError("not_a_merge", folder=folder)
+        raise UserError(
+            "{folder} has no merge.json, so it is no merged model of this kit; give the folder that merge.py made",
+            folder=folder,
+        )
     record = read_object(folder / "merge.json")
     for part in ("base", "adapter"):
         if not Path(record[part]).is_dir():
-            raise UserError("merge_source_gone", folder=folder, path=record[part])
+            raise UserError(
+                "{path}, which {folder} was merged of, is not there; put it back there",
+                folder=folder,
+                path=record[part],
+            )
     logging.disable(logging.WARNING)
     import torch
 
@@ -109,15 +121,32 @@ def verify_merged(folder: Path) -> None:
     write_json(folder / "merge.json", {**record, "proof": proof})
     print_proof(proof, record["dtype"])
     if not proof["difference"] <= 3 * proof["rounding"] + 1e-6 * rms(expected):
-        raise UserError("merge_differs", difference=proof["difference"], rounding=proof["rounding"])
+        raise UserError(
+            "the merged model does not answer as base + adapter: its logits differ by {difference:.3g}, rounding "
+            "explains {rounding:.3g}; nothing was kept. Please report it, with adapter_config.json",
+            difference=proof["difference"],
+            rounding=proof["rounding"],
+        )
     if proof["adapter_effect"] < proof["rounding"]:
-        print(Message("note", text=Message("adapter_below_rounding", dtype=record["dtype"])))
+        print(
+            Message(
+                "note: {text}",
+                text=Message(
+                    "the adapter changes less than {dtype} can show; train longer, or export_dtype=float32",
+                    dtype=record["dtype"],
+                ),
+            )
+        )
 
 
 def print_proof(proof: dict[str, Any], dtype: str) -> None:
     print(
         Message(
-            "merge_proof",
+            "proof      {prompts} prompts, {positions} positions, {computed_in}\n"
+            "           logits move by {effect:.2g} (rms) through the adapter; merged, they differ from\n"
+            "           base + adapter by {difference:.2g} (at most {largest:.2g}), where\n"
+            "           rounding to {dtype} alone makes {rounding:.2g}; same first choice {same:.1%},\n"
+            "           mean KL divergence {kl:.2g}",
             prompts=proof["prompts"],
             positions=proof["positions"],
             computed_in=proof["computed_in"],
@@ -160,7 +189,15 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
             few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
             stage, rows = config.stage, dataset.read_conversations(few)[0][:8]
         except UserError as error:
-            print(Message("note", text=Message("proof_without_data", reason=error)))
+            print(
+                Message(
+                    "note: {text}",
+                    text=Message(
+                        "the run's data cannot be read, so a few general questions are compared instead ({reason})",
+                        reason=error,
+                    ),
+                )
+            )
     tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
     if not record["stop"]:
         texts = [row.get("text") or row["messages"][-1]["content"] for row in rows]
@@ -302,8 +339,22 @@ class GgufProof:
                 "f16",
                 "bf16",
             ):  # no larger type would help: the file is wrong, or the weights do not fit
-                raise UserError("gguf_16_bit_differs", type=kind, divergence=measured["kl_divergence"], limit=limit)
-            raise UserError("gguf_differs", type=kind, divergence=measured["kl_divergence"], limit=limit)
+                raise UserError(
+                    "the {type} file answers differently from the model that it was made of: mean KL divergence "
+                    "{divergence:.4f}, above {limit:g}; it has the same weights, so llama.cpp computes this "
+                    "architecture otherwise, or the weights are too large for the type. Try bf16 or f32, or a "
+                    "newer llama.cpp: LLAMA_CPP_DIR=folder",
+                    type=kind,
+                    divergence=measured["kl_divergence"],
+                    limit=limit,
+                )
+            raise UserError(
+                "{type} answers differently from the 16-bit model: mean KL divergence {divergence:.4f}, usually it "
+                "stays below {limit:g}; take a larger type, or accept it: --max-divergence X",
+                type=kind,
+                divergence=measured["kl_divergence"],
+                limit=limit,
+            )
         return {**measured, **seen, "reference_dtype": computed_in, "verified": True}
 
     def check_contents(self, kind: str, file: Path) -> dict[str, Any]:
@@ -319,12 +370,18 @@ class GgufProof:
         seen = llamacpp.call(llamacpp.inspect, f"reading {kind}", file=file, texts=texts)
         for text, ids in zip(texts, seen.pop("ids"), strict=True):
             if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
-                raise UserError("gguf_tokens_differ", text=text[:60])
+                raise UserError(
+                    "llama.cpp splits {text!r} into other tokens than the model's tokenizer; the file would answer "
+                    "wrongly and was not kept. Try a newer llama.cpp: LLAMA_CPP_DIR=folder",
+                    text=text[:60],
+                )
         ends = tokenizer.convert_tokens_to_ids(list(self.stop))
         if seen["eos"] != ends[0] or seen["eot"] != ends[0] or not set(ends) <= set(seen.pop("end")):
-            raise UserError("gguf_does_not_stop", stop=" ".join(self.stop))
+            raise UserError(
+                "llama.cpp would not stop at {stop}; nothing was kept. Please report it", stop=" ".join(self.stop)
+            )
         if seen.pop("template") != tokenizer.chat_template:
-            raise UserError("gguf_template_differs")
+            raise UserError("the file does not hold the trained chat template; nothing was kept. Please report it")
         return {"tokens_equal": True, "texts": len(texts), **seen}
 
     def reference_logits(self) -> tuple[Path, str]:

@@ -7,7 +7,8 @@ import re
 import subprocess
 from collections import deque
 
-from common import Message, UserError
+from common import Message
+from runs.disk import ChildFailed
 from runs.process import end_with_parent
 
 RESULT = "RESULT "  # begins the line in which a child prints its result
@@ -20,7 +21,7 @@ def run_child(
 ) -> str:
     """Runs a program with a progress bar that is read off its output; returns its RESULT line, or "".
 
-    Raises UserError("child_failed") with the most telling line of its output when it fails or dies by a signal.
+    Raises ChildFailed with the most telling line of its output when it fails or dies by a signal.
     """
     from tqdm import tqdm
 
@@ -56,15 +57,22 @@ def run_child(
         child.wait()
     if child.returncode:
         reason = _explain(list(filter(None, lines)), child.returncode)
-        raise UserError("child_failed", doing=doing, reason=reason)
+        raise ChildFailed("{doing} failed: {reason}", doing=doing, reason=reason)
     return result
 
 
 def _explain(lines: list[str], status: int) -> Message:
     """Why a program failed, from its output and exit status (negative: a signal)."""
     if any("pre-tokenizer was not recognized" in line for line in lines):
-        return Message("child_unknown_tokenizer")
+        return Message(
+            "llama.cpp does not know this model's tokenizer (its pre-tokenizer is in no list of its converter); "
+            "train a base model that llama.cpp supports, or name a newer llama.cpp: LLAMA_CPP_DIR=folder"
+        )
     telling = [line for line in lines if _TELLING.search(line)] or lines or [""]
     if status < 0:
-        return Message("child_killed", line=telling[-1][:400], signal=-status)
-    return Message("child_exit_status", line=telling[-1][:400], status=status)
+        return Message(
+            "llama.cpp was killed by signal {signal}; its last message: {line}", line=telling[-1][:400], signal=-status
+        )
+    return Message(
+        "llama.cpp ended with exit status {status}; its last message: {line}", line=telling[-1][:400], status=status
+    )

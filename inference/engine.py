@@ -27,6 +27,10 @@ MIN_SHARED = 16  # tokens in common from which copying keys and values is faster
 # What is asked for, and the reply
 
 
+class MessageTooLong(UserError):
+    """The last message alone has more tokens than the model reads."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a reply is sampled. Raises UserError, with the field's name as `name`, for a value out of its range."""
@@ -51,12 +55,18 @@ class Settings:
             if value is None and getattr(Settings, name) is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-                code = Message("setting_whole_number") if kind is int else Message("setting_number")
-                raise UserError("setting_not_a_number", name=name, value=repr(value), kind=code)
+                code = Message("whole number") if kind is int else Message("number")
+                raise UserError("{name}: {value} is not a {kind}; give one", name=name, value=repr(value), kind=code)
             if not low <= value <= high:
-                raise UserError("setting_out_of_range", name=name, value=value, low=low, high=high)
+                raise UserError(
+                    "{name}: {value} is out of range; it must be from {low} to {high}",
+                    name=name,
+                    value=value,
+                    low=low,
+                    high=high,
+                )
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError("setting_stop_empty", name="stop")
+            raise UserError("{name}: an empty text would end every reply; give texts that are not empty", name="stop")
 
     @classmethod
     def of(cls, config: Config) -> Settings:
@@ -130,15 +140,15 @@ class Reply:
 
     def summary(self) -> list[Message]:
         """How the reply came: tokens, speed, and why it was cut, where it was."""
-        parts = [Message("reply_tokens", count=self.completion_tokens)]
+        parts = [Message("{count} token{count:plural}", count=self.completion_tokens)]
         if self.tokens_per_second:
-            parts.append(Message("reply_speed", speed=self.tokens_per_second))
+            parts.append(Message("{speed:.1f} tokens/s", speed=self.tokens_per_second))
         if self.completion_tokens:
-            parts.append(Message("reply_first_token", seconds=self.first_token_seconds))
+            parts.append(Message("first after {seconds:.2f} s", seconds=self.first_token_seconds))
         if self.finish_reason == "length":
-            parts.append(Message("reply_cut"))
+            parts.append(Message("cut: max_new_tokens or the context is full"))
         if self.finish_reason == "cancelled":
-            parts.append(Message("reply_stopped"))
+            parts.append(Message("stopped"))
         return parts
 
 
@@ -274,7 +284,7 @@ class Engine:
     ) -> tuple[list[int], int]:
         """The prompt's ids, and how many of the oldest messages were left out.
 
-        Raises UserError("message_too_long") where the last turn alone does not fit the context.
+        Raises MessageTooLong where the last turn alone does not fit the context.
         """
         if self.config.default_system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.default_system}, *messages]
@@ -306,7 +316,12 @@ class Engine:
         dropped = bisect.bisect_left(range(len(turn_starts)), True, key=lambda turns: len(ids(turns)) <= longest)
         found = ids(dropped)
         if len(found) >= self.context:
-            raise UserError("message_too_long", tokens=len(found), context=self.context)
+            raise MessageTooLong(
+                "the last message has {tokens} tokens with what belongs to it, and the model reads {context}; "
+                "shorten it",
+                tokens=len(found),
+                context=self.context,
+            )
         return found, turn_starts[dropped - 1] - first if dropped else 0
 
     def stream_text(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[str]:

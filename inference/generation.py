@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import Message, UserError
-from inference.engine import Engine, Settings, TokenLogprob
+from inference.engine import Engine, MessageTooLong, Settings, TokenLogprob
 from inference.openai_errors import ApiError, refuse
 from inference.openai_replies import Choice, ToolCall
 from inference.scheduler import Batch, BatchClosed, Event, QueueFull, Row
+from preprocessing.prompts import UnsuitableMessages
 
 WAITING = 8  # times the slots: replies that may wait for one
 
@@ -60,11 +61,17 @@ class Job:
     def summary(self) -> Message:
         """For the log."""
         who = self.request.user or self.request.safety_identifier
-        more = [Message("api_log_user", user=json.dumps(who, ensure_ascii=False))] if who else []
-        more += [Message("api_log_unfinished")] if self.unfinished else []
+        more = [Message("user {user}", user=json.dumps(who, ensure_ascii=False))] if who else []
+        more += [Message("the client went away or it failed")] if self.unfinished else []
         prompts = sum(row.reply.prompt_tokens for row in self.rows)
         seconds = time.perf_counter() - self.started
-        return Message("api_log_reply", prompts=prompts, replies=self.completion_tokens, seconds=seconds, more=more)
+        return Message(
+            "{prompts} + {replies} tokens, {seconds:.2f} s {more}",
+            prompts=prompts,
+            replies=self.completion_tokens,
+            seconds=seconds,
+            more=more,
+        )
 
 
 Growth = tuple[Choice, list[str | ToolCall], tuple[TokenLogprob, ...]]
@@ -95,13 +102,20 @@ class Generator:
             self._reading -= 1
         places = self.batch.slots + self.batch.waiting
         if len(job.rows) > places:
-            raise refuse("n", Message("api_too_many_replies", replies=len(job.rows), places=places))
+            raise refuse(
+                "n",
+                Message(
+                    "{replies} replies are asked for, and this server has places for {places}; ask for fewer",
+                    replies=len(job.rows),
+                    places=places,
+                ),
+            )
         try:
             self.batch.submit(job.rows)
         except QueueFull:
             raise self._queue_full() from None
         except BatchClosed:
-            raise ApiError(503, Message("api_model_stopped")) from None
+            raise ApiError(503, Message("the model answers no more; start the server again")) from None
 
     def add_row(self, job: Job, ids: list[int], settings: Settings, **row: Any) -> None:
         """One more reply of a job, with `Row`'s options; each of several samples with a seed of its own."""
@@ -128,7 +142,7 @@ class Generator:
                 raise ApiError(400, event.error.message, code="invalid_value")
             if event.error:
                 self.log(f"{job.id}: {event.error!r}")
-                raise ApiError(500, Message("api_model_failed"))
+                raise ApiError(500, Message("the model failed at this request; the server's log says why"))
             if choice.finish_reason is None:
                 parts = choice.take(event, row.reply.finish_reason)
                 yield choice, parts, event.logprobs
@@ -138,7 +152,7 @@ class Generator:
     def _queue_full(self) -> ApiError:
         return ApiError(
             429,
-            Message("api_queue_full", waiting=len(self.batch.queue)),
+            Message("{waiting} replies are waiting already; try again later", waiting=len(self.batch.queue)),
             code="rate_limit_exceeded",
             headers={"Retry-After": str(self.batch.retry_after_seconds)},
         )
@@ -148,7 +162,7 @@ def _add_rows(add_rows: Callable[[Job], None], job: Job) -> None:
     try:
         add_rows(job)
     except UserError as error:
-        if error.code == "message_too_long":
+        if isinstance(error, MessageTooLong):
             raise ApiError(400, error.message, param=job.request.prompt_field, code="context_length_exceeded") from None
-        param = job.request.prompt_field if error.code == "messages_do_not_suit_template" else None
+        param = job.request.prompt_field if isinstance(error, UnsuitableMessages) else None
         raise ApiError(400, error.message, param=param, code="invalid_value") from None

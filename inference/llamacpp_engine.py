@@ -26,7 +26,7 @@ from preprocessing.chat_template import plain_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Marker, any_of, map_texts, render
 from preprocessing.faults import Fault
 from preprocessing.jinja_sandbox import compile_template, without_generation_tags
-from preprocessing.prompts import complete_prompt
+from preprocessing.prompts import UnsuitableMessages, complete_prompt
 from runs.target import Source
 
 MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the whole context at the start
@@ -53,7 +53,11 @@ class LlamaCppEngine(Engine):
                 )
             except (ValueError, KeyError) as error:
                 reason = errors[0] if errors else error
-                raise UserError("gguf_not_loadable", file=file, reason=reason) from None
+                raise UserError(
+                    "{file} cannot be loaded by llama.cpp ({reason}); make it again: python quantize.py",
+                    file=file,
+                    reason=reason,
+                ) from None
         self._vocabulary = lib.llama_model_get_vocab(self.model.model)
         tokens = range(self.model.n_vocab())
         kinds = {i: lib.llama_vocab_get_attr(self._vocabulary, i) for i in tokens}
@@ -70,12 +74,17 @@ class LlamaCppEngine(Engine):
     def _compile(self, text: str | None, file: str) -> str:
         """The chat template as plain Jinja, without generation tags; raises UserError where it is none."""
         if text is None:
-            raise UserError("gguf_without_template", file=file)
+            raise UserError("{file} has no chat template; make it from a run: python quantize.py saves/NAME", file=file)
         text = without_generation_tags(text)
         try:
             compile_template(text)
         except Fault as fault:
-            raise UserError("gguf_template_unusable", file=file, reason=fault.message) from None
+            raise UserError(
+                "the chat template in {file} cannot be used: {reason}.\n"
+                "Make the file from a run: python quantize.py saves/NAME",
+                file=file,
+                reason=fault.message,
+            ) from None
         return text
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
@@ -88,10 +97,12 @@ class LlamaCppEngine(Engine):
         control = any_of(names)
         try:
             if NONCHARACTERS.search(json.dumps([messages, tools], ensure_ascii=False)):
-                raise Fault("text_has_noncharacters")
+                raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
             text = self._prompt_text(messages, tools, lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", control)
         except Fault as fault:
-            raise UserError("messages_do_not_suit_template", reason=fault.message) from None
+            raise UnsuitableMessages(
+                "these messages cannot be put to the model: {reason}.\nChange them.", reason=fault.message
+            ) from None
         ids: list[int] = []
         for part in re.split(f"({control.pattern})", text):
             if part in self.control_tokens:
@@ -227,7 +238,11 @@ class LlamaKernel:
         with _collect_errors(self.lib):
             self.context = self.lib.llama_init_from_model(model, settings)
         if not self.context:
-            raise UserError("llamacpp_no_memory", tokens=self.cells, slots=slots)
+            raise UserError(
+                "llama.cpp has no memory for {tokens} tokens of {slots} replies at once; set MAX_CONCURRENT lower",
+                tokens=self.cells,
+                slots=slots,
+            )
         self.memory = self.lib.llama_get_memory(self.context)
         self.batch = self.lib.llama_batch_init(MAX_STEP + slots, 0, 1)
         self.shares = not (self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model))
@@ -314,7 +329,16 @@ def _layers_on_card(lib: Any, file: Path, about: dict[str, str], cells: int) -> 
     if gpu is None:
         return 0
     if not lib.llama_supports_gpu_offload():
-        print(Message("note", text=Message("llamacpp_without_cuda")), file=sys.stderr)
+        print(
+            Message(
+                "note: {text}",
+                text=Message(
+                    "llama.cpp was built without CUDA, so a GGUF answers on the CPU; to use the GPU: "
+                    "CMAKE_ARGS=-DGGML_CUDA=on"
+                ),
+            ),
+            file=sys.stderr,
+        )
         return 0
     share = (gpu.free_memory - COMPUTE_BYTES) / (file.stat().st_size + _cache_bytes(about, cells))
     return -1 if share >= 1 else max(0, int(int(about[f"{about['general.architecture']}.block_count"]) * share))

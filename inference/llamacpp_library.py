@@ -53,7 +53,7 @@ def own_folder() -> Path | None:
     """The user's folder of llama.cpp (`LLAMA_CPP_DIR`), or None. Raises UserError where it is no folder."""
     named = os.environ.get("LLAMA_CPP_DIR")
     if named and not Path(named).is_dir():
-        raise UserError("llamacpp_dir_missing", folder=named)
+        raise UserError("LLAMA_CPP_DIR={folder} is no folder; name the folder of llama.cpp, or unset it", folder=named)
     return Path(named) if named else None
 
 
@@ -92,14 +92,18 @@ def source() -> Path:
 
 def _fetch(folder: Path) -> Path:
     """The archive, by pip and from the package index that pip is set up with; its hash is checked by pip."""
-    print(Message("llamacpp_fetching"), file=sys.stderr)
+    print(Message("fetching llama.cpp (77 MB, once)"), file=sys.stderr)
     pinned = folder / "pinned.txt"
     write_text(pinned, f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python"]
     done = subprocess.run([*command, "--dest", str(folder), "-r", str(pinned)], capture_output=True, text=True)
     if done.returncode:
         reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip())
-        raise UserError("llamacpp_not_fetched", reason=reason.removeprefix("ERROR: "))
+        raise UserError(
+            "llama.cpp cannot be fetched ({reason}); check that pip reaches a package index, or name a llama.cpp "
+            "that you have: LLAMA_CPP_DIR=folder",
+            reason=reason.removeprefix("ERROR: "),
+        )
     return folder / f"llama_cpp_python-{VERSION}.tar.gz"
 
 
@@ -113,7 +117,10 @@ def missing() -> Message | None:
     """Why there is no library and none can be built here; None where there is one, or one can be built."""
     if _found() or (_cmake() and any(map(shutil.which, ("c++", "g++", "clang++")))):
         return None
-    return Message("llamacpp_no_compiler")
+    return Message(
+        "quantizing and checking a GGUF need llama.cpp's library, and cmake and a C++ compiler to build it once; "
+        "install them (apt install cmake g++), or name a llama.cpp that you have: LLAMA_CPP_DIR=folder"
+    )
 
 
 def library() -> Path:
@@ -186,9 +193,12 @@ def _build(target: Path) -> None:
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     tree, jobs = str(HOME / "source" / "vendor" / "llama.cpp"), str(os.cpu_count() or 1)
     with unfinished(target) as beside:
-        run_child([_cmake(), "-S", tree, "-B", str(beside), *ninja, *settings], Message("llamacpp_configuring"))
         run_child(
-            [_cmake(), "--build", str(beside), "--target", "llama", "--parallel", jobs], Message("llamacpp_building")
+            [_cmake(), "-S", tree, "-B", str(beside), *ninja, *settings], Message("configuring llama.cpp's build")
+        )
+        run_child(
+            [_cmake(), "--build", str(beside), "--target", "llama", "--parallel", jobs],
+            Message("building llama.cpp (once; it takes minutes)"),
         )
         libraries = beside / "libraries"
         shutil.copytree(beside / "bin", libraries, symlinks=True)

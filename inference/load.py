@@ -24,7 +24,10 @@ def load(
     """
     source = target if isinstance(target, Source) else find(target, settings)
     if with_base and source.adapter is None:
-        raise UserError("base_not_separate", name=source.name)
+        raise UserError(
+            "{name} has the training in its weights, so the model before training is not there; use --base with a run",
+            name=source.name,
+        )
     if source.model.endswith(".gguf"):
         from inference.llamacpp_engine import LlamaCppEngine
 

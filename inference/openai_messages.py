@@ -29,19 +29,23 @@ def read_messages(messages: list[Any], has_tools: bool) -> list[dict[str, Any]]:
 
 def _message(message: Any, where: str, has_tools: bool, before: list[dict[str, Any]]) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise refuse(where, Message("api_message_form"), "invalid_value")
+        raise refuse(where, Message("a message is an object with role and content"), "invalid_value")
     role = message.get("role")
     if role not in ROLES:
-        raise refuse(f"{where}.role", Message("api_role", roles=ROLES), "invalid_value")
+        raise refuse(f"{where}.role", Message("must be one of {roles}", roles=ROLES), "invalid_value")
     own = {"assistant": {"tool_calls"}, "tool": {"tool_call_id"}}.get(role, set())
     for name, value in message.items():
         if name not in {"role", "content", "name"} | own | IGNORED and value not in (None, [], ""):
-            raise refuse(f"{where}.{name}", Message("api_message_field"), "unsupported_parameter")
+            raise refuse(
+                f"{where}.{name}", Message("chat templates have no place for it; leave it out"), "unsupported_parameter"
+            )
     if message.get("name") is not None:
         read_string(message["name"], f"{where}.name")
     content = message.get("content")
     if content is None and role != "assistant":
-        raise refuse(f"{where}.content", Message("api_content_null"), "invalid_value")
+        raise refuse(
+            f"{where}.content", Message("is missing; only an assistant's content may be null"), "invalid_value"
+        )
     read = {"role": "system" if role == "developer" else role, "content": read_text(content, f"{where}.content")}
     if role == "tool":
         check_has_tools(where, has_tools)
@@ -55,7 +59,10 @@ def _message(message: Any, where: str, has_tools: bool, before: list[dict[str, A
 
 def check_has_tools(where: str, has_tools: bool) -> None:
     if not has_tools:
-        raise refuse(where, Message("api_template_no_tools"))
+        raise refuse(
+            where,
+            Message("this model's chat template has no tools; start the server with one that has (template=qwen)"),
+        )
 
 
 def tool_result(call_id: str, name: str | None, where: str, before: list[dict[str, Any]]) -> dict[str, Any]:
@@ -63,7 +70,16 @@ def tool_result(call_id: str, name: str | None, where: str, before: list[dict[st
     calls = [call for message in before for call in message.get("tool_calls", ())]
     called = next((call["function"]["name"] for call in reversed(calls) if call["id"] == call_id), None)
     if name and called and name != called:
-        raise refuse(where, Message("api_tool_name", name=name, call=call_id, called=called), "invalid_value")
+        raise refuse(
+            where,
+            Message(
+                "'{name}' is not the function of call {call}, which is '{called}'",
+                name=name,
+                call=call_id,
+                called=called,
+            ),
+            "invalid_value",
+        )
     found = {"tool_call_id": call_id}
     return found | {"name": called or name} if called or name else found
 
@@ -73,30 +89,36 @@ def read_text(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise wrong_type(where, Message("type_text"))
+        raise wrong_type(where, Message("text"))
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
-            raise refuse(f"{where}[{i}]", Message("api_text_parts", kinds=kinds))
+            raise refuse(
+                f"{where}[{i}]", Message("only parts of these types are read, with their text: {kinds}", kinds=kinds)
+            )
         for name, value in part.items():
             if name not in {"type", "text", "logprobs"} | IGNORED and value is not None:
-                raise refuse(f"{where}[{i}].{name}", Message("api_part_field"), "unsupported_parameter")
+                raise refuse(
+                    f"{where}[{i}].{name}",
+                    Message("a text part has type and text; leave it out"),
+                    "unsupported_parameter",
+                )
     return "".join(part["text"] for part in content)
 
 
 def read_string(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value:
-        raise wrong_type(where, Message("type_text"))
+        raise wrong_type(where, Message("text"))
     return value
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
-        raise wrong_type(where, Message("type_list"))
+        raise wrong_type(where, Message("a list"))
     read = []
     for i, call in enumerate(calls):
         at = f"{where}[{i}]"
         if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
-            raise refuse(at, Message("api_call_form"), "invalid_value")
+            raise refuse(at, Message("a call has id, type: function, and function"), "invalid_value")
         function = call["function"]
         name = read_string(function.get("name"), f"{at}.function.name")
         arguments = read_arguments(function.get("arguments"), f"{at}.function.arguments")
@@ -118,7 +140,7 @@ def read_arguments(text: Any, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise refuse(where, Message("api_arguments"), "invalid_value")
+        raise refuse(where, Message("must be a JSON object, as text"), "invalid_value")
     return arguments
 
 
@@ -170,14 +192,19 @@ def choose_tools(tools: list[dict[str, Any]], choice: Any, parallel: bool | None
     if not tools:
         return Tools([])
     if not has_tools:
-        raise refuse("tools", Message("api_template_no_tools"))
+        raise refuse(
+            "tools",
+            Message("this model's chat template has no tools; start the server with one that has (template=qwen)"),
+        )
     if isinstance(choice, dict):
         chosen = [tool for tool in tools if tool["function"]["name"] == choice.get("name")]
         if not chosen:
-            raise refuse("tool_choice", Message("api_tool_choice"))
+            raise refuse("tool_choice", Message("must be none, auto, required, or the function of one of the tools"))
         return Tools(chosen, required=True, single=True)
     if choice not in (None, "none", "auto", "required"):
-        raise refuse("tool_choice", Message("api_tool_choice"), "invalid_value")
+        raise refuse(
+            "tool_choice", Message("must be none, auto, required, or the function of one of the tools"), "invalid_value"
+        )
     if choice == "none":
         return Tools([])
     return Tools(tools, required=choice == "required", single=parallel is False)
@@ -185,7 +212,7 @@ def choose_tools(tools: list[dict[str, Any]], choice: Any, parallel: bool | None
 
 def _check_tool(tool: Any, where: str) -> None:
     if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-        raise refuse(where, Message("api_tool_form"))
+        raise refuse(where, Message("a tool has type: function, and a function"))
     if unknown := set(tool) - {"type", "function"} - IGNORED:
         raise unknown_field(f"{where}.{min(unknown)}")
     check_function(tool["function"], f"{where}.function")
@@ -195,7 +222,7 @@ def check_function(function: dict[str, Any], where: str) -> None:
     """Raises ApiError for a function that cannot be offered to a model."""
     read_string(function.get("name"), f"{where}.name")
     kinds = {"name": str, "description": str, "parameters": dict, "strict": bool}
-    expected = {str: Message("type_text"), dict: Message("type_object"), bool: Message("type_boolean")}
+    expected = {str: Message("text"), dict: Message("an object"), bool: Message("true or false")}
     for name, value in function.items():
         if name not in kinds and name not in IGNORED:
             raise unknown_field(f"{where}.{name}", nearest_word(name, kinds))

@@ -31,7 +31,7 @@ from inference.openai_replies import Choice, ToolCall, token_logprobs
 from inference.openai_schema import Request, read_named_schema
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
-_STORED = Message("api_nothing_stored")
+_STORED = Message("nothing is stored here; send the whole conversation in input")
 
 
 class ResponsesRequest(Request):
@@ -43,9 +43,9 @@ class ResponsesRequest(Request):
         "conversation": _STORED,
         "previous_response_id": _STORED,
         "prompt": _STORED,
-        "moderation": Message("api_no_moderation"),
-        "image": Message("api_text_only"),
-        "context_management": Message("api_no_context_management"),
+        "moderation": Message("there is no moderation here; leave it out"),
+        "image": Message("only text is read and written here"),
+        "context_management": Message("a context cannot be compacted here; send a shorter conversation"),
     }
 
     input: Any
@@ -73,7 +73,9 @@ class ResponsesRequest(Request):
             raise unknown_field("n")
         effort = (self.reasoning or {}).get("effort")
         if effort not in (None, "none"):
-            raise refuse("reasoning.effort", Message("api_no_effort"), "unsupported_parameter")
+            raise refuse(
+                "reasoning.effort", Message("this model's effort cannot be set; leave it out"), "unsupported_parameter"
+            )
 
     @property
     def kept_logprobs(self) -> int | None:
@@ -92,11 +94,17 @@ def read_input(request: ResponsesRequest, has_tools: bool) -> list[dict[str, Any
         messages.append({"role": "system", "content": request.instructions})
     items = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
     if not isinstance(items, list) or not items:
-        raise refuse("input", Message("api_input_form"), "invalid_value")
+        raise refuse("input", Message("give a text, or a list of items"), "invalid_value")
     for i, item in enumerate(items):
         where = f"input[{i}]"
         if not isinstance(item, dict):
-            raise refuse(where, Message("api_input_item"), "invalid_value")
+            raise refuse(
+                where,
+                Message(
+                    "an item is a message, a function_call or a function_call_output; stored items cannot be referenced"
+                ),
+                "invalid_value",
+            )
         kind = item.get("type", "message")
         if kind == "message":
             messages.append(_read_message(item, where))
@@ -107,7 +115,13 @@ def read_input(request: ResponsesRequest, has_tools: bool) -> list[dict[str, Any
             check_has_tools(where, has_tools)
             messages.append(_read_result(item, where, messages))
         else:
-            raise refuse(f"{where}.type", Message("api_input_item"), "invalid_value")
+            raise refuse(
+                f"{where}.type",
+                Message(
+                    "an item is a message, a function_call or a function_call_output; stored items cannot be referenced"
+                ),
+                "invalid_value",
+            )
     return messages
 
 
@@ -116,10 +130,12 @@ def _read_message(item: dict[str, Any], where: str) -> dict[str, Any]:
     roles["assistant"] = ("output_text", "input_text")
     role = item.get("role")
     if role not in roles:
-        raise refuse(f"{where}.role", Message("api_role", roles=tuple(roles)), "invalid_value")
+        raise refuse(f"{where}.role", Message("must be one of {roles}", roles=tuple(roles)), "invalid_value")
     _check_fields(item, where, {"type", "role", "content", "phase"})
     if item.get("content") is None:
-        raise refuse(f"{where}.content", Message("api_content_null"), "invalid_value")
+        raise refuse(
+            f"{where}.content", Message("is missing; only an assistant's content may be null"), "invalid_value"
+        )
     content = read_text(item["content"], f"{where}.content", roles[role])
     return {"role": "system" if role == "developer" else role, "content": content}
 
@@ -141,7 +157,7 @@ def _read_result(item: dict[str, Any], where: str, before: list[dict[str, Any]])
     _check_fields(item, where, {"type", "call_id", "output", "name", "namespace", "caller"})
     call = read_string(item.get("call_id"), f"{where}.call_id")
     if item.get("output") is None:
-        raise refuse(f"{where}.output", Message("api_content_null"), "invalid_value")
+        raise refuse(f"{where}.output", Message("is missing; only an assistant's content may be null"), "invalid_value")
     text = read_text(item["output"], f"{where}.output", ("input_text",))
     return {"role": "tool", "content": text, **tool_result(call, item.get("name"), f"{where}.name", before)}
 
@@ -158,16 +174,18 @@ def read_tools(request: ResponsesRequest, has_tools: bool) -> Tools:
     for i, tool in enumerate(request.tools or []):
         where = f"tools[{i}]"
         if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise refuse(where, Message("api_responses_tools"))
+            raise refuse(where, Message("only functions are called here: type: function, name, parameters"))
         beside = {"type", "allowed_callers", "defer_loading", "output_schema"}  # how OpenAI runs it: nothing here
         function = {name: value for name, value in tool.items() if name not in beside}
         check_function(function, where)
         tools.append({"type": "function", "function": function})
     choice = request.tool_choice
     if isinstance(choice, dict) and choice.get("type") != "function":
-        raise refuse("tool_choice", Message("api_tool_choice"))
+        raise refuse("tool_choice", Message("must be none, auto, required, or the function of one of the tools"))
     if choice not in (None, "none", "auto") and not tools:
-        raise refuse("tool_choice", Message("api_no_tools_given"), "invalid_value")
+        raise refuse(
+            "tool_choice", Message("there are no tools in this request; give tools, or leave it out"), "invalid_value"
+        )
     return choose_tools(tools, choice, request.parallel_tool_calls, has_tools)
 
 
@@ -175,19 +193,23 @@ def read_text_format(request: ResponsesRequest) -> Any:
     """The JSON schema that the reply is held to; None: any text."""
     text = request.text or {}
     if text.get("verbosity") is not None:
-        raise refuse("text.verbosity", Message("api_no_verbosity"), "unsupported_parameter")
+        raise refuse(
+            "text.verbosity",
+            Message("this model's verbosity cannot be set; say it in the system message"),
+            "unsupported_parameter",
+        )
     if unknown := set(text) - {"format", "verbosity"}:
         raise unknown_field(f"text.{min(unknown)}")
     form = text.get("format")
     if form is None:
         return None
     if not isinstance(form, dict):
-        raise wrong_type("text.format", Message("type_object"))
+        raise wrong_type("text.format", Message("an object"))
     kind = form.get("type")
     if kind == "json_schema":
         return read_named_schema({name: value for name, value in form.items() if name != "type"}, "text.format")
     if kind not in ("text", "json_object"):
-        raise refuse("text.format", Message("api_format_type"))
+        raise refuse("text.format", Message("its type must be text, json_object or json_schema"))
     return {"type": "object"} if kind == "json_object" else None
 
 
@@ -206,7 +228,10 @@ class ResponsesEndpoint(ChatPrompts):
         tools, schema = read_tools(request, has_tools), read_text_format(request)
         self.add_chat_rows(job, messages, tools, schema, "text.format")
         if request.truncation == "disabled" and job.dropped_messages:
-            reason = Message("api_truncation_disabled", context=self.engine.context)
+            reason = Message(
+                "has more tokens than the model reads ({context}), and truncation is disabled; shorten it",
+                context=self.engine.context,
+            )
             raise refuse("input", reason, "context_length_exceeded")
 
     def body(self, job: Job) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Request(pydantic.BaseModel):
     def check(self) -> None:
         """Raises ApiError for a field that another one would leave without effect."""
         if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options", Message("api_stream_options_alone"))
+            raise refuse("stream_options", Message("they are for streamed replies; set stream, or leave them out"))
 
     @property
     def counts_usage(self) -> bool:
@@ -86,14 +86,14 @@ class ChatRequest(Request):
     prompt_field = "messages"
     limit_fields = ("max_completion_tokens", "max_tokens")
     refused: ClassVar[dict[str, Message]] = {
-        "audio": Message("api_text_only"),
-        "function_call": Message("api_replaced", field="tool_choice"),
-        "functions": Message("api_replaced", field="tools"),
-        "moderation": Message("api_no_moderation"),
-        "prediction": Message("api_no_prediction"),
-        "reasoning_effort": Message("api_no_effort"),
-        "verbosity": Message("api_no_verbosity"),
-        "web_search_options": Message("api_no_search"),
+        "audio": Message("only text is read and written here"),
+        "function_call": Message("it was replaced by {field}; use that", field="tool_choice"),
+        "functions": Message("it was replaced by {field}; use that", field="tools"),
+        "moderation": Message("there is no moderation here; leave it out"),
+        "prediction": Message("predicted output is not used here; leave it out"),
+        "reasoning_effort": Message("this model's effort cannot be set; leave it out"),
+        "verbosity": Message("this model's verbosity cannot be set; say it in the system message"),
+        "web_search_options": Message("nothing is searched here; leave it out"),
     }
 
     messages: list[Any] = pydantic.Field(min_length=1)
@@ -112,13 +112,21 @@ class ChatRequest(Request):
     def check(self) -> None:
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise refuse("top_logprobs", Message("api_top_logprobs_alone"))
+            raise refuse("top_logprobs", Message("they come with log-probabilities; set logprobs, or leave them out"))
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise refuse("max_tokens", Message("api_same_field", field="max_completion_tokens"))
+            raise refuse(
+                "max_tokens", Message("{field} means the same; give one of them", field="max_completion_tokens")
+            )
         if not self.tools and self.parallel_tool_calls is not None:
-            raise refuse("parallel_tool_calls", Message("api_no_tools_given"))
+            raise refuse(
+                "parallel_tool_calls", Message("there are no tools in this request; give tools, or leave it out")
+            )
         if not self.tools and self.tool_choice not in (None, "none"):
-            raise refuse("tool_choice", Message("api_no_tools_given"), "invalid_value")
+            raise refuse(
+                "tool_choice",
+                Message("there are no tools in this request; give tools, or leave it out"),
+                "invalid_value",
+            )
 
     @property
     def kept_logprobs(self) -> int | None:
@@ -129,7 +137,9 @@ class CompletionRequest(Request):
     """POST /v1/completions: prompts without a conversation."""
 
     prompt_field = "prompt"
-    refused: ClassVar[dict[str, Message]] = {"suffix": Message("api_no_suffix")}
+    refused: ClassVar[dict[str, Message]] = {
+        "suffix": Message("this model cannot fill in text before a suffix; leave it out")
+    }
 
     prompt: Any = None
     best_of: int | None = None
@@ -140,9 +150,11 @@ class CompletionRequest(Request):
     def check(self) -> None:
         super().check()
         if self.best_of not in (None, self.n):
-            raise refuse("best_of", Message("api_no_best_of"))
+            raise refuse(
+                "best_of", Message("best_of larger than n is not supported; leave it out, or give it the value of n")
+            )
         if self.echo and self.logprobs is not None:
-            raise refuse("echo", Message("api_echo_logprobs"))
+            raise refuse("echo", Message("the prompt's log-probabilities are not computed; take echo or logprobs"))
 
     @property
     def kept_logprobs(self) -> int | None:
@@ -155,11 +167,15 @@ def read_request(raw: bytes, form: type[Request]) -> Any:
         content = json.loads(raw, parse_constant=_refuse_constant)
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ApiError(400, Message("api_body_surrogate")) from None
+        raise ApiError(
+            400, Message("the body has half a character (a lone surrogate); send whole characters")
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, Message("api_body_not_json", reason=error)) from None
+        raise ApiError(
+            400, Message("the body is not JSON ({reason}); send a JSON object in UTF-8", reason=error)
+        ) from None
     if not isinstance(content, dict):
-        raise ApiError(400, Message("api_body_no_object"))
+        raise ApiError(400, Message("the body is not a JSON object"))
     given = {name: value for name, value in content.items() if value is not None}
     known = form.model_fields
     for name in content:
@@ -180,7 +196,7 @@ def _invalid(fault: Any) -> ApiError:
     """The ApiError of a pydantic fault."""
     param = _path(fault["loc"])
     missing = fault["type"] == "missing"
-    reason = Message("api_missing") if missing else Message("api_invalid", reason=fault["msg"])
+    reason = Message("is missing; give it") if missing else Message("{reason}", reason=fault["msg"])
     return refuse(param, reason, "missing_required_parameter" if missing else "invalid_value")
 
 
@@ -212,7 +228,7 @@ def sampling_settings(request: Request, engine: Engine) -> Settings:
         name = error.fields["name"]
         param = limit_field if name == "max_new_tokens" else name
         raise ApiError(
-            400, Message(error.code, **{**error.fields, "name": param}), param=param, code="invalid_value"
+            400, Message(error.sentence, **{**error.fields, "name": param}), param=param, code="invalid_value"
         ) from None
 
 
@@ -220,7 +236,11 @@ def _stops(stop: Any) -> tuple[str, ...]:
     texts = [stop] if isinstance(stop, str) else stop or []
     wrong = not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts)
     if wrong or len(texts) > MAX_STOPS:
-        raise refuse("stop", Message("api_stop", most=MAX_STOPS), "invalid_value")
+        raise refuse(
+            "stop",
+            Message("give a text, or a list of at most {most} texts that are not empty", most=MAX_STOPS),
+            "invalid_value",
+        )
     return tuple(texts)
 
 
@@ -229,9 +249,17 @@ def _bias(bias: dict[str, float] | None, engine: Engine) -> tuple[tuple[int, flo
         number = int(token) if token.isascii() and token.isdigit() and len(token) < 10 else None
         if number is None or number >= engine.vocabulary_size:
             last = engine.vocabulary_size - 1
-            raise refuse("logit_bias", Message("api_bias_token", token=token[:40], last=last), "invalid_value")
+            raise refuse(
+                "logit_bias",
+                Message("'{token}' is no token id of this model (0 to {last})", token=token[:40], last=last),
+                "invalid_value",
+            )
         if not -100 <= value <= 100:
-            raise refuse("logit_bias", Message("api_bias_value", value=value), "invalid_value")
+            raise refuse(
+                "logit_bias",
+                Message("{value} is out of range; it must be from -100 to 100", value=value),
+                "invalid_value",
+            )
     return tuple((int(token), float(value)) for token, value in (bias or {}).items())
 
 
@@ -241,7 +269,7 @@ def read_schema(response_format: dict[str, Any] | None) -> Any:
     kind = response_format.get("type")
     known = {"text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "json_schema"}}
     if kind not in known:
-        raise refuse("response_format", Message("api_format_type"))
+        raise refuse("response_format", Message("its type must be text, json_object or json_schema"))
     if unknown := set(response_format) - known[kind]:
         raise unknown_field(f"response_format.{min(unknown)}")
     if kind != "json_schema":
@@ -252,7 +280,7 @@ def read_schema(response_format: dict[str, Any] | None) -> Any:
 def read_named_schema(named: Any, where: str) -> dict[str, Any]:
     """The schema of {"name": ..., "schema": {...}}."""
     if not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
-        raise refuse(f"{where}.schema", Message("api_schema_missing"), "invalid_value")
+        raise refuse(f"{where}.schema", Message("must be a JSON schema (an object)"), "invalid_value")
     if unknown := set(named) - {"name", "description", "schema", "strict"}:
         raise unknown_field(f"{where}.{min(unknown)}")
     return named["schema"]
@@ -263,19 +291,23 @@ def read_prompts(prompt: Any, engine: Engine) -> list[list[int]]:
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_id(prompt[0])):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
-        raise refuse("prompt", Message("api_prompt_missing"), "missing_required_parameter")
+        raise refuse("prompt", Message("give a text, a list of texts, or token ids"), "missing_required_parameter")
     found = []
     for i, one in enumerate(prompt):
         if isinstance(one, str):
             found.append(engine.text_ids(one) or sorted(engine.stop_ids)[:1])
         elif isinstance(one, list) and one and all(_is_id(token) for token in one):
             if max(one) >= engine.vocabulary_size or min(one) < 0:
-                raise refuse(f"prompt[{i}]", Message("api_prompt_id"), "invalid_value")
+                raise refuse(f"prompt[{i}]", Message("has a token id that this model does not have"), "invalid_value")
             found.append(one)
         else:
-            raise refuse(f"prompt[{i}]", Message("api_prompt_type"), "invalid_value")
+            raise refuse(f"prompt[{i}]", Message("must be text, or a list of token ids"), "invalid_value")
         if len(found[-1]) >= engine.context:
-            reason = Message("api_prompt_too_long", tokens=len(found[-1]), context=engine.context)
+            reason = Message(
+                "has {tokens} tokens, and the model reads {context}; shorten it",
+                tokens=len(found[-1]),
+                context=engine.context,
+            )
             raise refuse("prompt", reason, "context_length_exceeded")
     return found
 

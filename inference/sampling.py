@@ -105,7 +105,10 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise UserError("reply_grammar_failed", reason=self.matcher.get_error().strip().split("\n")[0])
+            raise UserError(
+                "the reply cannot be held to this format ({reason}); simplify the schema",
+                reason=self.matcher.get_error().strip().split("\n")[0],
+            )
 
 
 class Sampler:

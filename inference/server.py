@@ -40,7 +40,16 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> No
     server = ApiServer(engine, options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
-    log(str(Message("api_answers_at", model=server.model_name, url=url, slots=options.slots)))
+    log(
+        str(
+            Message(
+                "{model} answers at {url} (up to {slots} requests at once); Ctrl-C ends",
+                model=server.model_name,
+                url=url,
+                slots=options.slots,
+            )
+        )
+    )
     cors = CORSMiddleware(
         server.application(),
         allow_origins=options.cors_origins,
@@ -119,7 +128,12 @@ class ApiServer:
 
     async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
         """No such route, or another method."""
-        message = Message("api_no_route", method=request.method, path=request.url.path[:200])
+        message = Message(
+            "this server has nothing at {method} {path}; it has /v1/chat/completions, /v1/responses, "
+            "/v1/completions, /v1/models",
+            method=request.method,
+            path=request.url.path[:200],
+        )
         refused = ApiError(error.status_code, message, code="unknown_url")
         return JSONResponse(refused.body, refused.status, headers=error.headers)
 
@@ -128,13 +142,15 @@ class ApiServer:
         if isinstance(error, ClientTooSlow):
             raise error
         self._log_request(request.scope["route"].path, 500, repr(error))
-        return JSONResponse(ApiError(500, Message("api_server_failed")).body, 500)
+        return JSONResponse(ApiError(500, Message("the server failed at this request; its log says why")).body, 500)
 
     # -- small routes
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
-            message = Message("api_no_model", name=name[:200], model=self.model_name)
+            message = Message(
+                "there is no model '{name}' here; this server has '{model}'", name=name[:200], model=self.model_name
+            )
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _model_card(self) -> dict[str, Any]:
@@ -151,7 +167,14 @@ class ApiServer:
 
     async def _refuse_embeddings(self, request: Request) -> Response:
         check_key(request, self.options.key)
-        raise ApiError(400, Message("api_no_embeddings"), code="unsupported_endpoint")
+        raise ApiError(
+            400,
+            Message(
+                "this server generates text with a chat model, which has no embeddings; ask a server of an embedding "
+                "model"
+            ),
+            code="unsupported_endpoint",
+        )
 
     async def _show_health(self, _: Request) -> Response:
         alive = self.generator.batch.alive

@@ -32,14 +32,27 @@ def check_key(request: Request, key: str | None) -> None:
     word, _, given = request.headers.get("authorization", "").partition(" ")
     found = given.strip().encode("latin-1") if word.lower() == "bearer" else b""
     if key and not hmac.compare_digest(found, key.encode()):
-        raise ApiError(401, Message("api_wrong_key"), code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        raise ApiError(
+            401,
+            Message("the API key is wrong or missing; send it as Authorization: Bearer KEY"),
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 async def read_body(request: Request, largest: int) -> bytes:
     """The body of a request. Raises ApiError for more than `largest` bytes, and for a client that is too slow."""
     length = request.headers.get("content-length", "0")
     close = {"Connection": "close"}
-    too_large = ApiError(413, Message("api_body_too_large", bytes=largest), code="request_too_large", headers=close)
+    too_large = ApiError(
+        413,
+        Message(
+            "the request is larger than {bytes} bytes, which is more than any prompt that fits the model's context",
+            bytes=largest,
+        ),
+        code="request_too_large",
+        headers=close,
+    )
     if len(length) > 18 or (length.isdigit() and int(length) > largest):
         raise too_large
     body = bytearray()
@@ -50,9 +63,9 @@ async def read_body(request: Request, largest: int) -> bytes:
                 if len(body) > largest:
                     raise too_large
     except ClientDisconnect:
-        raise ApiError(400, Message("api_client_gone")) from None
+        raise ApiError(400, Message("the client closed the connection")) from None
     except TimeoutError:
-        slow = Message("api_body_too_slow", seconds=BODY_SECONDS)
+        slow = Message("the request was not complete after {seconds} seconds; send it faster", seconds=BODY_SECONDS)
         raise ApiError(408, slow, code="request_timeout", headers=close) from None
     return bytes(body)
 
@@ -74,7 +87,11 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
-                raise ApiError(431, Message("api_head_too_large", bytes=MAX_HEAD), code="request_too_large")
+                raise ApiError(
+                    431,
+                    Message("the headers of the request are larger than {bytes} bytes", bytes=MAX_HEAD),
+                    code="request_too_large",
+                )
             check_host(headers.get("host", ""), self.options)
             check_origin(headers.get("origin"), self.options)
         except ApiError as error:
@@ -100,13 +117,29 @@ def check_host(header: str, options: ServerOptions) -> None:
         return
     name = host_name(f"//{header}")
     if name not in (*LOOPBACK, options.host, *options.allowed_hosts):
-        raise ApiError(403, Message("api_foreign_host", host=(name or header)[:100]), code="host_not_allowed")
+        raise ApiError(
+            403,
+            Message(
+                "the Host header names {host}, which is not this server (protection against DNS rebinding); to allow "
+                "it, start the server with API_ALLOWED_HOSTS={host}",
+                host=(name or header)[:100],
+            ),
+            code="host_not_allowed",
+        )
 
 
 def check_origin(origin: str | None, options: ServerOptions) -> None:
     """Raises ApiError for a web page that API_CORS_ORIGINS does not name."""
     if origin is not None and not {"*", origin} & set(options.cors_origins):
-        raise ApiError(403, Message("api_foreign_origin", origin=origin[:100]), code="origin_not_allowed")
+        raise ApiError(
+            403,
+            Message(
+                "web pages of {origin} may not use this server; to allow it, start the server with "
+                "API_CORS_ORIGINS={origin}",
+                origin=origin[:100],
+            ),
+            code="origin_not_allowed",
+        )
 
 
 class TimedProtocol(H11Protocol):

@@ -36,7 +36,10 @@ class ServerOptions:
             allowed_hosts=tuple(name.lower() for name in _words(environment, "API_ALLOWED_HOSTS")),
         )
         if not is_loopback(options.host) and not options.key:
-            raise UserError("api_host_without_key", host=options.host)
+            raise UserError(
+                "API_HOST={host} lets others use the model, and there is no API_KEY; set one, or leave API_HOST out",
+                host=options.host,
+            )
         return options
 
 
@@ -49,12 +52,22 @@ def _origins(environment: Mapping[str, str]) -> tuple[str, ...]:
     for origin in origins:
         scheme, separator, rest = origin.partition("://")
         if origin not in ("*", "null") and not (scheme and separator and rest and "/" not in rest):
-            raise UserError("api_origin_invalid", origin=origin)
+            raise UserError(
+                "API_CORS_ORIGINS: {origin} is no origin; write SCHEME://HOST or SCHEME://HOST:PORT, separated by "
+                "commas, or *",
+                origin=origin,
+            )
     return tuple(origin.lower() for origin in origins)
 
 
 def _whole_number(environment: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
     text = environment.get(name) or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
-        raise UserError("api_variable_range", name=name, value=text[:40], low=low, high=high)
+        raise UserError(
+            "{name}={value} must be a whole number from {low} to {high}; change it",
+            name=name,
+            value=text[:40],
+            low=low,
+            high=high,
+        )
     return int(text)

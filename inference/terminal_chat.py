@@ -16,15 +16,17 @@ from inference.engine import ChatMessage, Engine, Reply, Settings
 from runs.files import write_json
 
 COMMANDS = {
-    "/help": Message("chat_help_help"),
-    "/clear": Message("chat_help_clear"),
-    "/system TEXT": Message("chat_help_system"),
-    "/retry": Message("chat_help_retry"),
-    "/undo": Message("chat_help_undo"),
-    "/history": Message("chat_help_history"),
-    "/save [FILE]": Message("chat_help_save"),
-    "/set NAME VALUE": Message("chat_help_set"),
-    "/exit": Message("chat_help_exit"),
+    "/help": Message("lists the commands"),
+    "/clear": Message("starts a new conversation; the system message stays"),
+    "/system TEXT": Message("sets the system message; without TEXT shows it, with - removes it"),
+    "/retry": Message("answers the last message again"),
+    "/undo": Message("takes the last message and its answer back"),
+    "/history": Message("shows the conversation"),
+    "/save [FILE]": Message(
+        "writes the conversation as training data (openai form) to a file or into a folder; unset: chat-DATE.json"
+    ),
+    "/set NAME VALUE": Message("changes a setting: /set temperature 0.2; alone: shows them"),
+    "/exit": Message("ends, as Ctrl-D does"),
 }
 TRIPLE_QUOTE = '"""'  # begins and ends a message of several lines
 HIDDEN_SETTINGS = ("logprobs", "logit_bias", "grammar")  # for programs
@@ -57,7 +59,7 @@ class TerminalChat:
 
     def run(self) -> None:
         """Reads messages and commands until the end of the input."""
-        tell(Message("chat_hint"))
+        tell(Message("/help lists the commands, Ctrl-C stops a reply, Ctrl-D ends."))
         with line_editing():
             while True:
                 try:
@@ -72,7 +74,7 @@ class TerminalChat:
                         return
                     self.run_command(text) if is_command(text) else self.say(text)
                 except UserError as error:
-                    tell(Message("chat_error", error=error))
+                    tell(Message("error: {error}", error=error))
 
     def say(self, text: str) -> bool:
         """Puts a message to every speaker and shows the replies; False if they were stopped."""
@@ -96,14 +98,22 @@ class TerminalChat:
             print(dim(f"[{speaker.label}]"))
         reply, text = speaker.engine.stream(speaker.messages, self.settings), ""
         if reply.dropped_messages:
-            tell(Message("note", text=Message("reply_without_oldest", count=reply.dropped_messages)))
+            tell(
+                Message(
+                    "note: {text}",
+                    text=Message(
+                        "the oldest {count} messages no longer fit into the context and were left out",
+                        count=reply.dropped_messages,
+                    ),
+                )
+            )
         with stopping(reply):
             for piece in reply:
                 text += piece
                 print(piece, end="", flush=True)
         print()
         speaker.messages.append({"role": "assistant", "content": text})
-        tell(Message("chat_summary", parts=reply.summary()))
+        tell(Message("[{parts}]", parts=reply.summary()))
         return reply.finish_reason != "cancelled"
 
     # -- commands
@@ -111,24 +121,28 @@ class TerminalChat:
     def run_command(self, line: str) -> None:
         word, _, rest = line.partition(" ")
         if word not in (command.split()[0] for command in COMMANDS):
-            raise UserError("chat_unknown_command", command=word, near=nearest_word(word, COMMANDS))
+            raise UserError(
+                "there is no command {command}{near:suggestion}; /help lists them",
+                command=word,
+                near=nearest_word(word, COMMANDS),
+            )
         getattr(self, f"do_{word.removeprefix('/')}")(rest.strip())
 
     def do_help(self, _: str) -> None:
         for command, meaning in COMMANDS.items():
             print(f"  {command:<17}{meaning}")
-        print(f"  {TRIPLE_QUOTE:<17}", Message("chat_help_lines"), sep="")
+        print(f"  {TRIPLE_QUOTE:<17}", Message("starts and ends a message of several lines"), sep="")
 
     def do_clear(self, _: str) -> None:
         for speaker in self.speakers:
             speaker.messages = [message for message in speaker.messages[:1] if message["role"] == "system"]
-        tell(Message("chat_cleared"))
+        tell(Message("a new conversation"))
 
     def do_system(self, text: str) -> None:
         if not text:
             first = self.speakers[0].messages[:1]
             own = first[0]["content"] if first and first[0]["role"] == "system" else None
-            print(own or self.speakers[0].engine.config.default_system or Message("chat_no_system"))
+            print(own or self.speakers[0].engine.config.default_system or Message("(no system message)"))
             return
         for speaker in self.speakers:
             talk = [message for message in speaker.messages if message["role"] != "system"]
@@ -142,7 +156,7 @@ class TerminalChat:
     def do_undo(self, _: str) -> None:
         for speaker in self.speakers:
             del speaker.messages[last_question(speaker.messages) :]
-        tell(Message("chat_undone", count=len(self.speakers[0].messages)))
+        tell(Message("taken back; {count} messages are left", count=len(self.speakers[0].messages)))
 
     def do_history(self, _: str) -> None:
         for speaker in self.speakers:
@@ -153,15 +167,17 @@ class TerminalChat:
 
     def do_save(self, name: str) -> None:
         if not self.speakers[-1].messages:
-            raise UserError("chat_nothing_said")
+            raise UserError("nothing has been said yet; write a message first")
         path = save_path(name)
         if path.exists():
-            raise UserError("chat_file_exists", file=path)
+            raise UserError("{file} exists already; give another name", file=path)
         try:
             write_json(path, [{"messages": self.speakers[-1].messages}])
         except OSError as error:
-            raise UserError("chat_file_not_written", file=path, reason=error.strerror) from None
-        tell(Message("chat_saved", file=path))
+            raise UserError(
+                "{file} cannot be written ({reason}); give another name", file=path, reason=error.strerror
+            ) from None
+        tell(Message("saved {file}; as training data: dataset={file}", file=path))
 
     def do_set(self, text: str) -> None:
         known = [field.name for field in dataclasses.fields(Settings) if field.name not in HIDDEN_SETTINGS]
@@ -171,10 +187,14 @@ class TerminalChat:
                 print(f"  {key:<20}{json.dumps(getattr(self.settings, key), ensure_ascii=False)}")
             return
         if name not in known:
-            raise UserError("chat_unknown_setting", name=name, near=nearest_word(name, known))
+            raise UserError(
+                "there is no setting {name}{near:suggestion}; /set lists them",
+                name=name,
+                near=nearest_word(name, known),
+            )
         new = ((value,) if value else ()) if name == "stop" else parse_value(value)
         self.settings = dataclasses.replace(self.settings, **{name: new})
-        tell(Message("chat_setting", name=name, value=value))
+        tell(Message("{name} = {value}", name=name, value=value))
 
 
 def is_command(text: str) -> bool:
@@ -196,14 +216,14 @@ def parse_value(text: str) -> object:
     try:
         return None if text == "none" else float(text) if "." in text or "e" in text else int(text)
     except ValueError:
-        raise UserError("chat_not_a_number", value=repr(text)) from None
+        raise UserError("{value} is not a number; write it like 0.2", value=repr(text)) from None
 
 
 def last_question(messages: list[ChatMessage]) -> int:
     """The index of the user's last message."""
     places = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not places:
-        raise UserError("chat_nothing_said")
+        raise UserError("nothing has been said yet; write a message first")
     return places[-1]
 
 

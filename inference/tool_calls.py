@@ -155,7 +155,7 @@ def check_grammar(engine: Engine, grammar: str) -> None:
     from llguidance import LLMatcher
 
     if fault := LLMatcher.validate_grammar(grammar, engine.grammar_vocabulary):
-        raise UserError("grammar_not_supported", reason=_cause(fault))
+        raise UserError("replies cannot be held to it: {reason}", reason=_cause(fault))
 
 
 def _cause(fault: str) -> str:

@@ -50,7 +50,13 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
         return TransformersEngine(source, model, tokenizer)
     resize_embedding(model, check_against_model(adapter, model))
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-        raise UserError("tokens_without_rows", folder=source.tokenizer, tokens=len(tokenizer), rows=rows)
+        raise UserError(
+            "the tokenizer of {folder} has {tokens} tokens, the embedding {rows} rows; the adapter was saved "
+            "without the embedding of its new tokens: train it with modules_to_save",
+            folder=source.tokenizer,
+            tokens=len(tokenizer),
+            rows=rows,
+        )
     quantized = hasattr(model, "hf_quantizer")
     if merged and not quantized and _merge(model, adapter):
         return TransformersEngine(source, model, tokenizer)

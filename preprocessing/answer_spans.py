@@ -27,7 +27,11 @@ def find_answers(
     places = _marked_places(rendered, render(text, marked, encoder.names, thinking=thinking))
     for number, message in enumerate(messages):
         if message["role"] != "tool" and number not in places and marker.has_text(message):
-            raise Fault("template_leaves_message_out", number=number + 1, role=message["role"])
+            raise Fault(
+                "the chat template leaves message {number} ({role}) out; set template to one that fits",
+                number=number + 1,
+                role=message["role"],
+            )
     order = sorted(places, key=lambda i: places[i][0])
     starts = [places[i][0] for i in order]
     shape = _shape(text, encoder, thinking)
@@ -35,15 +39,24 @@ def find_answers(
     for i, start, following in zip(order, starts, [*starts[1:], len(rendered)], strict=True):
         end = places[i][-1] + 1
         if start < before:
-            raise Fault("answers_uncertain")
+            raise Fault(
+                "its answers cannot be told for certain in the tokenizer's own chat template; set template to one "
+                "that fits"
+            )
         if messages[i]["role"] == "assistant":
             opening = shape.openings.get(messages[i - 1]["role"]) if i > 0 else None
             if opening is None or (previous != i - 1 and marker.has_text(messages[i - 1])):
-                raise Fault("answers_uncertain")
+                raise Fault(
+                    "its answers cannot be told for certain in the tokenizer's own chat template; set template to "
+                    "one that fits"
+                )
             first = _answer_start(rendered, (before, start), opening, previous == i - 1, encoder)
             closing = rendered.find(shape.closing, end, following)
             if closing < 0:
-                raise Fault("answers_uncertain")
+                raise Fault(
+                    "its answers cannot be told for certain in the tokenizer's own chat template; set template to "
+                    "one that fits"
+                )
             end = closing + len(shape.closing)
             spans.append((first, end))
         else:
@@ -62,7 +75,9 @@ def _marked_places(rendered: str, marked: str) -> dict[int, list[int]]:
             places.setdefault(number, []).append(at)
             last = at + 1
     if not same or marked[last:] != rendered[last:]:
-        raise Fault("answers_uncertain")
+        raise Fault(
+            "its answers cannot be told for certain in the tokenizer's own chat template; set template to one that fits"
+        )
     return places
 
 
@@ -77,11 +92,16 @@ def _answer_start(rendered: str, between: Span, opening: str, adjoining: bool, e
     if not adjoining:
         at = rendered.rfind(opening, before, first_letter)
         if at < 0 or not opening.strip():
-            raise Fault("answers_uncertain")
+            raise Fault(
+                "its answers cannot be told for certain in the tokenizer's own chat template; set template to one "
+                "that fits"
+            )
         return at + len(opening)
     common = _common_start(opening, rendered[before:first_letter], encoder.marker)
     if encoder.control.search(opening, len(common)) or (opening.strip() and not common.strip()):
-        raise Fault("answers_uncertain")
+        raise Fault(
+            "its answers cannot be told for certain in the tokenizer's own chat template; set template to one that fits"
+        )
     return before + len(common)
 
 
@@ -116,7 +136,7 @@ def _shape(text: str, encoder: TextEncoder, thinking: bool) -> _Shape:
     if eos and eos in closing:  # Command R goes on with the start of the next turn
         closing = closing[: closing.index(eos) + len(eos)]
     if not encoder.control.search(closing):
-        raise Fault("answer_end_is_no_control_token")
+        raise Fault("it does not end every answer with a control token")
     call = {"type": "function", "id": "call00001", "function": {"name": "call", "arguments": {}}}
     calling = turn("assistant", content="", tool_calls=[call])
     starts = {

@@ -66,7 +66,12 @@ def load_template(name: str | None, tokenizer: Any, stage: str = "sft") -> ChatT
     check_name(name)
     text = _file_text(name)
     if lacking := _lacking_tokens(text, tokenizer):
-        raise UserError("template_lacks_tokens", name=name, tokens=lacking, advice=_advice(tokenizer, named=True))
+        raise UserError(
+            "template {name} needs control tokens that this model's tokenizer lacks: {tokens}.\n{advice}",
+            name=name,
+            tokens=lacking,
+            advice=_advice(tokenizer, named=True),
+        )
     return _checked(name, text, tokenizer)
 
 
@@ -74,17 +79,25 @@ def check_name(name: str) -> None:
     """Raises UserError where no file of templates/ has that name."""
     names = template_names()
     if name not in names:
-        raise UserError("template_unknown", name=name, near=nearest_word(name, names), names=names)
+        raise UserError(
+            "there is no template '{name}'{near:suggestion}; use one of {names}, or leave template out for the "
+            "tokenizer's own",
+            name=name,
+            near=nearest_word(name, names),
+            names=names,
+        )
 
 
 def own_template_text(tokenizer: Any) -> str:
     """The chat template of a tokenizer; raises UserError where it has none, or several and no default."""
     if not tokenizer.chat_template:
-        raise UserError("tokenizer_has_no_template", advice=_advice(tokenizer))
+        raise UserError("this model's tokenizer has no chat template of its own.\n{advice}", advice=_advice(tokenizer))
     try:
         return tokenizer.get_chat_template()
     except ValueError:  # several, none of them called default
-        raise UserError("tokenizer_has_several_templates", advice=_advice(tokenizer)) from None
+        raise UserError(
+            "this model's tokenizer has several chat templates and no default.\n{advice}", advice=_advice(tokenizer)
+        ) from None
 
 
 def _file_text(name: str) -> str:
@@ -96,8 +109,16 @@ def _advice(tokenizer: Any, named: bool = False) -> Message:
     fitting = [name for name in template_names() if not _lacking_tokens(_file_text(name), tokenizer)]
     own = bool(named and tokenizer.chat_template)
     if not fitting:
-        return Message("no_template_fits_but_own") if own else Message("no_template_fits")
-    return Message("templates_that_fit_or_own", names=fitting) if own else Message("templates_that_fit", names=fitting)
+        return (
+            Message("Leave template out for the tokenizer's own.")
+            if own
+            else Message("No file of templates/ fits it; write one for it, or use another model.")
+        )
+    return (
+        Message("Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=fitting)
+        if own
+        else Message("Templates that fit it: {names}.", names=fitting)
+    )
 
 
 def _lacking_tokens(text: str, tokenizer: Any) -> list[str]:
@@ -114,14 +135,19 @@ def _lacking_tokens(text: str, tokenizer: Any) -> list[str]:
 
 def _checked(name: str, text: str, tokenizer: Any) -> ChatTemplate:
     """The ChatTemplate of `text`, tried on two turns: their answers must be found, with a control token at the end."""
-    shown = Message("own_template") if name == OWN else name
+    shown = Message("the tokenizer's own") if name == OWN else name
     try:
         template = ChatTemplate(name, text, (), "tools" in template_variables(text))
         encoder = encoder_of(tokenizer, text)
         rendered = render_conversation(template, {"messages": TURNS}, encoder)
     except Fault as fault:
         advice = _advice(tokenizer, name != OWN)
-        raise UserError("template_unusable", template=shown, reason=fault.message, advice=advice) from None
+        raise UserError(
+            "the chat template ({template}) cannot be used: {reason}.\n{advice}",
+            template=shown,
+            reason=fault.message,
+            advice=advice,
+        ) from None
     ends = []
     for number, (start, stop) in enumerate(rendered.spans, 1):
         answer = rendered.text[start:stop]
@@ -129,9 +155,14 @@ def _checked(name: str, text: str, tokenizer: Any) -> ChatTemplate:
         if end is not None and f"assistant text {number}" in answer and "user text" not in answer:
             ends.append(answer[end:].strip())
     if len(ends) != 2 or ends[0] != ends[1] or ends[0] not in encoder.special:
-        reason = Message("answer_end_is_no_control_token")
+        reason = Message("it does not end every answer with a control token")
         advice = _advice(tokenizer, name != OWN)
-        raise UserError("template_unusable", template=shown, reason=reason, advice=advice)
+        raise UserError(
+            "the chat template ({template}) cannot be used: {reason}.\n{advice}",
+            template=shown,
+            reason=reason,
+            advice=advice,
+        )
     return ChatTemplate(name, text, (ends[0],), template.has_tools)
 
 
@@ -155,7 +186,7 @@ def render_conversation(
     conversation = plain_conversation(conversation)
     messages, tools = conversation["messages"], conversation.get("tools")
     if not template.has_tools and (tools or any(m.get("tool_calls") or m["role"] == "tool" for m in messages)):
-        raise Fault("template_has_no_tools")
+        raise Fault("it has tools, and the chat template has none")
     escaped = encoder.has_lookalikes(conversation)
     if escaped:
         conversation = encoder.escape(conversation)
@@ -178,7 +209,7 @@ def plain_conversation(conversation: Conversation) -> Conversation:
     messages = [{**message, "content": message.get("content") or ""} for message in messages]
     for message in messages:
         if not isinstance(message["content"], str):
-            raise Fault("content_is_not_text", kind=type(message["content"]).__name__)
+            raise Fault("the content of a message is {kind}, not text", kind=type(message["content"]).__name__)
         if message.get("tool_calls"):
             message["tool_calls"] = [_plain_call(call) for call in message["tool_calls"]]
     return {**conversation, "messages": messages}
@@ -191,7 +222,7 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
         try:
             function["arguments"] = json.loads(function["arguments"] or "{}")  # many servers write "" for no arguments
         except json.JSONDecodeError as error:
-            raise Fault("call_arguments_are_no_json", reason=str(error)) from None
+            raise Fault("the arguments of a tool call are no JSON ({reason})", reason=str(error)) from None
     identity = {"id": call["id"]} if "id" in call else {}
     return {**identity, "type": "function", "function": function}
 

@@ -35,7 +35,10 @@ def backend_of(tokenizer: Any) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer; raises UserError where it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError("tokenizer_not_fast")
+        raise UserError(
+            "this model's tokenizer has no fast version (tokenizer.json).\n"
+            "Convert it with transformers, or use a model that has one."
+        )
     return backend
 
 
@@ -70,7 +73,7 @@ class TextEncoder:
         found = False
         for text in _texts(conversation):
             if LEARNED in text:
-                raise Fault("text_has_noncharacters")
+                raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
             if not found:
                 found = any(prefix in text for prefix in self.prefixes) and self.control.search(text) is not None
         return found
@@ -78,9 +81,9 @@ class TextEncoder:
     def escape(self, conversation: Conversation) -> Conversation:
         """The conversation with a stand-in for the first character of every look-alike."""
         if len(self.firsts) > _KINDS:
-            raise Fault("too_many_kinds_of_control_tokens")
+            raise Fault("it contains a control token of a tokenizer that has too many kinds of them; change that text")
         if any(NONCHARACTERS.search(text) for text in _texts(conversation)):
-            raise Fault("text_has_noncharacters")
+            raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
         replace = functools.partial(self.control.sub, lambda m: chr(_TEXT + self.firsts.index(m[0][0])) + m[0][1:])
         return {
             **conversation,
@@ -135,7 +138,7 @@ class TextEncoder:
         intended = sum(text.count(chr(_CONTROL + i)) for i in range(len(self.firsts)))
         special = set(self.special.values()) - {self.unknown}
         if sum(i in special for i in ids) > intended:
-            raise Fault("lookalike_becomes_control_token")
+            raise Fault("this tokenizer turns text that looks like a control token into one; change that text")
         return ids
 
 

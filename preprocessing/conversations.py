@@ -100,7 +100,9 @@ def read_batch(source: Source, config: Config) -> Batch:
     layout = layout_of(source)
     batch = convert_rows(chosen_rows(source, config, layout.notes), layout, config)
     if not batch.rows:
-        raise UserError("dataset_without_rows", name=source.entry.name)
+        raise UserError(
+            "dataset '{name}' holds no rows; give it some, or take it out of the recipe", name=source.entry.name
+        )
     check_columns(layout, source.entry.name, batch.rows)
     return batch
 

@@ -39,22 +39,26 @@ def notes_of(report: dict[str, Any]) -> list[Message]:
     """The notes on all datasets of a report, and which rows were skipped and why."""
     every = report["datasets"] + report["eval_datasets"]
     notes = [
-        Message("dataset_note", name=item["name"], note=Message.from_json(note))
+        Message("note: {name}: {note}", name=item["name"], note=Message.from_json(note))
         for item in every
         for note in item["notes"]
     ]
-    return notes + [Message("row_skipped", fault=fault) for item in every for fault in fault_messages(item["faults"])]
+    return notes + [
+        Message("skipped: {fault}", fault=fault) for item in every for fault in fault_messages(item["faults"])
+    ]
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The report of `dataset.prepare` as an aligned table, with its notes and the rows that were skipped."""
     every = report["datasets"] + report["eval_datasets"]
-    table = [table_head(Message("data_table"))]
+    table = [
+        table_head(Message("dataset|rows|samples|tokens|median|longest|learned|truncated|dropped|duplicates|skipped"))
+    ]
     for item in every:
         cells = {name: f"{item[name]:,}" for name in COUNTS}
         cells["learned"] = f"{item['learned'] / max(1, item['tokens']):.1%}"
         table.append([item["name"], *cells.values()])
-    for part, label in (("train", Message("table_train")), ("eval", Message("table_held_out"))):
+    for part, label in (("train", Message("= train")), ("eval", Message("= held out"))):
         if part in report and (len(every) > 1 or "eval" in report):
             cells = [f"{report[part][name]:,}" if name in report[part] else "" for name in COUNTS]
             table.append([str(label), *cells])
@@ -75,7 +79,9 @@ def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:
         shown.append(f"{before}{text}{after}" if learned else text)
     count = sum(label != -100 for label in sample["labels"])
     total = len(sample["labels"])
-    share = Message("share_learned", learned=count, total=total, share=count / total)
+    share = Message(
+        "({learned} of {total} tokens are learned, {share:.0%})", learned=count, total=total, share=count / total
+    )
     return "".join(shown).rstrip("\n") + f"\n{share}"
 
 
@@ -84,7 +90,7 @@ def _show_answers(tokenizer: Any, sample: dict[str, Any]) -> str:
     names = {"chosen_ids": Message("chosen"), "rejected_ids": Message("rejected")}
     if "row" in sample:
         sample = {"prompt_ids": sample["prompt_ids"]}
-    names["completion_ids"] = Message("good_answer") if sample.get("label") else Message("bad_answer")
+    names["completion_ids"] = Message("good") if sample.get("label") else Message("bad")
     text = {name: tokenizer.decode(ids, skip_special_tokens=False) for name, ids in sample.items() if name != "label"}
     return "\n".join(
         [text.pop("prompt_ids").rstrip("\n"), *(f"[{names[name]}] {shown}" for name, shown in text.items())]

@@ -95,7 +95,9 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     reports = {part: [read_json(folder / "report.json") for folder in folders[part]] for part in folders}
     for report in itertools.chain(*reports.values()):
         if not report["samples"]:
-            raise UserError("dataset_without_samples", name=report["name"])
+            raise UserError(
+                "no sample is left of dataset '{name}'; see cutoff_len, overlong and on_bad_rows", name=report["name"]
+            )
     facts = _facts(folders["train"])
     lengths, contents = facts["length"], facts["content"]
     train, held_out = np.arange(len(facts)), None
@@ -114,7 +116,9 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
         eval_lengths = eval_facts["length"]
         held_out = shuffled(np.flatnonzero(eval_lengths))
         if shared := int(np.isin(eval_facts["content"][held_out], contents[train]).sum()):
-            reports["eval"][0]["notes"].append(Message("eval_samples_trained", count=shared).to_json())
+            reports["eval"][0]["notes"].append(
+                Message("{count:,} sample{count:plural} of eval_dataset are trained on too", count=shared).to_json()
+            )
     report = {"datasets": reports["train"], "eval_datasets": reports["eval"], "train": token_counts(lengths[train])}
     if held_out is not None:
         report["eval"] = token_counts(eval_lengths[held_out])
@@ -165,7 +169,12 @@ def held_out_mask(contents: np.ndarray, val_size: float, seed: int) -> np.ndarra
     target = round(val_size * len(contents)) if val_size < 1 else int(val_size)
     count = int(np.searchsorted(np.cumsum(repeats[order]), max(target, 1))) + 1
     if count >= len(unique):
-        raise UserError("val_size_too_large", val_size=val_size, conversations=len(unique))
+        raise UserError(
+            "val_size {val_size:g} leaves nothing to train on: there are {conversations} different conversations; "
+            "lower it",
+            val_size=val_size,
+            conversations=len(unique),
+        )
     return np.isin(inverse, order[:count])
 
 

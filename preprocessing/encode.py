@@ -9,7 +9,7 @@ from common import Config, Message
 from preprocessing.answer_spans import Span
 from preprocessing.chat_template import ChatTemplate, Rendered, plain_conversation, render_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
-from preprocessing.faults import Fault
+from preprocessing.faults import Fault, TooLong
 from preprocessing.truncation import shorten
 
 # {"input_ids": list[int], "labels": list[int], "truncated": bool, "whole_length": int, "left_out": Counter}
@@ -77,7 +77,13 @@ def _sample(
     truncated, cut, whole_length, messages = False, frozenset(), len(encoding), conversation["messages"]
     if whole_length > config.cutoff_len:
         if config.overlong != "truncate":
-            raise Fault("longer_than_cutoff_len", tokens=len(encoding), cutoff_len=config.cutoff_len)
+            raise Fault(
+                TooLong(
+                    "it has {tokens:,} tokens, more than cutoff_len={cutoff_len}",
+                    tokens=len(encoding),
+                    cutoff_len=config.cutoff_len,
+                )
+            )
         truncated = True
         messages, rendered, encoding, cut = _shortened(plain_conversation(conversation), template, encoder, config)
     ids = encoder.ids(encoding, rendered.text, rendered.escaped)
@@ -96,8 +102,13 @@ def _sample(
         learn(end_of_turn(rendered, start, stop, encoder), stop, False)
     if max(labels, default=-100) == -100:
         if truncated:
-            raise Fault("no_space_for_answer", cutoff_len=config.cutoff_len, tokens=len(ids))
-        raise Fault("no_answer_to_learn")
+            raise Fault(
+                "cutoff_len={cutoff_len} leaves no space for its answer: the template, the tools and the beginning "
+                "of the question alone take {tokens} tokens; raise cutoff_len",
+                cutoff_len=config.cutoff_len,
+                tokens=len(ids),
+            )
+        raise Fault("nothing of it would be learned: it has no answer")
     return {"input_ids": ids, "labels": labels, "truncated": truncated, "whole_length": whole_length}
 
 
@@ -107,7 +118,10 @@ def _masked_spans(messages: Messages, rendered: Rendered) -> list[Span]:
     if all(learned):
         return []
     if len(learned) != len(rendered.spans):
-        raise Fault("answers_not_told_apart")
+        raise Fault(
+            "it must be cut or has an answer of weight 0, and the chat template does not show which part belongs "
+            "to which answer; set template to one that fits"
+        )
     return [span for span, is_learned in zip(rendered.spans, learned, strict=True) if not is_learned]
 
 
@@ -157,7 +171,10 @@ def _shortened(
     cut = frozenset(number for number, i in enumerate(answers) if kept[i] is not whole[i])
     open_ended = any("</think>" in whole[i]["content"] and "</think>" not in kept[i]["content"] for i in answers)
     if open_ended and not template.tagged:
-        raise Fault("thoughts_do_not_fit")
+        raise Fault("its thoughts alone are too long, and the tokenizer's own chat template cannot show a part of them")
     if cut and len(rendered.spans) != len(answers):
-        raise Fault("answers_not_told_apart")
+        raise Fault(
+            "it must be cut or has an answer of weight 0, and the chat template does not show which part belongs "
+            "to which answer; set template to one that fits"
+        )
     return whole, rendered, encoding, cut

@@ -9,7 +9,7 @@ from common import Config, Message, UserError
 from preprocessing.chat_template import ChatTemplate, plain_conversation, render_conversation
 from preprocessing.control_tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
 from preprocessing.encode import Messages, end_of_turn, token_span
-from preprocessing.faults import Fault
+from preprocessing.faults import Fault, TooLong
 from preprocessing.truncation import shorten
 
 # {"prompt_ids", "chosen_ids", "rejected_ids": list[int], "truncated": bool, "whole_length": int}; the length is that of
@@ -33,10 +33,16 @@ def encode_pair(pair: Conversation, template: ChatTemplate, tokenizer: Any, conf
         encoded = _joined(*(writer.encode(prompt, answer) for answer in answers))
         length = len(encoded["prompt_ids"]) + max(len(encoded["chosen_ids"]), len(encoded["rejected_ids"]))
         if encoded["chosen_ids"] == encoded["rejected_ids"]:
-            raise Fault("pair_answers_are_equal")
+            raise Fault("chosen and rejected are the same answer")
         if length > config.cutoff_len:
             if config.overlong != "truncate":
-                raise Fault("longer_than_cutoff_len", tokens=length, cutoff_len=config.cutoff_len)
+                raise Fault(
+                    TooLong(
+                        "it has {tokens:,} tokens, more than cutoff_len={cutoff_len}",
+                        tokens=length,
+                        cutoff_len=config.cutoff_len,
+                    )
+                )
             encoded = _shortened_pair(prompt, answers, writer, config.cutoff_len)
         return {**encoded, "whole_length": length}
     except Fault as fault:
@@ -48,9 +54,9 @@ def _plain_pair(pair: Conversation) -> tuple[Messages, list[dict[str, Any]]]:
     messages = plain_conversation({"messages": [*pair["messages"], pair["chosen"], pair["rejected"]]})["messages"]
     for kind, answer in zip(("chosen", "rejected"), messages[-2:], strict=True):
         if answer["role"] != "assistant":
-            raise Fault("pair_answer_of_wrong_role", kind=kind, role=answer["role"])
+            raise Fault("{kind} is a message of the {role}, not of the assistant", kind=kind, role=answer["role"])
         if not answer["content"].strip() and not answer.get("tool_calls"):
-            raise Fault("pair_answer_is_empty", kind=kind)
+            raise Fault("{kind} is empty", kind=kind)
     return messages[:-2], messages[-2:]
 
 
@@ -78,7 +84,7 @@ class _PairWriter:
         encoding = self.encoder.encode([rendered.text], rendered.escaped)[0]
         ids = self.encoder.ids(encoding, rendered.text, rendered.escaped)
         if not rendered.spans:
-            raise Fault("no_answer_to_learn")
+            raise Fault("nothing of it would be learned: it has no answer")
         start, stop = rendered.spans[-1]
         first, end = token_span(encoding, start, stop, len(rendered.text))
         turn_end, _ = token_span(encoding, end_of_turn(rendered, start, stop, self.encoder), stop, len(rendered.text))
@@ -89,7 +95,7 @@ def _joined(chosen: _Encoded, rejected: _Encoded) -> Pair:
     """The two as a pair with one prompt; raises Fault where the template writes different prompts."""
     start = min(chosen.start, rejected.start)
     if chosen.ids[:start] != rejected.ids[:start]:
-        raise Fault("pair_prompts_differ")
+        raise Fault("the chat template writes different prompts for chosen and rejected; set template to one that fits")
     return {
         "prompt_ids": chosen.ids[:start],
         "chosen_ids": chosen.ids[start:],
@@ -116,14 +122,18 @@ def _shortened_pair(prompt: Messages, answers: list[dict[str, Any]], writer: _Pa
             continue
         part = {**answer, "content": answer["content"][: starts[most]]}
         if "</think>" in answer["content"] and "</think>" not in part["content"] and not writer.template.tagged:
-            raise Fault("thoughts_do_not_fit")
+            raise Fault(
+                "its thoughts alone are too long, and the tokenizer's own chat template cannot show a part of them"
+            )
         whole = writer.encode(cut[:-1], part)
         encoded.append(_Encoded(whole.ids[: whole.turn_end], whole.start, whole.turn_end))
     pair = _joined(*encoded)
     space = cutoff_len - len(pair["prompt_ids"])
     pair |= {name: pair[name][:space] for name in ("chosen_ids", "rejected_ids")} | {"truncated": True}
     if pair["chosen_ids"] == pair["rejected_ids"]:
-        raise Fault("pair_is_equal_when_cut", cutoff_len=cutoff_len)
+        raise Fault(
+            "cut to cutoff_len={cutoff_len}, chosen and rejected are the same; raise cutoff_len", cutoff_len=cutoff_len
+        )
     return pair
 
 
@@ -136,7 +146,10 @@ def encode_documents(texts: list[str], tokenizer: Any, cutoff_len: int) -> list[
     """
     encoder = encoder_of(tokenizer, "")
     if tokenizer.eos_token_id is None:
-        raise UserError("tokenizer_has_no_end_of_sequence")
+        raise UserError(
+            "this model's tokenizer has no end-of-sequence token (eos_token in tokenizer_config.json), which has "
+            "to follow each document"
+        )
     begin = [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     results: list[Any] = []
     for text in texts:
@@ -158,8 +171,8 @@ def _whole_sample(ids: list[int]) -> dict[str, Any]:
 
 def _document_ids(text: str, encoder: TextEncoder) -> list[int]:
     if not text.strip():
-        raise Fault("document_is_empty")
+        raise Fault("it has no text")
     escaped = encoder.has_lookalikes({"messages": [{"content": text}]})
     if escaped and NONCHARACTERS.search(text):
-        raise Fault("text_has_noncharacters")
+        raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
     return encoder.ids(encoder.encode([text], escaped)[0], text, escaped)

@@ -8,6 +8,7 @@ from typing import Any
 from common import Config, Message, UserError
 from preprocessing.chat_template import ChatTemplate
 from preprocessing.control_tokens import Conversation
+from preprocessing.faults import TooLong
 from preprocessing.prompts import prompt_ids
 
 
@@ -33,7 +34,7 @@ def encode_prompt(
     messages, limit = prompt["messages"], config.cutoff_len - config.max_completion_length
     head = int(messages[0]["role"] == "system")
     if not template.has_tools and prompt.get("tools"):
-        return Message("template_has_no_tools")
+        return Message("it has tools, and the chat template has none")
     try:
         found = whole = ids(messages)
         turns = [i for i in range(head + 1, len(messages)) if messages[i]["role"] == "user"]
@@ -42,7 +43,9 @@ def encode_prompt(
     except UserError as error:
         return error.message
     if len(found) > limit:
-        return Message("longer_than_cutoff_len", tokens=len(whole), cutoff_len=limit)
+        return TooLong(
+            "it has {tokens:,} tokens, more than cutoff_len={cutoff_len}", tokens=len(whole), cutoff_len=limit
+        )
     row = {**prompt["columns"], "prompt": messages, "answer": prompt["answer"]}
     facts = {"truncated": len(found) < len(whole), "whole_length": len(whole)}
     return {"prompt_ids": found, "row": json.dumps(row, ensure_ascii=False), **facts}

@@ -105,4 +105,9 @@ def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:
     error = float(difference.std()) / len(difference) ** 0.5
     if abs(difference.mean()) < 3 * error or max(means) < 1.2 * min(means):
         return None
-    return Message("pairs_differ_in_length", chosen=means[0], rejected=means[1])
+    return Message(
+        "chosen answers have {chosen:.0f} tokens on average, rejected ones {rejected:.0f}: the model may learn the "
+        "length rather than what is better",
+        chosen=means[0],
+        rejected=means[1],
+    )

@@ -13,12 +13,16 @@ LISTED = 20  # kinds of faults that are listed; the others are counted
 ROWS_NAMED = 5  # rows that are named of those with the same fault
 
 
-class Fault(Exception):
-    """The reason, as a Message. `final`: what follows in the file cannot be read either."""
+class TooLong(Message):
+    """Why a sample is none: it has more than cutoff_len tokens, the field `tokens`."""
 
-    def __init__(self, code: str, /, *, final: bool = False, **fields: Any) -> None:
-        super().__init__(code, fields)
-        self.message = Message(code, **fields)
+
+class Fault(Exception):
+    """The reason: a sentence and its fields, or a Message. `final`: what follows in the file cannot be read either."""
+
+    def __init__(self, reason: str | Message, /, *, final: bool = False, **fields: Any) -> None:
+        super().__init__(reason, fields)
+        self.message = Message(reason, **fields) if isinstance(reason, str) else reason
         self.final = final
 
     def __str__(self) -> str:
@@ -39,7 +43,7 @@ def json_problem(error: JSONDecodeError) -> str | Message:
     """What the json module says is wrong, whose messages may end with "at"; of a comma too many it says less."""
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
     if before.endswith(",") and after in ("]", "}"):
-        return Message("json_extra_comma")
+        return Message("a comma too many stands before the closing bracket")
     return error.msg.removesuffix(" at")
 
 
@@ -64,7 +68,7 @@ class FaultReport:
     def _add_group(self, file: str, rows: list[int], count: int, reason: Message) -> None:
         self.count += count
         group = self.groups.setdefault(
-            (file, reason.code), {"file": file, "rows": [], "count": 0, "reason": reason.to_json()}
+            (file, reason.sentence), {"file": file, "rows": [], "count": 0, "reason": reason.to_json()}
         )
         group["count"] += count
         group["rows"] = [*group["rows"], *rows][:ROWS_NAMED]
@@ -79,8 +83,20 @@ class FaultReport:
             return
         faults = fault_messages(self.to_json())
         if self.final:
-            raise UserError("data_file_broken", count=self.count, faults=faults)
-        raise UserError("rows_faulty", count=self.count, faults=faults)
+            raise UserError(
+                "{count:,} row{count:plural} of the data cannot be used:\n"
+                "  {faults:lines}\n"
+                "correct the file; it cannot be read to its end",
+                count=self.count,
+                faults=faults,
+            )
+        raise UserError(
+            "{count:,} row{count:plural} of the data cannot be used:\n"
+            "  {faults:lines}\n"
+            "correct them, or leave them out with on_bad_rows=skip",
+            count=self.count,
+            faults=faults,
+        )
 
 
 def fault_messages(groups: list[dict[str, Any]]) -> list[Message]:
@@ -91,10 +107,17 @@ def fault_messages(groups: list[dict[str, Any]]) -> list[Message]:
         if more:
             rows = [str(row) for row in group["rows"][1:]] + ["..."] * (more >= ROWS_NAMED)
             messages.append(
-                Message("rows_fault", file=group["file"], row=first, reason=reason, more=more, other_rows=rows)
+                Message(
+                    "{file}, row {row}: {reason} (the same fault in {more:,} more row{more:plural}: {other_rows})",
+                    file=group["file"],
+                    row=first,
+                    reason=reason,
+                    more=more,
+                    other_rows=rows,
+                )
             )
         else:
-            messages.append(Message("row_fault", file=group["file"], row=first, reason=reason))
+            messages.append(Message("{file}, row {row}: {reason}", file=group["file"], row=first, reason=reason))
     if rest := sum(group["count"] for group in groups[LISTED:]):
-        messages.append(Message("other_faults", count=rest))
+        messages.append(Message("... and {count:,} row{count:plural} with other faults", count=rest))
     return messages

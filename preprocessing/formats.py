@@ -91,7 +91,14 @@ class Layout:
         if found is None or found == "" or found == []:
             return None
         if self.registered and kind not in self.named and (self.named or kind in ("history", "system", "tools")):
-            self.notes.add(Message("column_used_unnamed", column=column, kind=kind))
+            self.notes.add(
+                Message(
+                    "column '{column}' is used as {kind}, though dataset_info.json does not name it (LLaMA-Factory "
+                    'would leave it out); to leave it out, write "{kind}": null under columns',
+                    column=column,
+                    kind=kind,
+                )
+            )
         return found
 
     def blank(self) -> Layout:
@@ -109,10 +116,20 @@ class Layout:
     def all_notes(self, config: Config) -> list[Message]:
         """What was noticed, in a stable order."""
         counted = [
-            Message("mark_filled_in", mark="{{" + name + "}}", setting=name, value=getattr(config, name), rows=rows)
+            Message(
+                "{mark} becomes '{value}' in {rows:,} row{rows:plural} ({setting}: \"\" would leave it)",
+                mark="{{" + name + "}}",
+                setting=name,
+                value=getattr(config, name),
+                rows=rows,
+            )
             for name, rows in sorted(self.filled.items())
         ]
-        masked = [Message("answers_masked", count=self.masked)] if self.masked else []
+        masked = (
+            [Message("{count:,} answer{count:plural} of weight 0: read, not learned", count=self.masked)]
+            if self.masked
+            else []
+        )
         return sorted(self.notes, key=repr) + counted + masked
 
 
@@ -144,13 +161,21 @@ def find_layout(entry: Entry, first: Row) -> Layout:
         if shape:
             formatting, columns = shape[0], dict(shape[1])
             if entry.registered and shape != ("alpaca", {}):
-                notes.add(Message("formatting_from_rows", formatting=formatting))
+                notes.add(
+                    Message("dataset_info.json names no formatting; its rows are {formatting}", formatting=formatting)
+                )
     formatting = formatting or "alpaca"
     alone = entry.stage == "sft" and formatting == "alpaca" and set(columns) == {"prompt"}
     if first and alone and TEXT_COLUMNS["response"] not in first:
-        raise UserError("dataset_without_answers", name=entry.name)
+        raise UserError(
+            "dataset '{name}' is text without answers (pre-training); this kit trains on answers: name their "
+            "column as response under columns in dataset_info.json, or take another dataset",
+            name=entry.name,
+        )
     if formatting == "openai" and entry.formatting:
-        notes.add(Message("no_detailed_thinking"))
+        notes.add(
+            Message("no 'detailed thinking off' is put into the system message (LLaMA-Factory does for openai data)")
+        )
     named = frozenset(entry.columns) if entry.registered else frozenset()
     roles = ROLES | {entry.tags[tag]: role for tag, role in TAGGED.items() if entry.tags.get(tag)}
     full = _all_columns(formatting, columns, first)
@@ -171,7 +196,13 @@ def _text_layout(entry: Entry, first: Row) -> Layout:
     """
     column = entry.columns.get("prompt") or next((name for name in TEXTS if name in first), None)
     if first and column is None:
-        raise UserError("columns_without_text", name=entry.name, columns=list(map(str, first)), wanted=list(TEXTS))
+        raise UserError(
+            "{name} has the columns {columns}; stage: pt reads one of {wanted}, or the one that dataset_info.json "
+            "names as prompt",
+            name=entry.name,
+            columns=list(map(str, first)),
+            wanted=list(TEXTS),
+        )
     named = frozenset({"prompt"}) if entry.columns.get("prompt") else frozenset()
     columns = {"prompt": column or TEXTS[0]}
     return Layout("text", columns, named, {}, ROLES, entry.registered, "pt", notes=set(entry.notes))
@@ -211,13 +242,28 @@ def _refuse_unknown_shape(name: str, row: Row, stage: str) -> None:
     try:
         refuse_other_data(kinds_of(row), stage)
     except Fault as fault:
-        raise UserError("dataset_refused", name=name, reason=fault.message) from None
+        raise UserError("dataset '{name}' {reason}", name=name, reason=fault.message) from None
     have = [str(column) for column in row]
     plain = {column: column.strip("\ufeff ").lower() for column in have}
     if shape_of(dict.fromkeys(plain.values())):
         wrong = [column for column in have if plain[column] != column]
-        raise UserError("columns_misspelt", name=name, found=wrong, wanted=[plain[column] for column in wrong])
-    raise UserError("columns_unknown", name=name, columns=have or ["-"], stage=stage, shapes=list(SHAPES_SHOWN[stage]))
+        raise UserError(
+            "dataset '{name}': it has the columns {found}; rename them to {wanted} (no capitals, no spaces), or "
+            "name them under columns in dataset_info.json",
+            name=name,
+            found=wrong,
+            wanted=[plain[column] for column in wrong],
+        )
+    raise UserError(
+        "dataset '{name}': its rows have the columns {columns}, which is no known format of stage: {stage}. Known "
+        "rows:\n"
+        "  {shapes:lines}\n"
+        "or register it in dataset_info.json, where `columns` says which column is what",
+        name=name,
+        columns=have or ["-"],
+        stage=stage,
+        shapes=list(SHAPES_SHOWN[stage]),
+    )
 
 
 def kinds_of(row: Row) -> Iterable[str]:
@@ -239,10 +285,21 @@ def check_columns(layout: Layout, name: str, rows: int) -> None:
         if rows and column and column not in layout.seen:
             near = nearest_word(column, map(str, layout.seen - layout.used))
             if near:
-                raise UserError("column_misspelt", name=name, kind=kind, column=column, near=near)
-            layout.notes.add(Message("column_in_no_row", column=column, kind=kind))
+                raise UserError(
+                    "dataset '{name}': dataset_info.json names the column '{column}' as {kind}, which no row "
+                    "has{near:suggestion}; correct it there",
+                    name=name,
+                    kind=kind,
+                    column=column,
+                    near=near,
+                )
+            layout.notes.add(
+                Message(
+                    "no row has the column '{column}' that dataset_info.json names as {kind}", column=column, kind=kind
+                )
+            )
     if unused := sorted(map(str, layout.seen - layout.used)):
-        layout.notes.add(Message("columns_not_used", columns=unused))
+        layout.notes.add(Message("columns that are not used: {columns}", columns=unused))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,18 +311,18 @@ def text_value(value: Any, where: Message | str) -> str:
     if isinstance(value, str):
         return value
     if value is None:
-        raise Fault("value_null", where=where)
+        raise Fault("{where} is null", where=where)
     if isinstance(value, bool | int | float):
-        raise Fault("value_no_text", where=where, value=json.dumps(value))
+        raise Fault('{where} is {value}, which is not text; write "{value}"', where=where, value=json.dumps(value))
     if isinstance(value, list):
-        raise Fault("value_list", where=where)
-    raise Fault("value_object", where=where)
+        raise Fault("{where} is a list, not text", where=where)
+    raise Fault("{where} is an object, not text", where=where)
 
 
 def filled_text(value: Any, where: Message | str) -> str:
     """`value` if it is text with more than spaces; else raises Fault."""
     if not text_value(value, where).strip():
-        raise Fault("value_empty", where=where)
+        raise Fault("{where} is empty", where=where)
     return value
 
 
@@ -273,10 +330,15 @@ def column_value(row: Row, layout: Layout, kind: str) -> Any:
     """The value of a column that must be there; raises Fault with the nearest one."""
     column = layout.columns.get(kind)
     if column is None:
-        raise Fault("column_not_named", kind=kind)
+        raise Fault("dataset_info.json names no column for the {kind}", kind=kind)
     if column not in row:
         names = [str(name) for name in row]
-        raise Fault("column_missing", column=column, near=nearest_word(column, names), columns=names or ["-"])
+        raise Fault(
+            "has no column '{column}'{near:suggestion}; it has {columns}",
+            column=column,
+            near=nearest_word(column, names),
+            columns=names or ["-"],
+        )
     layout.used.add(column)
     return row[column]
 
@@ -288,9 +350,11 @@ def json_value(value: Any, where: Message | str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise Fault("value_broken_json", where=where, column=error.colno, problem=error.msg) from None
+        raise Fault(
+            "{where} is broken JSON at column {column}: {problem}", where=where, column=error.colno, problem=error.msg
+        ) from None
     except (RecursionError, ValueError):
-        raise Fault("json_too_deep") from None
+        raise Fault("is nested too deeply") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,11 +373,14 @@ def alpaca_prompt(row: Row, layout: Layout) -> list[Row]:
     messages = []
     history = json_value(layout.value(row, "history"), "history") or []
     if not isinstance(history, list):
-        raise Fault("history_no_list")
+        raise Fault("history is not a list of [question, answer] pairs")
     for index, pair in enumerate(history, 1):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise Fault("history_no_pair", item=index)
-        question, answer = Message("history_question", item=index), Message("history_answer", item=index)
+            raise Fault("item {item} of history is no pair; it must be [question, answer]", item=index)
+        question, answer = (
+            Message("the question in item {item} of history", item=index),
+            Message("the answer in item {item} of history", item=index),
+        )
         messages.append({"role": "user", "content": filled_text(pair[0], question)})
         messages.append({"role": "assistant", "content": filled_text(pair[1], answer)})
     parts = [column_value(row, layout, "prompt"), layout.value(row, "query")]
@@ -322,7 +389,7 @@ def alpaca_prompt(row: Row, layout: Layout) -> list[Row]:
         text_value(part, name) for part, name in zip(parts, prompts, strict=True) if part not in (None, "")
     )
     if not question.strip():
-        raise Fault("question_empty", columns=list(filter(None, prompts)))
+        raise Fault("the question is empty ({columns})", columns=list(filter(None, prompts)))
     return [*messages, {"role": "user", "content": question}]
 
 
@@ -334,30 +401,45 @@ def from_messages(row: Row, layout: Layout) -> list[Row]:
     column = layout.columns["messages"]
     given = json_value(column_value(row, layout, "messages"), column)
     if given is None:
-        raise Fault("value_null", where=column)
+        raise Fault("{where} is null", where=column)
     if not isinstance(given, list):
-        raise Fault("messages_no_list", column=column)
+        raise Fault("{column} is not a list of messages", column=column)
     if not given:
-        raise Fault("conversation_empty")
+        raise Fault("the conversation is empty")
     return [read_message(message, layout, number) for number, message in enumerate(given, 1)]
 
 
 def read_message(message: Any, layout: Layout, number: int) -> Row:
     """One message in the kit's form; `number` counts from 1."""
     if not isinstance(message, dict):
-        raise Fault("message_no_object", number=number)
+        raise Fault("message {number} is not an object with a role and a content", number=number)
     role_key = layout.tags.get("role_tag") or ("role" if "role" in message else "from")
     usual = "content" if "content" in message or ("value" not in message and role_key == "role") else "value"
     content_key = layout.tags.get("content_tag") or usual
     if role_key not in message:
-        raise Fault("message_lacks", number=number, key=role_key, near=nearest_word(role_key, map(str, message)))
+        raise Fault(
+            "message {number} has no '{key}'{near:suggestion}",
+            number=number,
+            key=role_key,
+            near=nearest_word(role_key, map(str, message)),
+        )
     role = layout.roles.get(message[role_key]) if isinstance(message[role_key], str) else None
     if role is None:
-        raise Fault("role_unknown", number=number, role=str(message[role_key])[:60], known=list(layout.roles))
+        raise Fault(
+            "message {number} has the unknown role '{role}'; known are {known}",
+            number=number,
+            role=str(message[role_key])[:60],
+            known=list(layout.roles),
+        )
     for key in message.keys() - MESSAGE_KEYS - {role_key, content_key}:
-        layout.notes.add(Message("message_key_unused", key=str(key)))
+        layout.notes.add(Message("messages have a '{key}', which is not used", key=str(key)))
     if role == "system" and layout.tags and not layout.tags.get("system_tag"):
-        layout.notes.add(Message("no_system_tag"))
+        layout.notes.add(
+            Message(
+                "tags name no system_tag; messages of the role 'system' are system messages all the same "
+                "(LLaMA-Factory would leave out their rows)"
+            )
+        )
     made = _make_message(role, _without_parts(message, content_key, number), content_key, number)
     if not _is_learned(message, number) and made["role"] == "assistant":
         made["learned"] = False
@@ -370,7 +452,12 @@ def _is_learned(message: Row, number: int) -> bool:
     for key in WEIGHTS:
         value = message.get(key)
         if value is not None and value not in (0, 1):
-            raise Fault("message_weight", number=number, key=key, value=json.dumps(value)[:40])
+            raise Fault(
+                "message {number} has {key}: {value}; it must be 1 (learned) or 0 (read only)",
+                number=number,
+                key=key,
+                value=json.dumps(value)[:40],
+            )
         if value is not None:
             return bool(value)
     return True
@@ -386,14 +473,18 @@ def _without_parts(message: Row, content_key: str, number: int) -> Row:
         kind = part["type"]
         value = part.get("text", part.get("value")) if kind == "text" else part.get("value")
         if kind == "text":
-            texts.append(text_value(value, Message("part_of_message", number=number)))
+            texts.append(text_value(value, Message("a part of message {number}", number=number)))
         elif kind in ("reasoning", "thinking"):
-            thoughts.append(text_value(value, Message("part_of_message", number=number)))
+            thoughts.append(text_value(value, Message("a part of message {number}", number=number)))
         elif kind in ("tool_call", "tool_calls"):
-            found = json_value(value, Message("tool_call_of_message", number=number))
+            found = json_value(value, Message("the tool call (message {number})", number=number))
             calls += found if isinstance(found, list) else [found]
         else:
-            raise Fault("part_unknown", number=number, type=str(kind)[:60])
+            raise Fault(
+                "message {number} has a part of type '{type}'; this kit trains on text",
+                number=number,
+                type=str(kind)[:60],
+            )
     more: Row = {"tool_calls": calls} if calls else {}
     if thoughts:
         more["reasoning_content"] = "\n".join(thoughts)
@@ -405,9 +496,9 @@ def _make_message(role: str, message: Row, content_key: str, number: int) -> Row
     calls = message.get("tool_calls") or message.get("function_call")
     if content_key not in message and not calls:
         near = nearest_word(content_key, map(str, message))
-        raise Fault("message_lacks", number=number, key=content_key, near=near)
+        raise Fault("message {number} has no '{key}'{near:suggestion}", number=number, key=content_key, near=near)
     content = message.get(content_key)
-    where = Message("message_number", number=number)
+    where = Message("message {number}", number=number)
     if role == "assistant" and calls:
         made = {"role": role, "content": text_value(content or "", where), "tool_calls": _calls(calls, number)}
     elif role == "call":
@@ -415,10 +506,13 @@ def _make_message(role: str, message: Row, content_key: str, number: int) -> Row
         thought = thought + "</think>" if thought else ""
         made = {"role": "assistant", "content": thought, "tool_calls": _calls(calls, number)}
     elif role == "assistant":
-        made = {"role": role, "content": filled_text(content, Message("answer_of_message", number=number))}
+        made = {"role": role, "content": filled_text(content, Message("the answer (message {number})", number=number))}
     elif role == "tool":
         shown = json.dumps(content, ensure_ascii=False) if isinstance(content, dict | list) else content
-        made = {"role": role, "content": text_value(shown, Message("result_of_message", number=number))}
+        made = {
+            "role": role,
+            "content": text_value(shown, Message("the tool's result (message {number})", number=number)),
+        }
         made |= {key: message[key] for key in ("name", "tool_call_id") if isinstance(message.get(key), str)}
     else:
         made = {"role": role, "content": (text_value if role == "system" else filled_text)(content, where)}
@@ -429,15 +523,17 @@ def _make_message(role: str, message: Row, content_key: str, number: int) -> Row
 
 def _calls(given: Any, number: int) -> list[Row]:
     """Tool calls in OpenAI's form, arguments as an object."""
-    given = json_value(given, Message("tool_call_of_message", number=number))
+    given = json_value(given, Message("the tool call (message {number})", number=number))
     calls = []
     for call in given if isinstance(given, list) else [given]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise Fault("tool_call_form", number=number)
-        arguments = json_value(function.get("arguments") or {}, Message("arguments_of_message", number=number))
+            raise Fault('the tool call (message {number}) is not {{"name": ..., "arguments": {{...}}}}', number=number)
+        arguments = json_value(
+            function.get("arguments") or {}, Message("the arguments of the tool call (message {number})", number=number)
+        )
         if not isinstance(arguments, dict):
-            raise Fault("tool_arguments_form", number=number)
+            raise Fault("the arguments of the tool call (message {number}) are no object", number=number)
         made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append(made | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
     return calls
@@ -448,12 +544,12 @@ def tools_of(row: Row, layout: Layout) -> list[Row]:
     given = json_value(layout.value(row, "tools"), "tools") or []
     given = [given] if isinstance(given, dict) else given
     if not isinstance(given, list) or not all(isinstance(tool, dict) for tool in given):
-        raise Fault("tools_form")
+        raise Fault("tools is not a list of objects")
     tools = [
         tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool} for tool in given
     ]
     if not all(isinstance(tool["function"].get("name"), str) for tool in tools):
-        raise Fault("tools_without_name")
+        raise Fault("tools has one without a name")
     return tools
 
 
@@ -466,13 +562,22 @@ def check_order(messages: list[Row]) -> None:
             continue
         if role not in FOLLOWS[before]:
             if before == "start":
-                raise Fault("order_start", role=role)
-            raise Fault("order_wrong", number=index, role=role, before=before)
+                raise Fault(
+                    "wrong role order: message 1 has the role {role}; a conversation starts with the user", role=role
+                )
+            raise Fault(
+                "wrong role order: message {number} of role {role} follows one of role {before}",
+                number=index,
+                role=role,
+                before=before,
+            )
         before = role
     if before == "start":
-        raise Fault("conversation_empty")
+        raise Fault("the conversation is empty")
     if before != "assistant":
-        raise Fault("order_end", role=before)
+        raise Fault(
+            "wrong role order: the last message has the role {role}; the assistant's answer is missing", role=before
+        )
 
 
 FORMATS: dict[str, Callable[[Row, Layout], list[Row]]] = {
@@ -497,7 +602,7 @@ def fill_in(messages: list[Row], layout: Layout, config: Config) -> None:
 def note_row(row: Any, layout: Layout) -> None:
     """Notes the columns of a row; raises Fault where it is no object, or its data is of another stage."""
     if not isinstance(row, dict):
-        raise Fault("row_no_object", value=json.dumps(row, ensure_ascii=False)[:40])
+        raise Fault("is {value}, not an object with columns", value=json.dumps(row, ensure_ascii=False)[:40])
     layout.seen.update(row)
     if not layout.named:  # else the registry says which columns are meant
         refuse_other_data(kinds_of(row), layout.stage)
@@ -522,7 +627,7 @@ def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
     add_system(messages, row, layout, config)
     check_order(messages)
     if not config.train_on_prompt and not any(m.get("learned", m["role"] == "assistant") for m in messages):
-        raise Fault("no_answer_is_learned")
+        raise Fault("all its answers have the weight 0, so nothing of it would be learned")
     fill_in(messages, layout, config)
     tools = tools_of(row, layout)
     return {"messages": messages, "tools": tools} if tools else {"messages": messages}
@@ -533,7 +638,7 @@ def add_system(messages: list[Row], row: Row, layout: Layout, config: Config) ->
     if messages[0]["role"] == "system":
         return
     system = layout.value(row, "system")
-    system = config.default_system if system is None else text_value(system, Message("system_message"))
+    system = config.default_system if system is None else text_value(system, Message("the system message"))
     if system:
         messages.insert(0, {"role": "system", "content": system})
 
@@ -544,4 +649,7 @@ def fingerprint(conversation: Conversation) -> int:
     try:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
     except UnicodeEncodeError as error:
-        raise Fault("half_a_character", character=ascii(error.object[error.start])[1:-1]) from None
+        raise Fault(
+            "holds half a character ({character}, a lone surrogate); delete it",
+            character=ascii(error.object[error.start])[1:-1],
+        ) from None

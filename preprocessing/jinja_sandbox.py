@@ -58,7 +58,7 @@ def without_generation_tags(text: str) -> str:
 def compile_template(text: str) -> jinja2.Template:
     """The template, in which generation tags put LEARNED around what they hold; raises Fault where it is no Jinja."""
     if len(text) > TEMPLATE_CHARACTERS:
-        raise Fault("template_exceeds_limits")
+        raise Fault("the chat template loops for too long or writes too much")
     return _guarded(lambda: _environment().from_string(_tags_as_filter(text)))
 
 
@@ -94,15 +94,15 @@ def _guarded(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except _LimitExceeded:
-        raise Fault("template_exceeds_limits") from None
+        raise Fault("the chat template loops for too long or writes too much") from None
     except RecursionError:
-        raise Fault("template_exceeds_limits") from None
+        raise Fault("the chat template loops for too long or writes too much") from None
     except jinja2.TemplateSyntaxError as error:
-        raise Fault("template_syntax", reason=str(error)) from None
+        raise Fault("it is no valid Jinja: {reason}", reason=str(error)) from None
     except jinja2.TemplateError as error:
-        raise Fault("template_refuses", reason=str(error)) from None
+        raise Fault("the chat template refuses it: {reason}", reason=str(error)) from None
     except _TEMPLATE_ERRORS as error:
-        raise Fault("template_fails", reason=f"{type(error).__name__}: {error}") from None
+        raise Fault("the chat template cannot render it: {reason}", reason=f"{type(error).__name__}: {error}") from None
 
 
 def _tags_as_filter(text: str) -> str:

@@ -46,18 +46,18 @@ def to_pair(row: Any, layout: Layout, config: Config) -> Conversation:
     for kind, value in zip(("chosen", "rejected"), given, strict=True):
         messages = _answer_messages(value, layout, kind)
         if messages[-1]["role"] != "assistant":
-            raise Fault("pair_answer_of_wrong_role", kind=kind, role=messages[-1]["role"])
+            raise Fault("{kind} is a message of the {role}, not of the assistant", kind=kind, role=messages[-1]["role"])
         prompts.append(messages[:-1])
         answers.append(messages[-1])
     prompt = prompts[0] or prompt_messages(row, layout)
     if prompts[0] != prompts[1]:
-        raise Fault("pair_rows_prompts_differ")
+        raise Fault("chosen and rejected are conversations that differ before their last answer")
     if answers[0] == answers[1]:
-        raise Fault("pair_answers_are_equal")
+        raise Fault("chosen and rejected are the same answer")
     if prompt and prompt[-1]["role"] == "assistant":
-        raise Fault("pair_prompt_ends_with_answer")
+        raise Fault("the prompt ends with an answer; it must end with what is answered")
     if not prompt:
-        raise Fault("conversation_empty")
+        raise Fault("the conversation is empty")
     prompt = list(prompt)
     add_system(prompt, row, layout, config)
     for answer in answers:
@@ -73,7 +73,11 @@ def to_judged(row: Any, layout: Layout, config: Config) -> Conversation:
     note_row(row, layout)
     good = column_value(row, layout, "kto_tag")
     if good not in (True, False) or isinstance(good, float):
-        raise Fault("kto_tag_no_bool", column=layout.columns["kto_tag"], value=json.dumps(good)[:40])
+        raise Fault(
+            "{column} is {value}; it must be true (a good answer) or false (a bad one)",
+            column=layout.columns["kto_tag"],
+            value=json.dumps(good)[:40],
+        )
     if isinstance(row.get(layout.columns.get("prompt")), list):  # TRL's conversational form
         messages = prompt_messages(row, layout)
         messages += _answer_messages(column_value(row, layout, "response"), layout, "response")
@@ -87,7 +91,10 @@ def to_judged(row: Any, layout: Layout, config: Config) -> Conversation:
 def _answer_value(row: Row, layout: Layout, kind: str) -> Any:
     """What stands in a row as its chosen or rejected answer; raises Fault where the row is no pair."""
     if layout.columns.get(kind) not in row and kind not in layout.named:
-        raise Fault("data_is_no_pairs", columns=list(row))
+        raise Fault(
+            "is no pair of answers: stage: dpo needs the columns chosen and rejected; it has {columns}",
+            columns=list(row),
+        )
     return column_value(row, layout, kind)
 
 
@@ -97,7 +104,7 @@ def _answer_messages(value: Any, layout: Layout, kind: str) -> list[Row]:
         return [read_message(value, layout, 1)]
     if isinstance(value, list):
         if not value:
-            raise Fault("value_empty", where=kind)
+            raise Fault("{where} is empty", where=kind)
         return [read_message(message, layout, number) for number, message in enumerate(value, 1)]
     text = filled_text(value, layout.columns.get(kind) or kind)
     if text.startswith("\n\nHuman:"):

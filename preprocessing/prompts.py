@@ -15,6 +15,10 @@ from preprocessing.jinja_sandbox import LEARNED
 Messages = list[dict[str, Any]]
 
 
+class UnsuitableMessages(UserError):
+    """The chat template refuses the messages, or leaves one out."""
+
+
 def prompt_ids(
     messages: Messages,
     tokenizer: Any,
@@ -50,7 +54,9 @@ def prompt_ids(
         prompt = encoder.unescape(prompt)
         return encoder.ids(encoder.encode([prompt], True)[0], prompt, True)
     except Fault as fault:
-        raise UserError("messages_do_not_suit_template", reason=fault.message) from None
+        raise UnsuitableMessages(
+            "these messages cannot be put to the model: {reason}.\nChange them.", reason=fault.message
+        ) from None
 
 
 def complete_prompt(
@@ -78,13 +84,17 @@ def complete_prompt(
     last = messages[-1]
     if continue_last:
         if last["role"] != "assistant" or last.get("tool_calls") or len(messages) - 1 not in ends:
-            raise Fault("nothing_to_continue")
+            raise Fault("only a last message of the assistant that has text can be continued")
         return prompt[: ends[len(messages) - 1]]
     if last["role"] in ("assistant", "system") and (end := ends.get(len(messages) - 1)) is not None:
         rest = prompt[end:]
         control = find_control(rest)
         if not rest[control.end() if control else 0 :].strip():
-            raise Fault("no_header_after_last_message", role=last["role"])
+            raise Fault(
+                "the last message is the {role}'s, and the chat template opens no answer after it; end with a "
+                "message of the user, or ask for that message to be continued",
+                role=last["role"],
+            )
     return prompt
 
 
@@ -105,7 +115,11 @@ def _ends_of_messages(messages: Messages, prompt: str, marked: str | None, marke
         taken_apart = message["role"] == "tool" or message.get("tool_calls") or marked is None
         there = taken_apart and all(_occurs(text, prompt) for text in _parts(message))
         if not there and _must_occur(message, marker):
-            raise Fault("template_leaves_message_out", number=number + 1, role=message["role"])
+            raise Fault(
+                "the chat template leaves message {number} ({role}) out; set template to one that fits",
+                number=number + 1,
+                role=message["role"],
+            )
     return ends
 
 

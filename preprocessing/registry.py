@@ -67,7 +67,11 @@ def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> 
     """The entries of `names`, each a name of the registry or a path; raises UserError with all that is wrong."""
     folder = Path(dataset_dir)
     if dataset_dir.upper().startswith(("ONLINE", "REMOTE:")) and not folder.exists():
-        raise UserError("dataset_dir_online", dataset_dir=dataset_dir)
+        raise UserError(
+            "dataset_dir={dataset_dir} is not supported; write the datasets of a hub into data/dataset_info.json:\n"
+            '"NAME": {{"hf_hub_url": "ORG/NAME"}}, and use dataset_dir=data dataset=NAME',
+            dataset_dir=dataset_dir,
+        )
     registry = read_registry(folder / REGISTRY)
     entries, faults = [], []
     for name in names:
@@ -78,11 +82,13 @@ def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> 
         except FileNotFoundError:
             faults.append(_unknown_name(name, registry, folder))
         except OSError as error:  # a name that is too long, a folder that may not be read
-            faults.append(Message("path_unusable", path=error.filename, problem=error.strerror))
+            faults.append(Message("{path} cannot be used: {problem}", path=error.filename, problem=error.strerror))
         except Fault as fault:
-            faults.append(Message("dataset_fault", name=name, reason=fault.message))
+            faults.append(Message("dataset '{name}' {reason}", name=name, reason=fault.message))
     if faults:
-        raise UserError("datasets_not_found", faults=faults)
+        raise UserError(
+            "{faults:lines}\ncorrect dataset_info.json, or name other datasets with dataset=...", faults=faults
+        )
     return entries
 
 
@@ -91,50 +97,80 @@ def read_registry(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     if not path.is_file():
-        raise UserError("registry_no_file", file=path)
+        raise UserError(
+            "{file} is not a file; dataset_dir must be a folder that holds dataset_info.json as a file", file=path
+        )
     try:
         registry = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(
-            "registry_broken", file=path, line=error.lineno, column=error.colno, problem=json_problem(error)
+            "{file}, line {line}, column {column}: {problem}; correct the JSON",
+            file=path,
+            line=error.lineno,
+            column=error.colno,
+            problem=json_problem(error),
         ) from None
     except UnicodeDecodeError:
-        raise UserError("registry_not_utf8", file=path) from None
+        raise UserError("{file} is not UTF-8; save it as UTF-8", file=path) from None
     except RecursionError:
-        raise UserError("registry_no_object", file=path) from None
+        raise UserError(
+            "{file} must hold a JSON object: a name and a description for each dataset", file=path
+        ) from None
     if not isinstance(registry, dict):
-        raise UserError("registry_no_object", file=path)
+        raise UserError("{file} must hold a JSON object: a name and a description for each dataset", file=path)
     return registry
 
 
 def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
     if not folder.is_dir() and not Path(name).suffix:
-        return Message("dataset_dir_missing", name=name, folder=folder)
+        return Message(
+            "dataset '{name}': the folder dataset_dir={folder} does not exist, and there is no such file",
+            name=name,
+            folder=folder,
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in EXTENSIONS:
-        return Message("dataset_on_hub", name=name, registry=folder / REGISTRY)
+        return Message(
+            "there is no file '{name}'; to read a dataset of this name from Hugging Face, give it an entry in "
+            "{registry}:\n"
+            '"NAME": {{"hf_hub_url": "{name}"}}, and use dataset=NAME',
+            name=name,
+            registry=folder / REGISTRY,
+        )
     if re.search("[，、；]", name):
         meant = re.sub("[，、；]", ",", name).replace(" ", "")
-        return Message("dataset_with_wide_comma", name=name, meant=meant)
+        return Message(
+            "'{name}' has the Chinese comma; separate datasets with an ASCII comma: {meant}", name=name, meant=meant
+        )
     near = nearest_word(name, [*registry, *(p.name for p in folder.glob("*") if p.suffix in EXTENSIONS)])
     near = near or nearest_path(Path(name), (p for p in Path(name).parent.glob("*") if p.suffix in EXTENSIONS))
     if near is None and registry:
-        return Message("dataset_unknown_of", name=name, registry=folder / REGISTRY, known=[*registry][:20])
-    return Message("dataset_unknown", name=name, registry=folder / REGISTRY, near=near)
+        return Message(
+            "there is no dataset '{name}' in {registry} and no such file; it has {known}",
+            name=name,
+            registry=folder / REGISTRY,
+            known=[*registry][:20],
+        )
+    return Message(
+        "there is no dataset '{name}' in {registry} and no such file{near:suggestion}",
+        name=name,
+        registry=folder / REGISTRY,
+        near=near,
+    )
 
 
 def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> Entry:
     if not isinstance(description, dict):
-        raise Fault("entry_no_object")
+        raise Fault("is not described by an object in dataset_info.json")
     notes = _check_types(description)
     columns, tags = description.get("columns") or {}, description.get("tags") or {}
     kinds = {kind for kind in COLUMNS if columns.get(kind)}
     refuse_other_data(kinds | (set(PAIRS) if description.get("ranking") else set()), stage)
     formatting = description.get("formatting")
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
-        raise Fault("entry_formatting", formatting=formatting)
+        raise Fault("has formatting '{formatting}'; it must be alpaca, sharegpt or openai", formatting=formatting)
     count = description.get("num_samples")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_SAMPLES):
-        raise Fault("entry_num_samples", value=json.dumps(count))
+        raise Fault("has num_samples {value}; it must be a whole number from 1 to 100 million", value=json.dumps(count))
     entry = Entry(
         name,
         formatting=formatting,
@@ -154,7 +190,14 @@ def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> 
         return replace(entry, hub="hf", repository=hf)
     if not description.get("file_name"):
         other = next((key for key in ("om_hub_url", "script_url", "cloud_file_name") if description.get(key)), None)
-        raise Fault("entry_only_at", key=other) if other else Fault("entry_no_file_name")
+        raise (
+            Fault(
+                "is only at a {key}, which this kit does not read; download its files and name them with file_name",
+                key=other,
+            )
+            if other
+            else Fault("names no file_name in dataset_info.json")
+        )
     path = folder / os.path.expanduser(os.path.expandvars(description["file_name"]))
     return replace(entry, files=data_files(path, entry.split))
 
@@ -163,24 +206,34 @@ def _check_types(description: dict[str, Any]) -> tuple[Message, ...]:
     """Notes on what is not used; raises Fault for values of the wrong type, and for keys that are probably misspelt."""
     for key in TEXTS:
         if not isinstance(description.get(key), str | None):
-            raise Fault("entry_value_no_text", key=key, value=json.dumps(description[key], ensure_ascii=False)[:60])
+            raise Fault(
+                "has {key}: {value} in dataset_info.json; it must be text",
+                key=key,
+                value=json.dumps(description[key], ensure_ascii=False)[:60],
+            )
     notes = []
     for key in description.keys() - set(KEYS):  # older and other registries have keys of their own
         if near := nearest_word(key, KEYS):
-            raise Fault("entry_key_unknown", key=key, near=near)
+            raise Fault("has the unknown key '{key}' in dataset_info.json{near:suggestion}", key=key, near=near)
     for kind, known in (("columns", COLUMNS), ("tags", TAGS)):
         given = description.get(kind) or {}
         if not isinstance(given, dict):
-            raise Fault("entry_value_no_object", key=kind)
+            raise Fault('has {key} in dataset_info.json that are no object; write {{"...": "..."}}', key=kind)
         for key, value in given.items():
             if not isinstance(value, str | None):
                 raise Fault(
-                    "entry_value_no_text", key=f"{kind}: {key}", value=json.dumps(value, ensure_ascii=False)[:60]
+                    "has {key}: {value} in dataset_info.json; it must be text",
+                    key=f"{kind}: {key}",
+                    value=json.dumps(value, ensure_ascii=False)[:60],
                 )
             if key not in known:
                 if near := nearest_word(key, known):
-                    raise Fault("entry_key_unknown", key=f"{kind}: {key}", near=near)
-                notes.append(Message("entry_key_unused", key=f"{kind}: {key}"))
+                    raise Fault(
+                        "has the unknown key '{key}' in dataset_info.json{near:suggestion}",
+                        key=f"{kind}: {key}",
+                        near=near,
+                    )
+                notes.append(Message("dataset_info.json has '{key}', which is not used", key=f"{kind}: {key}"))
     return tuple(notes)
 
 
@@ -188,11 +241,11 @@ def refuse_other_data(kinds: Iterable[str], stage: str) -> None:
     """Raises Fault where columns of these `kinds` (see COLUMNS) make a dataset one that `stage` cannot use."""
     kinds = set(kinds)
     if kinds & set(MEDIA):
-        raise Fault("data_has_media", kind=next(kind for kind in MEDIA if kind in kinds))
+        raise Fault("has {kind}; this kit trains on text", kind=next(kind for kind in MEDIA if kind in kinds))
     if kinds & set(PAIRS) and stage not in ("dpo", "pt"):
-        raise Fault("data_is_pairs")
+        raise Fault("is preference data (chosen and rejected answers), which only stage: dpo trains on")
     if "kto_tag" in kinds and stage not in ("kto", "pt"):
-        raise Fault("data_is_kto")
+        raise Fault("is preference data (answers marked as good or bad), which only stage: kto trains on")
 
 
 def _path_entry(name: str, folder: Path) -> Entry:
@@ -208,11 +261,17 @@ def data_files(path: Path, split: str) -> tuple[Path, ...]:
     if path.is_dir():
         return _files_of_folder(path, split)
     if not path.exists():
-        raise Fault("file_not_there", file=path, near=nearest_word(path.name, (p.name for p in path.parent.glob("*"))))
+        raise Fault(
+            "names the file {file}, which does not exist{near:suggestion}",
+            file=path,
+            near=nearest_word(path.name, (p.name for p in path.parent.glob("*"))),
+        )
     if not path.is_file():  # a pipe or a device: reading it might never end
-        raise Fault("file_not_regular", file=path)
+        raise Fault(
+            "is in {file}, which is no regular file (a pipe or a device); write its rows into a file first", file=path
+        )
     if path.suffix.lower() not in EXTENSIONS:
-        raise Fault("file_type_unknown", file=path, known=list(EXTENSIONS))
+        raise Fault("is in {file}, whose type is unknown; known are {known}", file=path, known=list(EXTENSIONS))
     return (path,)
 
 
@@ -222,7 +281,12 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
     if (folder / "state.json").is_file() and (saved := _saved_files(folder)):
         return saved
     if is_registry(folder / REGISTRY):
-        raise Fault("folder_is_registry", folder=folder, names=[*read_registry(folder / REGISTRY)][:20])
+        raise Fault(
+            "is the folder {folder}, which has a dataset_info.json; use dataset_dir={folder} and one of its "
+            "datasets: {names}",
+            folder=folder,
+            names=[*read_registry(folder / REGISTRY)][:20],
+        )
     files = sorted(
         path
         for path in folder.iterdir()
@@ -230,9 +294,18 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
     )
     kinds = sorted({EXTENSIONS[path.suffix.lower()] for path in files})
     if not kinds:
-        raise Fault("folder_without_data", folder=folder, known=list(EXTENSIONS))
+        raise Fault(
+            "is the folder {folder}, which holds no data files; it needs files of one type: {known}",
+            folder=folder,
+            known=list(EXTENSIONS),
+        )
     if len(kinds) > 1:
-        raise Fault("folder_of_several_types", folder=folder, types=kinds)
+        raise Fault(
+            "is the folder {folder}, which holds files of several types ({types}); name one file, or keep one type "
+            "there",
+            folder=folder,
+            types=kinds,
+        )
     return tuple(files)
 
 
@@ -244,7 +317,7 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
     except (OSError, ValueError, KeyError, TypeError):
         return ()
     if lacking := next((file for file in files if not file.is_file()), None):
-        raise Fault("file_not_there", file=lacking, near=None)
+        raise Fault("names the file {file}, which does not exist{near:suggestion}", file=lacking, near=None)
     return tuple(files)
 
 

@@ -33,7 +33,7 @@ def to_prompt(row: Any, layout: Layout, config: Config) -> Conversation:
     note_row(row, layout)
     messages, answer = _messages(row, layout)
     if not messages:
-        raise Fault("conversation_empty")
+        raise Fault("the conversation is empty")
     add_system(messages, row, layout, config)
     reply = {"role": "assistant", "content": "-" if answer is None else answer}
     check_order([*messages, reply])

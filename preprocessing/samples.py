@@ -21,7 +21,7 @@ import common
 from common import Config, Message, UserError
 from preprocessing.conversations import Batch, convert_rows, is_kept, kept_batch, layout_of
 from preprocessing.encode_stages import COLUMNS, count_learned, count_tokens, encode_batch, length_bias, no_sample
-from preprocessing.faults import FaultReport, RowFault
+from preprocessing.faults import FaultReport, RowFault, TooLong
 from preprocessing.formats import Layout, check_columns
 from preprocessing.sources import BATCH, Source, chosen_rows
 from runs.files import read_json, remove_leftovers, sha256, unfinished, write_json
@@ -81,7 +81,7 @@ def tokenize(job: Job, given: Batch | list[Any], *, encoding: bool = True) -> Ch
     left_out: Counter[str] = Counter()
     for place, content, samples in zip(batch.places, batch.contents, found, strict=False):
         if isinstance(samples, Message):
-            dropped = config.overlong == "drop" and samples.code == "longer_than_cutoff_len"
+            dropped = config.overlong == "drop" and isinstance(samples, TooLong)
             faults += [] if dropped else [RowFault(*place, samples)]
             samples = [no_sample(stage, samples.fields["tokens"] if dropped else 0)]
         for number, sample in enumerate(samples):
@@ -189,7 +189,9 @@ def cached(source: Source, config: Config, tokenizer: Any, template: ChatTemplat
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError("cache_disk_full", folder=folder.parent) from None
+        raise UserError(
+            "the disk of {folder} is full; free some space, or set ONECARD_CACHE", folder=folder.parent
+        ) from None
     return folder
 
 
@@ -245,7 +247,9 @@ def write_samples(folder: Path, source: Source, job: Job, faults: FaultReport) -
             own_faults.add(chunk.faults)
             layout.add(chunk.layout)
     if not rows:
-        raise UserError("dataset_without_rows", name=source.entry.name)
+        raise UserError(
+            "dataset '{name}' holds no rows; give it some, or take it out of the recipe", name=source.entry.name
+        )
     check_columns(layout, source.entry.name, rows)
     may_go_on = encoding()
     faults.add_json(own_faults.to_json())
@@ -322,9 +326,18 @@ def _dropped(facts: np.ndarray) -> np.ndarray:
 
 def _left_out_notes(left_out: Counter[str], template: str) -> Iterator[Message]:
     if count := left_out["thoughts"]:
-        yield Message("thoughts_left_out", template=template, answers=count)
+        yield Message(
+            "the chat template ({template}) leaves out the thoughts of {answers:,} answer{answers:plural}",
+            template=template,
+            answers=count,
+        )
     if count := left_out["words_beside_call"]:
-        yield Message("words_left_out", template=template, answers=count)
+        yield Message(
+            "the chat template ({template}) leaves out the text beside a tool call of {answers:,} "
+            "answer{answers:plural}",
+            template=template,
+            answers=count,
+        )
 
 
 def _length_notes(facts: np.ndarray, config: Config) -> Iterator[Message]:
@@ -337,10 +350,23 @@ def _length_notes(facts: np.ndarray, config: Config) -> Iterator[Message]:
     if cut > MANY_CUT * len(known):
         enough = int(np.quantile(known, 1 - MANY_CUT, method="higher"))
         if dropped:
-            yield Message("many_samples_dropped", dropped=dropped, total=len(known), enough=enough)
+            yield Message(
+                "{dropped:,} of {total:,} samples are longer than cutoff_len and are left out; cutoff_len={enough} "
+                "would keep 95 %",
+                dropped=dropped,
+                total=len(known),
+                enough=enough,
+            )
         else:
             cutoff_len = config.cutoff_len
-            yield Message("many_samples_cut", cut=cut, total=len(known), cutoff_len=cutoff_len, enough=enough)
+            yield Message(
+                "{cut:,} of {total:,} samples are longer than cutoff_len={cutoff_len} and are cut; "
+                "cutoff_len={enough} would keep 95 % whole",
+                cut=cut,
+                total=len(known),
+                cutoff_len=cutoff_len,
+                enough=enough,
+            )
     pairs = facts[facts["chosen"] > 0]
     if bias := length_bias(pairs["chosen"], pairs["rejected"]):
         yield bias

@@ -78,11 +78,14 @@ def _fetch(entry: Entry) -> datasets.Dataset:
     except ImportError:
         if entry.hub == "hf":
             raise
-        raise UserError("modelscope_not_installed", name=entry.name) from None
+        raise UserError(
+            "dataset '{name}' is on ModelScope, whose package is not installed: pip install modelscope", name=entry.name
+        ) from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         problem = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise UserError(
-            "dataset_not_fetched",
+            "dataset '{name}' ({repository}, split {split}) could not be fetched from {place}: {problem}; check "
+            "name, split and network, or set HF_ENDPOINT to a mirror",
             name=entry.name,
             repository=entry.repository,
             split=entry.split,
@@ -104,7 +107,14 @@ def chosen_rows(source: Source, config: Config, notes: set[Message]) -> Iterator
             wanted = np.bincount(rng.permutation(total)[: source.entry.num_samples], minlength=total)
             if missing := max(0, source.entry.num_samples - total):
                 wanted += np.bincount(rng.integers(0, total, missing), minlength=total)
-                notes.add(Message("rows_drawn_again", wanted=source.entry.num_samples, total=total, repeated=missing))
+                notes.add(
+                    Message(
+                        "num_samples asks for {wanted:,} of {total:,} rows; {repeated:,} are drawn again",
+                        wanted=source.entry.num_samples,
+                        total=total,
+                        repeated=missing,
+                    )
+                )
         rows = (row for index, row in enumerate(source.read()) for _ in range(wanted[index]))
     if config.max_samples:
         rows = itertools.chain(itertools.islice(rows, config.max_samples), _note_rest(rows, config.max_samples, notes))
@@ -114,7 +124,7 @@ def chosen_rows(source: Source, config: Config, notes: set[Message]) -> Iterator
 def _note_rest(rows: Iterator[Any], limit: int, notes: set[Message]) -> Iterator[Any]:
     """No rows; a note where max_samples left some out. A generator: it must not look before the others are through."""
     if next(rows, None) is not None:
-        notes.add(Message("max_samples_reached", rows=limit))
+        notes.add(Message("max_samples: only the first {rows:,} rows are used", rows=limit))
     yield from ()
 
 
@@ -128,15 +138,44 @@ def read_rows(path: Path, stage: str = "sft") -> NumberedRows:
         with open(path, "rb") as file:
             start = file.read(4096)
     except OSError as error:
-        return iter([(1, Fault("file_not_readable", problem=error.strerror or str(error), final=True))])
+        return iter(
+            [(1, Fault("the file cannot be read ({problem})", problem=error.strerror or str(error), final=True))]
+        )
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return iter([(1, Fault("file_is_utf16", final=True))])
+        return iter([(1, Fault("the file is UTF-16 (its byte-order mark says so); save it as UTF-8", final=True))])
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     kind = EXTENSIONS[path.suffix.lower()]
     if kind == "txt" and not text.startswith((b"{", b"[")):
-        return _text_rows(path) if stage == "pt" else iter([(1, Fault("text_without_answers", final=True))])
+        return (
+            _text_rows(path)
+            if stage == "pt"
+            else iter(
+                [
+                    (
+                        1,
+                        Fault(
+                            "plain text has no questions and answers; stage: pt learns raw text, for other "
+                            "stages a .txt must hold "
+                            "rows as JSON lines",
+                            final=True,
+                        ),
+                    )
+                ]
+            )
+        )
     if kind in ("json", "txt") and text.startswith(b"{") and _spreads_objects(path):
-        return iter([(1, Fault("object_over_lines", final=True))])
+        return iter(
+            [
+                (
+                    1,
+                    Fault(
+                        "an object of the file goes over several lines; it must be a list [...] of rows, or one "
+                        "object a line",
+                        final=True,
+                    ),
+                )
+            ]
+        )
     if kind == "txt" or (kind == "json" and not text.startswith(b"[")):
         kind = "list" if text.startswith(b"[") else "lines"
     elif kind == "json":
@@ -197,15 +236,24 @@ def parse_line(line: bytes, number: int) -> Any:
     try:
         return json.loads(line.decode("utf-8").rstrip())  # else a fault at the end would lie on a line of its own
     except UnicodeDecodeError as error:
-        raise Fault("line_not_utf8", line=number, byte=error.start + 1) from None
+        raise Fault(
+            "line {line}, byte {byte} is not UTF-8; save the file as UTF-8", line=number, byte=error.start + 1
+        ) from None
     except json.JSONDecodeError as error:
         if line.startswith(codecs.BOM_UTF8):
-            raise Fault("line_starts_with_bom", line=number) from None
-        raise Fault("json_broken", line=number, column=error.colno, problem=json_problem(error)) from None
+            raise Fault("line {line} starts with a byte-order mark (BOM); delete it", line=number) from None
+        raise Fault(
+            "broken JSON at line {line}, column {column}: {problem}",
+            line=number,
+            column=error.colno,
+            problem=json_problem(error),
+        ) from None
     except RecursionError:
-        raise Fault("json_too_deep") from None
+        raise Fault("is nested too deeply") from None
     except ValueError as error:  # a number of more digits than Python reads
-        raise Fault("json_broken", line=number, column=1, problem=str(error)) from None
+        raise Fault(
+            "broken JSON at line {line}, column {column}: {problem}", line=number, column=1, problem=str(error)
+        ) from None
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -286,7 +334,13 @@ class _JsonList:
     def broken(self, problem: str | Message, position: int) -> Fault:
         newlines = self.text.count("\n", 0, position)
         column = position - self.text.rfind("\n", 0, position) if newlines else self.column + position
-        return Fault("json_list_broken", line=self.line + newlines, column=column, problem=problem, final=True)
+        return Fault(
+            "broken JSON at line {line}, column {column}: {problem}; nothing after it can be read",
+            line=self.line + newlines,
+            column=column,
+            problem=problem,
+            final=True,
+        )
 
 
 def _list_rows(path: Path, chunk: int = 1 << 20, longest: int = 1 << 26) -> NumberedRows:
@@ -299,7 +353,7 @@ def _list_rows(path: Path, chunk: int = 1 << 20, longest: int = 1 << 26) -> Numb
     except UnicodeDecodeError:
         yield number + 1, not_utf8(path)
     except RecursionError:
-        yield number + 1, Fault("json_too_deep", final=True)
+        yield number + 1, Fault("is nested too deeply", final=True)
 
 
 def not_utf8(path: Path) -> Fault:
@@ -309,8 +363,13 @@ def not_utf8(path: Path) -> Fault:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return Fault("line_not_utf8", line=number, byte=error.start + 1, final=True)
-    return Fault("line_not_utf8", line=1, byte=1, final=True)
+                return Fault(
+                    "line {line}, byte {byte} is not UTF-8; save the file as UTF-8",
+                    line=number,
+                    byte=error.start + 1,
+                    final=True,
+                )
+    return Fault("line {line}, byte {byte} is not UTF-8; save the file as UTF-8", line=1, byte=1, final=True)
 
 
 def _csv_rows(path: Path) -> NumberedRows:
@@ -330,20 +389,37 @@ def _csv_rows(path: Path) -> NumberedRows:
                 if len(values) == len(header):
                     yield number, dict(zip(header, values, strict=True))
                 else:
-                    yield number, Fault("csv_row_length", line=reader.line_num, values=len(values), columns=len(header))
+                    yield (
+                        number,
+                        Fault(
+                            "line {line}: {values} value{values:plural} for {columns} column{columns:plural}",
+                            line=reader.line_num,
+                            values=len(values),
+                            columns=len(header),
+                        ),
+                    )
         except csv.Error as error:
-            yield number + 1, Fault("csv_broken", line=reader.line_num, problem=str(error), final=True)
+            yield (
+                number + 1,
+                Fault("line {line}: broken CSV ({problem})", line=reader.line_num, problem=str(error), final=True),
+            )
         except UnicodeDecodeError:
             yield number + 1, not_utf8(path)
 
 
 def _header_fault(header: list[str]) -> Fault | None:
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        return Fault("csv_column_twice", column=twice[0], final=True)
+        return Fault("the header has the column '{column}' more than once; rename one", column=twice[0], final=True)
     separator = next((sign for sign in (";", "\t", "|") if len(header) == 1 and sign in header[0]), None)
     if separator:
         shown = "tab" if separator == "\t" else separator
-        return Fault("csv_separator", header=header[0][:80], separator=shown, final=True)
+        return Fault(
+            "the header is a single column, '{header}': its values seem to be separated by '{separator}'; save the "
+            "file with commas",
+            header=header[0][:80],
+            separator=shown,
+            final=True,
+        )
     return None
 
 
@@ -368,7 +444,12 @@ def _parquet_rows(path: Path) -> NumberedRows:
         for number, row in _numbered(pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=BATCH)):
             yield number, row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield number + 1, Fault("file_not_of_type", type="Parquet", problem=_first_line(error), final=True)
+        yield (
+            number + 1,
+            Fault(
+                "the file cannot be read as {type} ({problem})", type="Parquet", problem=_first_line(error), final=True
+            ),
+        )
 
 
 def _arrow_rows(path: Path) -> NumberedRows:
@@ -386,7 +467,12 @@ def _arrow_rows(path: Path) -> NumberedRows:
             for number, row in _numbered(map(_validated, reader)):
                 yield number, row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield number + 1, Fault("file_not_of_type", type="Arrow", problem=_first_line(error), final=True)
+        yield (
+            number + 1,
+            Fault(
+                "the file cannot be read as {type} ({problem})", type="Arrow", problem=_first_line(error), final=True
+            ),
+        )
 
 
 def _validated(batch: Any) -> Any:

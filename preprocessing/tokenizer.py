@@ -50,7 +50,12 @@ def load_tokenizer(place: Path | str, *, trust_remote_code: bool = False) -> Any
     if tokenizer is not None and (not file.is_file() or _is_custom(tokenizer)):
         return tokenizer
     if not file.is_file():
-        raise UserError("tokenizer_missing", model=place, reason=_first_line(failure)) from None
+        raise UserError(
+            "the tokenizer of {model} is not on the disk, or cannot be read ({reason}); fetch the model: python "
+            "download.py",
+            model=place,
+            reason=_first_line(failure),
+        ) from None
     if type(tokenizer) is PreTrainedTokenizerFast and "add_prefix_space" not in tokenizer.init_kwargs:
         return tokenizer  # it has read the file itself: reading it once more to compare takes up to a second
     expected = _probe(read_backend(file))
@@ -74,7 +79,11 @@ def read_backend(file: Path) -> Any:
     except Exception as error:
         if type(error) is not Exception:  # tokenizers raises nothing more exact
             raise
-        raise UserError("tokenizer_file_broken", file=file, reason=_first_line(error)) from None
+        raise UserError(
+            "{file} cannot be read ({reason}); fetch the model again, or copy this file again",
+            file=file,
+            reason=_first_line(error),
+        ) from None
 
 
 def _by_the_file(folder: Path, expected: list[tuple[list[int], str]]) -> Any:
@@ -84,10 +93,22 @@ def _by_the_file(folder: Path, expected: list[tuple[list[int], str]]) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError("tokenizer_missing", model=folder, reason=_first_line(error)) from None
+        raise UserError(
+            "the tokenizer of {model} is not on the disk, or cannot be read ({reason}); fetch the model: python "
+            "download.py",
+            model=folder,
+            reason=_first_line(error),
+        ) from None
     for text, found, wanted in zip(PROBES, _probe(tokenizer.backend_tokenizer), expected, strict=True):
         if found != wanted:
-            raise UserError("tokenizer_differs_from_file", folder=folder, text=repr(text))
+            raise UserError(
+                "the tokenizer that transformers builds in {folder} does not encode {text} as its tokenizer.json "
+                "does;\n"
+                "a setting in tokenizer_config.json contradicts that file: fetch both files again from where the "
+                "model was published",
+                folder=folder,
+                text=repr(text),
+            )
     return tokenizer
 
 
@@ -141,7 +162,9 @@ class LightTokenizer:
 def load_light_tokenizer(folder: Path) -> LightTokenizer:
     """The tokenizer of a folder; raises UserError where it has no tokenizer.json."""
     if not (folder / "tokenizer.json").exists():
-        raise UserError("tokenizer_file_missing", folder=folder)
+        raise UserError(
+            "{folder} has no tokenizer.json; load its tokenizer with transformers and save it again", folder=folder
+        )
     settings = read_object(folder / "tokenizer_config.json")
     jinja = folder / "chat_template.jinja"
     names = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}

@@ -44,7 +44,12 @@ def shorten(
         overflow = len(encoding) - cutoff_len
         cut, rendered, encoding = cutter.cut(cut, answers, answer_tokens - overflow, repeat=True)
     if len(encoding) > cutoff_len:
-        raise Fault("no_space_for_answer", cutoff_len=cutoff_len, tokens=len(encoding))
+        raise Fault(
+            "cutoff_len={cutoff_len} leaves no space for its answer: the template, the tools and the beginning of "
+            "the question alone take {tokens} tokens; raise cutoff_len",
+            cutoff_len=cutoff_len,
+            tokens=len(encoding),
+        )
     return kept, cut, rendered, encoding
 
 

@@ -76,7 +76,11 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "adapter_model.safetensors"
         if not self.file.exists():
-            raise UserError("adapter_without_weights", folder=folder)
+            raise UserError(
+                "{folder} lacks adapter_model.safetensors, the only format read here; copy the whole folder, or "
+                "save the adapter again with peft",
+                folder=folder,
+            )
         self.settings = read_object(folder / "adapter_config.json")
         for key in ("peft_type", "task_type"):  # written as str(PeftType.LORA) by some programs
             if isinstance(self.settings.get(key), str):
@@ -102,11 +106,28 @@ class Adapter:
         for stored, tensor in read_header(self.file).items():
             name = WRAPPERS.sub("", stored)
             if name in self.tensors:
-                raise UserError("adapter_tensor_twice", file=self.file, tensor=name)
+                raise UserError(
+                    "{file} has {tensor} twice, once under a name with a prefix; save the adapter again with peft",
+                    file=self.file,
+                    tensor=name,
+                )
             if tensor.dtype not in DTYPES.values():
-                raise UserError("adapter_dtype", file=self.file, tensor=stored, dtype=tensor.dtype, known=[*DTYPES])
+                raise UserError(
+                    "{file}: {tensor} is stored as {dtype}; an adapter is read in {known}: save it again in one of "
+                    "these",
+                    file=self.file,
+                    tensor=stored,
+                    dtype=tensor.dtype,
+                    known=[*DTYPES],
+                )
             if tensor.count == 0:
-                raise UserError("adapter_tensor_empty", file=self.file, tensor=stored)
+                raise UserError(
+                    "{file}: {tensor} is empty, as DeepSpeed ZeRO-3 saves an adapter that it has not gathered; "
+                    "save it again with stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with "
+                    "zero_to_fp32.py",
+                    file=self.file,
+                    tensor=stored,
+                )
             self.tensors[name] = tensor
             if name != stored:
                 self.renamed[name] = stored
@@ -125,11 +146,24 @@ class Adapter:
     def check_mergeable(self) -> None:
         """Raises UserError for everything that a merge here would not do rightly, by name."""
         if self.settings.get("peft_type") != "LORA":
-            raise UserError("adapter_kind_not_merged", folder=self.folder, kind=self.settings.get("peft_type"))
+            raise UserError(
+                "{folder} is a {kind} adapter, and merge.py merges LoRA, rsLoRA and DoRA; merge it with peft's "
+                "merge_and_unload",
+                folder=self.folder,
+                kind=self.settings.get("peft_type"),
+            )
         if found := self.settings_not_merged():
-            raise UserError("adapter_settings_not_merged", file=self.folder / "adapter_config.json", settings=found)
+            raise UserError(
+                "{file} has what merge.py does not merge: {settings}; merge it with peft's merge_and_unload",
+                file=self.folder / "adapter_config.json",
+                settings=found,
+            )
         if self.unknown:
-            raise UserError("adapter_tensor_unknown", file=self.file, tensor=self.unknown[0])
+            raise UserError(
+                "{file}: {tensor} is of a kind that merge.py does not merge; merge it with peft's merge_and_unload",
+                file=self.file,
+                tensor=self.unknown[0],
+            )
 
     def take(self, name: str) -> Tensor:
         """A tensor of the file, counted as used."""
@@ -150,7 +184,11 @@ class Adapter:
         if copied:
             taken.pop("original_module", None)
         if len({digest(tensor) for tensor in taken.values()}) != 1:
-            raise UserError("adapter_two_values", file=self.file, tensor=target)
+            raise UserError(
+                "{file} has {tensor} with two different values; save the adapter again from the trained model",
+                file=self.file,
+                tensor=target,
+            )
         return next(iter(taken.values())), copied
 
     def scaling(self, module: str) -> tuple[int, float]:
@@ -163,7 +201,11 @@ class Adapter:
         alpha = lookup(self.settings.get("alpha_pattern"), self.settings.get("lora_alpha"))
         for key, value in (("r", rank), ("lora_alpha", alpha)):
             if type(value) not in (int, float) or (key == "r" and value <= 0):
-                raise UserError("adapter_without_number", file=self.folder / "adapter_config.json", key=key)
+                raise UserError(
+                    "{file} has no valid number {key}; save the adapter again with peft",
+                    file=self.folder / "adapter_config.json",
+                    key=key,
+                )
         return rank, alpha / (rank**0.5 if self.settings.get("use_rslora") else rank)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
@@ -174,10 +216,19 @@ class Adapter:
         )
         for part in (first, second):
             if part not in parts:
-                raise UserError("adapter_part_missing", file=self.file, module=module, part=part)
+                raise UserError(
+                    "{file}: {module} lacks its {part}; the file is damaged: copy or save it again",
+                    file=self.file,
+                    module=module,
+                    part=part,
+                )
         a, b = self.take(parts[first]), self.take(parts[second])
         if not len(a.shape) == len(b.shape) == 2:
-            raise UserError("adapter_not_linear", file=self.file, module=module)
+            raise UserError(
+                "{file}: {module} is neither a linear layer nor an embedding; merge it with peft's merge_and_unload",
+                file=self.file,
+                module=module,
+            )
         return a, b
 
     def update(self, module: str, shape: tuple[int, ...], transposed: bool) -> Update:
@@ -188,17 +239,40 @@ class Adapter:
         a, b = self.factors(module)
         parts = self.parts[module]
         if len(shape) != 2:
-            raise UserError("adapter_not_linear", file=self.file, module=module)
+            raise UserError(
+                "{file}: {module} is neither a linear layer nor an embedding; merge it with peft's merge_and_unload",
+                file=self.file,
+                module=module,
+            )
         rank, scale = self.scaling(module)
         if a.shape[0] != rank or b.shape[1] != rank:
-            raise UserError("adapter_rank", file=self.file, module=module, rank=a.shape[0], configured=rank)
+            raise UserError(
+                "{file}: {module} has rank {rank}, adapter_config.json says {configured}; take both files from one "
+                "training",
+                file=self.file,
+                module=module,
+                rank=a.shape[0],
+                configured=rank,
+            )
         trained = (b.shape[0], a.shape[1])
         embedding = "lora_embedding_A" in parts
         transposed = embedding or (transposed if trained[0] == trained[1] else shape == trained[::-1])
         if shape != (trained[::-1] if transposed else trained):
-            raise UserError("adapter_shape", file=self.file, tensor=module, trained=str(trained), base=str(shape))
+            raise UserError(
+                "{file}: {tensor} was trained on a weight of shape {trained}, not {base}; give "
+                "model_name_or_path=the model it was trained on",
+                file=self.file,
+                tensor=module,
+                trained=str(trained),
+                base=str(shape),
+            )
         if bool(self.settings.get("use_dora")) != ("lora_magnitude_vector" in parts):
-            raise UserError("adapter_dora_contradiction", file=self.file, module=module)
+            raise UserError(
+                "{file}: {module} and use_dora of adapter_config.json contradict each other; take both files from "
+                "one training",
+                file=self.file,
+                module=module,
+            )
         magnitude = self.take(parts["lora_magnitude_vector"]) if "lora_magnitude_vector" in parts else None
         return Update(a if transposed else b, b if transposed else a, scale, transposed, magnitude)
 
@@ -245,18 +319,41 @@ def find_places(
     replaced = {**places.own, **places.copied}
     for name in [*replaced, *modules]:
         if name not in base:
-            code = Message("multimodal_names") if multimodal else Message("another_base")
-            raise UserError("adapter_without_place", file=adapter.file, tensor=name, what=code)
+            code = (
+                Message(
+                    "a multimodal model's tensors have other names on the disk than in memory: merge it with peft's "
+                    "merge_and_unload"
+                )
+                if multimodal
+                else Message("give model_name_or_path=the model it was trained on")
+            )
+            raise UserError(
+                "{file} changes {tensor}, which the base does not have; {what}",
+                file=adapter.file,
+                tensor=name,
+                what=code,
+            )
     for name, tensor in replaced.items():
         _check_replacement(adapter, name, tensor, base[name])
         base[name] = tensor.shape
     rows = {base[name][0] for name in (places.embedding, places.head) if name in base}
     if len(rows) > 1:
-        raise UserError("adapter_ends_differ", file=adapter.file, embedding=places.embedding, head=places.head)
+        raise UserError(
+            "{file} has {embedding} and {head} of different lengths; train both with the same new tokens",
+            file=adapter.file,
+            embedding=places.embedding,
+            head=places.head,
+        )
     places.vocabulary = rows.pop() if rows else None
     places.updates = {**_linear_updates(adapter, modules, base, merging), **_expert_updates(adapter, base)}
     if wrong := [name for name in adapter.tensors if adapter.used[name] != 1]:
-        raise UserError("adapter_tensor_used", file=adapter.file, tensor=wrong[0], count=adapter.used[wrong[0]])
+        raise UserError(
+            "{file}: {tensor} matches {count} tensors of the base instead of one; give model_name_or_path=the "
+            "model it was trained on",
+            file=adapter.file,
+            tensor=wrong[0],
+            count=adapter.used[wrong[0]],
+        )
     return places
 
 
@@ -275,7 +372,13 @@ def _find_ends(
     if not tied or embedding is None:
         return
     if {embedding, head} <= own.keys() and digest(own[embedding]) != digest(own[head]):
-        raise UserError("adapter_tied_ends_differ", file=adapter.file, embedding=embedding, head=head)
+        raise UserError(
+            "{file} has {embedding} and {head} with different values, which are one tensor in the base; give "
+            "model_name_or_path=the model it was trained on",
+            file=adapter.file,
+            embedding=embedding,
+            head=head,
+        )
     base.setdefault(head, base[embedding])
     if new := own.get(embedding, own.get(head)):
         own[embedding] = own[head] = new
@@ -285,7 +388,14 @@ def _check_replacement(adapter: Adapter, name: str, tensor: Tensor, shape: tuple
     """Raises UserError where the adapter's tensor cannot stand for the base's: only an embedding may grow."""
     grown = name.endswith(EMBEDDINGS + HEADS) and (tensor.shape[0], *shape[1:]) == tensor.shape
     if tensor.shape != shape and not (grown and tensor.shape[0] > shape[0]):
-        raise UserError("adapter_shape", file=adapter.file, tensor=name, trained=str(tensor.shape), base=str(shape))
+        raise UserError(
+            "{file}: {tensor} was trained on a weight of shape {trained}, not {base}; give model_name_or_path=the "
+            "model it was trained on",
+            file=adapter.file,
+            tensor=name,
+            trained=str(tensor.shape),
+            base=str(shape),
+        )
 
 
 def _linear_updates(
@@ -302,7 +412,12 @@ def _linear_updates(
         if "lora_B.bias" in adapter.parts[module]:
             bias = _place(f"{module}.bias", base)
             if bias not in base and merging:
-                raise UserError("adapter_bias_without_place", file=adapter.file, module=module)
+                raise UserError(
+                    "{file}: {module} has a bias (lora_bias), and the base has none there to add it to; chat.py "
+                    "answers with this adapter as it is, for a merge train without lora_bias",
+                    file=adapter.file,
+                    module=module,
+                )
             updates[bias] = Update(adapter.take(adapter.parts[module]["lora_B.bias"]), None, updates[weight].scale)
     return updates
 
@@ -332,7 +447,14 @@ def _expert_updates(adapter: Adapter, base: Mapping[str, tuple[int, ...]]) -> di
             if trained in (shape[1:], shape[:0:-1]) and a.shape[0] == b.shape[1] == rank * shape[0]:
                 break
         else:
-            raise UserError("adapter_shape", file=adapter.file, tensor=module, trained=str(trained), base=str(shape))
+            raise UserError(
+                "{file}: {tensor} was trained on a weight of shape {trained}, not {base}; give "
+                "model_name_or_path=the model it was trained on",
+                file=adapter.file,
+                tensor=module,
+                trained=str(trained),
+                base=str(shape),
+            )
         transposed = trained != shape[1:] if trained[0] != trained[1] else _experts_transposed(adapter, module, base)
         first, second = (a, b) if transposed else (b, a)
         updates[name] = Update(first, second, scale, transposed, experts=shape[0])
@@ -351,4 +473,9 @@ def _experts_transposed(adapter: Adapter, module: str, base: Mapping[str, tuple[
             shapes = [shape[1:] for shape in _experts(module, base).values()]
             if trained[0] != trained[1] and (trained in shapes or trained[::-1] in shapes):
                 return trained not in shapes
-    raise UserError("adapter_experts_square", file=adapter.file, module=module)
+    raise UserError(
+        "{file}: the experts of {module} are square, so their shape does not tell how they are stored; merge it "
+        "with peft's merge_and_unload",
+        file=adapter.file,
+        module=module,
+    )

@@ -47,6 +47,10 @@ EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
 TAKE_ARGUMENTS = ("ademamix", "ademamix_8bit", "sgd", "rmsprop", "adagrad")
 
 
+class ConfigFaults(UserError):
+    """The faults of a configuration, all at once: the field `faults`."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A configuration and how it came about: the recipe's path (or None), its notes, the options that were set, and
@@ -72,9 +76,18 @@ def load_config(arguments: list[str]) -> Loaded:
         if equals and key.replace("_", "").replace("-", "").isalnum() and not os.path.exists(argument):
             typed[key.replace("-", "_")] = _parse(value)
         elif argument.startswith("-"):
-            raise UserError("unknown_argument", argument=argument, near=nearest_word(argument, _flags()))
+            raise UserError(
+                "unknown argument {argument}{near:suggestion}; settings are written key=value or --key value, "
+                "--help lists them",
+                argument=argument,
+                near=nearest_word(argument, _flags()),
+            )
         elif recipe is not None:
-            raise UserError("two_recipes", first=recipe, second=argument)
+            raise UserError(
+                "two recipes given, {first} and {second}; give one, and settings as key=value",
+                first=recipe,
+                second=argument,
+            )
         else:
             recipe = Path(argument).expanduser()
             read = read_recipe(recipe)
@@ -110,8 +123,10 @@ class _Setting:
         return redact(self.value) if isinstance(self.value, str) else self.value
 
     def fault(self, problem: Message) -> Message:
-        place = Message("command_line") if self.recipe is None else str(self.recipe)
-        return Message("setting_fault", place=place, key=self.key, value=self.shown, problem=problem)
+        place = Message("command line") if self.recipe is None else str(self.recipe)
+        return Message(
+            "{place}: {key}: {value} {problem}", place=place, key=self.key, value=self.shown, problem=problem
+        )
 
 
 def _by_name(given: dict[str, Any], recipe: Path | None, faults: list[Message]) -> dict[str, _Setting]:
@@ -124,8 +139,15 @@ def _by_name(given: dict[str, Any], recipe: Path | None, faults: list[Message]) 
             if name in found:
                 one = _combined(name, found[name].value, one)
             if one is None and name in found:
-                place = Message("command_line") if recipe is None else str(recipe)
-                faults.append(Message("same_setting", place=place, first=found[name].key, second=key))
+                place = Message("command line") if recipe is None else str(recipe)
+                faults.append(
+                    Message(
+                        "{place}: {first} and {second} are the same setting; keep one",
+                        place=place,
+                        first=found[name].key,
+                        second=key,
+                    )
+                )
             else:
                 found[name] = _Setting(key, one, recipe)
     return found
@@ -143,7 +165,14 @@ def _combined(name: str, first: Any, second: Any) -> Any:
 
 def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -> Loaded:
     if of_v1 := V1_KEYS & read.keys():
-        raise UserError("recipe_of_v1", recipe=recipe, keys=sorted(of_v1))
+        raise UserError(
+            "{recipe} is a recipe of LLaMA-Factory's v1 ({keys}), and this kit reads the keys of 0.9: "
+            "model_name_or_path for model, dataset (the data file itself) for train_dataset, "
+            "per_device_train_batch_size for micro_batch_size, lora_rank, lora_alpha, lora_dropout, lora_target "
+            "for peft_config",
+            recipe=recipe,
+            keys=sorted(of_v1),
+        )
     faults: list[Message] = []
     notes: list[Message] = []
     values: dict[str, Any] = {}
@@ -156,13 +185,18 @@ def _resolve(recipe: Path | None, read: dict[str, Any], typed: dict[str, Any]) -
     faults += _check_preferences(values) + _check_schedule(values) + _check_rewards(values)
     faults += _check_data(values) + _check_adapter(values) + _check_steps(values) + _check_reporters(values, notes)
     if faults:
-        raise UserError("config_faults", count=len(faults), faults=faults, help=command("train.py", "--help"))
+        raise ConfigFaults(
+            "the configuration has {count} fault{count:plural}:\n  {faults:lines}\n{help} lists every key.",
+            count=len(faults),
+            faults=faults,
+            help=command("train.py", "--help"),
+        )
     notes += _push_notes({**read, **typed})
     if values.get("trust_remote_code"):
-        notes.append(Message("remote_code_runs"))
+        notes.append(Message("trust_remote_code: the Python code that comes with the model is run with your rights"))
     if values.get("packing") and values.get("stage") in ("dpo", "kto", "grpo"):
         values["packing"] = False
-        notes.append(Message("packing_not_for_pairs"))
+        notes.append(Message("packing has no effect on answers that are compared: their batches are padded"))
     if "reward_funcs" in values:
         values["reward_funcs"] = tuple(find_reward_file(name, recipe) for name in values["reward_funcs"])
     if values.get("packing") is None:
@@ -209,14 +243,18 @@ def _foreign_key(key: str, setting: _Setting, notes: list[Message]) -> Message |
     if key in known.no_effect:
         return None
     if key in known.noted:
-        defaults, code = known.noted[key]
+        defaults, reason = known.noted[key]
         if not is_default(setting.value, defaults):
-            notes.append(Message("setting_noted", key=key, value=setting.value, reason=Message(code)))
+            notes.append(Message("{key}: {value}: {reason}", key=key, value=setting.value, reason=Message(reason)))
         return None
     if key in known.refused:
-        defaults, code = known.refused[key]
-        return None if is_default(setting.value, defaults) else Message("setting_refused", reason=Message(code))
-    return Message("unknown_key", near=nearest_word(key, [*OPTIONS, *known.renamed]))
+        defaults, reason = known.refused[key]
+        return (
+            None
+            if is_default(setting.value, defaults)
+            else Message("is not supported: {reason}", reason=Message(reason))
+        )
+    return Message("is not a known key{near:suggestion}", near=nearest_word(key, [*OPTIONS, *known.renamed]))
 
 
 def _push_notes(settings: dict[str, Any]) -> list[Message]:
@@ -224,38 +262,69 @@ def _push_notes(settings: dict[str, Any]) -> list[Message]:
     asked = compatibility().push
     wanted = [key for key in asked["switches"] if not is_default(settings.get(key), [False, None])]
     names = [settings[key] for key in asked["names"] if not is_unset(settings.get(key))]
-    return [Message("compat_push", keys=wanted, repo=str((*names, "ORG/NAME")[0]))] if wanted else []
+    return (
+        [
+            Message(
+                "{keys}: nothing is uploaded by itself; after training: merge.py RUN --push {repo}; a new "
+                "repository is "
+                "private",
+                keys=wanted,
+                repo=str((*names, "ORG/NAME")[0]),
+            )
+        ]
+        if wanted
+        else []
+    )
 
 
 def _check_data(values: dict[str, Any]) -> list[Message]:
     """What is wrong with the settings of the data taken together."""
     faults = []
     if values.get("val_size") and values.get("eval_dataset"):
-        faults.append(Message("exclude_each_other", first="val_size", second="eval_dataset"))
+        faults.append(
+            Message("{first} and {second} exclude each other; keep one", first="val_size", second="eval_dataset")
+        )
     if values.get("mask_history") and values.get("train_on_prompt"):
-        faults.append(Message("exclude_each_other", first="mask_history", second="train_on_prompt"))
+        faults.append(
+            Message("{first} and {second} exclude each other; keep one", first="mask_history", second="train_on_prompt")
+        )
     if (values.get("val_size") or 0) > 1 and values["val_size"] != int(values["val_size"]):
-        faults.append(Message("val_size_not_whole"))
+        faults.append(Message("val_size must be a fraction below 1 or a whole count of samples"))
     probabilities, names = values.get("interleave_probs", ()), values.get("dataset", Config.dataset)
     if not names and not (values.get("do_predict") or values.get("do_eval") or values.get("do_train") is False):
-        faults.append(Message("dataset_empty"))
+        faults.append(Message("dataset names no data; give a name of dataset_info.json or a file"))
     if probabilities and len(probabilities) != len(names):
-        faults.append(Message("interleave_probs_count", values=len(probabilities), datasets=len(names)))
+        faults.append(
+            Message(
+                "interleave_probs has {values} value{values:plural} for {datasets} dataset{datasets:plural}; give one "
+                "for each",
+                values=len(probabilities),
+                datasets=len(names),
+            )
+        )
     if probabilities and (min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-3):
-        faults.append(Message("interleave_probs_sum"))
+        faults.append(Message("interleave_probs must be positive and sum to 1"))
     return faults
 
 
 def _check_preferences(values: dict[str, Any]) -> list[Message]:
     """What is wrong with the settings of preferences taken together."""
     if values.get("dpo_label_smoothing") and values.get("pref_loss", "sigmoid") != "sigmoid":
-        return [Message("smoothing_needs_sigmoid")]
+        return [Message("dpo_label_smoothing needs pref_loss: sigmoid")]
     if values.get("pref_beta") == 0 and values.get("stage") in ("dpo", "kto"):
-        return [Message("pref_beta_is_zero")]
+        return [Message("pref_beta: 0 would make the preferences have no effect")]
     only_sft = [name for name in ("pissa_init", "neftune_noise_alpha") if values.get(name)]
     only_sft += ["lora_bias"] if values.get("lora_bias") in ("all", "lora_only") else []
     if values.get("stage", "sft") not in ("sft", "pt"):
-        return [Message("changes_the_reference", key=name, stage=values["stage"]) for name in only_sft]
+        return [
+            Message(
+                "{key} is for stage: sft and pt; with {stage} the reference is the model with its adapter off, which "
+                "{key} would change",
+                key=name,
+                stage=values["stage"],
+            )
+            for name in only_sft
+        ]
     return []
 
 
@@ -266,7 +335,11 @@ def _move_embeddings(values: dict[str, Any], notes: list[Message]) -> None:
     if moved and set(targets) > set(moved):
         values["lora_target"] = tuple(name for name in targets if name not in moved)
         values["additional_target"] = tuple(dict.fromkeys((*values.get("additional_target", ()), *moved)))
-        notes.append(Message("embeddings_learn_whole", modules=moved))
+        notes.append(
+            Message(
+                "{modules} of lora_target: embeddings learn whole, not by LoRA, as in additional_target", modules=moved
+            )
+        )
 
 
 def _check_rewards(values: dict[str, Any]) -> list[Message]:
@@ -280,18 +353,50 @@ def _check_rewards(values: dict[str, Any]) -> list[Message]:
     faults = []
     functions, weights = value("reward_funcs"), value("reward_weights")
     if not functions:
-        faults.append(Message("reward_funcs_missing"))
+        faults.append(
+            Message(
+                "stage: grpo needs reward_funcs: exact_label, one_of_labels, json_valid, length, regex: PATTERN, or "
+                "FILE.py:function"
+            )
+        )
     elif weights and len(weights) != len(functions):
-        faults.append(Message("reward_weights_count", weights=len(weights), functions=len(functions)))
+        faults.append(
+            Message(
+                "reward_weights has {weights} values for {functions} reward_funcs",
+                weights=len(weights),
+                functions=len(functions),
+            )
+        )
     batch, steps, each = map(value, ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations"))
     if (replies := batch * steps) % each:
         enough = next(n for n in range(steps, steps + each + 1) if batch * n % each == 0)
-        faults.append(Message("replies_not_whole", batch=batch, steps=steps, replies=replies, each=each, enough=enough))
+        faults.append(
+            Message(
+                "per_device_train_batch_size x gradient_accumulation_steps = {batch} x {steps} = {replies} replies a "
+                "step must be a multiple of num_generations ({each}): gradient_accumulation_steps: {enough}",
+                batch=batch,
+                steps=steps,
+                replies=replies,
+                each=each,
+                enough=enough,
+            )
+        )
     longest, cutoff_len = value("max_completion_length"), value("cutoff_len")
     if longest >= cutoff_len:
-        faults.append(Message("no_room_for_prompts", longest=longest, cutoff_len=cutoff_len))
+        faults.append(
+            Message(
+                "max_completion_length ({longest}) leaves no room for prompts within cutoff_len ({cutoff_len}), which "
+                "counts both",
+                longest=longest,
+                cutoff_len=cutoff_len,
+            )
+        )
     if value("temperature") == 0:
-        faults.append(Message("replies_all_alike"))
+        faults.append(
+            Message(
+                "temperature: 0 would make all replies to a prompt the same, so that nothing is learned; leave it out"
+            )
+        )
     return faults
 
 
@@ -300,22 +405,50 @@ def _check_adapter(values: dict[str, Any]) -> list[Message]:
     faults = []
     adapter = values.get("adapter_name_or_path") or ""
     if "," in adapter and not os.path.exists(adapter):
-        faults.append(Message("several_adapters", adapters=[name.strip() for name in adapter.split(",")]))
+        faults.append(
+            Message(
+                "adapter_name_or_path names several adapters ({adapters}); one is supported: merge the others into the "
+                "base first, with merge.py",
+                adapters=[name.strip() for name in adapter.split(",")],
+            )
+        )
     if set(values.get("lora_target", ("all",))) <= {"embed_tokens", "lm_head"}:
-        faults.append(Message("lora_target_embeddings_only"))
+        faults.append(
+            Message(
+                "lora_target names only embeddings (embed_tokens, lm_head); name linear modules, like q_proj,v_proj, "
+                "or all"
+            )
+        )
     if values.get("embedding_learning_rate") is not None and not EMBEDDING_MODULES & {
         name.rpartition(".")[2] for name in values.get("additional_target", ())
     }:
-        faults.append(Message("embedding_rate_without_embeddings"))
+        faults.append(
+            Message("embedding_learning_rate: no embedding learns; set additional_target: embed_tokens,lm_head")
+        )
     if values.get("pissa_init") and values.get("use_dora"):
-        faults.append(Message("exclude_each_other", first="pissa_init", second="use_dora"))
+        faults.append(
+            Message("{first} and {second} exclude each other; keep one", first="pissa_init", second="use_dora")
+        )
     if values.get("lora_bias") == "true" and values.get("use_dora"):
-        faults.append(Message("exclude_each_other", first="lora_bias", second="use_dora"))
+        faults.append(
+            Message("{first} and {second} exclude each other; keep one", first="lora_bias", second="use_dora")
+        )
     if values.get("pissa_init") and values.get("quantization_bit"):
-        faults.append(Message("pissa_needs_16_bit"))
+        faults.append(
+            Message(
+                "pissa_init takes the principal components out of the weights, which quantized ones cannot lose "
+                "exactly; leave out quantization_bit, or pissa_init"
+            )
+        )
     for name in ("output_dir", "export_dir"):
         if re.match(r"[A-Za-z]:/", values.get(name) or ""):
-            faults.append(Message("windows_drive", key=name, folder=values[name]))
+            faults.append(
+                Message(
+                    "{key}: {folder} is on a drive of Windows; name a folder of this machine",
+                    key=name,
+                    folder=values[name],
+                )
+            )
     return faults
 
 
@@ -324,42 +457,77 @@ def _check_schedule(values: dict[str, Any]) -> list[Message]:
     schedule, given = values.get("lr_scheduler_type", Config.lr_scheduler_type), values.get("lr_scheduler_kwargs") or {}
     known = SCHEDULE_VALUES.get(schedule, ())
     if given and not known:
-        return [Message("schedule_without_values", schedule=schedule, takers=[*SCHEDULE_VALUES])]
+        return [
+            Message(
+                "lr_scheduler_kwargs: {schedule} has no values to set ({takers} do); take it out",
+                schedule=schedule,
+                takers=[*SCHEDULE_VALUES],
+            )
+        ]
     faults = [
-        Message("schedule_value_unknown", schedule=schedule, key=key, known=known, near=nearest_word(key, known))
+        Message(
+            "lr_scheduler_kwargs: {schedule} does not read {key}{near:suggestion}; it reads {known}",
+            schedule=schedule,
+            key=key,
+            known=known,
+            near=nearest_word(key, known),
+        )
         for key in given
         if key not in known
     ]
     for key in given.keys() & set(known):
         if key.endswith("_type"):
             if given[key] not in DECAYS:
-                faults.append(Message("schedule_value_not_one_of", key=key, choices=DECAYS))
+                faults.append(Message("lr_scheduler_kwargs: {key} must be one of {choices}", key=key, choices=DECAYS))
         elif isinstance(given[key], bool) or not isinstance(given[key], int | float):
-            faults.append(Message("schedule_value_no_number", key=key, value=given[key]))
+            faults.append(Message("lr_scheduler_kwargs: {key}: {value} must be a number", key=key, value=given[key]))
     if set(MIN_RATES) <= set(known) and len(given.keys() & set(MIN_RATES)) != 1:
-        faults.append(Message("schedule_needs_one_of", schedule=schedule, keys=MIN_RATES))
+        faults.append(
+            Message(
+                "lr_scheduler_type: {schedule} needs exactly one of {keys} in lr_scheduler_kwargs",
+                schedule=schedule,
+                keys=MIN_RATES,
+            )
+        )
     if schedule == "warmup_stable_decay" and "num_decay_steps" not in given:
-        faults.append(Message("schedule_needs_one_of", schedule=schedule, keys=("num_decay_steps",)))
+        faults.append(
+            Message(
+                "lr_scheduler_type: {schedule} needs exactly one of {keys} in lr_scheduler_kwargs",
+                schedule=schedule,
+                keys=("num_decay_steps",),
+            )
+        )
     rate, end = values.get("learning_rate", Config.learning_rate), given.get("lr_end", 1e-7)
     if schedule == "polynomial" and isinstance(end, float | int) and rate and end >= rate:
-        faults.append(Message("schedule_ends_too_high", end=end, rate=rate))
+        faults.append(
+            Message(
+                "lr_scheduler_kwargs: polynomial falls to lr_end, {end:g}, which must be below learning_rate, {rate:g}",
+                end=end,
+                rate=rate,
+            )
+        )
     return faults
 
 
 def _check_steps(values: dict[str, Any]) -> list[Message]:
     faults = []
     if values.get("max_steps") == 0:
-        faults.append(Message("max_steps_zero"))
+        faults.append(Message("max_steps must be -1 (off) or at least 1"))
     if values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:
-        faults.append(Message("num_train_epochs_zero"))
+        faults.append(Message("num_train_epochs must be above 0"))
     if values.get("optim_args") and values.get("optim", Config.optim) not in TAKE_ARGUMENTS:
         faults.append(
-            Message("optim_takes_no_arguments", optim=values.get("optim", Config.optim), takers=TAKE_ARGUMENTS)
+            Message(
+                "optim_args: {optim} does not read it ({takers} do); take it out, or set adam_beta1, adam_beta2, "
+                "adam_epsilon, weight_decay",
+                optim=values.get("optim", Config.optim),
+                takers=TAKE_ARGUMENTS,
+            )
         )
     for key in ("eval_steps", "logging_steps", "save_steps"):
         value = values.get(key)
         if value is not None and (value == 0 or (value > 1 and value != int(value))):
-            faults.append(Message("steps_not_whole", key=key))
+            faults.append(Message("{key} must be a whole number of steps, or a share of all steps below 1", key=key))
     return faults
 
 
@@ -368,13 +536,18 @@ def _check_reporters(values: dict[str, Any], notes: list[Message]) -> list[Messa
     known = ("none", "all", *REPORTERS)
     reporters = tuple(name.lower() for name in values.get("report_to", ()))
     faults = [
-        Message("unknown_reporter", reporter=name, known=known, near=nearest_word(name, known))
+        Message(
+            "report_to: {reporter} must be one of {known}{near:suggestion}",
+            reporter=name,
+            known=known,
+            near=nearest_word(name, known),
+        )
         for name in reporters
         if name not in known
     ]
     if "all" in reporters:
         reporters = tuple(name for name in REPORTERS if importlib.util.find_spec(name)) or ("none",)
-        notes.append(Message("report_to_all", reporters=reporters))
+        notes.append(Message("report_to: all means what is installed: {reporters}", reporters=reporters))
     if reporters:
         values["report_to"] = reporters
     return faults
@@ -417,18 +590,45 @@ def check_training_asked_for(loaded: Loaded) -> list[Message]:
     if not asks_for_training(config):
         key = "do_train" if config.do_train is False else "do_predict" if config.do_predict else "do_eval"
         evaluate = command("evaluate.py", *([loaded.recipe] if loaded.recipe else []))
-        raise UserError("recipe_does_not_train", key=key, value=getattr(config, key), evaluate=evaluate)
+        raise UserError(
+            "this recipe asks for no training ({key}: {value}); evaluate: {evaluate}; to train, set do_train: true",
+            key=key,
+            value=getattr(config, key),
+            evaluate=evaluate,
+        )
     if loaded.recipe and config.export_dir and "dataset" not in loaded.given and config.do_train is None:
-        raise UserError("recipe_merges", merge=command("merge.py", loaded.recipe))
+        raise UserError(
+            "this recipe names no data but an export_dir: it is for merging ({merge}); to train, set dataset",
+            merge=command("merge.py", loaded.recipe),
+        )
     if config.compute_accuracy:
-        raise UserError("accuracy_while_training")
+        raise UserError(
+            "compute_accuracy: accuracy is not measured while training; take it out, and run evaluate.py afterwards"
+        )
     if config.do_eval and config.val_size == 0 and not config.eval_dataset:
-        raise UserError("do_eval_without_data")
+        raise UserError("do_eval: there is nothing to evaluate on; set val_size above 0, or eval_dataset")
     if config.do_predict and config.val_size == 0 and not config.eval_dataset:
-        raise UserError("do_predict_without_data")
+        raise UserError("do_predict: there is nothing to predict on; set val_size above 0, or eval_dataset")
     if not loaded.recipe and not loaded.typed:
-        return [Message("trains_by_defaults", dataset=list(config.dataset), recipe="configs/quickstart.yaml")]
-    return [Message("predicts_after_training")] if config.do_predict or config.predict_with_generate else []
+        return [
+            Message(
+                "no recipe is given: a model is trained on {dataset} with the default settings; the smallest recipe is "
+                "{recipe}",
+                dataset=list(config.dataset),
+                recipe="configs/quickstart.yaml",
+            )
+        ]
+    return (
+        [
+            Message(
+                "answers are generated after training, by evaluate.py, which do_predict starts by itself; "
+                "while training "
+                "only eval_loss is measured"
+            )
+        ]
+        if config.do_predict or config.predict_with_generate
+        else []
+    )
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

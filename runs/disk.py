@@ -23,8 +23,18 @@ def check_free_space(path: Path, needed: int) -> None:
         raise disk_full(folder, needed, free)
 
 
+class ChildFailed(UserError):
+    """A program that was started has failed; its disk may be full."""
+
+
 def disk_full(folder: Path, needed: int, free: int) -> UserError:
-    return UserError("disk_full", folder=folder, needed=needed / 1e9, free=free / 1e9)
+    return UserError(
+        "{folder} has {free:.2f} GB of free disk space, {needed:.2f} GB are needed; free some, or name a folder on "
+        "another disk",
+        folder=folder,
+        needed=needed / 1e9,
+        free=free / 1e9,
+    )
 
 
 @contextmanager
@@ -38,7 +48,7 @@ def explaining_full_disk(path: Path, needed: int) -> Iterator[None]:
         # a child's full disk comes as its failure; torch and safetensors have words of their own for it
         folder = existing_folder(path)
         free = shutil.disk_usage(folder).free
-        other = isinstance(error, UserError) and error.code != "child_failed"
+        other = isinstance(error, UserError) and not isinstance(error, ChildFailed)
         if other or free > min(needed // 10, 1 << 26):
             raise
         raise disk_full(folder, needed, free) from None

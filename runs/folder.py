@@ -40,9 +40,17 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError("run_json_broken", file=folder / "run.json", problem=str(error)) from None
+        raise UserError(
+            "{file} is broken ({problem}); delete it, or train with overwrite_output_dir=true",
+            file=folder / "run.json",
+            problem=str(error),
+        ) from None
     if not isinstance(run, dict) or not isinstance(run.get("status"), str):
-        raise UserError("run_json_broken", file=folder / "run.json", problem="status")
+        raise UserError(
+            "{file} is broken ({problem}); delete it, or train with overwrite_output_dir=true",
+            file=folder / "run.json",
+            problem="status",
+        )
     return run
 
 
@@ -57,7 +65,7 @@ def newest_run(saves: Path = SAVES) -> Path:
     for folder in run_folders(saves):
         if (folder / "adapter_config.json").exists():
             return folder
-    raise UserError("no_finished_run", saves=saves)
+    raise UserError("there is no finished run in {saves}/; train one first: make train", saves=saves)
 
 
 def is_run(path: Path) -> bool:

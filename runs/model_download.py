@@ -30,15 +30,26 @@ def is_downloaded(folder: Path, model: str, revision: str | None) -> bool:
     """Whether `folder` holds the complete model. UserError for anything else: nothing is ever overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         if folder.is_mount():
-            raise UserError("folder_is_a_disk", folder=folder)
+            raise UserError("{folder} is the root of a disk; name a folder inside it with --local-dir", folder=folder)
         return False
     record = _read_record(folder)
     if not record:
-        raise UserError("folder_holds_something_else", folder=folder)
+        raise UserError(
+            "{folder} holds something else already; name another folder with --local-dir, or delete it", folder=folder
+        )
     if record["model"] != model or revision not in (None, record["revision"], record["asked"]):
-        raise UserError("folder_holds_another_model", folder=folder, model=record["model"], revision=record["revision"])
+        raise UserError(
+            "{folder} holds {model} at {revision} already; name another folder with --local-dir, or delete it",
+            folder=folder,
+            model=record["model"],
+            revision=record["revision"],
+        )
     if missing := missing_from_model(folder):
-        raise UserError("downloaded_model_incomplete", folder=folder, missing=missing)
+        raise UserError(
+            "{folder} has lost {missing}; delete it, and the same command fetches it again",
+            folder=folder,
+            missing=missing,
+        )
     return True
 
 
@@ -86,19 +97,28 @@ def download(
         partial = folder.parent / f".{model.replace('/', '--')}.partial"
         partial.mkdir(parents=True, exist_ok=True)
         total, here = sum(file.size for file in files), sum(path.stat().st_size for path in partial.iterdir())
-        print(Message("downloading", model=model, revision=found, files=len(files), size=human(total), source=source))
+        print(
+            Message(
+                "{model} at {revision}: {files} file{files:plural}, {size}, from {source}",
+                model=model,
+                revision=found,
+                files=len(files),
+                size=human(total),
+                source=source,
+            )
+        )
         if here:
-            print(Message("download_goes_on", size=human(here)))
+            print(Message("{size} have arrived earlier: going on", size=human(here)))
         check_free_space(folder, total - here)
         with explaining_full_disk(folder, total - here):
             fetch_all(files, headers, partial)
     for path in {*partial.iterdir()} - {partial / file.name for file in files}:
         path.unlink()  # of an earlier revision
     if missing := missing_from_model(partial):
-        raise UserError("repository_lacks_files", model=model, missing=missing)
+        raise UserError("{model} cannot be trained: its repository lacks {missing}", model=model, missing=missing)
     write_record(partial, model, source, found, revision)
     move_into_place(partial, folder)
-    print(Message("downloaded", folder=folder, size=human(total)))
+    print(Message("{folder} is complete: {size}, every file verified.", folder=folder, size=human(total)))
 
 
 def _address(mirror: str | None, modelscope: bool) -> str:
@@ -120,7 +140,12 @@ def hub_files(source: str, model: str, revision: str | None) -> Listing:
         raise
     except RepositoryNotFoundError:
         near = nearest_model(api, model)
-        raise UserError("model_not_on_hub", model=model, source=source, near=near) from None
+        raise UserError(
+            "there is no model {model} at {source}, or it is private{near:suggestion}",
+            model=model,
+            source=source,
+            near=near,
+        ) from None
     files = []
     for file in info.siblings:
         url = hf_hub_url(model, file.rfilename, revision=info.sha, endpoint=source)
@@ -152,7 +177,13 @@ def modelscope_files(source: str, model: str, revision: str | None) -> Listing:
     query = {"Revision": revision, "Recursive": "true"}
     response = get_session().get(f"{base}/files", params=query, headers=headers, timeout=30)
     if response.status_code in (401, 403, 404):
-        raise UserError("model_not_on_modelscope", model=model, revision=revision, source=source)
+        raise UserError(
+            "there is no model {model} (revision {revision}) at {source}, or it is not open to you; names there "
+            "can differ from the hub's: look it up on the site, and set MODELSCOPE_API_TOKEN for a private one",
+            model=model,
+            revision=revision,
+            source=source,
+        )
     hf_raise_for_status(response)
     files = []
     for file in response.json()["Data"]["Files"]:
@@ -171,10 +202,15 @@ def choose_files(files: list[RemoteFile], model: str) -> list[RemoteFile]:
     weights = plain or [file for file in tensors if not file.name.startswith("consolidated")]
     names = {file.name for file in files}
     if "adapter_config.json" in names and "config.json" not in names:
-        raise UserError("repository_is_an_adapter", model=model)
+        raise UserError("{model} is an adapter, not a model; download the model that it belongs to", model=model)
     if not weights:
         kinds = sorted({Path(name).suffix for name in names} & {".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"})
-        raise UserError("repository_without_safetensors", model=model, kinds=kinds)
+        raise UserError(
+            "{model} has no safetensors weights (it has: {kinds}); look for a copy that has, for pickled weights "
+            "can run code and quantized ones cannot be trained here",
+            model=model,
+            kinds=kinds,
+        )
     rest = re.compile(r".*\.(json|model|tiktoken|txt|jinja|py|md)|(LICENSE|NOTICE|USE_POLICY).*")
     other_index = re.compile(r"(?!model\.safetensors).*\.index\.json")
     return weights + [file for file in top if rest.fullmatch(file.name) and not other_index.fullmatch(file.name)]
@@ -200,7 +236,7 @@ def fetch_all(files: list[RemoteFile], headers: dict[str, str], folder: Path) ->
             for _ in pool.imap_unordered(lambda file: fetch(file, headers, folder, bar), files):
                 pass
     except Timeout:
-        raise UserError("download_running", folder=folder) from None
+        raise UserError("another download.py is at work in {folder}; wait for it", folder=folder) from None
 
 
 def fetch(file: RemoteFile, headers: dict[str, str], folder: Path, bar: Any) -> None:
@@ -215,7 +251,9 @@ def fetch(file: RemoteFile, headers: dict[str, str], folder: Path, bar: Any) -> 
             return
         bar.update(-part.stat().st_size)
         part.unlink()
-    raise UserError("file_arrives_damaged", file=file.name)
+    raise UserError(
+        "{file} arrives damaged: its size or hash differs; try again later, or another mirror", file=file.name
+    )
 
 
 def _matches(path: Path, checksum: tuple[str, str] | None) -> bool:
@@ -279,29 +317,41 @@ def hub_errors(model: str, source: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise UserError("hub_offline") from None
+        raise UserError("HF_HUB_OFFLINE forbids to download; unset it") from None
     except GatedRepoError:
-        raise UserError("model_gated", model=model, source=source) from None
+        raise UserError(
+            "{model} is gated and this account has no access: accept its terms on {source}/{model}, then log in "
+            "with `hf auth login` (or set HF_TOKEN) and try again",
+            model=model,
+            source=source,
+        ) from None
     except RevisionNotFoundError:
-        raise UserError("revision_not_on_hub", model=model) from None
+        raise UserError("{model} has no such revision; leave --revision out for the newest", model=model) from None
     except HfHubHTTPError as error:
         advice = {
-            401: Message("hub_log_in_again"),
-            403: Message("hub_token_may_not_read"),
-            404: Message("hub_check_the_address"),
+            401: Message("log in again with `hf auth login`"),
+            403: Message("your token may not read it"),
+            404: Message("check the address"),
         }
         status = error.response.status_code
         raise UserError(
-            "hub_answered",
+            "{source} answered {status} for {model}; {advice}",
             source=source,
             status=f"{status} {error.response.reason_phrase}",
             model=model,
-            advice=advice.get(status, Message("hub_try_later")),
+            advice=advice.get(status, Message("try again later")),
         ) from None
     except (httpx.RequestError, httpx.InvalidURL) as error:
-        raise UserError("hub_unreachable", source=source, problem=str(error) or type(error).__name__) from None
+        raise UserError(
+            "{source} cannot be reached ({problem}); check the network, or try --mirror https://hf-mirror.com or "
+            "--modelscope. What has arrived is kept",
+            source=source,
+            problem=str(error) or type(error).__name__,
+        ) from None
     except ValueError as error:
-        raise UserError("not_a_hub", source=source, problem=str(error)) from None
+        raise UserError(
+            "{source} does not answer like a hub ({problem}); check the address", source=source, problem=str(error)
+        ) from None
 
 
 @contextmanager
@@ -311,5 +361,9 @@ def folder_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise UserError("folder_not_writable", folder=folder, problem=error.strerror) from None
+            raise UserError(
+                "{folder} cannot be made or written ({problem}); name another folder with --local-dir",
+                folder=folder,
+                problem=error.strerror,
+            ) from None
         raise

@@ -28,7 +28,11 @@ def check_environment() -> None:
     for name in TOKENS:
         token = os.environ.get(name, "").strip()
         if not token.isascii() or any(character.isspace() for character in token):
-            raise UserError("token_not_ascii", variable=name)
+            raise UserError(
+                "the environment variable {variable} is not a token: it has letters other than ASCII, or spaces; "
+                "copy the token again, or unset it",
+                variable=name,
+            )
     _check_certificates()
     _check_client()
 
@@ -40,15 +44,30 @@ def _check_proxy(name: str, proxy: str) -> None:
         return
     scheme = proxy.partition("://")[0].lower() if "://" in proxy else "http"
     if scheme not in PROXY_SCHEMES:
-        raise UserError("proxy_scheme_unknown", variable=name, proxy=proxy, schemes=PROXY_SCHEMES)
+        raise UserError(
+            "the environment variable {variable} names the proxy {proxy}; use one of {schemes}, or unset it",
+            variable=name,
+            proxy=proxy,
+            schemes=PROXY_SCHEMES,
+        )
     if scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
-        raise UserError("proxy_needs_socksio", variable=name, proxy=proxy)
+        raise UserError(
+            "the environment variable {variable} names the SOCKS proxy {proxy}, for which the package socksio is "
+            "missing; run make setup again, or unset it",
+            variable=name,
+            proxy=proxy,
+        )
     try:
         host = httpx.URL(proxy if "://" in proxy else f"http://{proxy}").host
     except httpx.InvalidURL:
         host = ""
     if not host:
-        raise UserError("proxy_not_an_address", variable=name, proxy=proxy)
+        raise UserError(
+            "the environment variable {variable} names the proxy {proxy}, which is not an address like "
+            "http://HOST:PORT; correct or unset it",
+            variable=name,
+            proxy=proxy,
+        )
 
 
 def _check_certificates() -> None:
@@ -58,10 +77,22 @@ def _check_certificates() -> None:
             ssl.create_default_context(cafile=file)
         except OSError as error:  # an SSLError is one
             problem = error.strerror or str(error)
-            raise UserError("certificates_unreadable", variable="SSL_CERT_FILE", path=file, problem=problem) from None
+            raise UserError(
+                "the environment variable {variable} names {path}, whose certificates cannot be read ({problem}); "
+                "correct or unset it",
+                variable="SSL_CERT_FILE",
+                path=file,
+                problem=problem,
+            ) from None
     elif folder and not os.path.isdir(folder):
         problem = os.strerror(2 if not os.path.exists(folder) else 20)
-        raise UserError("certificates_unreadable", variable="SSL_CERT_DIR", path=folder, problem=problem)
+        raise UserError(
+            "the environment variable {variable} names {path}, whose certificates cannot be read ({problem}); "
+            "correct or unset it",
+            variable="SSL_CERT_DIR",
+            path=folder,
+            problem=problem,
+        )
 
 
 def _check_client() -> None:
@@ -73,7 +104,11 @@ def _check_client() -> None:
     except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
         known = [*PROXIES, "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"]
         variables = [name for name in (*known, *map(str.lower, known)) if os.environ.get(name)]
-        raise UserError("network_environment", variables=variables, problem=str(error)) from None
+        raise UserError(
+            "no connection can be made with the environment variables {variables} ({problem}); correct or unset them",
+            variables=variables,
+            problem=str(error),
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +124,9 @@ def listen(host: str, port: int, advice: Message) -> socket.socket:
         problem = error.strerror
     except OSError as error:  # whose text names the address once more
         problem = os.strerror(error.errno)
-    raise UserError("cannot_listen", host=host, port=port, problem=problem, advice=advice)
+    raise UserError(
+        "cannot listen on {host}:{port} ({problem}); {advice}", host=host, port=port, problem=problem, advice=advice
+    )
 
 
 def is_loopback(host: str) -> bool:

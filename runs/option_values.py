@@ -57,7 +57,7 @@ def _mapping(value: Any) -> dict[str, Any]:
         with contextlib.suppress(yaml.YAMLError):
             value = load_yaml(value)
     if not isinstance(value, dict):
-        raise UserError("must_be_mapping")
+        raise UserError("must be names with their values, as YAML or JSON has them")
     return {str(key): _number_of(one) for key, one in value.items()}
 
 
@@ -77,20 +77,20 @@ def _scalar(kind: type, value: Any) -> Any:
     if kind is bool:
         is_true = as_text(value) in ("true", "yes", "on", "1")
         if not is_true and as_text(value) not in ("false", "no", "off", "0"):
-            raise UserError("must_be_boolean")
+            raise UserError("must be true or false")
         return is_true
     if kind in (int, float):
         try:  # PyYAML reads 1e-4 as a string
             number = math.nan if isinstance(value, bool) else float(str(value).strip())
         except ValueError:
-            raise UserError("must_be_number") from None
+            raise UserError("must be a finite number") from None
         if not math.isfinite(number):
-            raise UserError("must_be_number")
+            raise UserError("must be a finite number")
         if kind is int and number != int(number):
-            raise UserError("must_be_whole")
+            raise UserError("must be a whole number")
         return kind(number)
     if isinstance(value, dict | list | tuple):
-        raise UserError("must_be_single")
+        raise UserError("must be a single value")
     return as_text(value) if isinstance(value, bool) else str(value).strip()
 
 
@@ -100,9 +100,15 @@ def expand_path(path: str) -> str:
     Raises UserError where a variable is not set, or a name is longer than file systems have.
     """
     if any(len(part.encode(errors="replace")) > LONGEST_NAME for part in path.split("/")):
-        raise UserError("name_too_long", most=LONGEST_NAME)
+        raise UserError(
+            "has a name of more than {most} bytes, the longest that file systems have; write a shorter one",
+            most=LONGEST_NAME,
+        )
     if missing := [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]:
-        raise UserError("variable_not_set", variable=missing[0])
+        raise UserError(
+            "names the environment variable {variable}, which is not set; set it, or write the path out",
+            variable=missing[0],
+        )
     path = os.path.expanduser(re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], path))
     return path.replace("\\", "/") if "\\" in path and not os.path.exists(path) else path
 
@@ -116,20 +122,32 @@ def check_option(name: str, value: Any) -> Message | None:
         if name == "stage":
             return _unsupported_stage(value)
         if name == "finetuning_type":
-            return Message("finetuning_type_unsupported")
+            return Message(
+                "is not supported: this kit trains LoRA adapters; use finetuning_type: lora, with a larger "
+                "lora_rank to learn more"
+            )
         near = nearest_word(str(value), map(str, meta["choices"]))
-        return Message("must_be_one_of", choices=meta["choices"], near=near)
+        return Message("must be one of {choices}{near:suggestion}", choices=meta["choices"], near=near)
     if meta["minimum"] is not None and value < meta["minimum"]:
-        return Message("must_be_at_least", minimum=meta["minimum"])
+        return Message("must be at least {minimum:g}", minimum=meta["minimum"])
     if meta["maximum"] is not None and value > meta["maximum"]:
-        return Message("must_be_at_most", maximum=meta["maximum"])
+        return Message("must be at most {maximum:g}", maximum=meta["maximum"])
     return None
 
 
 def _unsupported_stage(stage: str) -> Message:
     """Why a stage is not trained here, and what to use instead."""
     if stage == "rm":
-        return Message("stage_rm")
+        return Message(
+            "is not supported: this kit trains no reward models; train on the pairs themselves with stage: dpo, or "
+            "on what a function gives for replies with stage: grpo"
+        )
     if stage == "ppo":
-        return Message("stage_ppo")
-    return Message("stage_unsupported")
+        return Message(
+            "is not supported: PPO needs a reward model and a value model beside the trained one; use stage: grpo, "
+            "which needs neither, or stage: dpo for pairs"
+        )
+    return Message(
+        "is not supported: use sft (learn answers), pt (learn raw text), dpo or kto (learn preferences), or grpo "
+        "(learn from rewards)"
+    )

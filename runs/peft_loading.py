@@ -54,11 +54,22 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
             result = loaded.load_adapter(readable, "default", is_trainable=trainable)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError("adapter_refused_by_peft", folder=folder, reason=reason) from None
+            raise UserError(
+                "peft cannot load {folder} into this base: {reason}; give model_name_or_path=the model it was "
+                "trained on",
+                folder=folder,
+                reason=reason,
+            ) from None
     # a grown and trained embedding is saved three times, of which peft reads one: find_places has looked at all
     names = [*result.missing_keys, *([] if adapter.is_plain() else result.unexpected_keys)]
     if names:
-        raise UserError("adapter_partly_loaded", folder=folder, tensor=names[0], count=len(names))
+        raise UserError(
+            "{folder} does not fit this base: {count} of the adapter's tensors have no counterpart, such as "
+            "{tensor}; give model_name_or_path=the model it was trained on",
+            folder=folder,
+            tensor=names[0],
+            count=len(names),
+        )
     return loaded
 
 

@@ -91,7 +91,13 @@ def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
         return Path(config.adapter_name_or_path)
     if wants == "adapter" or (trains and loaded.given & {"dataset", "output_dir"}):
         train = common.command("train.py", loaded.recipe)
-        raise UserError("recipe_not_trained", recipe=loaded.recipe, folder=output, command=train)
+        raise UserError(
+            "{recipe} has not been trained yet: {folder} has no adapter; train it: {command}, or set "
+            "adapter_name_or_path",
+            recipe=loaded.recipe,
+            folder=output,
+            command=train,
+        )
     return Path(config.model_name_or_path)
 
 
@@ -108,7 +114,13 @@ def _adapter_target(folder: Path, loaded: Loaded) -> Target:
         # a recipe may have been trained on another base than it names: model_name_or_path=... on the command line
         base = run_config(run).model_name_or_path if run else settings.get("base_model_name_or_path") or None
         if (revision := settings.get("revision")) not in (None, "main"):
-            raise UserError("base_revision", folder=folder, revision=revision, base=base)
+            raise UserError(
+                "{folder} was trained on the revision {revision} of {base}; give model_name_or_path=a folder with "
+                "that revision",
+                folder=folder,
+                revision=revision,
+                base=base,
+            )
     return Target("adapter", folder, config, loaded, run, base)
 
 
@@ -127,17 +139,30 @@ def _refuse_unfinished(folder: Path) -> None:
     saved = [path for path in folder.glob("checkpoint-*") if is_adapter(path)]
     newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     if newest:
-        raise UserError("run_has_checkpoints_only", folder=folder, checkpoint=newest)
+        raise UserError(
+            "{folder} has not finished training; name its newest checkpoint: {checkpoint}",
+            folder=folder,
+            checkpoint=newest,
+        )
     status = (read_run(folder) or {}).get("status")
-    raise UserError("run_without_adapter", folder=folder, status=status)
+    raise UserError(
+        "{folder} has no trained adapter (its training is {status}); train it to its end", folder=folder, status=status
+    )
 
 
 def _refuse_without_adapter(path: Path) -> None:
     if not path.exists():
-        raise UserError("adapter_not_found", path=path, near=nearest_path(path, _runs_beside(path)))
+        raise UserError(
+            "there is no run, adapter or recipe {path}{near:suggestion}; give saves/NAME, an adapter's folder or a "
+            "recipe",
+            path=path,
+            near=nearest_path(path, _runs_beside(path)),
+        )
     if any(path.glob("checkpoint-*/adapter_config.json")):
         _refuse_unfinished(path)
-    raise UserError("folder_without_adapter", folder=path)
+    raise UserError(
+        "{folder} has no adapter_config.json; give a run's folder, or an adapter's that peft saved", folder=path
+    )
 
 
 def is_adapter(folder: Path) -> bool:
@@ -148,17 +173,23 @@ def is_adapter(folder: Path) -> bool:
 def adapter_settings(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a complete adapter."""
     if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError("adapter_without_weights", folder=folder)
+        raise UserError(
+            "{folder} lacks adapter_model.safetensors, the only format read here; copy the whole folder, or save "
+            "the adapter again with peft",
+            folder=folder,
+        )
     return read_object(folder / "adapter_config.json")
 
 
 def check_gguf(path: Path) -> None:
     """Raises UserError where there is no GGUF file at `path`."""
     if not path.is_file():
-        raise UserError("gguf_not_found", path=path)
+        raise UserError("there is no file {path}; make one: python quantize.py saves/NAME", path=path)
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError("not_a_gguf", path=path)
+            raise UserError(
+                "{path} is not a GGUF file (it does not begin with GGUF); make it again: python quantize.py", path=path
+            )
 
 
 def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -166,7 +197,11 @@ def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
     settings = [word for word in words if word.startswith("--") or ("=" in word and not Path(word).exists())]
     targets = [word for word in words if word not in settings]
     if len(targets) > 1:
-        raise UserError("two_targets", first=targets[0], second=targets[1])
+        raise UserError(
+            "{first} and {second} are two targets; give one, and settings as key=value",
+            first=targets[0],
+            second=targets[1],
+        )
     return (targets[0] if targets else None), settings
 
 
@@ -197,7 +232,7 @@ def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
     config, path, model, tokenizer = found.config, found.path, str(found.path), None
     if found.kind == "gguf":
         if "template" in found.loaded.given:
-            notes.append(Message("gguf_has_its_template"))
+            notes.append(Message("template: a GGUF answers with the chat template in its file; this one is not used"))
         return Source(str(path), config, model, notes=tuple(notes))
     if found.kind == "model":
         tokenizer = folder = complete_model(str(path))
@@ -205,10 +240,16 @@ def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
     else:
         folder, name = base_folder(found)
         if name != found.base:
-            notes.append(Message("base_in_16_bit", quantized=found.base, base=folder))
+            notes.append(
+                Message(
+                    "{quantized} is not on this disk; answering on {base}, the 16-bit model that it was made of",
+                    quantized=found.base,
+                    base=folder,
+                )
+            )
         model, tokenizer = str(folder), found.tokenizer or folder
     if config.quantization_bit and common.find_gpu() is None:
-        notes.append(Message("quantization_needs_gpu"))
+        notes.append(Message("quantization_bit needs a GPU; the model answers in 16 bit"))
     adapter = path if found.kind == "adapter" else None
     return Source(str(path), config, model, adapter, tokenizer, found.template, tuple(notes))
 
@@ -216,7 +257,10 @@ def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
 def base_folder(target: Target) -> tuple[Path, str]:
     """Folder and name of the base that an adapter answers on: the one it names, else the 16-bit model behind that."""
     if target.base is None:
-        raise UserError("base_unnamed", folder=target.path)
+        raise UserError(
+            "{folder} does not say which model it was trained on; give model_name_or_path=that model",
+            folder=target.path,
+        )
     plain = QUANTIZED_NAME.sub("", target.base)
     name = plain if find_model(target.base) is None and find_model(plain) else target.base
     return complete_model(name, target.path), name
@@ -275,31 +319,60 @@ def complete_model(name: str, adapter: Path | None = None) -> Path:
     if folder := find_model(name):
         if missing := missing_from_model(folder):
             if adapter:
-                raise UserError("base_incomplete", base=folder, adapter=adapter, missing=missing)
-            raise UserError("model_incomplete", model=folder, missing=missing)
+                raise UserError(
+                    "the base model of {adapter}, {base}, is not complete: it lacks {missing}; fetch or make it again",
+                    base=folder,
+                    adapter=adapter,
+                    missing=missing,
+                )
+            raise UserError(
+                "{model} is not complete: it lacks {missing}; fetch or make it again", model=folder, missing=missing
+            )
         return folder
     if ggufs := sorted(Path(name).glob("*.gguf")):
         chat = common.command("chat.py", ggufs[0])
-        raise UserError("folder_of_ggufs", folder=name, files=[path.name for path in ggufs], command=chat)
+        raise UserError(
+            "{folder} holds {files}; name one: {command}",
+            folder=name,
+            files=[path.name for path in ggufs],
+            command=chat,
+        )
     if Path(name).is_dir():
-        raise UserError("folder_without_model", folder=name)
+        raise UserError(
+            "{folder} is neither a run, an adapter nor a model (it has no config.json); name another", folder=name
+        )
     runs = _runs_beside(Path(name)) if "/" in name else []
     if not adapter and (runs or Path(name).parent == SAVES):
-        raise UserError("run_not_found", folder=name, near=nearest_path(Path(name), runs))
+        raise UserError(
+            "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them",
+            folder=name,
+            near=nearest_path(Path(name), runs),
+        )
     plain = QUANTIZED_NAME.sub("", name)
     fetch = common.command("download.py", plain if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plain) else "ORG/NAME")
     if adapter:
-        raise UserError("base_not_found", base=plain, adapter=adapter, command=fetch)
-    raise UserError("model_not_found", model=name, command=fetch)
+        raise UserError(
+            "the base model of {adapter}, {base}, is not on this disk; fetch it ({command}), or say where it is: "
+            "model_name_or_path=FOLDER",
+            base=plain,
+            adapter=adapter,
+            command=fetch,
+        )
+    raise UserError("there is no model {model}; fetch it ({command}), or name its folder", model=name, command=fetch)
 
 
 def find_16_bit_base(target: Target) -> tuple[Path, str, dict[str, Any]]:
     """Folder, name and config.json of the base to merge into: of one in 4 or 8 bit, the model it was made of."""
     name = target.base
     if name is None:
-        raise UserError("base_unnamed", folder=target.path)
+        raise UserError(
+            "{folder} does not say which model it was trained on; give model_name_or_path=that model",
+            folder=target.path,
+        )
     if name.endswith(".gguf"):
-        raise UserError("base_is_gguf", base=name)
+        raise UserError(
+            "{base} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of", base=name
+        )
     folder = find_model(name)
     plain = QUANTIZED_NAME.sub("", name)
     if plain != name and (original := find_model(plain)):
@@ -308,5 +381,11 @@ def find_16_bit_base(target: Target) -> tuple[Path, str, dict[str, Any]]:
     config = read_object(folder / "config.json")
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization
-        raise UserError("base_is_quantized", base=folder, method=method, plain=plain)
+        raise UserError(
+            "{base} is quantized ({method}): merging would keep its rounding errors, and most programs could not "
+            "read the result; give model_name_or_path=the 16-bit model it was made of ({plain})",
+            base=folder,
+            method=method,
+            plain=plain,
+        )
     return folder, name, config

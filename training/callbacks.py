@@ -136,7 +136,7 @@ class Interruption(TrainerCallback):
         if self.asked:
             os._exit(128 + number)
         self.asked = True
-        print("\n", Message("saving_then_stopping"), sep="", file=sys.stderr)
+        print("\n", Message("saving a checkpoint after this step; once more to end at once"), sep="", file=sys.stderr)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -220,11 +220,22 @@ class FiniteNumbers(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for key in ("loss", "eval_loss"):
             if not math.isfinite(value := kwargs["logs"].get(key, 0.0)):
-                raise UserError("loss_not_finite", what=key, value=str(value), step=state.global_step)
+                raise UserError(
+                    "the {what} became {value} at step {step}; start over with a lower learning_rate (a tenth), "
+                    "overwrite_output_dir=true",
+                    what=key,
+                    value=str(value),
+                    step=state.global_step,
+                )
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.fp16 and not math.isfinite(norm := self.last_norm()):
-            raise UserError("gradient_not_finite", value=str(norm), step=state.global_step + 1)
+            raise UserError(
+                "the gradient became {value} at step {step}, before it reached the weights; start over with a "
+                "lower learning_rate (a tenth), overwrite_output_dir=true",
+                value=str(norm),
+                step=state.global_step + 1,
+            )
 
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -237,4 +248,9 @@ def check_finite_weights(model: Any, step: int) -> None:
     """Raises UserError where a trained weight is no number."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise UserError("weights_not_finite", name=name, step=step)
+            raise UserError(
+                "{name} is no longer a finite number after step {step}, and is not saved; start over with a lower "
+                "learning_rate (a tenth), overwrite_output_dir=true",
+                name=name,
+                step=step,
+            )

@@ -73,7 +73,14 @@ def check_data(run: Run) -> Iterator[Finding]:
     run.data = dataset.prepare(run.config, run.tokenizer, run.template)
     lengths = run.data.train_lengths
     tokens, longest = int(lengths.sum()), int(lengths.max())
-    yield ok(Message("data_tokenized", samples=len(lengths), tokens=tokens, longest=longest))
+    yield ok(
+        Message(
+            "{samples:,} samples, {tokens:,} tokens, the longest {longest:,}",
+            samples=len(lengths),
+            tokens=tokens,
+            longest=longest,
+        )
+    )
 
 
 def _count_conversations(run: Run) -> Iterator[Finding]:
@@ -81,12 +88,26 @@ def _count_conversations(run: Run) -> Iterator[Finding]:
     from preprocessing import dataset
 
     conversations = len(dataset.read_conversations(run.config)[0])
-    yield ok(Message("data_not_tokenized", conversations=conversations))
+    yield ok(
+        Message(
+            "{conversations:,} conversations; their tokens are counted once the model is there",
+            conversations=conversations,
+        )
+    )
     steps = packing.total_steps(run.processes.as_one(run.config), conversations)
     batch, accumulation = run.config.per_device_train_batch_size, run.config.gradient_accumulation_steps
-    limit = Message("at_most") if run.config.packing and run.config.max_steps <= 0 else ""
+    limit = Message("at most ") if run.config.packing and run.config.max_steps <= 0 else ""
     each = describe_count(run.processes)
-    yield ok(Message("steps_expected", limit=limit, steps=steps, batch=batch, accumulation=accumulation, each=each))
+    yield ok(
+        Message(
+            "{limit}{steps:,} optimizer steps of {batch} x {accumulation}{each}",
+            limit=limit,
+            steps=steps,
+            batch=batch,
+            accumulation=accumulation,
+            each=each,
+        )
+    )
 
 
 def check_inputs(run: Run) -> Iterator[Finding]:
@@ -103,9 +124,25 @@ def check_inputs(run: Run) -> Iterator[Finding]:
     recorded = (read_run(run.folder) or {}).get("inputs")
     changes = find_changes(recorded, run.inputs) if recorded else []
     if changes and run.config.resume_from_checkpoint in (None, "true"):
-        yield fault(Message("inputs_changed", folder=run.folder, changes=changes, checkpoint=checkpoint))
+        yield fault(
+            Message(
+                "{folder} was begun with other inputs:\n"
+                "  {changes:lines}\n"
+                "put them back as they were, or start over with overwrite_output_dir=true; to go on all the same, name "
+                "the checkpoint: resume_from_checkpoint={checkpoint}",
+                folder=run.folder,
+                changes=changes,
+                checkpoint=checkpoint,
+            )
+        )
     elif changes:
-        yield note(Message("inputs_changed_accepted", folder=run.folder, changes=changes))
+        yield note(
+            Message(
+                "{folder} goes on with other inputs than it was begun with:\n  {changes:lines}",
+                folder=run.folder,
+                changes=changes,
+            )
+        )
 
 
 def check_plan(run: Run) -> Iterator[Finding]:
@@ -114,7 +151,7 @@ def check_plan(run: Run) -> Iterator[Finding]:
     run.plan = make_plan(run.processes.as_one(run.config), run.data)
     resume.check_steps_left(run.resume, run.folder, run.plan)
     yield ok(describe_steps(run.config, run.plan, run.processes))
-    yield ok(Message("plan_holds_out", held_out=describe_evaluations(run.config, run.plan)))
+    yield ok(Message("held out: {held_out}", held_out=describe_evaluations(run.config, run.plan)))
     for warning in find_warnings(run.config, run.plan):
         yield note(warning)
 
@@ -126,7 +163,7 @@ def check_memory(run: Run) -> Iterator[Finding]:
     which by itself needs clearly more than a card has is a reason not to begin.
     """
     if run.model is None:
-        yield note(Message("size_unknown"))
+        yield note(Message("how much memory and disk it takes is told once the model is there"))
         return
     config = run.config
     longest = run.plan.longest if run.plan and not config.packing else config.cutoff_len * sequences(config)
@@ -134,21 +171,27 @@ def check_memory(run: Run) -> Iterator[Finding]:
         parts = estimate_memory(config, run.model, forward_tokens(config, longest, run.gpu), run.gpu)
         parts["replies"] = replies_memory(config, run.model, longest, run.gpu)
     except KeyError:
-        yield note(Message("memory_unknown"))
+        yield note(Message("cannot be estimated for this kind of model"))
         return
     need = sum(parts.values())
     have = run.gpu.free_memory if run.gpu else hardware.free_memory() / run.processes.here
-    limit = "" if run.plan or config.packing else Message("at_most")
-    finding = Message("memory_estimate", limit=limit, need=need / GB, parts=_memory_parts(parts), have=have / GB)
+    limit = "" if run.plan or config.packing else Message("at most ")
+    finding = Message(
+        "{limit}about {need:.1f} GB at the peak ({parts}), {have:.1f} GB are free",
+        limit=limit,
+        need=need / GB,
+        parts=_memory_parts(parts),
+        have=have / GB,
+    )
     if need <= have:
         yield ok(finding)
         return
     change = smallest_change(config, run.model, longest, run.gpu, have)
     if change is None:
-        yield fault(Message("model_too_large", estimate=finding))
+        yield fault(Message("memory: {estimate}; no setting makes it fit: take a smaller model", estimate=finding))
     else:
         settings = " ".join(f"{name}={value}" for name, value in change.items())
-        yield fault(Message("memory_too_small", estimate=finding, settings=settings))
+        yield fault(Message("memory: {estimate}; this would fit: {settings}", estimate=finding, settings=settings))
 
 
 def cannot_begin(run: Run) -> bool:
@@ -167,13 +210,13 @@ def cannot_begin(run: Run) -> bool:
 
 def _memory_parts(parts: dict[str, float]) -> list[Message]:
     named = [
-        Message("memory_weights", gb=parts["weights"] / GB),
-        Message("memory_adapter", gb=parts["adapter"] / GB),
-        Message("memory_activations", gb=parts["activations"] / GB),
-        Message("memory_logits", gb=parts["logits"] / GB),
-        Message("memory_attention", gb=parts["attention"] / GB),
-        Message("memory_replies", gb=parts["replies"] / GB),
-        Message("memory_runtime", gb=parts["runtime"] / GB),
+        Message("weights {gb:.1f}", gb=parts["weights"] / GB),
+        Message("adapter {gb:.1f}", gb=parts["adapter"] / GB),
+        Message("activations {gb:.1f}", gb=parts["activations"] / GB),
+        Message("logits {gb:.1f}", gb=parts["logits"] / GB),
+        Message("attention mask {gb:.1f}", gb=parts["attention"] / GB),
+        Message("replies {gb:.1f}", gb=parts["replies"] / GB),
+        Message("runtime {gb:.1f}", gb=parts["runtime"] / GB),
     ]
     return [part for part in named if part.fields["gb"] >= 0.05]
 
@@ -187,14 +230,26 @@ def check_disk(run: Run) -> Iterator[Finding]:
     checkpoints = checkpoint_bytes(run.config, run.model) * checkpoints_at_once(run.config, run.plan)
     fetched = 0 if run.model.folder else run.model.bytes
     exports = 2 * run.model.bytes
-    model = Message("model_takes", gb=fetched / GB) if fetched else ""
+    model = Message("the model takes about {gb:.1f} GB, ", gb=fetched / GB) if fetched else ""
     finding = Message(
-        "disk_estimate", folder=folder, free=free / GB, model=model, checkpoints=checkpoints / GB, exports=exports / GB
+        "{free:.1f} GB are free in {folder}; {model}checkpoints take about {checkpoints:.2f} GB, the merged model "
+        "and a 16-bit GGUF {exports:.1f} GB more",
+        folder=folder,
+        free=free / GB,
+        model=model,
+        checkpoints=checkpoints / GB,
+        exports=exports / GB,
     )
     if free < fetched + checkpoints:
-        yield fault(Message("disk_too_small", estimate=finding))
+        yield fault(
+            Message(
+                "{estimate}: too little to train; free some space, lower save_total_limit, or set output_dir to "
+                "another disk",
+                estimate=finding,
+            )
+        )
     elif free < fetched + checkpoints + exports:
-        yield note(Message("disk_too_small_to_export", estimate=finding))
+        yield note(Message("{estimate}: enough to train, not to export", estimate=finding))
     else:
         yield ok(finding)
 

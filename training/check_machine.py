@@ -24,38 +24,78 @@ NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "uns
 def check_python(_: Run) -> Iterator[Finding]:
     found = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
-        yield ok(Message("python_fits", version=found))
+        yield ok(Message("{version}", version=found))
     else:
-        yield fault(Message("python_does_not_fit", version=found))
+        yield fault(
+            Message("{version}; the pinned packages need 3.11 to 3.13: make setup PYTHON=python3.12", version=found)
+        )
 
 
 def check_processes(run: Run) -> Iterator[Finding]:
     """Whether the processes that a launcher (torchrun, accelerate launch) has started can train together."""
     processes = run.processes
     if processes.missing:
-        yield fault(Message("processes_without_launcher", count=processes.count, missing=processes.missing))
+        yield fault(
+            Message(
+                "WORLD_SIZE says that there are {count} processes, but {missing} say nothing: start train.py with "
+                "torchrun or accelerate launch, or unset WORLD_SIZE",
+                count=processes.count,
+                missing=processes.missing,
+            )
+        )
     elif 0 < processes.cards < processes.here:
-        yield fault(Message("processes_share_cards", count=processes.here, cards=processes.cards))
+        yield fault(
+            Message(
+                "{count} processes were started on this machine, but it has {cards} card{cards:plural} for them: start "
+                "as many processes as cards",
+                count=processes.here,
+                cards=processes.cards,
+            )
+        )
     elif processes.count > 1 and run.config.stage not in SHARED_STAGES:
         stages = list(SHARED_STAGES)
-        yield fault(Message("processes_of_stage", count=processes.count, stage=run.config.stage, stages=stages))
+        yield fault(
+            Message(
+                "stage {stage} trains in one process, and {count} were started: python train.py instead of torchrun or "
+                "accelerate launch (several processes train {stages})",
+                count=processes.count,
+                stage=run.config.stage,
+                stages=stages,
+            )
+        )
     elif processes.count > 1:
-        yield ok(Message("processes_together", count=processes.count))
+        yield ok(Message("{count}, each with its part of every step's samples", count=processes.count))
 
 
 def check_card(run: Run) -> Iterator[Finding]:
     run.gpu = gpu = common.find_gpu()
     if gpu is None:
-        yield note(Message("no_card"))
+        yield note(Message("none that nvidia-smi knows of; training runs on the CPU, which suits the embedded model"))
         if run.config.quantization_bit == 8:
-            yield fault(Message("eight_bit_needs_card"))
+            yield fault(Message("quantization_bit: 8 needs a GPU; take it out, or use 4"))
         return
-    yield ok(Message("card_found", name=gpu.name, free=gpu.free_memory / GB, total=gpu.total_memory / GB))
+    yield ok(
+        Message(
+            "{name}, {free:.1f} of {total:.1f} GB free",
+            name=gpu.name,
+            free=gpu.free_memory / GB,
+            total=gpu.total_memory / GB,
+        )
+    )
     if reason := hardware.gpu_fault(gpu):
-        yield fault(Message("card_unusable", reason=reason))
+        yield fault(
+            Message("{reason}; to train on the CPU all the same, hide the card: CUDA_VISIBLE_DEVICES=-1", reason=reason)
+        )
     else:
         cuda = ".".join(map(str, gpu.cuda))
-        yield ok(Message("driver_fits", driver=gpu.driver, cuda=cuda, built_for=hardware.torch_cuda()[0]))
+        yield ok(
+            Message(
+                "driver {driver} (CUDA {cuda}), torch is built for {built_for}.x",
+                driver=gpu.driver,
+                cuda=cuda,
+                built_for=hardware.torch_cuda()[0],
+            )
+        )
 
 
 def check_packages(run: Run) -> Iterator[Finding]:
@@ -73,11 +113,15 @@ def check_packages(run: Run) -> Iterator[Finding]:
         if found.split("+")[0] != wanted:
             other.append(f"{name} {found} ({wanted})")
     if missing:
-        yield fault(Message("packages_missing", names=missing))
+        yield fault(Message("{names} not installed: run make setup", names=missing))
     if other:
-        yield note(Message("packages_not_as_pinned", names=other))
+        yield note(
+            Message("other versions than the tested (in brackets): {names}; make setup installs those", names=other)
+        )
     if not missing and not other:
-        yield ok(Message("packages_as_pinned", torch=version("torch"), unsloth=version("unsloth")))
+        yield ok(
+            Message("torch {torch}, unsloth {unsloth}, as pinned", torch=version("torch"), unsloth=version("unsloth"))
+        )
 
 
 def pinned_packages(device: str) -> dict[str, str]:
@@ -90,7 +134,13 @@ def pinned_packages(device: str) -> dict[str, str]:
 def check_trackers(run: Run) -> Iterator[Finding]:
     for package in run.config.report_to:
         if package != "none" and importlib.util.find_spec(package) is None:
-            yield fault(Message("tracker_not_installed", package=package, python=sys.executable))
+            yield fault(
+                Message(
+                    "report_to: {package} is not installed; {python} -m pip install {package}",
+                    package=package,
+                    python=sys.executable,
+                )
+            )
 
 
 def check_imports(run: Run) -> Iterator[Finding]:
@@ -101,9 +151,9 @@ def check_imports(run: Run) -> Iterator[Finding]:
     result = subprocess.run(command, capture_output=True, text=True, cwd=common.ROOT)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
-        yield fault(Message("unsloth_does_not_import", reason=last))
+        yield fault(Message("does not import: {reason}", reason=last))
     else:
-        yield ok(Message("unsloth_imports"))
+        yield ok(Message("imports"))
 
 
 def check_run(run: Run) -> Iterator[Finding]:
@@ -119,9 +169,22 @@ def check_output(run: Run) -> Iterator[Finding]:
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     if not folder.is_dir():
-        yield fault(Message("output_is_no_folder", folder=run.folder, path=folder))
+        yield fault(
+            Message(
+                "output_dir: {folder} cannot be made, because {path} is not a folder; choose another output_dir",
+                folder=run.folder,
+                path=folder,
+            )
+        )
     else:
         try:
             tempfile.TemporaryDirectory(dir=folder).cleanup()
         except OSError as error:
-            yield fault(Message("output_not_writable", folder=run.folder, path=folder, reason=error.strerror))
+            yield fault(
+                Message(
+                    "output_dir: {folder} cannot be written: {path}: {reason}; choose another output_dir",
+                    folder=run.folder,
+                    path=folder,
+                    reason=error.strerror,
+                )
+            )

@@ -39,12 +39,14 @@ def check_model(run: Run) -> Iterator[Finding]:
     missing = missing_from_model(path)
     if not missing:
         run.model = read_model(path)
-        yield ok(Message("model_is_whole", folder=path, gb=run.model.bytes / GB))
+        yield ok(Message("{folder} is whole, {gb:.2f} GB", folder=path, gb=run.model.bytes / GB))
     elif name == common.EMBEDDED_MODEL and not path.exists():
         run.model = model_like(EMBEDDED_SHAPE)
-        yield note(Message("model_will_be_made", folder=path))
+        yield note(Message("{folder} will be made from its package by the first run", folder=path))
     elif path.exists():
-        yield fault(Message("model_incomplete", model=path, missing=missing))
+        yield fault(
+            Message("{model} is not complete: it lacks {missing}; fetch or make it again", model=path, missing=missing)
+        )
     else:
         yield from _missing_model(run, path)
     if run.model:
@@ -54,7 +56,11 @@ def check_model(run: Run) -> Iterator[Finding]:
 def _missing_model(run: Run, path: Path) -> Iterator[Finding]:
     name = hub_name(run.config.model_name_or_path)
     fetch = common.command("download.py", name or f"ORG/{path.name}")
-    yield fault(Message("model_not_on_disk", folder=path, command=fetch))
+    yield fault(
+        Message(
+            "there is no model at {folder}; fetch it ({command}) or set model_name_or_path", folder=path, command=fetch
+        )
+    )
     if name and run.ask_hub:
         yield from _ask_hub(run, name)
 
@@ -63,9 +69,9 @@ def _ask_hub(run: Run, name: str) -> Iterator[Finding]:
     """What can be told of a model before it is fetched."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not is_reachable(hub):
-        yield note(Message("hub_not_reachable", hub=hub))
+        yield note(Message("{hub} cannot be reached; set HF_ENDPOINT to a mirror", hub=hub))
         return
-    yield note(Message("hub_answers", hub=hub))
+    yield note(Message("{hub} can be reached", hub=hub))
     if settings := hub_config(hub, name):
         run.model = model_like(settings)
 
@@ -108,12 +114,26 @@ def _model_faults(config: Config, model: ModelSize) -> Iterator[Finding]:
     context = model.settings.get("max_position_embeddings")
     if context and config.cutoff_len > context:
         name = config.model_name_or_path
-        yield fault(Message("cutoff_beyond_context", cutoff_len=config.cutoff_len, model=name, context=context))
+        yield fault(
+            Message(
+                "cutoff_len is {cutoff_len}, but {model} reads at most {context} tokens; lower it",
+                cutoff_len=config.cutoff_len,
+                model=name,
+                context=context,
+            )
+        )
     if model.folder is None:  # the names of its modules are a guess
         return
     method = quantization_method(model.folder)
     if method not in (None, "bitsandbytes"):
-        yield fault(Message("trained_base_is_quantized", folder=model.folder, method=method))
+        yield fault(
+            Message(
+                "{folder} is quantized ({method}), on which no adapter is trained here; name the 16-bit model, with "
+                "quantization_bit: 4 to load it in 4 bit",
+                folder=model.folder,
+                method=method,
+            )
+        )
         return
     if config.adapter_name_or_path is None:
         yield from _target_faults(config, model)
@@ -125,12 +145,25 @@ def _target_faults(config: Config, model: ModelSize) -> Iterator[Finding]:
     refused = [name for name, value in given.items() if value]
     if refused and has_experts(model) and {"all", *EXPERTS} & set(config.lora_target):
         targets = sorted(linear_modules(model) - EXPERTS)
-        yield fault(Message("experts_need_plain_lora", settings=refused, targets=targets))
+        yield fault(
+            Message(
+                "{settings}: PEFT does not offer this for adapters on experts, whose matrices are one parameter; leave "
+                "it out, or set lora_target: {targets}",
+                settings=refused,
+                targets=targets,
+            )
+        )
     matrices = {name for name, shape in model.shapes.items() if name.endswith(".weight") and len(shape) == 2}
     modules = {name.split(".")[-2] for name in matrices} | {"lm_head"}  # a tied one has no weights of its own
     unknown = [target for target in config.lora_target if target.split(".")[-1] not in modules]
     if config.lora_target != ("all",) and unknown:
-        yield fault(Message("unknown_lora_target", targets=unknown, modules=sorted(linear_modules(model))))
+        yield fault(
+            Message(
+                "lora_target: {targets} names no module of this model; it has {modules}",
+                targets=unknown,
+                modules=sorted(linear_modules(model)),
+            )
+        )
 
 
 def check_parts(run: Run) -> Iterator[Finding]:
@@ -157,16 +190,29 @@ def check_adapter(run: Run) -> Iterator[Finding]:
     folder = Path(named).expanduser()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            yield fault(Message("adapter_lacks_file", folder=folder, file=name))
+            yield fault(
+                Message("adapter_name_or_path: {folder} has no {file}; name a run folder", folder=folder, file=name)
+            )
             return
     try:
         settings = Adapter(folder).settings
         kind, has = settings["peft_type"], (settings["r"], settings["lora_alpha"], set(settings["target_modules"]))
     except (KeyError, TypeError):
-        yield fault(Message("adapter_unreadable", folder=folder))
+        yield fault(
+            Message(
+                "adapter_name_or_path: {folder}/adapter_config.json does not describe an adapter; name a run folder",
+                folder=folder,
+            )
+        )
         return
     if kind != "LORA":
-        yield fault(Message("adapter_is_no_lora", folder=folder, kind=kind))
+        yield fault(
+            Message(
+                "adapter_name_or_path: {folder} is a {kind} adapter, and LoRA is trained here; name another",
+                folder=folder,
+                kind=kind,
+            )
+        )
         return
     base = Path(run.config.model_name_or_path).expanduser()
     if not missing_from_model(base):
@@ -183,4 +229,11 @@ def check_adapter(run: Run) -> Iterator[Finding]:
     starts = {"lora_bias": run.config.lora_bias != "none", "pissa_init": run.config.pissa_init}
     ignored += [name for name, asked in starts.items() if asked and name in run.loaded.given]
     if ignored:
-        yield note(Message("adapter_settings_ignored", names=ignored, folder=folder, rank=settings["r"]))
+        yield note(
+            Message(
+                "{names}: {folder} is trained further as it is, of rank {rank}",
+                names=ignored,
+                folder=folder,
+                rank=settings["r"],
+            )
+        )

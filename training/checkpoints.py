@@ -128,16 +128,18 @@ def find_damage(checkpoint: Path) -> Message | None:
         files = read_json(checkpoint / MANIFEST)["files"]
         recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (UserError, KeyError, TypeError, AttributeError):
-        return Message("damage_unreadable", file=MANIFEST if (checkpoint / MANIFEST).exists() else "trainer_state.json")
+        return Message(
+            "{file} cannot be read", file=MANIFEST if (checkpoint / MANIFEST).exists() else "trainer_state.json"
+        )
     for name, (expected, _) in recorded.items():
         file = checkpoint / name
         if not file.is_file():
-            return Message("damage_missing", file=name)
+            return Message("{file} is missing", file=name)
         if (size := file.stat().st_size) != expected:
-            return Message("damage_size", file=name, size=size, expected=expected)
+            return Message("{file} has {size:,} bytes, not {expected:,}", file=name, size=size, expected=expected)
     for name, (_, digest) in recorded.items():
         if sha256(checkpoint / name) != digest:
-            return Message("damage_content", file=name)
+            return Message("the content of {file} has changed", file=name)
     return None
 
 
@@ -150,7 +152,7 @@ def newest_whole(config: Config, folder: Path) -> tuple[Path | None, list[Messag
         damage = find_damage(checkpoint)
         if damage is None:
             return checkpoint, damaged
-        damaged.append(Message("checkpoint_damaged", checkpoint=checkpoint, damage=damage))
+        damaged.append(Message("{checkpoint} is damaged ({damage}) and not used", checkpoint=checkpoint, damage=damage))
     return None, damaged
 
 
@@ -161,7 +163,13 @@ def named_checkpoint(config: Config) -> Path | None:
         return None
     checkpoint = Path(wanted).expanduser()
     if not (checkpoint / "trainer_state.json").exists():
-        raise UserError("not_a_checkpoint", path=wanted)
+        raise UserError(
+            "resume_from_checkpoint: {path} is not a checkpoint; name a checkpoint-N folder of a run", path=wanted
+        )
     if damage := find_damage(checkpoint):
-        raise UserError("named_checkpoint_damaged", checkpoint=checkpoint, damage=damage)
+        raise UserError(
+            "resume_from_checkpoint: {checkpoint} is damaged ({damage}); name another checkpoint",
+            checkpoint=checkpoint,
+            damage=damage,
+        )
     return checkpoint

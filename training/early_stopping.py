@@ -59,7 +59,11 @@ def _reward_stalls(log: Sequence[dict[str, Any]], config: Config, epoch_steps: i
     evaluations = [(line["step"], -line["eval_reward"]) for line in log if line.get("eval_reward") is not None]
     if not evaluations or not has_stalled(evaluations, patience, threshold, epoch_steps):
         return None
-    return Message("stopped_eval_reward", threshold=threshold, step=last_gain(evaluations, threshold)[0])
+    return Message(
+        "eval_reward has not risen by more than {threshold:g} since step {step:,}",
+        threshold=threshold,
+        step=last_gain(evaluations, threshold)[0],
+    )
 
 
 def stop_reason(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int) -> Message | None:
@@ -75,9 +79,16 @@ def stop_reason(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int)
     if measured and all(has_stalled(points, patience, threshold, epoch_steps) for points in measured):
         step = max(last_gain(points, threshold)[0] for points in measured)  # the lowest may be later, but not by much
         if wrong:
-            return Message("stopped_preference", threshold=threshold, step=step)
-        return Message("stopped_eval_loss", threshold=threshold, step=step)
+            return Message(
+                "eval_loss and the accuracy of held-out preferences have not improved by more than {threshold:g} "
+                "since step {step:,}",
+                threshold=threshold,
+                step=step,
+            )
+        return Message(
+            "eval_loss has not improved by more than {threshold:g} since step {step:,}", threshold=threshold, step=step
+        )
     losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
     if not evaluations and has_memorized(losses, epoch_steps):
-        return Message("stopped_memorized")
+        return Message("the training loss is flat and near zero: the data is known by heart")
     return None

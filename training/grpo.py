@@ -32,7 +32,7 @@ def uses_vllm(config: Config) -> bool:
         return False
     there = importlib.util.find_spec("vllm") is not None and common.find_gpu() is not None
     if config.use_vllm and not there:
-        raise UserError("vllm_not_there")
+        raise UserError("use_vllm: true needs a card and the package vllm; leave it out to generate by transformers")
     return there
 
 

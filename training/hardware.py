@@ -25,19 +25,47 @@ def gpu_fault(gpu: Gpu) -> Message | None:
     Unsloth refuses a card that torch cannot use, so such a machine trains only with the card hidden.
     """
     if gpu.compute < (7, 0):
-        return Message("card_too_old", name=gpu.name, compute=_dotted(gpu.compute))
+        return Message(
+            "{name} has compute capability {compute}, but Unsloth needs 7.0 or newer",
+            name=gpu.name,
+            compute=_dotted(gpu.compute),
+        )
     built_for = torch_cuda()
     if built_for is None:
-        return Message("torch_without_cuda")
+        return Message("torch is a build without CUDA, but there is a card: delete .venv and run make setup again")
     if built_for[0] >= 13 and gpu.compute < (7, 5):
-        return Message("cuda_dropped_card", name=gpu.name, cuda=_dotted(built_for))
+        return Message(
+            "torch is built for CUDA {cuda}, which no longer supports {name}; install the torch of "
+            "requirements-gpu.txt: rm -r .venv && make setup",
+            name=gpu.name,
+            cuda=_dotted(built_for),
+        )
     driver = int(gpu.driver.split(".")[0])
     needed = OLDEST_DRIVER.get(built_for[0], 580)
     if driver < needed:
-        other = Message("pinned_torch_fits_driver") if driver >= PINNED_DRIVER else ""
-        return Message("driver_too_old", driver=gpu.driver, cuda=_dotted(built_for), needed=needed, other=other)
+        other = (
+            Message(
+                ", or install the torch of requirements-gpu.txt, which is built for CUDA 12 and runs on this driver: "
+                "rm -r .venv && make setup"
+            )
+            if driver >= PINNED_DRIVER
+            else ""
+        )
+        return Message(
+            "the driver is {driver}, but torch is built for CUDA {cuda}, which needs driver {needed} or newer: "
+            "update the driver (apt install nvidia-driver-{needed}), rent a machine with a newer one{other}",
+            driver=gpu.driver,
+            cuda=_dotted(built_for),
+            needed=needed,
+            other=other,
+        )
     if missing := missing_for_triton():
-        return Message("triton_lacks", missing=missing, python=_dotted(sys.version_info[:2]))
+        return Message(
+            "Triton compiles what starts its kernels, but these are missing: {missing}; apt install gcc "
+            "python{python}-dev",
+            missing=missing,
+            python=_dotted(sys.version_info[:2]),
+        )
     return None
 
 

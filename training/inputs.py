@@ -60,27 +60,33 @@ def fingerprint(file: Path) -> str:
 
 def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[Message]:
     """The inputs that differ from those that a run was begun with."""
-    changes = [message for kind in now for message in _changes_of(kind, then.get(kind, {}), now[kind])]
-    if any(change.code != "inputs_changed_conversations" for change in changes):  # which says why they differ
-        changes = [change for change in changes if change.code != "inputs_changed_conversations"]
+    changes = [
+        message
+        for kind in now
+        if kind != "conversations"
+        for message in _changes_of(kind, then.get(kind, {}), now[kind])
+    ]
+    if not changes and then.get("conversations", {}) != now["conversations"]:  # no file says why they differ
+        changes = [Message("the same files give other conversations; has dataset_info.json changed?")]
     return changes
 
 
 def _changes_of(kind: str, then: dict[str, str], now: dict[str, str]) -> Iterator[Message]:
-    if kind == "data":  # a file may have moved
-        if sorted(then.values()) == sorted(now.values()):
-            return
-    elif kind == "conversations":
-        if then != now:
-            yield Message("inputs_changed_conversations")
+    if kind == "data" and sorted(then.values()) == sorted(now.values()):  # a file may have moved
         return
     for name in sorted(then.keys() | now.keys()):
         before, after = then.get(name), now.get(name)
         if before == after:
             continue
         if before is None:
-            yield Message("input_added", kind=kind, name=name)
+            yield Message("{kind}: {name} is new", kind=kind, name=name)
         elif after is None:
-            yield Message("input_removed", kind=kind, name=name)
+            yield Message("{kind}: {name} is gone", kind=kind, name=name)
         else:
-            yield Message("input_changed", kind=kind, name=name, then=before[:12], now=after[:12])
+            yield Message(
+                "{kind}: {name} has changed (SHA-256 {then}… then, {now}… now)",
+                kind=kind,
+                name=name,
+                then=before[:12],
+                now=after[:12],
+            )

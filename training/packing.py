@@ -59,7 +59,9 @@ def fit_batches(config: Config) -> tuple[Config, Message | None]:
         for name in ("packing", "per_device_train_batch_size", "gradient_accumulation_steps")
         if getattr(one, name) != getattr(config, name)
     ]
-    return one, Message("samples_one_by_one", changed=changed) if changed else None
+    return one, Message(
+        "this model's layers would mix the samples of a batch, so they go one by one: {changed}", changed=changed
+    ) if changed else None
 
 
 def micro_batch_tokens(config: Config, longest: int) -> int | None:

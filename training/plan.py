@@ -130,7 +130,9 @@ def plan_evaluations(
     if strategy == "no":
         return "no", None, 0
     if eval_lengths is None:
-        raise UserError("nothing_held_out", strategy=strategy)
+        raise UserError(
+            "eval_strategy: {strategy} needs held-out data; set val_size: 0.1 or eval_dataset", strategy=strategy
+        )
     if strategy == "epoch":
         return "epoch", None, len(eval_lengths)
     if config.eval_steps is None:
@@ -165,16 +167,20 @@ def cheap_evaluations(steps: int, epoch_steps: int, step_tokens: float, lengths:
 
 def describe_count(processes: Processes) -> Message | str:
     """What the samples of a step are multiplied by beside batch and accumulation."""
-    return Message("times_processes", count=processes.count) if processes.count > 1 else ""
+    return Message(" x {count} processes", count=processes.count) if processes.count > 1 else ""
 
 
 def describe_steps(config: Config, plan: TrainingPlan, processes: Processes = ALONE) -> Message:
     """How many optimizer steps of how many samples or packed rows."""
-    unit = Message("samples") if plan.packed_rows is None else Message("packed_rows")
+    unit = Message("samples") if plan.packed_rows is None else Message("packed rows")
     if config.stage == "grpo":
-        unit = Message("replies_to_prompts", prompts=packing.prompts_a_step(config), each=config.num_generations)
+        unit = Message(
+            "replies ({each} to each of {prompts:,} prompts)",
+            prompts=packing.prompts_a_step(config),
+            each=config.num_generations,
+        )
     return Message(
-        "plan_steps",
+        "{steps:,} of {batch} x {accumulation}{each} {unit}, learning rate {rate:g} ({schedule})",
         steps=plan.steps,
         batch=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
@@ -188,16 +194,20 @@ def describe_steps(config: Config, plan: TrainingPlan, processes: Processes = AL
 def describe_evaluations(config: Config, plan: TrainingPlan) -> Message:
     """What is held out and how often it is evaluated."""
     if plan.held_out is None:
-        return Message("plan_nothing_held_out")
+        return Message("nothing")
     if plan.eval_strategy == "no":
-        return Message("plan_not_evaluated", samples=plan.held_out)
-    often = Message("every_epoch") if plan.eval_steps is None else Message("every_steps", steps=plan.eval_steps)
+        return Message("{samples:,} samples, not evaluated while training", samples=plan.held_out)
+    often = (
+        Message("every epoch") if plan.eval_steps is None else Message("every {steps:,} steps", steps=plan.eval_steps)
+    )
     if plan.first_eval > 1:
-        often = Message("evaluated_from_step", often=often, step=math.ceil(plan.first_eval))
-    part = Message("first_of_them", samples=plan.eval_samples) if plan.eval_samples < plan.held_out else ""
+        often = Message("{often} from step {step:,} on", often=often, step=math.ceil(plan.first_eval))
+    part = Message(", {samples:,} of them", samples=plan.eval_samples) if plan.eval_samples < plan.held_out else ""
     by_default = config.val_size is None and not config.eval_dataset
-    hint = Message("held_out_by_default") if by_default else ""
-    return Message("plan_held_out", samples=plan.held_out, part=part, often=often, hint=hint)
+    hint = Message(" (val_size: 0 would train on them, too)") if by_default else ""
+    return Message(
+        "{samples:,} samples{part} evaluated {often}{hint}", samples=plan.held_out, part=part, often=often, hint=hint
+    )
 
 
 def find_warnings(config: Config, plan: TrainingPlan) -> list[Message]:
@@ -205,16 +215,40 @@ def find_warnings(config: Config, plan: TrainingPlan) -> list[Message]:
     found = []
     warmup = config.warmup_steps or config.warmup_ratio
     if config.learning_rate == 0:
-        found.append(Message("learning_rate_is_zero"))
+        found.append(Message("learning_rate: 0 trains nothing; 1e-4 is usual"))
     if warmup >= 1 and warmup >= plan.steps:
-        found.append(Message("warmup_too_long", warmup=int(warmup), steps=plan.steps))
+        found.append(
+            Message(
+                "the warmup of {warmup:,} steps is as long as the run ({steps:,}): the learning rate stays below what "
+                "is set; lower warmup_steps",
+                warmup=int(warmup),
+                steps=plan.steps,
+            )
+        )
     if plan.first_eval > plan.steps:
-        found.append(Message("eval_delay_too_long", delay=config.eval_delay, steps=plan.steps))
+        found.append(
+            Message(
+                "eval_delay: {delay:g} is beyond the run of {steps:,} steps, so nothing is evaluated and the last "
+                "adapter is kept; make it smaller",
+                delay=config.eval_delay,
+                steps=plan.steps,
+            )
+        )
     if plan.eval_strategy != "no" and not plan.saves_evaluated:
         if config.load_best_model_at_end:
-            found.append(Message("best_not_kept_without_saves"))
+            found.append(
+                Message(
+                    "the adapter of the last step is kept, not that of the lowest eval_loss; save_strategy: steps "
+                    "keeps the best"
+                )
+            )
         else:
-            found.append(Message("best_not_kept"))
+            found.append(
+                Message(
+                    "the adapter of the last step is kept, not that of the lowest eval_loss; load_best_model_at_end: "
+                    "true keeps the best"
+                )
+            )
     if plan.steps < FEW_STEPS:
         found.append(_too_few_steps(config, plan))
     if plan.steps / plan.epoch_steps >= MANY_EPOCHS:
@@ -230,16 +264,30 @@ def _too_few_steps(config: Config, plan: TrainingPlan) -> Message:
     smaller = max(1, config.gradient_accumulation_steps * plan.steps // (2 * FEW_STEPS))
     if smaller < config.gradient_accumulation_steps:
         other = f"gradient_accumulation_steps: {smaller}"
-        return Message("too_few_steps_two_ways", steps=plan.steps, setting=more, other=other)
-    return Message("too_few_steps", steps=plan.steps, setting=more)
+        return Message(
+            "only {steps} optimizer steps, too few for much to change; set {setting} or {other}",
+            steps=plan.steps,
+            setting=more,
+            other=other,
+        )
+    return Message(
+        "only {steps} optimizer steps, too few for much to change; set {setting}", steps=plan.steps, setting=more
+    )
 
 
 def _too_many_epochs(config: Config, plan: TrainingPlan) -> Message:
     if config.early_stopping == "no" or (config.stage == "grpo" and plan.eval_strategy == "no"):
-        ending = Message("ending_never")
+        ending = Message("early_stopping: auto would end it in time")
     elif plan.eval_strategy != "no":
-        ending = Message("ending_by_eval_loss")
+        ending = Message("it will stop when eval_loss no longer falls, or with stage grpo eval_reward no longer rises")
     else:
-        ending = Message("ending_by_loss")
+        ending = Message("it will stop when the loss is flat and near zero; val_size: 0.1 would stop it earlier")
     epochs = round(plan.steps / plan.epoch_steps)
-    return Message("too_many_epochs", epochs=epochs, samples=plan.samples, steps=plan.steps, ending=ending)
+    return Message(
+        "{epochs:,} passes over {samples:,} samples, {steps:,} steps: after some ten passes a model knows its data "
+        "by heart and gets worse on any other; {ending}",
+        epochs=epochs,
+        samples=plan.samples,
+        steps=plan.steps,
+        ending=ending,
+    )

@@ -67,7 +67,7 @@ CHECKS_WITH_DATA: dict[str, Check] = {
 def dry_run(run: Run) -> int:
     """Makes all checks and prints what they find; returns the exit status, 0 or 2."""
     run.ask_hub = True
-    print(Message("dry_run_question", recipe=run.loaded.recipe or Message("default_recipe")))
+    print(Message("will {recipe} run here?", recipe=run.loaded.recipe or Message("the default recipe")))
     faults: list[Message] = []
     for name, check in {**CHECKS, **CHECKS_WITH_DATA, "unsloth": check_imports}.items():
         if check is check_imports and faults:
@@ -78,7 +78,7 @@ def dry_run(run: Run) -> int:
             if finding.level == "fault":
                 faults.append(finding.message)
             print(f"  {LABELS[finding.level]}  {name:<10}{finding.message}")
-    print(Message("dry_run_no", count=len(faults)) if faults else Message("dry_run_yes"))
+    print(Message("no: {count} fault{count:plural}, see above", count=len(faults)) if faults else Message("yes"))
     return 2 if faults else 0
 
 
@@ -106,7 +106,7 @@ def check_before_loading(run: Run) -> list[Message]:
     if len(faults) == 1:
         raise UserError.from_message(faults[0])
     if faults:
-        raise UserError("several_faults", count=len(faults), faults=faults)
+        raise UserError("{count} faults:\n  {faults:lines}", count=len(faults), faults=faults)
     return notes
 
 

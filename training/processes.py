@@ -209,4 +209,8 @@ def _no_process_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError("process_lost", reason=str(error).strip().splitlines()[0]) from None
+        raise UserError(
+            "another process of this training has ended, so this one ends, too; the same command goes on from the "
+            "last checkpoint ({reason})",
+            reason=str(error).strip().splitlines()[0],
+        ) from None

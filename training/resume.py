@@ -62,24 +62,49 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     left = left_by_run(folder)
     goes_on = within or (not typed and named is None and is_interrupted(config, folder))
     if config.overwrite_output_dir and not goes_on:
-        return ResumePlan(Message("run_is_overwritten", folder=folder) if left else None, named, overwrite=True)
+        return ResumePlan(
+            Message(
+                "{folder} is started over: what it holds of an earlier run is deleted as soon as this one begins",
+                folder=folder,
+            )
+            if left
+            else None,
+            named,
+            overwrite=True,
+        )
     run = read_run(folder)
     if run is None and left and not within:
-        raise UserError("unknown_run", folder=folder, file=left[0].name)
+        raise UserError(
+            "{folder} holds {file} but no run.json, so nothing is known of that run; choose another output_dir, or "
+            "overwrite_output_dir=true",
+            folder=folder,
+            file=left[0].name,
+        )
     if run is None:
-        return ResumePlan(Message("going_on", checkpoint=named) if named else None, named)
+        return ResumePlan(Message("going on from {checkpoint}", checkpoint=named) if named else None, named)
     refuse_changed_settings(config, folder, run, within, processes)
     if run["status"] == "finished":
-        return ResumePlan(Message("run_is_finished", folder=folder), finished=True)
+        return ResumePlan(
+            Message(
+                "{folder} is finished; to train it again: overwrite_output_dir=true, or another output_dir",
+                folder=folder,
+            ),
+            finished=True,
+        )
     newest, damaged = (named, []) if named else checkpoints.newest_whole(config, folder)
     if newest is None:
-        return ResumePlan(Message("begins_again", folder=folder), damaged=tuple(damaged))
+        return ResumePlan(
+            Message("{folder} starts from step 0: it has no complete checkpoint", folder=folder), damaged=tuple(damaged)
+        )
     if config.overwrite_output_dir and within:
-        message = Message("going_on_named", checkpoint=newest)
+        message = Message("going on from {checkpoint} (overwrite_output_dir would delete it)", checkpoint=newest)
     elif config.overwrite_output_dir:
-        message = Message("going_on_not_over", checkpoint=newest)
+        message = Message(
+            "going on from {checkpoint} (overwrite_output_dir starts an interrupted run over only on the command line)",
+            checkpoint=newest,
+        )
     else:
-        message = Message("going_on", checkpoint=newest)
+        message = Message("going on from {checkpoint}", checkpoint=newest)
     return ResumePlan(message, newest, damaged=tuple(damaged))
 
 
@@ -98,7 +123,12 @@ def refuse_running(folder: Path) -> None:
     host = run.get("host", socket.gethostname())
     is_here = host == socket.gethostname()  # the processes of other machines are unknown: there the lock decides
     if run.get("status") == "running" and is_here and is_alive(run.get("pid", 0), run.get("created")):
-        raise UserError("run_is_training", folder=folder, process=run["pid"], host=host)
+        raise UserError(
+            "{folder} is being trained by process {process} on {host}; wait for it, or choose another output_dir",
+            folder=folder,
+            process=run["pid"],
+            host=host,
+        )
 
 
 def is_interrupted(config: Config, folder: Path) -> bool:
@@ -121,17 +151,38 @@ def refuse_changed_settings(
     if run["status"] == "finished" and {setting.fields["name"] for setting in changed} <= LONGER_RUN:
         newest, _ = checkpoints.newest_whole(config, folder)
         if newest:
-            raise UserError("finished_run_longer", folder=folder, changed=changed, checkpoint=newest)
+            raise UserError(
+                "{folder} is finished ({changed}). Two ways on, each with another output_dir: "
+                "adapter_name_or_path={folder} trains the finished adapter further, "
+                "resume_from_checkpoint={checkpoint} goes on with its optimizer and learning rate",
+                folder=folder,
+                changed=changed,
+                checkpoint=newest,
+            )
     if within:
-        raise UserError("other_settings_named", folder=folder, changed=changed)
-    raise UserError("other_settings", folder=folder, changed=changed)
+        raise UserError(
+            "{folder} was begun with other settings ({changed}); give them as they were, or choose another output_dir",
+            folder=folder,
+            changed=changed,
+        )
+    raise UserError(
+        "{folder} was begun with other settings ({changed}); give them as they were, or choose another output_dir, "
+        "or overwrite_output_dir=true on the command line",
+        folder=folder,
+        changed=changed,
+    )
 
 
 def changed_settings(config: Config, folder: Path, run: dict[str, Any], processes: int = 1) -> list[Message]:
     """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
     begun = locate_model(load_config([str(folder / "config.yaml")])).config
     changed = [
-        Message("changed_setting", name=name, then=_shown(getattr(begun, name)), now=_shown(getattr(config, name)))
+        Message(
+            "{name}={then} then, {now} now",
+            name=name,
+            then=_shown(getattr(begun, name)),
+            now=_shown(getattr(config, name)),
+        )
         for name in common.OPTIONS
         if (name not in WITHOUT_EFFECT or (name == "temperature" and config.stage == "grpo"))
         and getattr(begun, name) != getattr(config, name)
@@ -144,7 +195,7 @@ def changed_settings(config: Config, folder: Path, run: dict[str, Any], processe
     is_random = bool(config.lora_dropout or config.neftune_noise_alpha)
     if accumulation["then"] * then == accumulation["now"] * processes and not is_random:
         return [setting for setting in changed if setting.fields["name"] != "gradient_accumulation_steps"]
-    return [*changed, Message("changed_setting", name="processes", then=str(then), now=str(processes))]
+    return [*changed, Message("{name}={then} then, {now} now", name="processes", then=str(then), now=str(processes))]
 
 
 def _shown(value: Any) -> str:
@@ -157,7 +208,13 @@ def check_steps_left(resume: ResumePlan, folder: Path, plan: TrainingPlan) -> No
         return
     step = read_json(resume.checkpoint / "trainer_state.json")["global_step"]
     if step >= plan.steps:
-        raise UserError("no_steps_left", checkpoint=resume.checkpoint, step=step, steps=plan.steps)
+        raise UserError(
+            "resume_from_checkpoint: {checkpoint} stands at step {step} of {steps}, so nothing is left to train; "
+            "raise num_train_epochs, or start from its weights with adapter_name_or_path",
+            checkpoint=resume.checkpoint,
+            step=step,
+            steps=plan.steps,
+        )
 
 
 def locate_model(loaded: Loaded) -> Loaded:

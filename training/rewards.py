@@ -48,7 +48,7 @@ class Reward:
         except Exception as error:  # whatever a user's function does
             last = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
-            raise UserError("reward_fails", name=self.name, problem=problem) from error
+            raise UserError("the reward function {name} fails: {problem}", name=self.name, problem=problem) from error
         return checked(self.name, found, len(columns["completions"]))
 
 
@@ -75,26 +75,38 @@ def find_function(text: str, config: Config) -> tuple[str, Function]:
     if file.endswith(".py"):
         return function.strip(), from_file(Path(file).expanduser(), function.strip())
     near = nearest_word(text, (*BUILT_IN, "regex"))
-    raise UserError("reward_unknown", reward=text, near=near, known=list(NAMES))
+    raise UserError(
+        "reward_funcs: there is no reward {reward}{near:suggestion}; known are {known}, and FILE.py:function",
+        reward=text,
+        near=near,
+        known=list(NAMES),
+    )
 
 
 def from_file(file: Path, name: str) -> Function:
     """The function `name` of a Python file, which is run."""
     if not file.is_file():
-        raise UserError("reward_file_missing", file=file)
+        raise UserError("reward_funcs: there is no file {file}", file=file)
     spec = importlib.util.spec_from_file_location(f"reward_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(file.resolve().parent))  # what stands beside it may be imported
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file does
-        raise UserError("reward_file_fails", file=file, problem=f"{type(error).__name__}: {error}") from error
+        raise UserError(
+            "reward_funcs: {file} cannot be run: {problem}", file=file, problem=f"{type(error).__name__}: {error}"
+        ) from error
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError("reward_function_missing", file=file, name=name, near=nearest_word(name, known))
+        raise UserError(
+            "reward_funcs: {file} has no function {name}{near:suggestion}",
+            file=file,
+            name=name,
+            near=nearest_word(name, known),
+        )
     return function
 
 
@@ -102,12 +114,28 @@ def checked(name: str, found: Any, replies: int) -> list[float | None]:
     """What a reward function returned, if that is a finite number (or None) for each reply; else raises UserError."""
     values = found.tolist() if hasattr(found, "tolist") else found
     if not isinstance(values, list | tuple):
-        raise UserError("reward_no_list", name=name, kind=type(found).__name__, replies=replies)
+        raise UserError(
+            "the reward function {name} returned {kind} and not a list of {replies} numbers, one a reply",
+            name=name,
+            kind=type(found).__name__,
+            replies=replies,
+        )
     if len(values) != replies:
-        raise UserError("reward_wrong_length", name=name, found=len(values), replies=replies)
+        raise UserError(
+            "the reward function {name} returned {found} rewards for {replies} replies; it must return one for each",
+            name=name,
+            found=len(values),
+            replies=replies,
+        )
     for number, value in enumerate(values, 1):
         if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
-            raise UserError("reward_no_number", name=name, number=number, value=repr(value)[:60])
+            raise UserError(
+                "the reward function {name} returned {value} for reply {number}, which is no finite number (None: "
+                "no reward of its own)",
+                name=name,
+                number=number,
+                value=repr(value)[:60],
+            )
     return [None if value is None else float(value) for value in values]
 
 
@@ -129,12 +157,22 @@ def with_labels(config: Config, rewards: Sequence[Reward], answers: Sequence[str
     names = {text.strip() for text in config.reward_funcs}
     lacking = sum(answer is None for answer in answers)
     if lacking and names & set(NEED_ANSWERS):
-        raise UserError("reward_needs_answers", name="exact_label", lacking=lacking, rows=len(answers))
+        raise UserError(
+            "the reward {name} compares replies with the rows' answers, but {lacking:,} of {rows:,} rows have none",
+            name="exact_label",
+            lacking=lacking,
+            rows=len(answers),
+        )
     if "one_of_labels" not in names or config.labels:
         return list(rewards)
     labels = sorted({answer.strip() for answer in answers if answer is not None})
     if not 2 <= len(labels) <= MAX_LABELS:
-        raise UserError("reward_needs_labels", found=len(labels), most=MAX_LABELS)
+        raise UserError(
+            "the reward one_of_labels needs 2 to {most} labels, but the rows have {found:,} different answers; "
+            "name the labels: labels: yes,no",
+            found=len(labels),
+            most=MAX_LABELS,
+        )
     return [replace(r, function=among(labels)) if r.function.__name__ == "one_of_labels" else r for r in rewards]
 
 
@@ -187,9 +225,15 @@ def matches(pattern: str) -> Function:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise UserError("reward_pattern_broken", pattern=pattern, problem=str(error)) from None
+        raise UserError(
+            "reward_funcs: the pattern of regex: {pattern} cannot be used: {problem}",
+            pattern=pattern,
+            problem=str(error),
+        ) from None
     if not pattern:
-        raise UserError("reward_pattern_broken", pattern=pattern, problem="-")
+        raise UserError(
+            "reward_funcs: the pattern of regex: {pattern} cannot be used: {problem}", pattern=pattern, problem="-"
+        )
 
     def regex(completions: Sequence[Any], **_: Any) -> list[float]:
         return [float(bool(compiled.search(text_of(reply)))) for reply in completions]

@@ -31,7 +31,11 @@ def refusing_pickles(checkpoint: Any) -> Iterator[None]:
     try:
         yield
     except torch.serialization.pickle.UnpicklingError:
-        raise UserError("checkpoint_state_is_code", checkpoint=checkpoint) from None
+        raise UserError(
+            "{checkpoint}: optimizer or random states hold code, not only numbers, and are not loaded; use another "
+            "checkpoint",
+            checkpoint=checkpoint,
+        ) from None
 
 
 class RunTrainer:

@@ -97,9 +97,26 @@ class Splitter:
         smaller = self.divide(piece, tokens // 2)
         if len(smaller) == 1:
             total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-            raise UserError("sample_does_not_fit", tokens=tokens, total=total / 1e9, settings=self.settings)
+            raise UserError(
+                "out of memory: a single sample of {tokens:,} tokens does not fit into the {total:.1f} GB of this "
+                "card; try, one after the other: {settings}",
+                tokens=tokens,
+                total=total / 1e9,
+                settings=self.settings,
+            )
         self.limit = max(part["input_ids"].numel() for part in smaller)
-        tqdm.write(str(Message("micro_batch_split", tokens=tokens, limit=self.limit)), file=sys.stderr)
+        tqdm.write(
+            str(
+                Message(
+                    "out of memory: a micro-batch of {tokens:,} tokens does not fit; it is trained in pieces "
+                    "of at most "
+                    "{limit:,} from here on, with the same result",
+                    tokens=tokens,
+                    limit=self.limit,
+                )
+            ),
+            file=sys.stderr,
+        )
         return smaller
 
 

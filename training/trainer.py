@@ -69,7 +69,7 @@ def import_unsloth(quantized: bool = True) -> None:
     """Imports Unsloth, which must come before transformers, trl and peft. `quantized`: models in 4 or 8 bit, too."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub at every start
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(common.CACHE / "unsloth_compiled"))
-    print(Message("loading_unsloth"), flush=True)
+    print(Message("loading Unsloth ..."), flush=True)
     with quietly(), _quick_start(common.find_gpu() is not None, quantized):
         import unsloth  # noqa: F401
     gc.freeze()  # Unsloth and transformers collect garbage often: what was imported need not be looked through
@@ -126,7 +126,13 @@ def check_quantized(model: Any, bits: int | None, log: Path) -> None:
     """
     wanted = {4: "Params4bit", 8: "Int8Params"}.get(bits)
     if wanted and not any(type(weight).__name__ == wanted for weight in model.parameters()):
-        raise UserError("not_quantized", bits=bits, log=log)
+        raise UserError(
+            "quantization_bit: {bits} was asked for, but the weights were loaded in 16 bit: bitsandbytes cannot be "
+            "used here; {log} has what Unsloth says of it; mend bitsandbytes (make setup), or take "
+            "quantization_bit out",
+            bits=bits,
+            log=log,
+        )
 
 
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
@@ -174,7 +180,11 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
     except ValueError as error:
         if "not found in the base model" not in str(error):
             raise
-        raise UserError("unknown_lora_target", targets=config.lora_target, modules=find_linear(model)) from None
+        raise UserError(
+            "lora_target: {targets} names no module of this model; it has {modules}",
+            targets=config.lora_target,
+            modules=find_linear(model),
+        ) from None
 
 
 def find_linear(model: Any) -> list[str]:
@@ -245,16 +255,28 @@ def choose_precision(config: Config) -> Precision:
 
     if hardware.on_card():
         if torch.cuda.is_bf16_supported():
-            return Precision(torch.bfloat16, "bf16", Message("fp16_is_bf16_on_card") if config.fp16 else None)
+            return Precision(
+                torch.bfloat16,
+                "bf16",
+                Message("fp16: this card has bfloat16, which needs no loss scaling; it is used instead")
+                if config.fp16
+                else None,
+            )
         if config.bf16:
-            raise UserError("card_without_bf16")
+            raise UserError("bf16: this card has no bfloat16; take it out, and float16 is used")
         return Precision(torch.float16, "fp16")
     from unsloth_zoo.cpu import cpu_bf16_supported
 
     if not cpu_bf16_supported():
-        note = Message("fp16_is_float32_on_cpu") if config.fp16 else None
-        return Precision(torch.float32, None, Message("bf16_is_float32_on_cpu") if config.bf16 else note)
-    note = Message("fp16_is_bf16_on_cpu") if config.fp16 else None
+        note = Message("fp16: float16 is slow on a CPU; float32 is used") if config.fp16 else None
+        return Precision(
+            torch.float32,
+            None,
+            Message("bf16: this CPU has no instructions for it, so it would be slow; float32 is used")
+            if config.bf16
+            else note,
+        )
+    note = Message("fp16: float16 is slow on a CPU; bfloat16 is used") if config.fp16 else None
     return Precision(torch.float32, "bf16" if config.bf16 is not False else None, note)
 
 

@@ -28,11 +28,30 @@ def find_faults(config: Config, shapes: Shapes) -> list[Message]:
         meant = whole_tensors((target,), shapes)
         others = [n for n, shape in meant.items() if len(shape) > 1 and not n.endswith(EMBEDDINGS + HEADS)]
         if not meant:
-            faults.append(Message("additional_target_unknown", target=target, known=_known(shapes)))
+            faults.append(
+                Message(
+                    "additional_target: the model has no module {target}; it has {known}",
+                    target=target,
+                    known=_known(shapes),
+                )
+            )
         elif others:
-            faults.append(Message("additional_target_is_linear", target=target, module=others[0].rpartition(".")[0]))
+            faults.append(
+                Message(
+                    "additional_target: {target} is the linear layer {module}; only embeddings, the output layer and "
+                    "layer norms learn whole, name linear layers in lora_target",
+                    target=target,
+                    module=others[0].rpartition(".")[0],
+                )
+            )
     if config.lora_bias in ("all", "lora_only") and not any(name.endswith(".bias") for name in shapes):
-        faults.append(Message("model_without_biases", value=config.lora_bias))
+        faults.append(
+            Message(
+                "lora_bias: {value}: the model has no biases, so nothing more would learn; leave it out, or use "
+                "lora_bias: true",
+                value=config.lora_bias,
+            )
+        )
     return faults
 
 
@@ -46,7 +65,14 @@ def find_notes(config: Config, shapes: Shapes, adapted: list[str]) -> list[Messa
     """What lora_bias means for a merge; `adapted` are the names of the weights that get an adapter."""
     lacking = [name for name in adapted if f"{name.removesuffix('weight')}bias" not in shapes]
     return (
-        [Message("lora_bias_not_merged", module=lacking[0].rpartition(".")[0])]
+        [
+            Message(
+                "lora_bias: {module} has no bias in the base, so this adapter cannot be merged or made a "
+                "GGUF; chat.py and "
+                "api.py use it as it is",
+                module=lacking[0].rpartition(".")[0],
+            )
+        ]
         if config.lora_bias == "true" and lacking
         else []
     )

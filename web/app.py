@@ -162,6 +162,6 @@ class PageScript(BaseHTTPMiddleware):
 def serve(app: Any, listener: socket.socket) -> None:
     """Prints the address and answers until Ctrl-C."""
     host, port = listener.getsockname()[:2]
-    print(Message("web_open_at", url=f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
+    print(Message("open {url}  (Ctrl-C ends)", url=f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
     config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

@@ -99,7 +99,10 @@ def explaining_full_memory() -> Iterator[None]:
         if "out of memory" not in str(error):  # torch.OutOfMemoryError, and what drivers raise
             raise
         _forget()
-        raise UserError("chat_out_of_memory") from None
+        raise UserError(
+            "the model does not fit into the memory that is free; end a training that runs, or load it in 4 bit: "
+            "quantization_bit=4"
+        ) from None
 
 
 def targets() -> list[tuple[str, str]]:

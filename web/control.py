@@ -48,7 +48,11 @@ def is_below(path: Path, folder: Path) -> bool:
 def run_folder(name: str) -> Path:
     """The folder of a run; raises UserError for what cannot be the name of one."""
     if not is_valid_name(name):
-        raise UserError("run_name_invalid", name=repr(name))
+        raise UserError(
+            "{name} cannot be the name of a run: it is empty, longer than 66 Chinese or 200 Latin letters, has a "
+            "backslash, leads out of saves/, or a part of it begins with a dot or is uploads; choose another",
+            name=repr(name),
+        )
     return common.SAVES.joinpath(*Path(name.strip()).parts)
 
 
@@ -166,10 +170,19 @@ def device_user() -> Message | None:
         job = jobs.find(path.parent)
         if jobs.is_running(job):
             if path.parent.name == "train":
-                return Message("run_training", name=name_of(path.parents[2]))
-            return Message("job_running", command=job.shell_line)
+                return Message(
+                    "{name} is training; one run at a time: wait for it, pause it or abort it",
+                    name=name_of(path.parents[2]),
+                )
+            return Message("{command} is still running; wait for it, or stop it", command=job.shell_line)
     running = (name for name in _begun_runs() if is_training(read_run(run_folder(name))))
-    return next((Message("run_training", name=name) for name in running), None)
+    return next(
+        (
+            Message("{name} is training; one run at a time: wait for it, pause it or abort it", name=name)
+            for name in running
+        ),
+        None,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +234,9 @@ def start_run(config: Config, overwrite: bool, language: str) -> Path:
     """Writes the recipe into the run folder and starts train.py with it; raises UserError where it cannot be."""
     folder = Path(config.output_dir)
     if left_by_training(folder) and not overwrite:
-        raise UserError("run_exists", folder=folder)
+        raise UserError(
+            "{folder} holds a run already; choose another name, let it go on, or tick start over", folder=folder
+        )
     with _device():
         recipe = folder / BOARD / "recipe.yaml"  # in the board's own folder: saves/NAME/recipe.yaml may be the user's
         recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +250,7 @@ def go_on(folder: Path, language: str) -> None:
     """Starts an interrupted run again, which goes on from its newest checkpoint."""
     recipe = next((folder / n for n in ("config.yaml", f"{BOARD}/recipe.yaml") if (folder / n).exists()), None)
     if recipe is None:
-        raise UserError("run_without_recipe", folder=folder)
+        raise UserError("{folder} has no recipe to go on with; start a new run", folder=folder)
     start_command(job_folder(folder), ["train.py", str(recipe), "overwrite_output_dir=false"], language)
 
 

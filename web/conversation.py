@@ -53,10 +53,10 @@ def read_tools(text: str | None) -> list[dict[str, Any]] | None:
     try:
         given = json.loads(text)
     except ValueError as error:
-        raise UserError("tools_not_json", problem=str(error)) from None
+        raise UserError("the tools are not JSON ({problem}); write a list of functions", problem=str(error)) from None
     tools = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in _listed(given)]
     if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
-        raise UserError("tool_without_name")
+        raise UserError('a tool has no name; write [{"name": "...", "description": "...", "parameters": {...}}]')
     return [{"type": "function", "function": tool} for tool in tools] or None
 
 
@@ -175,10 +175,12 @@ TAGS = {
 def row(turns: list[Turn], system: str, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
     """The trained voice's conversation as one row in OpenAI's form; raises UserError where nothing can be learned."""
     if not any("trained" in turn for turn in turns):
-        raise UserError("chat_empty")
+        raise UserError("nothing has been said yet; send a message first")
     for number, turn in enumerate(turns, 1):
         if not turn.get("trained", "").strip():
-            raise UserError("turn_without_answer", number=number)
+            raise UserError(
+                "turn {number} has no answer, and training needs one; edit it, or delete the turn", number=number
+            )
     made: dict[str, Any] = {"messages": [_openai(message) for message in messages(turns, "trained", system)]}
     if tools:
         made["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
@@ -217,19 +219,19 @@ def add_to_data(made: dict[str, Any], name: str, folder: Path) -> int:
     Raises UserError where the name is another dataset's, or the file holds something else.
     """
     if not re.fullmatch(r"[\w-]{1,60}", name):
-        raise UserError("dataset_name_invalid", name=name)
+        raise UserError("'{name}' cannot be the name of a dataset; use at most 60 letters, digits, - and _", name=name)
     registry, file = folder / "dataset_info.json", folder / f"{name}.json"
     known = read_json(registry, {})
     if not isinstance(known, dict):
-        raise UserError("registry_not_object", file=registry)
+        raise UserError("{file} is not an object of datasets; correct it first", file=registry)
     registered = known.get(name)
     if registered and (registered.get("file_name"), registered.get("formatting")) != (file.name, "openai"):
-        raise UserError("dataset_name_taken", file=registry, name=name)
+        raise UserError("{file} has another dataset {name} already; give another name", file=registry, name=name)
     if file.exists() and not registered:
-        raise UserError("data_file_exists", file=file)
+        raise UserError("{file} exists already and is not a dataset of conversations; give another name", file=file)
     rows = read_json(file, [])
     if not isinstance(rows, list):
-        raise UserError("data_file_not_list", file=file)
+        raise UserError("{file} is not a list of conversations; give another name", file=file)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, [*rows, made])
     wanted = entry(file.name, "tools" in made or "tools" in (registered or {}).get("columns", {}))

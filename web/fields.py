@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 from common import OPTIONS, Config, Message, UserError
-from runs.configuration import Loaded, load_config
+from runs.configuration import ConfigFaults, Loaded, load_config
 from training import memory
 from web import control
 from web.texts import Translator
@@ -135,21 +135,21 @@ def read_settings(fields: dict[str, Any], name: str, others: dict[str, str] | No
         if text not in (None, "", field_value(option, OPTIONS[option].default)):
             arguments.append(f"{option}={text}")
         elif text in (None, "") and option == "dataset":
-            faults.append(Message("no_dataset_chosen"))
+            faults.append(Message("no dataset is chosen; choose one on the page Model and data"))
     try:
         loaded = load_config(arguments)
     except UserError as error:
-        found = error.fields["faults"] if error.code == "config_faults" else [error.message]
+        found = error.fields["faults"] if isinstance(error, ConfigFaults) else [error.message]
         faults += [_on_this_page(fault) for fault in found]
     if faults:
-        raise UserError("settings_faults", faults=faults)
+        raise UserError("{faults:lines}", faults=faults)
     return loaded
 
 
 def _on_this_page(fault: Message) -> Message:
     """A fault of a setting with this page as its place, and not the command line."""
-    place = {"place": Message("this_page")} if "place" in fault.fields else {}
-    return Message(fault.code, **{**fault.fields, **place})  # a copy: fault.code stands where it was made
+    place = {"place": Message("this page")} if "place" in fault.fields else {}
+    return Message(fault.sentence, **{**fault.fields, **place})
 
 
 def fields_of(loaded: Loaded, names: Sequence[str]) -> dict[str, Any]:

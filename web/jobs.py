@@ -73,7 +73,7 @@ def start(folder: Path, command: list[str], language: str = "en") -> Job:
     with FileLock(folder / "lock"):  # of two boards on one folder, one starts it
         earlier = find(folder)
         if earlier and state(earlier) == "running":
-            raise UserError("job_running", command=earlier.shell_line)
+            raise UserError("{command} is still running; wait for it, or stop it", command=earlier.shell_line)
         return _start(folder, command, language)
 
 
@@ -170,8 +170,11 @@ def error(job: Job) -> Message | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Message.from_json(json.loads((job.folder / ERROR).read_text(encoding="utf-8")))
     if ended == "killed":
-        return Message("job_killed", command=job.shell_line)
+        return Message(
+            "{command} was ended from outside (killed, out of memory, or the machine was switched off)",
+            command=job.shell_line,
+        )
     printed = [line for line in lines(job.log) if line.strip() and not _BAR.match(line)]
     if not printed:
-        return Message("job_failed_silently", command=job.shell_line)
-    return Message("job_failed", command=job.shell_line, line=printed[-1])
+        return Message("{command} failed and printed nothing", command=job.shell_line)
+    return Message("{command} failed: {line}; see its output below", command=job.shell_line, line=printed[-1])

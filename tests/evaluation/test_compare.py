@@ -22,7 +22,13 @@ def test_forgetting_is_reported_beyond_the_intervals() -> None:
     worse = {"perplexity": 12.0, "perplexity_interval": [9.0, 15.0]}
     near = {"perplexity": 6.5, "perplexity_interval": [5.5, 7.5]}
     assert forgetting({"base": base, "trained": worse}) == [
-        Message("eval_forgot_general", model="trained", before=5.0, now=12.0)
+        Message(
+            "note: {model} forgot general knowledge: perplexity {before:.1f} before, {now:.1f} now; "
+            "mix some into your data\n(dataset: ...,general), or train less",
+            model="trained",
+            before=5.0,
+            now=12.0,
+        )
     ]
     assert forgetting({"base": base, "trained": near}) == [] == forgetting({"trained": worse})
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_run, ok, refused, run, user_error, write_jsonl
+from conftest import make_run, ok, refused, run, says, user_error, write_jsonl
 
 import common
 import evaluate
@@ -48,12 +48,12 @@ def read(file: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["nobody"], "model_not_found"),
-        (["a", "b"], "two_targets"),
-        (["--bse"], "unknown_argument"),
-        (["--val_size", "0.5"], "eval_setting_fixed"),
-        (["--compare", "a", "b"], "eval_not_a_run"),
-        (["--runs"], "eval_no_runs"),
+        (["nobody"], "there is no model"),
+        (["a", "b"], says("targets; give")),
+        (["--bse"], says("key=value or")),
+        (["--val_size", "0.5"], says("data instead")),
+        (["--compare", "a", "b"], says("folder; python")),
+        (["--runs"], says("is no run in")),
     ],
 )
 def test_errors_come_at_once(arguments: list[str], code: str, tmp_path: Path) -> None:
@@ -93,7 +93,14 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     assert "perplexity" in json.loads((folder.parent / "general_test/metrics.json").read_text())["models"]["trained"]
     assert (trained / "report.html").is_file()
     seen = run("evaluate.py", str(trained), f"dataset={home}/odd.jsonl", cwd=home)
-    assert (seen.returncode, seen.error) == (2, Message("eval_all_rows_trained", dataset=f"{home}/odd.jsonl"))
+    assert (seen.returncode, seen.error) == (
+        2,
+        Message(
+            "the model was trained on every row of {dataset}, so the result would mean nothing; name "
+            "other data: dataset=NAME",
+            dataset=f"{home}/odd.jsonl",
+        ),
+    )
 
     interrupted = "\n".join(json.dumps(line) for line in lines[:7]) + '\n{"row": 9, "pro'  # as a kill leaves it
     (folder / "predictions.jsonl").write_text(interrupted, encoding="utf-8")
@@ -142,11 +149,11 @@ def test_what_was_trained_on_is_known_along_the_chain_and_whatever_became_of_the
     run = made_run(tmp_path / "run", trained, dataset=(str(own),), adapter_name_or_path=str(trained), name="Nova")
     for data in (own, trained.parent.parent / "odd.jsonl"):  # its own, and what the run before it was trained on
         for more in ((), ("name=Ming", "default_system=hi")):
-            with user_error("eval_all_rows_trained", dataset=data):
+            with user_error("on every row", dataset=data):
                 job_of(str(run), f"dataset={data}", *more)
     contents = [fingerprint(row) for row in dataset.read_conversations(run_config(run))[0]]
     own.unlink()
-    assert [note.code for note in job_of(str(run), f"dataset={new}").notes] == ["eval_trained_rows_unreadable"]
+    assert [note.sentence for note in job_of(str(run), f"dataset={new}").notes] == [says("trained on may")]
     np.save(run / TRAINED, np.array(contents, dtype=np.int64))
     assert job_of(str(run), f"dataset={new}").notes == []
     write_jsonl(own, [named[0], {**named[1], "output": "changed"}])
@@ -188,7 +195,7 @@ def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     (checkpoint / "adapter_config.json").write_text("{}")
     write_json(tmp_path / "saves/r/run.json", {"status": "running", "pid": 1})
-    with user_error("run_has_checkpoints_only", checkpoint=checkpoint):
+    with user_error("not finished", checkpoint=checkpoint):
         job_of(str(tmp_path / "saves/r"))
 
 
@@ -197,11 +204,11 @@ def test_labels_are_for_the_datasets_that_they_fit(trained: Path) -> None:
     home = trained.parent.parent
     job = job_of(str(trained), f"dataset={home}/odd_test.jsonl,{home}/say.jsonl", "labels=1,0")
     assert [(data.task, data.labels) for data in job.datasets[:2]] == [("classification", ("1", "0")), ("text", ())]
-    assert job.notes[-1].code == "eval_labels_do_not_fit"
+    assert job.notes[-1].sentence == says("labels do not")
     cases = (
-        ("0,2", "eval_label_unknown", {"answer": "1", "labels": ["0", "2"]}),
-        ("0,0", "eval_label_repeated", {"label": "0"}),
-        ("0", "eval_label_alone", {"label": "0"}),
+        ("0,2", says("among labels"), {"answer": "1", "labels": ["0", "2"]}),
+        ("0,0", says("is given twice"), {"label": "0"}),
+        ("0", says("alone leaves"), {"label": "0"}),
     )
     for labels, code, fields in cases:
         with user_error(code, **fields):

@@ -177,7 +177,7 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
 
 def test_two_evaluations_into_one_folder_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     job = make_job(tmp_path / "eval", tiny_model)
-    running = user_error("eval_is_running", folder=tmp_path / "eval", process=os.getpid())
+    running = user_error("is evaluating", folder=tmp_path / "eval", process=os.getpid())
     with predict.only_evaluation(job), running, predict.only_evaluation(job):
         raise AssertionError
     with predict.only_evaluation(job):
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_sentence_and_the_evaluation_goes_on_later(
         return ask(*arguments)
 
     monkeypatch.setattr(scorer, "choices", full, raising=False)
-    with user_error("disk_full", folder=tmp_path / "eval"), predict.only_evaluation(job):
+    with user_error("of free disk", folder=tmp_path / "eval"), predict.only_evaluation(job):
         predict.predict(job, job.models[0])
     assert len(predict.read_predictions(tmp_path / "eval/labels/predictions.base.jsonl")) == 2
     with predict.only_evaluation(job):

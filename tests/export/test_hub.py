@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from conftest import refused, run
+from conftest import refused, run, says
 from stand_in import StandIn, serving
 
 SCRIPT = """
@@ -140,7 +140,7 @@ def test_uploads_every_byte_into_a_private_repository_once(standin: Hub, folder:
     (folder / "README.md").write_text("changed")
     again = push(standin, folder, "me/merged")
     assert again.returncode == 2
-    assert (again.error.code, again.error.fields["count"]) == ("push_repo_not_empty", 2)
+    assert (again.error.sentence, again.error.fields["count"]) == (says("--overwrite, or choose"), 2)
     assert sent["README.md"] != b"changed"
     sent |= {"model-00001-of-00002.safetensors": b"of an earlier upload", "LICENSE": b"the user's"}
     assert push(standin, folder, "me/merged", overwrite=True).returncode == 0
@@ -152,17 +152,24 @@ def test_uploads_every_byte_into_a_private_repository_once(standin: Hub, folder:
 @pytest.mark.parametrize(
     ("repo", "token", "code"),
     [
-        ("you/merged", "right", "push_namespace"),
-        ("merged", "right", "push_namespace"),
-        ("me/mer ged", "right", "push_bad_name"),
-        ("me/merged", "wrong", "push_refused"),
-        ("me/merged", None, "push_no_login"),
+        ("you/merged", "right", says("you may write")),
+        ("merged", "right", says("you may write")),
+        ("me/mer ged", "right", says("name it ORG/NAME")),
+        (
+            "me/merged",
+            "wrong",
+            says(
+                "--push {repo}: the hub answered {status} ({reason}); run `hf auth login` with a token "
+                "that may write, or set HF_TOKEN to it"
+            ),
+        ),
+        ("me/merged", None, says("logged in to")),
     ],
 )
 def test_refused_in_one_sentence(standin: Hub, folder: Path, repo: str, token: str | None, code: str) -> None:
     result = push(standin, folder, repo, token=token)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.error.code == code
+    assert result.error.sentence == code
     assert "Traceback" not in result.stderr
     assert standin.repos == {}
 
@@ -172,6 +179,6 @@ def test_hub_that_fails_or_is_not_there(standin: Hub, folder: Path) -> None:
     standin.broken = True
     result = push(standin, folder, "us/merged")
     assert result.returncode == 2
-    assert (result.error.code, result.error.fields["status"]) == ("push_failed", 418)
+    assert (result.error.sentence, result.error.fields["status"]) == (says("the folder is"), 418)
     standin.url = "http://127.0.0.1:9"
-    refused(push(standin, folder, "us/merged"), "push_unreachable")
+    refused(push(standin, folder, "us/merged"), "hub cannot be")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, ok, refused, run, user_error, write_jsonl
+from conftest import ROOT, ok, refused, run, says, user_error, write_jsonl
 from test_hub import Hub, hub_environment, standin
 
 import common
@@ -371,7 +371,7 @@ def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
 def test_the_revision_of_a_base_is_not_passed_over(lora: Path, models: dict[str, Path]) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     write_json(lora / "adapter_config.json", {**config, "revision": "v2"})
-    with user_error("base_revision", revision="v2"):
+    with user_error("the revision", revision="v2"):
         merge.main([str(lora), "--no-verify"])
     assert merged(lora, f"model_name_or_path={models['tied']}").exists()
 
@@ -409,13 +409,13 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
     quantized = Path("models/tiny-unsloth-bnb-4bit")
     quantized.mkdir(parents=True)
     write_json(quantized / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
-    with user_error("base_is_quantized", method="bitsandbytes", plain="models/tiny"):
+    with user_error("its rounding", method="bitsandbytes", plain="models/tiny"):
         merge.main([str(lora), f"model_name_or_path={quantized}", "--no-verify"])
     shutil.copytree(models["tied"], "models/tiny")
     merge.main([str(lora), "model_name_or_path=unsloth/tiny-unsloth-bnb-4bit", "--no-verify"])
     assert "merging into models/tiny" in capsys.readouterr().out
     assert (lora / "merged" / "config.json").exists()
-    with user_error("base_not_found", base="unsloth/other", command=common.command("download.py", "unsloth/other")):
+    with user_error("or say where", base="unsloth/other", command=common.command("download.py", "unsloth/other")):
         merge.main([str(lora), "model_name_or_path=unsloth/other-bnb-4bit"])
 
 
@@ -425,27 +425,27 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
 @pytest.mark.parametrize(
     ("setting", "code", "fields"),
     [
-        ({"peft_type": "IA3"}, "adapter_kind_not_merged", {"kind": "IA3"}),
+        ({"peft_type": "IA3"}, says("and merge.py"), {"kind": "IA3"}),
         (
             {"init_lora_weights": "pissa_niter_4"},
-            "adapter_settings_not_merged",
+            says("what merge.py"),
             {"settings": ["init_lora_weights: 'pissa_niter_4'"]},
         ),
         (
             {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-            "adapter_settings_not_merged",
+            says("what merge.py"),
             {"settings": ["loftq_config: {'loftq_bits': 4}", "init_lora_weights: 'loftq'"]},
         ),
-        ({"trainable_token_indices": [1, 2]}, "adapter_settings_not_merged", {}),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "adapter_settings_not_merged", {}),
-        ({"alora_invocation_tokens": [5]}, "adapter_settings_not_merged", {}),
-        ({"use_qalora": True}, "adapter_settings_not_merged", {"settings": ["use_qalora: True"]}),
-        ({"a_setting_of_tomorrow": 3}, "adapter_settings_not_merged", {"settings": ["a_setting_of_tomorrow: 3"]}),
-        ({"r": 5}, "adapter_rank", {"rank": 4, "configured": 5}),
-        ({"r": None}, "adapter_without_number", {"key": "r"}),
-        ({"r": 0}, "adapter_without_number", {"key": "r"}),
-        ({"lora_alpha": None}, "adapter_without_number", {"key": "lora_alpha"}),
-        ({"use_dora": True}, "adapter_dora_contradiction", {}),
+        ({"trainable_token_indices": [1, 2]}, says("what merge.py"), {}),
+        ({"layer_replication": [[0, 2], [1, 2]]}, says("what merge.py"), {}),
+        ({"alora_invocation_tokens": [5]}, says("what merge.py"), {}),
+        ({"use_qalora": True}, says("what merge.py"), {"settings": ["use_qalora: True"]}),
+        ({"a_setting_of_tomorrow": 3}, says("what merge.py"), {"settings": ["a_setting_of_tomorrow: 3"]}),
+        ({"r": 5}, says("adapter_config.json says"), {"rank": 4, "configured": 5}),
+        ({"r": None}, says("valid number"), {"key": "r"}),
+        ({"r": 0}, says("valid number"), {"key": "r"}),
+        ({"lora_alpha": None}, says("valid number"), {"key": "lora_alpha"}),
+        ({"use_dora": True}, says("and use_dora"), {}),
     ],
 )
 def test_refused_by_name(setting: dict, code: str, fields: dict, lora: Path) -> None:
@@ -467,14 +467,19 @@ def rename(folder: Path, old: str, new: str | None) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "code", "fields"),
     [
-        ("layers.1.mlp.up_proj.lora_A", None, "adapter_part_missing", {"part": "lora_A"}),
-        ("layers.1.mlp", "layers.9.mlp", "adapter_without_place", {"what": {"code": "another_base", "fields": {}}}),
-        ("mlp.up_proj", "mlp.down_proj2", "adapter_without_place", {}),
-        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", "adapter_tensor_unknown", {}),
+        ("layers.1.mlp.up_proj.lora_A", None, says("damaged: copy"), {"part": "lora_A"}),
+        (
+            "layers.1.mlp",
+            "layers.9.mlp",
+            says("the base does"),
+            {"what": {"sentence": says("give model_name_or_path=the model it was trained on"), "fields": {}}},
+        ),
+        ("mlp.up_proj", "mlp.down_proj2", says("the base does"), {}),
+        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", says("merge; merge"), {}),
         (
             "layers.0.mlp.gate_proj.lora_A",
             "layers.0.extra",
-            "adapter_without_place",
+            says("the base does"),
             {"tensor": "model.layers.0.extra.weight"},
         ),
     ],
@@ -484,7 +489,7 @@ def test_every_tensor_has_its_place(old: str, new: str | None, code: str, fields
     with pytest.raises(common.UserError) as error:
         merge.main([str(lora), "--no-verify"])
     found = error.value.message.to_json()
-    assert found["code"] == code
+    assert found["sentence"] == code
     assert {name: found["fields"][name] for name in fields} == fields
 
 
@@ -497,7 +502,7 @@ def test_types_that_cannot_be_computed_with_are_refused(dtype: str, stored: str,
 
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in values(lora).items()}
     save_file(tensors, lora / "adapter_model.safetensors")
-    with user_error("adapter_dtype", dtype=stored, known=["float32", "float16", "bfloat16"]):
+    with user_error("again in one", dtype=stored, known=["float32", "float16", "bfloat16"]):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -510,7 +515,7 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: d
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 1}, lora / "adapter_model.safetensors")
     assert distance(values(merged(lora))["model.embed_tokens.weight"], ends + 1) == 0
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 2}, lora / "adapter_model.safetensors")
-    with user_error("adapter_tied_ends_differ", head="lm_head.weight"):
+    with user_error("values, which", head="lm_head.weight"):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -519,7 +524,7 @@ def test_a_multimodal_base_is_told_from_a_wrong_one(lora: Path, models: dict[str
     config = json.loads((base / "config.json").read_text())
     write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
     rename(lora, "base_model.model.model", "base_model.model.model.language_model")
-    with user_error("adapter_without_place", what=common.Message("multimodal_names")):
+    with user_error("the base does", what=common.Message(says("a multimodal"))):
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
 
 
@@ -532,24 +537,24 @@ def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path
     wider = values(base)
     wider["model.layers.0.mlp.up_proj.weight"] = torch.zeros(130, 64)
     save_file(wider, file)
-    with user_error("adapter_shape", trained="(128, 64)", base="(130, 64)"):
+    with user_error("weight of shape", trained="(128, 64)", base="(130, 64)"):
         merge.main([str(lora), f"model_name_or_path={base}"])
     file.write_bytes((models["tied"] / "model.safetensors").read_bytes()[:-1])
-    with user_error("broken_safetensors", file=file):
+    with user_error("safetensors file", file=file):
         merge.main([str(lora), f"model_name_or_path={base}"])
     file.rename(base / "pytorch_model.bin")
-    with user_error("weights_are_pickled", folder=base):
+    with user_error("pickle, which", folder=base):
         merge.main([str(lora), f"model_name_or_path={base}"])
-    with user_error("base_is_gguf"):
+    with user_error("quantized; give"):
         merge.main([str(lora), f"model_name_or_path={base}.gguf"])
     broken = values(models["tied"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(broken, file)
-    with user_error("merged_value_unfit", tensor="model.layers.0.mlp.up_proj.weight"):
+    with user_error("or too large", tensor="model.layers.0.mlp.up_proj.weight"):
         merge.main([str(lora), f"model_name_or_path={base}", "--no-verify"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = 70000.0
     save_file(broken, file)
-    with user_error("merged_value_unfit", dtype="F16"):
+    with user_error("or too large", dtype="F16"):
         merge.main([str(lora), f"model_name_or_path={base}", "export_dtype=float16", "--no-verify"])
     assert list(lora.glob("*merged*")) == []
 
@@ -559,16 +564,16 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
     (tmp_path / "saves" / "cut" / "checkpoint-20").mkdir(parents=True)
     (tmp_path / "saves" / "cut" / "checkpoint-20" / "adapter_config.json").write_text("{}")
     for arguments, code in (
-        (["m.yaml"], "config_faults"),
-        (["nowhere"], "adapter_not_found"),
-        (["nowhere", "else"], "two_targets"),
-        (["saves/cut"], "run_has_checkpoints_only"),
-        ([str(lora), "model_name_or_path=org/missing"], "base_not_found"),
+        (["m.yaml"], says("the configuration")),
+        (["nowhere"], says("run, adapter")),
+        (["nowhere", "else"], says("targets; give")),
+        (["saves/cut"], says("not finished")),
+        ([str(lora), "model_name_or_path=org/missing"], says("or say where")),
     ):
         used = os.times().children_user
         result = run("merge.py", *arguments, cwd=tmp_path)
         assert (result.returncode, result.stdout) == (2, ""), result
-        assert result.error.code == code
+        assert result.error.sentence == code
         assert "Traceback" not in result.stderr
         assert os.times().children_user - used < 1.5
     result = run("merge.py", str(lora), "model_name_or_path=org/missing", cwd=tmp_path)
@@ -583,12 +588,12 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
 
 def test_nothing_is_overwritten_unasked(lora: Path, models: dict[str, Path]) -> None:
     before = (merged(lora) / "model.safetensors").stat().st_ino
-    with user_error("merge_exists", output=lora / "merged"):
+    with user_error("--overwrite, or give", output=lora / "merged"):
         merge.main([str(lora), "--no-verify"])
     assert (lora / "merged" / "model.safetensors").stat().st_ino == before
     merged(lora, "--overwrite")
     assert (lora / "merged" / "model.safetensors").stat().st_ino != before
-    with user_error("output_holds_source"):
+    with user_error("merged; give"):
         merge.main([str(lora), "--no-verify", "--overwrite", f"export_dir={models['tied']}"])
 
 
@@ -596,15 +601,15 @@ def test_overwrite_replaces_earlier_merges_only(plain: Path, models: dict[str, P
     folder = make_finished_run(plain, tmp_path / "run", models["tied"], overwrite_output_dir=True)  # of the training
     checkpoint = shutil.copytree(plain, folder / "checkpoint-5")
     for output in (folder, tmp_path, checkpoint):
-        with user_error("output_holds_source"):
+        with user_error("merged; give"):
             merge.main([str(checkpoint), "--no-verify", "--overwrite", f"export_dir={output}"])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("")
-    with user_error("output_is_no_merge"):
+    with user_error("earlier merge"):
         merge.main([str(folder), "--no-verify", "--overwrite", f"export_dir={tmp_path / 'photos'}"])
     merged(folder)
     for arguments in ([str(folder)], [str(folder / "config.yaml")]):
-        with user_error("merge_exists"):
+        with user_error("--overwrite, or give"):
             merge.main([*arguments, "--no-verify"])
     merged(folder, "overwrite_output_dir=true")
 
@@ -628,11 +633,11 @@ def test_disk_space_is_looked_at_first(lora: Path, models: dict[str, Path], tmp_
     base = sparse_base(models, tmp_path / "base", 6 << 40)
     killed = lora / ".merged.12ab.tmp"
     killed.mkdir()
-    with user_error("disk_full") as error:
+    with user_error("of free disk") as error:
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
     assert 6597 < error.value.fields["needed"] < 6598
     assert not killed.exists()
-    with user_error("verify_memory") as error:
+    with user_error("GB of memory") as error:
         verify.choose_device(base, None)
     assert 7900 < error.value.fields["needed"] < 8000
 
@@ -643,10 +648,10 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
     standin.repos["me/taken"] = {"model.safetensors": b""}
     result = run("merge.py", str(lora), "--push", "me/taken", env=environment)
     assert result.returncode == 2
-    assert (result.error.code, result.error.fields["count"]) == ("push_repo_not_empty", 1)
+    assert (result.error.sentence, result.error.fields["count"]) == (says("--overwrite, or choose"), 1)
     assert not (lora / "merged").exists()
     standin.broken = True
-    refused(run("merge.py", str(lora), "--push", "me/mine", env=environment), "push_failed")
+    refused(run("merge.py", str(lora), "--push", "me/mine", env=environment), "the folder is")
     standin.broken = False
     before = (lora / "merged" / "model.safetensors").stat().st_ino
     result = ok(run("merge.py", str(lora), "--push", "me/mine", env=environment))
@@ -659,7 +664,7 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
 
 
 def test_only_what_is_proven_is_pushed(lora: Path) -> None:
-    with user_error("push_needs_proof"):
+    with user_error("uploads only"):
         merge.main([str(lora), "--no-verify", "--push", "me/mine"])
     record = merged(lora) / "merge.json"
     job = merged_model.find_job(str(lora), [])
@@ -678,7 +683,7 @@ def test_only_what_is_proven_is_pushed(lora: Path) -> None:
 def test_a_run_that_was_moved_is_told(lora: Path, tmp_path: Path) -> None:
     merged(lora)
     lora.rename(tmp_path / "moved")
-    with user_error("merge_source_gone", path=lora, folder=tmp_path / "moved" / "merged"):
+    with user_error("was merged of", path=lora, folder=tmp_path / "moved" / "merged"):
         merge.main(["--check", str(tmp_path / "moved" / "merged")])
 
 
@@ -706,7 +711,7 @@ def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path
     from safetensors.torch import save_file
 
     save_file(weights, folder / "merged" / "model.safetensors")
-    refused(run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path), "merge_differs")
+    refused(run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path), "adapter: its")
 
 
 @pytest.mark.slow
@@ -783,7 +788,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_sentence(left: int, lora: Path, m
         return write(file, data[:part], start)
 
     monkeypatch.setattr(os, "pwrite", fill)
-    with user_error("disk_full", folder=lora / "merged") as error:
+    with user_error("of free disk", folder=lora / "merged") as error:
         merged(lora, "--overwrite")
     assert error.value.fields["needed"] > 0
     monkeypatch.undo()
@@ -800,7 +805,7 @@ def test_a_full_tmpfs(lora: Path, tmp_path: Path) -> None:
         pytest.skip("mounting is not allowed here")
     try:
         result = run("merge.py", str(lora), "--no-verify", f"export_dir={small / 'merged'}")
-        refused(result, "disk_full")
+        refused(result, "of free disk")
         assert result.error.fields["needed"] > result.error.fields["free"]
         assert list(small.iterdir()) == []
     finally:
@@ -857,7 +862,7 @@ def test_links_do_not_lead_out_of_the_folders(lora: Path, models: dict[str, Path
     secret.write_text("a key")
     base = shutil.copytree(models["tied"], tmp_path / "base")
     (base / "LICENSE").symlink_to(secret)
-    with user_error("link_leaves_folder", link=base / "LICENSE", target=secret):
+    with user_error("folder; put a", link=base / "LICENSE", target=secret):
         merged(lora, f"model_name_or_path={base}")
     assert not (lora / "merged").exists()
     (base / "LICENSE").unlink()
@@ -870,7 +875,7 @@ def test_links_do_not_lead_out_of_the_folders(lora: Path, models: dict[str, Path
     assert (elsewhere / "config.json").exists()
     assert (lora / "merged").is_symlink()
     shutil.rmtree(elsewhere)
-    with user_error("output_is_broken_link", output=lora / "merged"):
+    with user_error("there; remove", output=lora / "merged"):
         merged(lora, f"model_name_or_path={base}")
 
 

@@ -15,7 +15,18 @@ from types import SimpleNamespace
 
 import pytest
 import test_hub
-from conftest import ROOT, make_run, ok, refused, run, save_random_model, user_error, write_hollow_weights, write_jsonl
+from conftest import (
+    ROOT,
+    make_run,
+    ok,
+    refused,
+    run,
+    save_random_model,
+    says,
+    user_error,
+    write_hollow_weights,
+    write_jsonl,
+)
 from safetensors import SafetensorError
 
 import quantize
@@ -45,13 +56,13 @@ ROWS = [
     [
         (
             ["--type", "q4_k_n"],
-            "gguf_type_unknown",
+            says("not known; use"),
             "--type q4_k_n (did you mean 'q4_k_m'?) is not known; use f32, f16,",
         ),
-        (["--type", ","], "gguf_type_unknown", "--type  is not known"),
-        (["no/such/folder"], "model_not_found", "there is no model no/such/folder; fetch it"),
-        ([".", "tests"], "two_targets", ". and tests are two targets; give one"),
-        (["data"], "folder_without_model", "data is neither a run, an adapter nor a model"),
+        (["--type", ","], says("not known; use"), "--type  is not known"),
+        (["no/such/folder"], says("there is no model"), "there is no model no/such/folder; fetch it"),
+        ([".", "tests"], says("targets; give"), ". and tests are two targets; give one"),
+        (["data"], says("no config.json"), "data is neither a run, an adapter nor a model"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_sentence(arguments, code, sentence):
@@ -59,7 +70,7 @@ def test_what_is_asked_wrongly_is_one_sentence(arguments, code, sentence):
     result = run("quantize.py", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"error: {sentence}") and "Traceback" not in result.stderr
-    assert result.error.code == code
+    assert result.error.sentence == code
     assert os.times().children_user - used < 1.5
 
 
@@ -92,7 +103,7 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
 def test_a_disk_without_room_is_told_before_the_work(tmp_path):
     model = make_model(tmp_path / "m", shape=(10**12,))
     result = run("quantize.py", str(model), "--type", "f16", "--no-verify")
-    refused(result, "disk_full")
+    refused(result, "of free disk")
     assert result.error.fields["needed"] == pytest.approx(2000, abs=0.01)  # the converter writes it at once
     assert not (model / "gguf").exists()
 
@@ -113,7 +124,7 @@ def test_a_merge_counts_before_it_is_made(tmp_path):
     result = run("quantize.py", str(run_folder), "--type", "q8_0", "--no-verify")
     assert result.returncode == 2
     assert "merging first" not in result.stdout
-    assert result.error.code == "disk_full"
+    assert result.error.sentence == says("of free disk")
     assert result.error.fields["needed"] == pytest.approx(1125 + 2000, abs=0.01)
 
 
@@ -180,7 +191,7 @@ def test_what_a_killed_call_has_made_is_kept(tmp_path, capsys):
     assert gguf.types_to_make(job, proving=True) == ("f16",)
     assert "it is kept" in capsys.readouterr().out
     job.file("q8_0").write_bytes(b"another one's")
-    with user_error("gguf_exists", files=[job.file("q8_0")]):
+    with user_error("--overwrite to", files=[job.file("q8_0")]):
         gguf.types_to_make(job, proving=True)
 
 
@@ -194,9 +205,9 @@ def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypa
     monkeypatch.setattr(llamacpp, "call", lambda *_, **__: measured)
     (tmp_path / "reference-float32.npy").write_bytes(b"")
     usual = gguf.TYPES["f16"].limits[0]
-    with user_error("gguf_16_bit_differs", type="f16", divergence=0.004, limit=0.002):  # no larger type would help
+    with user_error("file answers", type="f16", divergence=0.004, limit=0.002):  # no larger type would help
         proof.verify("f16", tmp_path, None, usual)
-    with user_error("gguf_differs", type="q8_0", limit=0.002):
+    with user_error("or accept it", type="q8_0", limit=0.002):
         proof.verify("q8_0", tmp_path, None, usual)
     (tmp_path / "reference-float32.npy").rename(tmp_path / "reference-bfloat16.npy")
     result = proof.verify("f16", tmp_path, None, usual)
@@ -211,7 +222,7 @@ def test_weights_are_counted_from_the_headers(tmp_path, dtype, own):
 
 
 def test_quantized_weights_are_refused(tmp_path):
-    with user_error("model_is_quantized"):
+    with user_error("quantize the"):
         gguf.weights_of(make_model(tmp_path / "m", "U8"))
 
 
@@ -221,7 +232,7 @@ def test_a_stale_merge_is_refused(tmp_path):
     (adapter / "adapter_model.safetensors").write_bytes(b"new")
     (model / "merge.json").write_text(json.dumps({"adapter": str(adapter), "adapter_sha256": "of the old one"}))
     job = gguf.GgufJob(None, model, adapter, ("f16",))
-    with user_error("merge_is_stale", model=model):
+    with user_error("from another", model=model):
         gguf.check_merge(job)
 
 
@@ -233,17 +244,17 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     assert "the files will not be verified: quantizing and checking a GGUF need" in capsys.readouterr().out
     k_quant, matrix = (gguf.GgufJob(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
     for job in (k_quant, matrix):
-        with user_error("llamacpp_no_compiler"):
+        with user_error("and checking"):
             gguf.can_prove(job)
     monkeypatch.setattr(llamacpp_library, "quantizer", lambda: "llama-quantize")  # the user's own
     assert gguf.can_prove(k_quant) is False
-    with user_error("llamacpp_no_compiler"):
+    with user_error("and checking"):
         gguf.can_prove(matrix)
     called = []
     monkeypatch.setattr(gguf, "run_child", lambda command, _: called.append(command))
     gguf.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
     assert called == [["llama-quantize", "f16.gguf", "q4_k_m.gguf", "Q4_K_M"]]
-    with user_error("push_needs_proof"):
+    with user_error("uploads only"):
         gguf.check_push("me/it", job, proving=False)
 
 
@@ -277,14 +288,18 @@ def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(tmp_
 
 def test_a_child_that_dies_is_one_sentence():
     code = "import os, sys; print('ggml.c:1: GGML_ASSERT(x) failed', flush=True); os.abort()"
-    reason = Message("child_killed", line="ggml.c:1: GGML_ASSERT(x) failed", signal=6)
-    with user_error("child_failed", doing="trying", reason=reason):
+    reason = Message(
+        "llama.cpp was killed by signal {signal}; its last message: {line}",
+        line="ggml.c:1: GGML_ASSERT(x) failed",
+        signal=6,
+    )
+    with user_error("{doing} failed: {reason}", doing="trying", reason=reason):
         child_process.run_child([sys.executable, "-c", code], "trying")
 
 
 def test_a_full_disk_is_told_where_a_child_meets_it(tmp_path, monkeypatch):
     code = "import sys; sys.exit('OSError: [Errno 28] No space left on device')"
-    for free, expected in ((10**6, "disk_full"), (10**12, "child_failed")):
+    for free, expected in ((10**6, says("of free disk")), (10**12, says("{doing} failed: {reason}"))):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         with user_error(expected), disk.explaining_full_disk(tmp_path, 10**9):
             child_process.run_child([sys.executable, "-c", code], "converting")
@@ -294,7 +309,7 @@ def test_a_full_disk_is_told_where_a_library_writes(tmp_path, monkeypatch):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     for error in (full, RuntimeError("[enforce fail at inline_container.cc:664]")):  # torch's
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-        with user_error("disk_full", free=4096 / 1e9), disk.explaining_full_disk(tmp_path, 10**7):
+        with user_error("of free disk", free=4096 / 1e9), disk.explaining_full_disk(tmp_path, 10**7):
             raise error
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
         with pytest.raises(type(error)), disk.explaining_full_disk(tmp_path, 10**7):
@@ -510,7 +525,7 @@ def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, s
     environment = test_hub.hub_environment(standin, tmp_path / "hub")
     standin.broken = True
     result = run("quantize.py", *arguments, env=environment)
-    refused(result, "push_failed")
+    refused(result, "the folder is")
     assert "merging first\n" in result.stdout
     file = folder / "gguf" / "talker-q8_0.gguf"
     before, standin.broken = file.stat().st_ino, False
@@ -523,7 +538,7 @@ def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, s
     assert fields["general.base_model.0.name"] == "Small"
     assert fields["tokenizer.chat_template"] == (folder / "merged" / "chat_template.jinja").read_text(encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(b"trained on")
-    refused(run("quantize.py", str(folder), "--type", "f16"), "merge_is_stale")
+    refused(run("quantize.py", str(folder), "--type", "f16"), "from another")
 
 
 @pytest.mark.slow
@@ -563,7 +578,7 @@ def test_the_importance_matrix_is_the_mean_square_of_each_input(small_model, tmp
 def test_a_file_off_its_usual_divergence_is_an_error_and_not_kept(model, rows):
     result = run("quantize.py", str(model), "--type", "q2_k", f"dataset={rows}", "--max-divergence", "0.00001")
     assert result.returncode == 2
-    assert (result.error.code, result.error.fields["type"]) == ("gguf_differs", "q2_k")
+    assert (result.error.sentence, result.error.fields["type"]) == (says("or accept it"), "q2_k")
     assert list((model / "gguf").iterdir()) == []
 
 
@@ -607,14 +622,14 @@ def test_a_wrong_end_of_turn_and_other_tokens_are_found(model, rows, tmp_path):
     llamacpp.call(llamacpp.convert, "converting", folder=model, target=start, kind="q8_0", card={}, name="x", end=1)
     job = gguf.GgufJob(load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
     assert load_template(None, job.tokenizer).stop == ("<|im_end|>",)
-    with user_error("gguf_does_not_stop", stop="<|im_end|>"):
+    with user_error("llama.cpp would", stop="<|im_end|>"):
         job.proof(tmp_path).check_contents("q8_0", start)
     # the converter takes a tokenizer for another one's: the proof must see that it cuts otherwise (no single digits)
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": byte_level}), encoding="utf-8")
     other = gguf.GgufJob(job.config, model, model, ("q8_0",))
-    with user_error("gguf_tokens_differ"):
+    with user_error("other tokens"):
         other.proof(tmp_path).check_contents("q8_0", start)
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, ok, run, save_adapter, save_random_model, user_error
+from conftest import ROOT, TALK, make_run, ok, run, save_adapter, save_random_model, says, user_error
 
 from common import Message, UserError
 from inference import sampling, transformers_engine
@@ -307,7 +307,7 @@ def test_reply_ends_with_the_context(engine_of_tiny) -> None:
 
 
 def test_message_longer_than_the_context_is_an_error(engine_of_tiny) -> None:
-    with user_error("message_too_long", context=2048):
+    with user_error("what belongs", context=2048):
         engine_of_tiny.stream([user("short"), assistant("short"), user("w" * 3000)])
 
 
@@ -531,7 +531,7 @@ def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
     grammar = tool_calls.call_grammar(tool_calls.TAGS, call, engine_of_tiny, required=True, single=True)
     text = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=grammar)))
     assert text == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # no token of this tokenizer
-    with user_error("reply_grammar_failed"):
+    with user_error("reply cannot"):
         "".join(engine_of_tiny.stream([user("x")], Settings(grammar="no grammar")))
     biased = Settings(temperature=0, max_new_tokens=5, logit_bias=((65, 1000.0),), logprobs=0)
     reply = engine_of_tiny.stream([user("x")], biased)
@@ -567,7 +567,9 @@ def test_llama_factory_chat_file(parrot: Path, tmp_path: Path, monkeypatch: pyte
     plain = find(None, [f"model_name_or_path={parrot}", "template=chatml"])
     assert (plain.adapter, plain.model, plain.template) == (None, str(parrot), "chatml")
     assert plain.notes == ()
-    assert find(str(parrot), ["quantization_bit=4"]).notes == (Message("quantization_needs_gpu"),)
+    assert find(str(parrot), ["quantization_bit=4"]).notes == (
+        Message("quantization_bit needs a GPU; the model answers in 16 bit"),
+    )
 
 
 def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,48 +577,57 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
 
     with pytest.raises(UserError):
         find()
-    with user_error("model_not_found", model="nobody/nothing") as caught:
+    with user_error("name its folder", model="nobody/nothing") as caught:
         find("nobody/nothing")
     assert str(caught.value) == (
         f"there is no model nobody/nothing; fetch it (python {ROOT / 'download.py'} nobody/nothing), or name its folder"
     )
-    with user_error("run_not_found", folder="saves/mine", near=None):
+    with user_error(
+        "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them",
+        folder="saves/mine",
+        near=None,
+    ):
         find("saves/mine")
-    with user_error("gguf_not_found", path="x.gguf"):
+    with user_error("make one: python", path="x.gguf"):
         find("x.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"PK and more")
-    with user_error("not_a_gguf", path="bad.gguf"):
+    with user_error("GGUF file (it", path="bad.gguf"):
         find("bad.gguf")
     (tmp_path / "empty").mkdir()
-    with user_error("folder_without_model", folder="empty"):
+    with user_error("no config.json", folder="empty"):
         find("empty")
     recipe = tmp_path / "new.yaml"
     recipe.write_text("dataset: identity\n")
-    with user_error("recipe_not_trained", command=f"python {ROOT / 'train.py'} new.yaml"):
+    with user_error("been trained", command=f"python {ROOT / 'train.py'} new.yaml"):
         find("new.yaml")
 
     half = shutil.copytree(parrot, tmp_path / "half")
     (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-9])
-    with user_error("model_incomplete", missing=["model.safetensors"]):
+    with user_error(
+        "{model} is not complete: it lacks {missing}; fetch or make it again", missing=["model.safetensors"]
+    ):
         find("half")
 
     folder = make_run(parrot, tmp_path / "saves" / "mine")
     for name in ("saves/mien", str(tmp_path / "saves/mien")):
-        with user_error("run_not_found", near=Path(name).parent / "mine"):
+        with user_error(
+            "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them",
+            near=Path(name).parent / "mine",
+        ):
             find(name)
-    with user_error("adapter_not_found", near=Path("saves/mine")):
+    with user_error("run, adapter", near=Path("saves/mine")):
         find_target("saves/mien", [], wants="adapter")
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace(str(parrot), "/gone/base"))
-    with user_error("base_not_found", base="/gone/base", adapter="saves/mine"):
+    with user_error("or say where", base="/gone/base", adapter="saves/mine"):
         find("saves/mine")
     assert find("saves/mine", [f"model_name_or_path={parrot}"]).model == str(parrot)
     (folder / "adapter_model.safetensors").unlink()
-    with user_error("adapter_without_weights", folder="saves/mine"):
+    with user_error("whole folder", folder="saves/mine"):
         find("saves/mine")
     (folder / "adapter_config.json").unlink()
     (folder / "run.json").write_text('{"status": "running"}')
-    with user_error("run_without_adapter", folder="saves/mine", status="running"):
+    with user_error("adapter (its", folder="saves/mine", status="running"):
         find("saves/mine")
 
 
@@ -624,7 +635,9 @@ def test_template_beside_a_gguf_is_noted(tmp_path: Path) -> None:
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF")
     assert find(str(file)).notes == ()
-    assert find(str(file), ["template=qwen"]).notes == (Message("gguf_has_its_template"),)
+    assert find(str(file), ["template=qwen"]).notes == (
+        Message("template: a GGUF answers with the chat template in its file; this one is not used"),
+    )
 
 
 def test_layers_of_a_gguf_on_a_card(
@@ -653,7 +666,7 @@ def test_layers_of_a_gguf_on_a_card(
 
 
 def test_base_of_a_merged_model_is_refused(parrot: Path) -> None:
-    with user_error("base_not_separate", name=str(parrot)):
+    with user_error("--base with a", name=str(parrot)):
         load(str(parrot), with_base=True)
 
 
@@ -674,21 +687,24 @@ def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) ->
     piece, ids = model.detokenizer(), exact.text_ids(ruled)
     assert "".join(map(piece, ids)) == model.text_of(ids) == ruled
     for noncharacters in ("\ufdd099999\ufdd1", "\ufdd03\ufdd1"):  # what stands for control tokens while rendering
-        with user_error("messages_do_not_suit_template", reason=Message("text_has_noncharacters")):
+        with user_error(
+            "these messages",
+            reason=Message("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them"),
+        ):
             model.prompt_ids([user(noncharacters)])
     own, lines = model._template, "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
     model._template = model._compile(lines, "x.gguf")
     assert model.text_of(model.prompt_ids([user("as it is")])) == "as it is"
     for fault, code in (
-        ("messages[0]['content'] + messages[0]['x']", "template_refuses"),
-        ("none + 'x'", "template_fails"),
-        ("raise_exception('no')", "template_refuses"),
+        ("messages[0]['content'] + messages[0]['x']", says("template refuses")),
+        ("none + 'x'", says("cannot render")),
+        ("raise_exception('no')", says("template refuses")),
     ):
         model._template = model._compile(f"{{{{ {fault} }}}}", "x.gguf")
-        with user_error("messages_do_not_suit_template") as raised:
+        with user_error("these messages") as raised:
             model.prompt_ids([user("x")])
-        assert raised.value.fields["reason"].code == code
-    with user_error("gguf_template_unusable", file="x.gguf"):
+        assert raised.value.fields["reason"].sentence == code
+    with user_error("the file from", file="x.gguf"):
         model._compile("{% if %}", "x.gguf")
     model._template = own
     question = [user("What is the capital of France?")]
@@ -713,7 +729,7 @@ def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) ->
     assert "".join(again) == text and again.cached_tokens == again.prompt_tokens - 1
     stopped = model.stream(question, Settings(temperature=0, stop=("of Fra",)))
     assert "".join(stopped) == texts[0].partition("of Fra")[0] and stopped.finish_reason == "stop"
-    with user_error("message_too_long", context=8192):
+    with user_error("what belongs", context=8192):
         model.stream([user("w " * 9000)])
 
 
@@ -722,5 +738,5 @@ def test_broken_gguf_is_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "cut.gguf"
     file.write_bytes(b"GGUF" + bytes(range(200)))
     result = run("chat.py", str(file), "-p", "hi", input="")
-    assert result.returncode == 2 and result.error.code == "gguf_not_loadable"
+    assert result.returncode == 2 and result.error.sentence == says("by llama.cpp")
     assert "cannot be loaded by llama.cpp" in result.stderr and "Traceback" not in result.stderr

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, ok, run, user_error
+from conftest import ROOT, TALK, make_run, ok, run, says, user_error
 
 from common import Message
 
@@ -137,12 +137,12 @@ def tiny_server(tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize(
     ("environment", "arguments", "code"),
     [
-        ({"API_HOST": "0.0.0.0"}, [], "api_host_without_key"),
-        ({"API_PORT": "http"}, [], "api_variable_range"),
-        ({"API_PORT": "9" * 5000}, [], "api_variable_range"),
-        ({"MAX_CONCURRENT": "0"}, [], "api_variable_range"),
-        ({"API_CORS_ORIGINS": "example.com"}, [], "api_origin_invalid"),
-        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], "cannot_listen"),
+        ({"API_HOST": "0.0.0.0"}, [], says("API_KEY; set")),
+        ({"API_PORT": "http"}, [], says("{name}={value} must be a whole number from {low} to {high}; change it")),
+        ({"API_PORT": "9" * 5000}, [], says("{name}={value} must be a whole number from {low} to {high}; change it")),
+        ({"MAX_CONCURRENT": "0"}, [], says("{name}={value} must be a whole number from {low} to {high}; change it")),
+        ({"API_CORS_ORIGINS": "example.com"}, [], says("origin; write")),
+        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], says("cannot listen")),
     ],
 )
 def test_wrong_options_are_reported_at_once(
@@ -150,7 +150,7 @@ def test_wrong_options_are_reported_at_once(
 ) -> None:
     arguments = [str(parrot_files) if word == "TARGET" else word for word in arguments]
     result = run("api.py", *arguments, cwd=tmp_path, env={**os.environ, **environment}, timeout=30)
-    assert result.returncode == 2 and result.error.code == code
+    assert result.returncode == 2 and result.error.sentence == code
     assert "Traceback" not in result.stderr
 
 
@@ -217,7 +217,9 @@ def test_every_field_of_openai_is_known_or_refused(kind: str) -> None:
             assert caught.value.status == 400 and caught.value.param == name
     with pytest.raises(ApiError) as caught:
         read_request(json.dumps({**whole, "temprature": 1}).encode(), form)
-    assert caught.value.message.fields["reason"] == Message("api_unknown_field", near="temperature")
+    assert caught.value.message.fields["reason"] == Message(
+        "there is no such field{near:suggestion}", near="temperature"
+    )
 
 
 def test_calls_are_read_out_of_every_split() -> None:
@@ -591,7 +593,7 @@ def test_the_cause_of_a_refused_pattern_is_given() -> None:
     from inference import tool_calls
 
     schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?=b)b$"}}, "required": ["a"]}
-    with user_error("grammar_not_supported") as caught:
+    with user_error("replies cannot") as caught:
         tool_calls.check_grammar(types.SimpleNamespace(grammar_vocabulary=None), tool_calls.json_grammar(schema))
     reason = caught.value.fields["reason"]
     assert "^(?=b)b$" in reason and "look-ahead" in reason and "not supported" in reason
@@ -704,7 +706,7 @@ def test_embeddings_are_a_sentence_and_unknown_places_name_the_known(parrot_serv
     assert caught.value.param == "n"
     with pytest.raises(openai.BadRequestError) as caught:
         client.embeddings.create(model="parrot", input="x")
-    assert caught.value.code == "unsupported_endpoint" and "embedding model" in str(caught.value)
+    assert caught.value.sentence == "unsupported_endpoint" and "embedding model" in str(caught.value)
     status, body = parrot_server.post({}, "/responses/resp_1/cancel")
     assert status == 404 and body["error"]["code"] == "unknown_url" and "/v1/responses" in body["error"]["message"]
 
@@ -767,7 +769,10 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
     asked = {"model": server.model_name, "messages": [{"role": "user", "content": "hi"}]}
     with TestClient(server.application(), raise_server_exceptions=False) as client:
         answer = client.post("/v1/chat/completions", json=asked)
-    assert (answer.status_code, answer.json()["error"]["message"]) == (500, str(Message("api_server_failed")))
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        500,
+        str(Message("the server failed at this request; its log says why")),
+    )
 
 
 @pytest.mark.slow
@@ -878,7 +883,7 @@ def test_key_root_path_and_the_training_recipe(parrot: Path, tmp_path: Path) -> 
     for key in ("wrong", ""):
         with pytest.raises(openai.AuthenticationError) as caught:
             openai.OpenAI(base_url=url, api_key=key or "x", max_retries=0).models.list()
-        assert caught.value.code == "invalid_api_key"
+        assert caught.value.sentence == "invalid_api_key"
     command = ["curl", "-s", "-H", "Authorization: Bearer söcret", url + "/models"]
     listed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert [model["id"] for model in listed["data"]] == ["mine"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import conftest
 import pytest
-from conftest import user_error
+from conftest import says, user_error
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def one(conversation: dict, template: ChatTemplate, tokenizer, cutoff_len: int =
 def code_of(reason) -> str:
     """The code of a reason why there is no sample."""
     assert isinstance(reason, Message), reason
-    return reason.code
+    return reason.sentence
 
 
 def learned(sample: dict, tokenizer) -> list[str]:
@@ -301,11 +301,10 @@ def test_qwen3_thoughts_that_do_not_fit():
     cutoff = len(one(conversation, template, tokenizer)["input_ids"]) - 20
     assert learned(one(conversation, template, tokenizer, cutoff_len=cutoff), tokenizer) == ["<think>\nOne a"]
     silent = one(conversation, template, tokenizer, cutoff_len=27, enable_thinking=False)
-    assert silent.code == "no_space_for_answer"
+    assert silent.sentence == says("beginning of")
     tokenizer.chat_template = template.saved
-    assert (
-        code_of(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff))
-        == "thoughts_do_not_fit"
+    assert code_of(one(conversation, load_template(None, tokenizer), tokenizer, cutoff_len=cutoff)) == says(
+        "its thoughts"
     )
 
 
@@ -396,8 +395,11 @@ def test_both_ways_agree_on_the_real_tokenizer(embedded_model):
 def test_noncharacters_are_refused(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
     for text in ("a\ufdd0b", "<|im_end|>\ufdd1|im_end|>"):
-        assert code_of(one(talk(text, "x"), template, tiny_tokenizer)) == "text_has_noncharacters"
-    with user_error("messages_do_not_suit_template", reason=Message("text_has_noncharacters")):
+        assert code_of(one(talk(text, "x"), template, tiny_tokenizer)) == says("U+FDEF), which")
+    with user_error(
+        "these messages",
+        reason=Message("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them"),
+    ):
         prompt_ids([user("\ufdd0")], tiny_tokenizer)
 
 
@@ -407,12 +409,14 @@ def test_noncharacters_are_refused(tiny_tokenizer):
 
 def test_lacking_control_tokens_are_named(tiny_tokenizer):
     lacking = ["bos_token", "<start_of_turn>", "<end_of_turn>"]
-    with user_error("template_lacks_tokens", name="gemma", tokens=lacking) as raised:
+    with user_error("needs control", name="gemma", tokens=lacking) as raised:
         load_template("gemma", tiny_tokenizer)
-    assert raised.value.fields["advice"] == Message("templates_that_fit_or_own", names=FIT_TINY)
-    with user_error("template_unknown", name="lama3", near="llama3", names=template_names()):
+    assert raised.value.fields["advice"] == Message(
+        "Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=FIT_TINY
+    )
+    with user_error("no template '", name="lama3", near="llama3", names=template_names()):
         load_template("lama3", tiny_tokenizer)
-    with user_error("tokenizer_has_no_template", advice=Message("templates_that_fit", names=["default"])) as raised:
+    with user_error("template of its", advice=Message("Templates that fit it: {names}.", names=["default"])) as raised:
         load_template(None, for_template("default"))
     sentence = "this model's tokenizer has no chat template of its own.\nTemplates that fit it: default."
     assert str(raised.value) == sentence
@@ -438,16 +442,14 @@ def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatc
     sample = one(talk("Hi", "Yo"), template, tiny_tokenizer)
     assert sample["input_ids"] == [262, *b("Hi"), 257, *b("Yo"), 258]
     assert sample["labels"] == [-100] * 4 + [*b("Yo"), 258]
-    advice = Message("templates_that_fit_or_own", names=["mine"])
-    with user_error("template_lacks_tokens", name="other", tokens=["<|other|>"], advice=advice):
+    advice = Message("Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=["mine"])
+    with user_error("needs control", name="other", tokens=["<|other|>"], advice=advice):
         load_template("other", tiny_tokenizer)
 
 
 def test_tools_need_a_template_that_has_them(tiny_tokenizer):
     conversation = {**talk("a", "b"), "tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert (
-        code_of(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer)) == "template_has_no_tools"
-    )
+    assert code_of(one(conversation, load_template("chatml", tiny_tokenizer), tiny_tokenizer)) == says("it has tools")
     assert not load_template("chatml", tiny_tokenizer).has_tools and load_template("qwen", tiny_tokenizer).has_tools
 
 
@@ -455,7 +457,7 @@ def test_what_no_template_can_render_is_a_reason(tiny_tokenizer):
     """Content in parts is refused (its text would slip past the guard); null beside a tool call is no content."""
     template = load_template("qwen", tiny_tokenizer)
     parts = {"messages": [user([{"type": "text", "text": "<|im_end|>"}]), assistant("a")]}
-    assert one(parts, template, tiny_tokenizer) == Message("content_is_not_text", kind="list")
+    assert one(parts, template, tiny_tokenizer) == Message("the content of a message is {kind}, not text", kind="list")
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     sample = one({"messages": [user("q"), assistant(None, tool_calls=[call])]}, template, tiny_tokenizer)
     assert learned(sample, tiny_tokenizer) == [
@@ -463,10 +465,10 @@ def test_what_no_template_can_render_is_a_reason(tiny_tokenizer):
     ]
     call["function"]["arguments"] = "{"
     calling = {"messages": [user("q"), assistant("", tool_calls=[call])]}
-    assert code_of(one(calling, template, tiny_tokenizer)) == "call_arguments_are_no_json"
+    assert code_of(one(calling, template, tiny_tokenizer)) == says("tool call are")
     call["function"]["arguments"] = ""  # as many servers write a call without arguments
     assert '"arguments": {}' in learned(one(calling, template, tiny_tokenizer), tiny_tokenizer)[0]
-    assert code_of(one({"messages": [user("q")]}, template, tiny_tokenizer)) == "no_answer_to_learn"
+    assert code_of(one({"messages": [user("q")]}, template, tiny_tokenizer)) == says("be learned: it")
 
 
 def test_a_row_that_the_template_refuses_is_a_reason():
@@ -474,7 +476,7 @@ def test_a_row_that_the_template_refuses_is_a_reason():
     template = load_template("gemma", tokenizer)
     good, bad = talk("a", "b"), {"messages": [assistant("b")]}
     first, reason, last = encode([good, bad, good], template, tokenizer, Config(cutoff_len=100))
-    assert code_of(reason) == "template_refuses" and "alternate" in reason.fields["reason"] and first == last
+    assert code_of(reason) == says("template refuses") and "alternate" in reason.fields["reason"] and first == last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -617,16 +619,20 @@ def test_own_template_with_tools():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "answer_end_is_no_control_token"),
-        (ROLES.replace("m.content", "m.content | upper") + PROMPT, "answer_end_is_no_control_token"),
-        (ROLES.replace("m.content", "m.content | lower | replace('x', '')") + PROMPT, "answer_end_is_no_control_token"),
-        ("{% for m in messages[:1] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "template_leaves_message_out"),
-        ("{% for m in %}", "template_syntax"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", says("does not end")),
+        (ROLES.replace("m.content", "m.content | upper") + PROMPT, says("does not end")),
+        (ROLES.replace("m.content", "m.content | lower | replace('x', '')") + PROMPT, says("does not end")),
+        ("{% for m in messages[:1] %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", says("leaves message")),
+        ("{% for m in %}", says("no valid Jinja")),
     ],
 )
 def test_own_template_that_cannot_be_followed_is_refused(tiny_tokenizer, text: str, reason: str):
-    advice = Message("templates_that_fit", names=FIT_TINY)
-    with user_error("template_unusable", template=Message("own_template"), advice=advice) as raised:
+    advice = Message("Templates that fit it: {names}.", names=FIT_TINY)
+    with user_error(
+        "the chat template ({template}) cannot be used: {reason}.\n{advice}",
+        template=Message("the tokenizer's own"),
+        advice=advice,
+    ) as raised:
         load_template(None, with_own(tiny_tokenizer, text))
     assert code_of(raised.value.fields["reason"]) == reason
 
@@ -638,12 +644,12 @@ def test_own_template_that_rewrites_one_row_gives_a_reason(tiny_tokenizer):
     tokenizer = with_own(tiny_tokenizer, text + PROMPT)
     template = load_template(None, tokenizer)
     assert learned(one(talk("q", "a"), template, tokenizer), tokenizer) == ["a<|im_end|>"]
-    assert code_of(one(talk("q", "drop"), template, tokenizer)) == "answers_uncertain"
+    assert code_of(one(talk("q", "drop"), template, tokenizer)) == says("template; set")
     text = ROLES.replace("<|im_start|>", "<|im_start|>{{ 'A' if m.content == 'pick' else 'B' }}")  # of the same length
     tokenizer = with_own(tiny_tokenizer, text + PROMPT.replace("<|im_start|>", "<|im_start|>B"))
     template = load_template(None, tokenizer)
     assert learned(one(talk("q", "a"), template, tokenizer), tokenizer) == ["a<|im_end|>"]
-    assert code_of(one(talk("q", "pick"), template, tokenizer)) == "answers_uncertain"
+    assert code_of(one(talk("q", "pick"), template, tokenizer)) == says("template; set")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -665,7 +671,7 @@ def test_an_answer_of_weight_0_is_read_but_not_learned(tiny_tokenizer, own: bool
     cut = one(conversation, template, tiny_tokenizer, cutoff_len=len(whole["input_ids"]) - 1)  # without the first turn
     assert learned(cut, tiny_tokenizer) == ["a3<|im_end|>"]
     last = {"messages": [*conversation["messages"][:5], {**conversation["messages"][5], "learned": False}]}
-    assert code_of(one(last, template, tiny_tokenizer, mask_history=True)) == "no_answer_to_learn"
+    assert code_of(one(last, template, tiny_tokenizer, mask_history=True)) == says("be learned: it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -752,14 +758,16 @@ def test_no_space_for_an_answer_is_a_reason(tiny_tokenizer):
     assert learned(one(talk("q", "xyz"), template, tiny_tokenizer, cutoff_len=least), tiny_tokenizer) == ["x"]
     for cutoff in (least - 1, least - 2, 16):
         reason = one(talk("q", "xyz"), template, tiny_tokenizer, cutoff_len=cutoff)
-        assert (reason.code, reason.fields) == ("no_space_for_answer", {"cutoff_len": cutoff, "tokens": least - 1})
+        assert (reason.sentence, reason.fields) == (says("beginning of"), {"cutoff_len": cutoff, "tokens": least - 1})
 
 
 def test_drop_and_error_give_the_length(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
     for overlong in ("drop", "error"):
         reason = one(talk("Hi", "Yo"), template, tiny_tokenizer, cutoff_len=24, overlong=overlong)
-        assert reason == Message("longer_than_cutoff_len", tokens=25, cutoff_len=24)
+        assert reason == Message(
+            "it has {tokens:,} tokens, more than cutoff_len={cutoff_len}", tokens=25, cutoff_len=24
+        )
         assert one(talk("Hi", "Yo"), template, tiny_tokenizer, cutoff_len=25, overlong=overlong)["truncated"] is False
 
 

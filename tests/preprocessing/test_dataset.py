@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ok, run, user_error, write_jsonl
+from conftest import ok, run, says, user_error, write_jsonl
 from rows import GOOD, config, conversations, faulty, notes, prepare, questions, register
 
 from common import Message
@@ -119,7 +119,7 @@ def test_overlong_rows_are_truncated_dropped_or_faults(tmp_path: Path, tiny_toke
     dropped = prepare(tiny_tokenizer, path, overlong="drop")
     report = dropped.report["datasets"][0]
     assert len(dropped.train) == 1 and (report["dropped"], report["skipped"], report["samples"]) == (1, 0, 1)
-    with faulty("longer_than_cutoff_len", row=2, cutoff_len=256):
+    with faulty(says("tokens, more"), row=2, cutoff_len=256):
         prepare(tiny_tokenizer, path, overlong="error")
 
 
@@ -130,7 +130,7 @@ def test_many_cut_samples_are_warned_of_with_a_cutoff_len_that_keeps_95_percent_
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     made = prepare(tiny_tokenizer, path)
     (note,) = notes(made)
-    assert note.code == "many_samples_cut" and (note.fields["total"], note.fields["cutoff_len"]) == (100, 256)
+    assert note.sentence == says("cut; cutoff_len=") and (note.fields["total"], note.fields["cutoff_len"]) == (100, 256)
     assert note.fields["cut"] == made.report["datasets"][0]["truncated"] == 77
     assert all("a" in tiny_tokenizer.decode(row["input_ids"]) for row in made.train)
     enough = note.fields["enough"]
@@ -138,12 +138,18 @@ def test_many_cut_samples_are_warned_of_with_a_cutoff_len_that_keeps_95_percent_
     assert (fitting.report["datasets"][0]["truncated"], notes(fitting)) == (4, [])
     assert prepare(tiny_tokenizer, path, cutoff_len=enough - 1).report["datasets"][0]["truncated"] == 5
     (note,) = notes(prepare(tiny_tokenizer, path, overlong="drop"))
-    assert note == Message("many_samples_dropped", dropped=77, total=100, enough=enough)
+    assert note == Message(
+        "{dropped:,} of {total:,} samples are longer than cutoff_len and are left out; "
+        "cutoff_len={enough} would keep 95 %",
+        dropped=77,
+        total=100,
+        enough=enough,
+    )
 
 
 def test_tools_are_a_fault_where_the_template_has_none(tmp_path: Path, tiny_tokenizer) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{**GOOD, "tools": '[{"name": "f"}]'}])
-    with faulty("template_has_no_tools", row=1):
+    with faulty(says("it has tools"), row=1):
         prepare(tiny_tokenizer, path, overlong="drop")
 
 
@@ -160,7 +166,7 @@ def test_held_out_part_is_drawn_by_content(tmp_path: Path, tiny_tokenizer) -> No
     train, held_out = dataset.read_conversations(config(path, val_size=0.1))
     asked = {c["messages"][0]["content"] for c in held_out}
     assert len(train) == 180 and all(any(q in tiny_tokenizer.decode(t) for q in asked) for t in texts[1])
-    with user_error("val_size_too_large", val_size=200, conversations=100):
+    with user_error("on: there are", val_size=200, conversations=100):
         prepare(tiny_tokenizer, path, val_size=200)
 
 
@@ -169,7 +175,9 @@ def test_eval_dataset_is_held_out_and_what_it_shares_is_said(tmp_path: Path, tin
     other = write_jsonl(tmp_path / "b.jsonl", questions(10)[3:])
     made = prepare(tiny_tokenizer, path, eval_dataset=(str(other),))
     assert (len(made.train), len(made.eval)) == (5, 7)
-    assert notes(made, "eval_datasets") == [Message("eval_samples_trained", count=2)]
+    assert notes(made, "eval_datasets") == [
+        Message("{count:,} sample{count:plural} of eval_dataset are trained on too", count=2)
+    ]
 
 
 def test_the_first_of_what_is_held_out_is_of_all_labels_and_datasets(tmp_path: Path, tiny_tokenizer) -> None:
@@ -225,7 +233,7 @@ def test_num_samples_draws_and_max_samples_cuts(tmp_path: Path, tiny_tokenizer) 
     asked = [row["messages"][0]["content"] for row in conversations(tmp_path / "rows.jsonl", max_samples=3)]
     assert asked == ["q0", "q1", "q2"]
     assert notes(prepare(tiny_tokenizer, tmp_path / "rows.jsonl", max_samples=10)) == []
-    assert len(cut.train) == 3 and notes(cut) == [Message("max_samples_reached", rows=3)]
+    assert len(cut.train) == 3 and notes(cut) == [Message("max_samples: only the first {rows:,} rows are used", rows=3)]
 
 
 def test_skipped_rows_are_recorded_and_a_broken_list_is_never_skipped(tmp_path: Path, tiny_tokenizer) -> None:
@@ -233,16 +241,16 @@ def test_skipped_rows_are_recorded_and_a_broken_list_is_never_skipped(tmp_path: 
     made = prepare(tiny_tokenizer, path, on_bad_rows="skip")
     report = made.report["datasets"][0]
     assert len(made.train) == 2 and (report["rows"], report["samples"], report["skipped"]) == (3, 2, 1)
-    reason = Message("value_null", where="output")
+    reason = Message("{where} is null", where="output")
     assert report["faults"] == [{"file": str(path), "rows": [2], "count": 1, "reason": reason.to_json()}]
     assert data_report.notes_of(made.report) == [
-        Message("row_skipped", fault=Message("row_fault", file=str(path), row=2, reason=reason))
+        Message("skipped: {fault}", fault=Message("{file}, row {row}: {reason}", file=str(path), row=2, reason=reason))
     ]
     assert f"skipped: {path}, row 2: output is null" in data_report.format_report(made.report)
-    with faulty("value_null", row=2):  # out of the cache too
+    with faulty(says("{where} is null"), row=2):  # out of the cache too
         prepare(tiny_tokenizer, path)
     (tmp_path / "rows.json").write_text(json.dumps([GOOD, GOOD])[:-10])
-    with faulty("json_list_broken", row=2):
+    with faulty(says("nothing after"), row=2):
         prepare(tiny_tokenizer, tmp_path / "rows.json", on_bad_rows="skip")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CONTROL_TOKENS, user_error
+from conftest import CONTROL_TOKENS, says, user_error
 from test_chat_template import CALL, assistant, b, byte_tokenizer, for_template, one, talk, user
 
 from common import Config, Message
@@ -62,7 +62,9 @@ def test_the_oldest_turns_of_the_prompt_go_first(tiny_tokenizer):
     expected = pair_of(talk("second", "two", "third", system="S"), "yes", "no, never", template, tiny_tokenizer)
     assert cut == {**expected, "truncated": True, "whole_length": length}
     reason = pair_of(conversation, "yes", "no, never", template, tiny_tokenizer, length - 1, overlong="drop")
-    assert reason == Message("longer_than_cutoff_len", tokens=length, cutoff_len=length - 1)
+    assert reason == Message(
+        "it has {tokens:,} tokens, more than cutoff_len={cutoff_len}", tokens=length, cutoff_len=length - 1
+    )
 
 
 @pytest.mark.parametrize("name", template_names())
@@ -75,7 +77,7 @@ def test_a_pair_that_is_cut_fits_and_stays_different(name: str):
     for cutoff in range(length - 50, length):
         pair = pair_of(talk("question " * 3), "ABCDEFGHIJ" * 3, "abcdefghij" * 2, template, tokenizer, cutoff)
         if isinstance(pair, Message):
-            assert pair.code == "no_space_for_answer"
+            assert pair.sentence == says("beginning of")
             continue
         cut += 1
         chosen, rejected = (tokenizer.decode(pair[f"{kind}_ids"]) for kind in ("chosen", "rejected"))
@@ -85,20 +87,20 @@ def test_a_pair_that_is_cut_fits_and_stays_different(name: str):
         assert rejected.endswith(template.stop[0]) == (rejected.count("j") == 2)
     assert cut > 20
     same = pair_of(talk("q"), "A" * 60 + "x", "A" * 60 + "y", template, tokenizer, length - 25)
-    assert same.code == "pair_is_equal_when_cut"
+    assert same.sentence == says("to cutoff_len=")
 
 
 def test_pairs_that_teach_nothing_are_refused(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
     for chosen, rejected, reason in (
-        ("a", "a", Message("pair_answers_are_equal")),
-        (" ", "a", Message("pair_answer_is_empty", kind="chosen")),
-        ("a", "", Message("pair_answer_is_empty", kind="rejected")),
+        ("a", "a", Message("chosen and rejected are the same answer")),
+        (" ", "a", Message("{kind} is empty", kind="chosen")),
+        ("a", "", Message("{kind} is empty", kind="rejected")),
     ):
         assert pair_of(talk("q"), chosen, rejected, template, tiny_tokenizer) == reason
     swapped = {**talk("q"), "chosen": assistant("a"), "rejected": user("b")}
     assert encode_pair(swapped, template, tiny_tokenizer, Config()) == Message(
-        "pair_answer_of_wrong_role", kind="rejected", role="user"
+        "{kind} is a message of the {role}, not of the assistant", kind="rejected", role="user"
     )
     call = {**talk("q"), "chosen": assistant("", tool_calls=[CALL]), "rejected": assistant("b")}
     assert encode_pair(call, load_template("qwen", tiny_tokenizer), tiny_tokenizer, Config())["rejected_ids"]
@@ -110,11 +112,11 @@ def test_documents_by_hand(tiny_tokenizer):
     ids = [*b("Hi 你"), END]
     assert first == [{"input_ids": ids, "labels": ids, "truncated": False, "whole_length": len(ids)}]
     assert second[0]["input_ids"] == [*b("<|im_end|>"), END]
-    assert empty == Message("document_is_empty")
+    assert empty == Message("it has no text")
     (pieces,) = encode_documents(["x" * 20], tiny_tokenizer, 10)
     assert [len(piece["input_ids"]) for piece in pieces] == [7, 7, 7]  # 20 tokens and the end
     assert [i for piece in pieces for i in piece["labels"]] == [*b("x" * 20), END]
     (reason,) = encode_documents(["\ufdd0"], tiny_tokenizer, 10)
-    assert reason == Message("text_has_noncharacters")
-    with user_error("tokenizer_has_no_end_of_sequence"):
+    assert reason == Message("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
+    with user_error("eos_token in"):
         encode_documents(["x"], byte_tokenizer(CONTROL_TOKENS), 10)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, refused, run, user_error, write_jsonl
+from conftest import ROOT, refused, run, says, user_error, write_jsonl
 from rows import GOOD, TALK, config, conversations, faulty, notes, prepare, register
 
 from common import Message
@@ -30,94 +30,110 @@ def message(*turns: tuple[str, Any]) -> str:
 
 # What stands in the file, and the fault of its first row, unless the fields say which.
 FAULTS: list[tuple[str, str, dict[str, Any]]] = [
-    ('{"instruction": "q", "output": "a"', "json_broken", {"line": 1, "column": 35}),
+    (
+        '{"instruction": "q", "output": "a"',
+        says("broken JSON at line {line}, column {column}: {problem}"),
+        {"line": 1, "column": 35},
+    ),
     (
         '\n{"instruction": "q" "output": "a"}',
-        "json_broken",
+        says("broken JSON at line {line}, column {column}: {problem}"),
         {"row": 2, "line": 2, "column": 21, "problem": "Expecting ',' delimiter"},
     ),
-    ('{"instruction": "q", "output": null}', "value_null", {"where": "output"}),
-    ('{"instruction": "q", "output": 5}', "value_no_text", {"where": "output", "value": "5"}),
-    ('{"instruction": "q", "output": true}', "value_no_text", {"where": "output", "value": "true"}),
-    ('{"instruction": "q", "output": " "}', "value_empty", {"where": "output"}),
-    ('{"instruction": "q", "output": ["a"]}', "value_list", {"where": "output"}),
-    ('{"instruction": "q", "output": {"a": 1}}', "value_object", {"where": "output"}),
-    ('{"instruction": 3, "output": "a"}', "value_no_text", {"where": "instruction", "value": "3"}),
-    ('{"instruction": "", "input": "", "output": "a"}', "question_empty", {"columns": ["instruction", "input"]}),
+    ('{"instruction": "q", "output": null}', says("{where} is null"), {"where": "output"}),
+    ('{"instruction": "q", "output": 5}', says('text; write "'), {"where": "output", "value": "5"}),
+    ('{"instruction": "q", "output": true}', says('text; write "'), {"where": "output", "value": "true"}),
+    ('{"instruction": "q", "output": " "}', says("{where} is empty"), {"where": "output"}),
+    ('{"instruction": "q", "output": ["a"]}', says("list, not text"), {"where": "output"}),
+    ('{"instruction": "q", "output": {"a": 1}}', says("an object, not"), {"where": "output"}),
+    ('{"instruction": 3, "output": "a"}', says('text; write "'), {"where": "instruction", "value": "3"}),
+    ('{"instruction": "", "input": "", "output": "a"}', says("the question is"), {"columns": ["instruction", "input"]}),
     (
         json.dumps(GOOD) + '\n{"instruction": "q", "ouput": "a"}',
-        "column_missing",
+        says("has no column '{column}'{near:suggestion}; it has {columns}"),
         {"row": 2, "column": "output", "near": "ouput", "columns": ["instruction", "ouput"]},
     ),
-    (json.dumps({**GOOD, "history": [["a", "b", "c"]]}), "history_no_pair", {"item": 1}),
-    (json.dumps({**GOOD, "history": [["a", "b"], "c"]}), "history_no_pair", {"item": 2}),
-    (json.dumps({**GOOD, "history": {"a": "b"}}), "history_no_list", {}),
-    (json.dumps({**GOOD, "history": [["a", None]]}), "value_null", {"where": Message("history_answer", item=1)}),
-    (json.dumps({**GOOD, "output": "\ud83d"}), "half_a_character", {"character": "\\ud83d"}),
-    (json.dumps(GOOD) + "\n[1]", "row_no_object", {"row": 2, "value": "[1]"}),
-    (json.dumps(GOOD) + "\n\ufeff" + json.dumps(GOOD), "line_starts_with_bom", {"row": 2, "line": 2}),
-    (message(), "conversation_empty", {}),
-    ('{"messages": null}', "value_null", {"where": "messages"}),
-    ('{"messages": {"role": "user"}}', "messages_no_list", {"column": "messages"}),
-    (message(("user", "q")), "order_end", {"role": "user"}),
-    (message(("assistant", "a")), "order_start", {"role": "assistant"}),
+    (json.dumps({**GOOD, "history": [["a", "b", "c"]]}), says("be [question"), {"item": 1}),
+    (json.dumps({**GOOD, "history": [["a", "b"], "c"]}), says("be [question"), {"item": 2}),
+    (json.dumps({**GOOD, "history": {"a": "b"}}), says("of [question"), {}),
+    (
+        json.dumps({**GOOD, "history": [["a", None]]}),
+        says("{where} is null"),
+        {"where": Message("the answer in item {item} of history", item=1)},
+    ),
+    (json.dumps({**GOOD, "output": "\ud83d"}), says("holds half a"), {"character": "\\ud83d"}),
+    (json.dumps(GOOD) + "\n[1]", says("with columns"), {"row": 2, "value": "[1]"}),
+    (json.dumps(GOOD) + "\n\ufeff" + json.dumps(GOOD), says("a byte-order"), {"row": 2, "line": 2}),
+    (message(), says("conversation is"), {}),
+    ('{"messages": null}', says("{where} is null"), {"where": "messages"}),
+    ('{"messages": {"role": "user"}}', says("list of messages"), {"column": "messages"}),
+    (message(("user", "q")), says("role order: the"), {"role": "user"}),
+    (message(("assistant", "a")), says("message 1 has"), {"role": "assistant"}),
     (
         message(("user", "q"), ("user", "q"), ("assistant", "a")),
-        "order_wrong",
+        says("follows one of"),
         {"number": 2, "role": "user", "before": "user"},
     ),
     (
         message(("user", "q"), ("assistant", "a"), ("system", "s")),
-        "order_wrong",
+        says("follows one of"),
         {"number": 3, "role": "system", "before": "assistant"},
     ),
-    (message(("system", "s")), "conversation_empty", {}),
-    (message(("usr", "q"), ("assistant", "a")), "role_unknown", {"number": 1, "role": "usr"}),
-    (message(("user", "q"), ("assistant", None)), "value_null", {"where": Message("answer_of_message", number=2)}),
+    (message(("system", "s")), says("conversation is"), {}),
+    (message(("usr", "q"), ("assistant", "a")), says("unknown role"), {"number": 1, "role": "usr"}),
+    (
+        message(("user", "q"), ("assistant", None)),
+        says("{where} is null"),
+        {"where": Message("the answer (message {number})", number=2)},
+    ),
     (
         message(("user", "q"), ("assistant", 0)),
-        "value_no_text",
-        {"where": Message("answer_of_message", number=2), "value": "0"},
+        says('text; write "'),
+        {"where": Message("the answer (message {number})", number=2), "value": "0"},
     ),
     (
         '{"messages": [{"role": "user", "contnt": "q"}]}',
-        "message_lacks",
+        says("message {number} has no '{key}'{near:suggestion}"),
         {"number": 1, "key": "content", "near": "contnt"},
     ),
-    ('{"messages": ["hello"]}', "message_no_object", {"number": 1}),
+    ('{"messages": ["hello"]}', says("object with a"), {"number": 1}),
     (
         message(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "a")),
-        "part_unknown",
+        says("part of type"),
         {"number": 1, "type": "image_url"},
     ),
     (
         '{"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{x"}]}',
-        "value_broken_json",
-        {"where": Message("tool_call_of_message", number=2)},
+        says("is broken JSON"),
+        {"where": Message("the tool call (message {number})", number=2)},
     ),
-    ('{"instruction": "q", "output": "a", "tools": "[{]"}', "value_broken_json", {"where": "tools", "column": 3}),
-    ('{"instruction": "q", "output": "a", "tools": "[3]"}', "tools_form", {}),
-    ('{"instruction": "q", "output": "a", "tools": "[{}]"}', "tools_without_name", {}),
-    ('{"instruction": "q", "output": "bad", "kto_tag": false}', "data_is_kto", {}),
-    ('{"prompt": "q", "completion": "bad", "label": false}', "data_is_kto", {}),
-    ('{"instruction": "q", "output": "a", "chosen": "a", "rejected": "b"}', "data_is_pairs", {}),
+    ('{"instruction": "q", "output": "a", "tools": "[{]"}', says("is broken JSON"), {"where": "tools", "column": 3}),
+    ('{"instruction": "q", "output": "a", "tools": "[3]"}', says("tools is not"), {}),
+    ('{"instruction": "q", "output": "a", "tools": "[{}]"}', says("tools has one"), {}),
+    ('{"instruction": "q", "output": "bad", "kto_tag": false}', says("data (answers"), {}),
+    ('{"prompt": "q", "completion": "bad", "label": false}', says("data (answers"), {}),
+    ('{"instruction": "q", "output": "a", "chosen": "a", "rejected": "b"}', says("data (chosen"), {}),
     (
         (
             '{"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, '
             '"rejected": {"from": "gpt", "value": "b"}}'
         ),
-        "data_is_pairs",
+        says("data (chosen"),
         {},
     ),
-    ('{"instruction": "q", "output": "a", "images": ["a.png"]}', "data_has_media", {"kind": "images"}),
+    (
+        '{"instruction": "q", "output": "a", "images": ["a.png"]}',
+        says("has {kind}; this kit trains on text"),
+        {"kind": "images"},
+    ),
     (
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]}',
-        "message_weight",
+        says("0 (read only"),
         {"number": 2, "key": "weight", "value": "0.5"},
     ),
     (
         '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "loss": false}]}',
-        "no_answer_is_learned",
+        says("the weight 0"),
         {},
     ),
 ]
@@ -135,22 +151,29 @@ def test_a_faulty_row_is_named_with_file_row_and_reason(
 
 def test_pairs_without_another_column_are_named_too(tmp_path: Path) -> None:
     for row, code in (
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "data_is_pairs"),
-        ({"chosen_messages": [], "rejected_messages": []}, "data_is_pairs"),
-        ({"caption": "a", "images": ["a.png"]}, "data_has_media"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, says("data (chosen")),
+        ({"chosen_messages": [], "rejected_messages": []}, says("data (chosen")),
+        ({"caption": "a", "images": ["a.png"]}, says("has {kind}; this kit trains on text")),
     ):
-        with user_error("dataset_refused") as raised:
+        with user_error("dataset '{name}' {reason}") as raised:
             dataset.check(config(write_jsonl(tmp_path / "rows.jsonl", [row])))
-        assert raised.value.fields["reason"].code == code
+        assert raised.value.fields["reason"].sentence == code
 
 
 def test_a_fault_that_repeats_is_told_once_with_its_count_and_first_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [GOOD] + [{"instruction": "q", "output": None}] * 25)
-    with user_error("rows_faulty", count=25) as raised:
+    with user_error("with on_bad_rows=skip", count=25) as raised:
         dataset.check(config(path))
-    reason = Message("value_null", where="output")
+    reason = Message("{where} is null", where="output")
     assert raised.value.fields["faults"] == [
-        Message("rows_fault", file=str(path), row=2, reason=reason, more=24, other_rows=["3", "4", "5", "6", "..."])
+        Message(
+            "{file}, row {row}: {reason} (the same fault in {more:,} more row{more:plural}: {other_rows})",
+            file=str(path),
+            row=2,
+            reason=reason,
+            more=24,
+            other_rows=["3", "4", "5", "6", "..."],
+        )
     ]
     assert str(raised.value).splitlines() == [
         "25 rows of the data cannot be used:",
@@ -163,10 +186,10 @@ def test_the_first_twenty_kinds_of_faults_are_listed(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for number in range(25):
         write_jsonl(tmp_path / "parts" / f"{number:02}.jsonl", [GOOD, {"instruction": "q", "output": None}])
-    with user_error("rows_faulty", count=25) as raised:
+    with user_error("with on_bad_rows=skip", count=25) as raised:
         dataset.check(config(tmp_path / "parts"))
     faults = raised.value.fields["faults"]
-    assert len(faults) == 21 and faults[20] == Message("other_faults", count=5)
+    assert len(faults) == 21 and faults[20] == Message("... and {count:,} row{count:plural} with other faults", count=5)
     assert faults[19].fields["file"].endswith("19.jsonl")
 
 
@@ -180,7 +203,7 @@ def test_faults_are_told_in_time_and_before_heavy_imports(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     done = run("preview.py", str(path))
-    refused(done, "rows_faulty")
+    refused(done, "with on_bad_rows=skip")
     assert done.stderr.splitlines() == [
         "error: 1 row of the data cannot be used:",
         f"  {path}, row 1: output is null",
@@ -207,12 +230,12 @@ def test_columns_that_the_registry_does_not_name_are_used_and_noted(tmp_path: Pa
         (talk,) = conversations(name, dataset_dir=folder)
         assert [(m["role"], m["content"]) for m in talk["messages"]] == expected
     found = notes(prepare(tiny_tokenizer, "some", dataset_dir=folder))
-    assert [note.fields["kind"] for note in found if note.code == "column_used_unnamed"] == [
+    assert [note.fields["kind"] for note in found if note.sentence == says("' is used as")] == [
         "history",
         "query",
         "system",
     ]
-    assert Message("columns_not_used", columns=["id"]) in found
+    assert Message("columns that are not used: {columns}", columns=["id"]) in found
 
 
 def test_a_column_that_another_name_takes_is_not_read_twice(tmp_path: Path) -> None:
@@ -224,7 +247,7 @@ def test_a_column_that_another_name_takes_is_not_read_twice(tmp_path: Path) -> N
 def test_a_misspelt_column_of_the_registry_is_an_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "inputs": "i", "output": "a"}])
     folder = register(tmp_path, rows={"file_name": "rows.jsonl", "columns": {"query": "inptus"}})
-    with user_error("column_misspelt", kind="query", column="inptus", near="inputs"):
+    with user_error("': dataset_info.json", kind="query", column="inptus", near="inputs"):
         conversations("rows", dataset_dir=folder)
 
 
@@ -245,8 +268,15 @@ def test_missing_system_tag_loses_nothing_and_openai_gets_no_system_prompt(tmp_p
         ["user", "assistant"],
     ]
     made = prepare(tiny_tokenizer, "rows", "open", dataset_dir=folder)
-    assert notes(made) == [Message("no_system_tag")]
-    assert notes(made, number=1) == [Message("no_detailed_thinking")]
+    assert notes(made) == [
+        Message(
+            "tags name no system_tag; messages of the role 'system' are system messages all the same "
+            "(LLaMA-Factory would leave out their rows)"
+        )
+    ]
+    assert notes(made, number=1) == [
+        Message("no 'detailed thinking off' is put into the system message (LLaMA-Factory does for openai data)")
+    ]
 
 
 def test_tool_calls_of_sharegpt_and_openai_are_the_same_conversation(tmp_path: Path, tiny_tokenizer) -> None:
@@ -331,7 +361,7 @@ def test_an_answer_of_weight_0_is_masked(tmp_path: Path, tiny_tokenizer, weight:
     assert "wrong<|im_end|>" in text
     assert tiny_tokenizer.decode([sample["input_ids"][i] for i in learned]) == "right<|im_end|>"
     assert all(sample["labels"][i] == sample["input_ids"][i] for i in learned)
-    assert notes(made) == [Message("answers_masked", count=1)]
+    assert notes(made) == [Message("{count:,} answer{count:plural} of weight 0: read, not learned", count=1)]
 
 
 def test_nulls_that_arrow_puts_into_objects_are_not_trained(tmp_path: Path) -> None:
@@ -356,9 +386,9 @@ def test_nulls_that_arrow_puts_into_objects_are_not_trained(tmp_path: Path) -> N
     rows = [{"messages": [TALK[0], {"role": "assistant", "content": None}]}, {"messages": TALK}]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "null.parquet")
     pyarrow.parquet.write_table(pa.Table.from_pylist([GOOD, {**GOOD, "output": None}]), tmp_path / "output.parquet")
-    with faulty("message_lacks", row=1, number=2, key="content"):
+    with faulty(says("message {number} has no '{key}'{near:suggestion}"), row=1, number=2, key="content"):
         conversations(tmp_path / "null.parquet")
-    with faulty("value_null", row=2, where="output"):
+    with faulty(says("{where} is null"), row=2, where="output"):
         conversations(tmp_path / "output.parquet")
 
 
@@ -372,7 +402,7 @@ def test_function_is_an_older_name_of_the_role_tool(tmp_path: Path) -> None:
 def test_text_without_answers_is_told_once(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "once upon"}, {"text": "a time"}])
     folder = register(tmp_path, c4={"file_name": "rows.jsonl", "columns": {"prompt": "text"}})
-    with user_error("dataset_without_answers", name="c4"):
+    with user_error("text without", name="c4"):
         dataset.check(config("c4", dataset_dir=folder))
 
 
@@ -382,9 +412,13 @@ def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_token
     first, second = conversations(path, name="Ada", author="Bo", default_system="Be {{name}}.")
     assert [m["content"] for m in first["messages"]] == ["Be Ada.", "Who is Ada?", "Ada by Bo, {{other}}"]
     assert second["messages"][0]["content"] == "own"
-    assert Message("mark_filled_in", mark="{{name}}", setting="name", value="Ada", rows=2) in notes(
-        prepare(tiny_tokenizer, path, name="Ada")
-    )
+    assert Message(
+        "{mark} becomes '{value}' in {rows:,} row{rows:plural} ({setting}: \"\" would leave it)",
+        mark="{{name}}",
+        setting="name",
+        value="Ada",
+        rows=2,
+    ) in notes(prepare(tiny_tokenizer, path, name="Ada"))
     alone = conversations(path, name="", author="Bo")[0]["messages"]
     assert [m["content"] for m in alone] == ["Who is {{name}}?", "{{name}} by Bo, {{other}}"]
     assert load_config(["name=", "author="]).config.name == ""
@@ -393,12 +427,23 @@ def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_token
 def test_answers_of_which_the_template_leaves_out_a_part_are_counted(tmp_path: Path, tiny_tokenizer) -> None:
     thinking = {"messages": [TALK[0], {**TALK[1], "reasoning_content": "Who am I?"}]}
     path = write_jsonl(tmp_path / "rows.jsonl", [thinking, {"messages": TALK}, thinking])
-    assert notes(prepare(tiny_tokenizer, path)) == [Message("thoughts_left_out", template="chatml", answers=2)]
+    assert notes(prepare(tiny_tokenizer, path)) == [
+        Message(
+            "the chat template ({template}) leaves out the thoughts of {answers:,} answer{answers:plural}",
+            template="chatml",
+            answers=2,
+        )
+    ]
 
 
 def test_format_is_decided_by_the_first_row_that_has_one(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q"}, GOOD])
-    with faulty("column_missing", row=1, column="output", columns=["instruction"]):
+    with faulty(
+        says("has no column '{column}'{near:suggestion}; it has {columns}"),
+        row=1,
+        column="output",
+        columns=["instruction"],
+    ):
         dataset.check(config(path))
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import user_error, write_jsonl
+from conftest import says, user_error, write_jsonl
 from rows import config, conversations, prepare, register
 
 from common import Message
@@ -32,11 +32,13 @@ def test_documents_of_all_forms(tmp_path):
 
 def test_faults_of_documents(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": " "}])
-    with user_error("rows_faulty", count=1) as raised:
+    with user_error("with on_bad_rows=skip", count=1) as raised:
         dataset.check(config(path, stage="pt"))
-    reason = Message("value_empty", where="text")
-    assert raised.value.message.fields["faults"] == [Message("row_fault", file=str(path), row=2, reason=reason)]
-    with user_error("columns_without_text"):
+    reason = Message("{where} is empty", where="text")
+    assert raised.value.message.fields["faults"] == [
+        Message("{file}, row {row}: {reason}", file=str(path), row=2, reason=reason)
+    ]
+    with user_error("pt reads one"):
         dataset.check(config(write_jsonl(tmp_path / "b.jsonl", [{"body": "one"}]), stage="pt"))
 
 
@@ -90,7 +92,7 @@ def test_pairs_of_the_registry(tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "grpo"])
 def test_rows_of_no_known_form_are_shown_forms_that_the_stage_can_read(tmp_path: Path, stage: str):
     path = write_jsonl(tmp_path / "a.jsonl", [{"wrong": "q", "good": "a", "bad": "b"}])
-    with user_error("columns_unknown", stage=stage, columns=["wrong", "good", "bad"]) as raised:
+    with user_error("known format", stage=stage, columns=["wrong", "good", "bad"]) as raised:
         dataset.check(config(path, stage=stage, reward_funcs=("json_valid",)))
     for shape in raised.value.message.fields["shapes"]:
         first, *others = shape.split("...")
@@ -101,22 +103,22 @@ def test_rows_of_no_known_form_are_shown_forms_that_the_stage_can_read(tmp_path:
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        ({"prompt": "q", "chosen": "same", "rejected": "same"}, "pair_answers_are_equal"),
-        ({"prompt": "q", "chosen": "good", "rejected": " "}, "value_empty"),
-        ({"prompt": "q", "chosen": [Q], "rejected": [B]}, "pair_answer_of_wrong_role"),
-        ({"chosen": [Q, A], "rejected": [{**Q, "content": "other"}, B]}, "pair_rows_prompts_differ"),
-        ({"prompt": [Q, A], "chosen": [A], "rejected": [B]}, "pair_prompt_ends_with_answer"),
-        ({"instruction": "q", "output": "a"}, "data_is_no_pairs"),
+        ({"prompt": "q", "chosen": "same", "rejected": "same"}, says("the same answer")),
+        ({"prompt": "q", "chosen": "good", "rejected": " "}, says("{where} is empty")),
+        ({"prompt": "q", "chosen": [Q], "rejected": [B]}, says("is a message of")),
+        ({"chosen": [Q, A], "rejected": [{**Q, "content": "other"}, B]}, says("before their")),
+        ({"prompt": [Q, A], "chosen": [A], "rejected": [B]}, says("ends with an")),
+        ({"instruction": "q", "output": "a"}, says("rejected; it")),
     ],
 )
 def test_faulty_pairs_are_named_by_row(tmp_path: Path, row: dict, code: str):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "good", "rejected": "bad"}, row])
-    if code == "data_is_no_pairs":
+    if code == says("rejected; it"):
         path = write_jsonl(tmp_path / "a.jsonl", [row])
-    with user_error("rows_faulty", count=1) as raised:
+    with user_error("with on_bad_rows=skip", count=1) as raised:
         dataset.check(config(path, stage="dpo"))
     (fault,) = raised.value.message.fields["faults"]
-    assert fault.fields["reason"].code == code
+    assert fault.fields["reason"].sentence == code
 
 
 @pytest.mark.parametrize(
@@ -134,10 +136,12 @@ def test_judged_answers_of_all_forms(tmp_path, row):
 
 def test_an_answer_that_is_not_judged_is_a_fault(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a", "kto_tag": "yes"}])
-    with user_error("rows_faulty", count=1) as raised:
+    with user_error("with on_bad_rows=skip", count=1) as raised:
         dataset.check(config(path, stage="kto"))
     (fault,) = raised.value.message.fields["faults"]
-    assert fault.fields["reason"] == Message("kto_tag_no_bool", column="kto_tag", value='"yes"')
+    assert fault.fields["reason"] == Message(
+        "{column} is {value}; it must be true (a good answer) or false (a bad one)", column="kto_tag", value='"yes"'
+    )
 
 
 def test_samples_of_pairs_and_judged_answers(tmp_path, tiny_tokenizer):
@@ -149,7 +153,7 @@ def test_samples_of_pairs_and_judged_answers(tmp_path, tiny_tokenizer):
     assert made.train_lengths[0] == 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     report = made.report["datasets"][0]
     assert report["learned"] == sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in made.train)
-    assert "pairs_differ_in_length" in json.dumps(report["notes"])
+    assert says("rejected ones") in json.dumps(report["notes"])
     judged = [
         {"instruction": "q", "output": "good", "kto_tag": True},
         {"instruction": "q", "output": "b", "kto_tag": 0},

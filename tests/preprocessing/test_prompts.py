@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import CONTROL_TOKENS, user_error
+from conftest import CONTROL_TOKENS, says, user_error
 from test_chat_template import CALL, assistant, byte_tokenizer, for_template, user, with_own
 
 from common import Message, UserError
@@ -13,7 +13,11 @@ from preprocessing.prompts import prompt_ids
 SYSTEM = {"role": "system", "content": "Be brief."}
 RESULT = {"role": "tool", "content": '{"degrees": 21, "sky": "clear"}', "tool_call_id": "call00001", "name": "f"}
 CALLING = [user("q"), assistant("", tool_calls=[CALL])]
-NO_HEADER = Message("no_header_after_last_message", role="assistant")
+NO_HEADER = Message(
+    "the last message is the {role}'s, and the chat template opens no answer after it; end "
+    "with a message of the user, or ask for that message to be continued",
+    role="assistant",
+)
 
 
 def text_of(name: str, messages: list[dict], **options) -> str:
@@ -45,7 +49,7 @@ def test_every_conversation_shape_is_whole_or_refused(name: str):
         try:
             prompt = tokenizer.decode(prompt_ids(messages, tokenizer, template_text=template.saved))
         except UserError as error:
-            assert error.code == "messages_do_not_suit_template", error
+            assert error.sentence == says("these messages"), error
             continue
         accepted += 1
         assert all(message["content"] in prompt for message in messages)
@@ -56,7 +60,7 @@ def test_every_conversation_shape_is_whole_or_refused(name: str):
 
 @pytest.mark.parametrize("name", ["mistral", "default"])
 def test_a_last_message_of_the_assistant_without_a_header_after_it_is_refused(name: str):
-    with user_error("messages_do_not_suit_template", reason=NO_HEADER):
+    with user_error("these messages", reason=NO_HEADER):
         text_of(name, [user("q"), assistant("Sure,")])
 
 
@@ -73,16 +77,27 @@ def test_a_last_message_is_continued_where_that_is_asked_for(name: str):
         prompt = text_of(name, [user("q"), assistant(content)], continue_last=True)
         assert prompt.endswith(content)
         assert text_of(name, [user("q")]).rstrip().removesuffix("<think>") in prompt
-    with user_error("messages_do_not_suit_template", reason=Message("nothing_to_continue")):
+    with user_error(
+        "these messages", reason=Message("only a last message of the assistant that has text can be continued")
+    ):
         text_of(name, [user("q")], continue_last=True)
 
 
 def test_a_message_that_a_template_leaves_out_is_named():
-    with user_error("messages_do_not_suit_template") as raised:
+    with user_error("these messages") as raised:
         text_of("mistral", [SYSTEM])
-    assert raised.value.fields["reason"] == Message("template_leaves_message_out", number=1, role="system")
+    assert raised.value.fields["reason"] == Message(
+        "the chat template leaves message {number} ({role}) out; set template to one that fits", number=1, role="system"
+    )
     assert "message 1 (system)" in str(raised.value)
-    with user_error("messages_do_not_suit_template", reason=Message("no_header_after_last_message", role="system")):
+    with user_error(
+        "these messages",
+        reason=Message(
+            "the last message is the {role}'s, and the chat template opens no answer after it; end "
+            "with a message of the user, or ask for that message to be continued",
+            role="system",
+        ),
+    ):
         text_of("default", [SYSTEM])
     tokenizer = byte_tokenizer(CONTROL_TOKENS, eos="<|im_end|>")
     tokenizer.chat_template = (  # the system message is ignored, as some published templates do
@@ -90,9 +105,11 @@ def test_a_message_that_a_template_leaves_out_is_named():
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     assert prompt_ids([user("s")], tokenizer)
-    with user_error("messages_do_not_suit_template") as raised:
+    with user_error("these messages") as raised:
         prompt_ids([{"role": "system", "content": "s"}, user("s")], tokenizer)
-    assert raised.value.fields["reason"] == Message("template_leaves_message_out", number=1, role="system")
+    assert raised.value.fields["reason"] == Message(
+        "the chat template leaves message {number} ({role}) out; set template to one that fits", number=1, role="system"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen", "qwen3", "mistral"])
@@ -113,5 +130,5 @@ def test_a_result_that_a_template_takes_apart_is_found(tiny_tokenizer):
     )
     tokenizer = with_own(tiny_tokenizer, text)
     assert prompt_ids([*CALLING, {**RESULT, "content": "a:b"}], tokenizer)
-    with user_error("messages_do_not_suit_template"):
+    with user_error("these messages"):
         prompt_ids([*CALLING, {**RESULT, "content": "b:"}], tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import write_jsonl
+from conftest import says, write_jsonl
 
 import common
 from preprocessing.chat_template import load_template
@@ -84,4 +84,4 @@ def test_of_a_long_prompt_the_oldest_turns_are_left_out(tiny_tokenizer):
     alone = encode_prompt({**prompt, "messages": [USER]}, template, tiny_tokenizer, config)
     assert found["prompt_ids"] == alone["prompt_ids"] and found["truncated"] and not alone["truncated"]
     too_long = encode_prompt({**prompt, "messages": turns[:1]}, template, tiny_tokenizer, config)
-    assert too_long.code == "longer_than_cutoff_len" and too_long.fields["cutoff_len"] == 60
+    assert too_long.sentence == says("tokens, more") and too_long.fields["cutoff_len"] == 60

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import ok, run, user_error, write_jsonl
+from conftest import ok, run, says, user_error, write_jsonl
 from rows import GOOD, TALK, config, conversations, faulty, prepare, questions, register
 from stand_in import Handler, StandIn, serving
 
@@ -29,9 +29,9 @@ def fault_of(name: Path | str, dataset_dir: str = "none") -> Message:
     """What is wrong with one dataset of the registry, or one path."""
     with pytest.raises(common.UserError) as raised:
         find_entries([str(name)], dataset_dir)
-    assert raised.value.code == "datasets_not_found"
+    assert raised.value.sentence == says("other datasets")
     (fault,) = raised.value.fields["faults"]
-    return fault.fields["reason"] if fault.code == "dataset_fault" else fault
+    return fault.fields["reason"] if fault.sentence == says("dataset '{name}' {reason}") else fault
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +70,11 @@ def test_folder_of_one_type_is_read_in_order_and_of_several_refused(tmp_path: Pa
     registry = register(tmp_path, parts={"file_name": "parts"})
     assert [c["messages"][0]["content"] for c in conversations("parts", dataset_dir=registry)] == ["q1", "q2"]
     (folder / "3.csv").write_text("instruction,output\nq,a\n")
-    assert fault_of(folder) == Message("folder_of_several_types", folder=folder, types=["csv", "json"])
+    assert fault_of(folder) == Message(
+        "is the folder {folder}, which holds files of several types ({types}); name one file, or keep one type there",
+        folder=folder,
+        types=["csv", "json"],
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
@@ -91,7 +95,7 @@ def test_broken_json_list_names_line_and_column_as_python_does(tmp_path: Path, c
     with pytest.raises(json.JSONDecodeError) as expected:
         json.loads(text)
     assert good == [(1, GOOD)] and number == 2 and fault.final
-    assert fault.message.code == "json_list_broken"
+    assert fault.message.sentence == says("nothing after")
     at = fault.message.fields
     assert (at["line"], at["column"]) == (expected.value.lineno, expected.value.colno)
 
@@ -111,58 +115,78 @@ def test_long_json_list_needs_little_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "code", "fields"),
     [
-        ("a.json", json.dumps([GOOD]).encode("utf-16"), "file_is_utf16", {}),
+        ("a.json", json.dumps([GOOD]).encode("utf-16"), says("its byte-order"), {}),
         (
             "a.jsonl",
             b'{"instruction": "q", "output": "a"}\n{"instruction": "\xc4\xe3"}',
-            "line_not_utf8",
+            says("file as UTF-8"),
             {"row": 2, "line": 2, "byte": 18},
         ),
-        ("a.json", b'[\n{"instruction": "\xc4\xe3", "output": "a"}]', "line_not_utf8", {"line": 2, "byte": 18}),
-        ("a.csv", "instruction,output\n你,好\n".encode("gbk"), "line_not_utf8", {"line": 2, "byte": 1}),
-        ("a.csv", b"instruction,output,output\nq,a,b\n", "csv_column_twice", {"column": "output"}),
-        ("a.csv", b"instruction,output\nq\n", "csv_row_length", {"line": 2, "values": 1, "columns": 2}),
-        ("a.csv", b'instruction,output\nq,a\n"q,a\n', "csv_broken", {"row": 2, "line": 3}),
-        ("a.csv", b"instruction;output\nq;a\n", "csv_separator", {"separator": ";"}),
-        ("a.csv", b"instruction\toutput\nq\ta\n", "csv_separator", {"separator": "tab"}),
-        ("a.json", b'[{"instruction": "q", "output": "a"},]', "json_list_broken", {"row": 2, "line": 1, "column": 38}),
+        ("a.json", b'[\n{"instruction": "\xc4\xe3", "output": "a"}]', says("file as UTF-8"), {"line": 2, "byte": 18}),
+        ("a.csv", "instruction,output\n你,好\n".encode("gbk"), says("file as UTF-8"), {"line": 2, "byte": 1}),
+        ("a.csv", b"instruction,output,output\nq,a,b\n", says("once; rename"), {"column": "output"}),
+        (
+            "a.csv",
+            b"instruction,output\nq\n",
+            says("line {line}: {values} value{values:plural} for {columns} column{columns:plural}"),
+            {"line": 2, "values": 1, "columns": 2},
+        ),
+        (
+            "a.csv",
+            b'instruction,output\nq,a\n"q,a\n',
+            says("line {line}: broken CSV ({problem})"),
+            {"row": 2, "line": 3},
+        ),
+        ("a.csv", b"instruction;output\nq;a\n", says("be separated"), {"separator": ";"}),
+        ("a.csv", b"instruction\toutput\nq\ta\n", says("be separated"), {"separator": "tab"}),
+        (
+            "a.json",
+            b'[{"instruction": "q", "output": "a"},]',
+            says("nothing after"),
+            {"row": 2, "line": 1, "column": 38},
+        ),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"}',
-            "json_list_broken",
+            says("nothing after"),
             {"row": 2, "line": 1, "column": 37, "problem": "Expecting ',' or ']'"},
         ),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"}] x',
-            "json_list_broken",
+            says("nothing after"),
             {"row": 2, "problem": "text after the end of the list"},
         ),
-        ("a.json", b"[] x", "json_list_broken", {"problem": "text after the end of the list"}),
-        ("a.json", b"[" + b"1" * 5000 + b"]", "json_list_broken", {"line": 1}),
-        ("a.jsonl", b"1" * 5000, "json_broken", {"line": 1}),
+        ("a.json", b"[] x", says("nothing after"), {"problem": "text after the end of the list"}),
+        ("a.json", b"[" + b"1" * 5000 + b"]", says("nothing after"), {"line": 1}),
+        ("a.jsonl", b"1" * 5000, says("broken JSON at line {line}, column {column}: {problem}"), {"line": 1}),
         (
             "a.json",
             b"[" + json.dumps(GOOD).encode() + b",\n]",
-            "json_list_broken",
-            {"row": 2, "problem": Message("json_extra_comma")},
+            says("nothing after"),
+            {"row": 2, "problem": Message("a comma too many stands before the closing bracket")},
         ),
-        ("a.jsonl", b'{"instruction": "q", }', "json_broken", {"problem": Message("json_extra_comma")}),
-        ("a.json", b"[" * 100_000, "json_too_deep", {}),
-        ("a.jsonl", b'{"a":' * 100_000, "json_too_deep", {}),
-        ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), "object_over_lines", {}),
-        ("a.json", b'\xef\xbb\xbf\n{"data": [\n' + json.dumps(GOOD).encode() + b"]}", "object_over_lines", {}),
-        ("a.parquet", b"no parquet", "file_not_of_type", {"type": "Parquet"}),
-        ("a.arrow", b"no arrow", "file_not_of_type", {"type": "Arrow"}),
-        ("a.arrow", b"", "file_not_of_type", {"type": "Arrow"}),
-        ("a.txt", b"Once upon a time\n", "text_without_answers", {}),
-        ("a.jsonl", b"", "dataset_without_rows", {"row": None}),
-        ("a.json", b"[]", "dataset_without_rows", {"row": None}),
-        ("a.jsonl", b'{"text": "hello"}', "columns_unknown", {"row": None, "columns": ["text"]}),
+        (
+            "a.jsonl",
+            b'{"instruction": "q", }',
+            says("broken JSON at line {line}, column {column}: {problem}"),
+            {"problem": Message("a comma too many stands before the closing bracket")},
+        ),
+        ("a.json", b"[" * 100_000, says("is nested too"), {}),
+        ("a.jsonl", b'{"a":' * 100_000, says("is nested too"), {}),
+        ("a.json", json.dumps({"data": [GOOD]}, indent=1).encode(), says("over several"), {}),
+        ("a.json", b'\xef\xbb\xbf\n{"data": [\n' + json.dumps(GOOD).encode() + b"]}", says("over several"), {}),
+        ("a.parquet", b"no parquet", says("file cannot be read as"), {"type": "Parquet"}),
+        ("a.arrow", b"no arrow", says("file cannot be read as"), {"type": "Arrow"}),
+        ("a.arrow", b"", says("file cannot be read as"), {"type": "Arrow"}),
+        ("a.txt", b"Once upon a time\n", says("no questions"), {}),
+        ("a.jsonl", b"", says("give it some"), {"row": None}),
+        ("a.json", b"[]", says("give it some"), {"row": None}),
+        ("a.jsonl", b'{"text": "hello"}', says("known format"), {"row": None, "columns": ["text"]}),
         (
             "a.csv",
             b"Instruction, Output \nq,a\n",
-            "columns_misspelt",
+            says("capitals, no"),
             {"row": None, "found": ["Instruction", " Output "], "wanted": ["instruction", "output"]},
         ),
     ],
@@ -183,7 +207,7 @@ def test_a_damaged_arrow_file_is_a_fault_and_not_the_end_of_the_process(tmp_path
     assert content.count(offsets) >= 2
     at = content.rindex(offsets)
     path.write_bytes(content[: at + 4] + (1 << 30).to_bytes(4, "little") + content[at + 8 :])
-    with faulty("file_not_of_type", row=1, type="Arrow"):
+    with faulty(says("file cannot be read as"), row=1, type="Arrow"):
         dataset.check(config(path))
 
 
@@ -192,10 +216,13 @@ def test_a_pipe_or_a_device_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "null.json").symlink_to("/dev/zero")
     folder = register(tmp_path, pipe={"file_name": "rows.jsonl"})
     for name, path in (("pipe", "rows.jsonl"), (tmp_path / "null.json", "null.json")):
-        assert fault_of(name, folder) == Message("file_not_regular", file=tmp_path / path)
+        assert fault_of(name, folder) == Message(
+            "is in {file}, which is no regular file (a pipe or a device); write its rows into a file first",
+            file=tmp_path / path,
+        )
     (tmp_path / "dataset_info.json").unlink()
     os.mkfifo(tmp_path / "dataset_info.json")
-    with user_error("registry_no_file"):
+    with user_error("dataset_dir must"):
         find_entries(["pipe"], folder)
 
 
@@ -217,7 +244,12 @@ def test_a_folder_with_metadata_is_read_and_one_with_a_registry_is_named(tmp_pat
     (tmp_path / "dataset_info.json").write_text('{"features": {"a": {"dtype": "string"}}, "splits": {}}')
     assert len(conversations(tmp_path)) == 2
     register(tmp_path, rows={"file_name": "rows.json"})
-    assert fault_of(tmp_path) == Message("folder_is_registry", folder=tmp_path, names=["rows"])
+    assert fault_of(tmp_path) == Message(
+        "is the folder {folder}, which has a dataset_info.json; use dataset_dir={folder} and one "
+        "of its datasets: {names}",
+        folder=tmp_path,
+        names=["rows"],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,30 +278,55 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
     folder = register(tmp_path, **entries)
     assert conversations("rows", dataset_dir=folder) == [{"messages": TALK}]
     reasons = {
-        "pictures": Message("data_has_media", kind="images"),
-        "sounds": Message("data_has_media", kind="audios"),
-        "films": Message("data_has_media", kind="videos"),
-        "pairs": Message("data_is_pairs"),
-        "judged": Message("data_is_kto"),
-        "scripted": Message("entry_only_at", key="script_url"),
-        "cloud": Message("entry_only_at", key="cloud_file_name"),
-        "gone": Message("file_not_there", file=tmp_path / "gone.json", near=None),
-        "slip": Message("entry_key_unknown", key="file_nam", near="file_name"),
-        "misspelt": Message("entry_key_unknown", key="columns: promt", near="prompt"),
-        "broken": Message("entry_no_object"),
-        "endless": Message("path_unusable", path=str(tmp_path / ("a" * 256)), problem=os.strerror(errno.ENAMETOOLONG)),
-        "rwos": Message("dataset_unknown", name="rwos", registry=tmp_path / "dataset_info.json", near="rows"),
+        "pictures": Message("has {kind}; this kit trains on text", kind="images"),
+        "sounds": Message("has {kind}; this kit trains on text", kind="audios"),
+        "films": Message("has {kind}; this kit trains on text", kind="videos"),
+        "pairs": Message("is preference data (chosen and rejected answers), which only stage: dpo trains on"),
+        "judged": Message("is preference data (answers marked as good or bad), which only stage: kto trains on"),
+        "scripted": Message(
+            "is only at a {key}, which this kit does not read; download its files and name them with file_name",
+            key="script_url",
+        ),
+        "cloud": Message(
+            "is only at a {key}, which this kit does not read; download its files and name them with file_name",
+            key="cloud_file_name",
+        ),
+        "gone": Message(
+            "names the file {file}, which does not exist{near:suggestion}", file=tmp_path / "gone.json", near=None
+        ),
+        "slip": Message(
+            "has the unknown key '{key}' in dataset_info.json{near:suggestion}", key="file_nam", near="file_name"
+        ),
+        "misspelt": Message(
+            "has the unknown key '{key}' in dataset_info.json{near:suggestion}", key="columns: promt", near="prompt"
+        ),
+        "broken": Message("is not described by an object in dataset_info.json"),
+        "endless": Message(
+            "{path} cannot be used: {problem}",
+            path=str(tmp_path / ("a" * 256)),
+            problem=os.strerror(errno.ENAMETOOLONG),
+        ),
+        "rwos": Message(
+            "there is no dataset '{name}' in {registry} and no such file{near:suggestion}",
+            name="rwos",
+            registry=tmp_path / "dataset_info.json",
+            near="rows",
+        ),
         str(tmp_path / "rwos.jsonl"): Message(
-            "dataset_unknown",
+            "there is no dataset '{name}' in {registry} and no such file{near:suggestion}",
             name=str(tmp_path / "rwos.jsonl"),
             registry=tmp_path / "dataset_info.json",
             near=tmp_path / "rows.jsonl",
         ),
-        "rows，a、b": Message("dataset_with_wide_comma", name="rows，a、b", meant="rows,a,b"),
+        "rows，a、b": Message(
+            "'{name}' has the Chinese comma; separate datasets with an ASCII comma: {meant}",
+            name="rows，a、b",
+            meant="rows,a,b",
+        ),
     }
     for name, reason in reasons.items():
         assert fault_of(name, folder) == reason
-    with user_error("datasets_not_found") as raised:
+    with user_error("other datasets") as raised:
         find_entries(reasons, folder)
     assert len(raised.value.fields["faults"]) == len(reasons)
 
@@ -289,32 +346,32 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
 )
 def test_a_value_of_the_wrong_type_is_named(tmp_path: Path, description: dict, key: str) -> None:
     fault = fault_of("rows", register(tmp_path, rows=description))
-    assert (fault.code, fault.fields["key"]) == ("entry_value_no_text", key)
+    assert (fault.sentence, fault.fields["key"]) == (says("dataset_info.json; it"), key)
 
 
 @pytest.mark.parametrize(
     ("description", "code"),
     [
-        ({"columns": ["a"]}, "entry_value_no_object"),
-        ({"tags": "role"}, "entry_value_no_object"),
-        ({"num_samples": True}, "entry_num_samples"),
-        ({"num_samples": "5"}, "entry_num_samples"),
-        ({"num_samples": 10**30}, "entry_num_samples"),
-        ({"formatting": "vicuna"}, "entry_formatting"),
-        ({}, "entry_no_file_name"),
+        ({"columns": ["a"]}, says("object; write")),
+        ({"tags": "role"}, says("object; write")),
+        ({"num_samples": True}, says("has num_samples")),
+        ({"num_samples": "5"}, says("has num_samples")),
+        ({"num_samples": 10**30}, says("has num_samples")),
+        ({"formatting": "vicuna"}, says("formatting '")),
+        ({}, says("no file_name")),
     ],
 )
 def test_other_values_that_are_wrong(tmp_path: Path, description: dict, code: str) -> None:
-    assert fault_of("rows", register(tmp_path, rows=description)).code == code
+    assert fault_of("rows", register(tmp_path, rows=description)).sentence == code
 
 
 def test_a_registry_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "dataset_info.json"
     for content, code in (
-        (b"{", "registry_broken"),
-        (b"[]", "registry_no_object"),
-        (b'"\xff"', "registry_not_utf8"),
-        (b"[" * 100_000, "registry_no_object"),
+        (b"{", says("correct the JSON")),
+        (b"[]", says("each dataset")),
+        (b'"\xff"', says("UTF-8; save it")),
+        (b"[" * 100_000, says("each dataset")),
     ):
         path.write_bytes(content)
         with user_error(code, file=path):
@@ -326,19 +383,29 @@ def test_columns_and_tags_that_llamafactory_ignores_are_noted(tmp_path: Path) ->
     columns = {"prompt": "instruction", "response": "output", "reward": "score"}
     folder = register(tmp_path, rows={"file_name": "rows.jsonl", "columns": columns, "tags": {"colour": "red"}})
     (entry,) = find_entries(["rows"], folder)
-    assert entry.notes == tuple(Message("entry_key_unused", key=key) for key in ("columns: reward", "tags: colour"))
+    assert entry.notes == tuple(
+        Message("dataset_info.json has '{key}', which is not used", key=key)
+        for key in ("columns: reward", "tags: colour")
+    )
     assert conversations("rows", dataset_dir=folder) == [{"messages": TALK}]
 
 
 def test_how_to_name_a_dataset_of_a_hub(tmp_path: Path) -> None:
     folder = register(tmp_path, rows={"file_name": "rows.jsonl"})
     fault = fault_of("me/rows", folder)
-    assert fault == Message("dataset_on_hub", name="me/rows", registry=tmp_path / "dataset_info.json")
+    assert fault == Message(
+        "there is no file '{name}'; to read a dataset of this name from Hugging Face, give it an entry in {registry}:\n"
+        '"NAME": {{"hf_hub_url": "{name}"}}, and use dataset=NAME',
+        name="me/rows",
+        registry=tmp_path / "dataset_info.json",
+    )
     assert '"NAME": {"hf_hub_url": "me/rows"}' in fault.text("en")
-    with user_error("dataset_dir_online", dataset_dir="ONLINE"):
+    with user_error("the datasets", dataset_dir="ONLINE"):
         find_entries(["me/rows"], "ONLINE")
     assert fault_of("rows", str(tmp_path / "gone")) == Message(
-        "dataset_dir_missing", name="rows", folder=tmp_path / "gone"
+        "dataset '{name}': the folder dataset_dir={folder} does not exist, and there is no such file",
+        name="rows",
+        folder=tmp_path / "gone",
     )
 
 
@@ -392,7 +459,7 @@ def test_dataset_of_the_hub_by_hf_endpoint(tmp_path: Path, tiny_model: Path, hub
     assert done.stdout.splitlines()[1].split()[:3] == ["rows", "3", "3"]
     assert f"/datasets/me/rows/resolve/{HubHandler.commit}/train.jsonl" in hub.asked
     done = run("preview.py", "gone", *settings, env=environment)
-    assert done.error is not None and done.error.code == "dataset_not_fetched"
+    assert done.error is not None and done.error.sentence == says("fetched from")
     assert (done.error.fields["repository"], done.error.fields["place"]) == ("me/gone", environment["HF_ENDPOINT"])
 
 
@@ -400,5 +467,5 @@ def test_modelscope_without_its_package_says_so(tmp_path: Path, tiny_tokenizer, 
     folder = register(tmp_path, rows={"hf_hub_url": "a/b", "ms_hub_url": "c/d"})
     monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
     monkeypatch.setitem(sys.modules, "modelscope", None)
-    with user_error("modelscope_not_installed", name="rows"):
+    with user_error("on ModelScope", name="rows"):
         prepare(tiny_tokenizer, "rows", dataset_dir=folder)

@@ -102,14 +102,14 @@ def test_a_tokenizer_without_tokenizer_json_is_left_as_it_is(tmp_path: Path):
 def test_a_tokenizer_that_cannot_be_loaded(embedded_model: Path, tmp_path: Path):
     folder = relabelled(embedded_model, tmp_path / "model", "PreTrainedTokenizerFast")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    with user_error("tokenizer_file_broken", file=folder / "tokenizer.json"):
+    with user_error("or copy this", file=folder / "tokenizer.json"):
         load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()
-    with user_error("tokenizer_missing", model=folder):
+    with user_error("the disk, or", model=folder):
         load_tokenizer(folder)
-    with user_error("tokenizer_file_missing", folder=folder):
+    with user_error("tokenizer with", folder=folder):
         load_light_tokenizer(folder)
-    with user_error("tokenizer_missing", model="org/nowhere"):
+    with user_error("the disk, or", model="org/nowhere"):
         load_base_tokenizer(Config(model_name_or_path="org/nowhere"))
 
 

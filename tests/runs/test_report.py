@@ -11,7 +11,7 @@ import pytest
 from conftest import write_jsonl
 from PIL import Image
 
-from common import Message, sentences
+from common import Message, chinese
 from evaluation import metrics
 from runs import charts, report
 from runs.charts import Curve
@@ -22,7 +22,7 @@ def make_folder(folder: Path) -> Path:
     """A run folder as train.py and evaluate.py leave it, with a name that would be markup."""
     folder.mkdir()
     write_text(folder / "config.yaml", "learning_rate: 0.0003\nauthor: <b>Orbit</b>\n")
-    run = {"stopped_early": Message("x", step=1080).to_json()}
+    run = {"stopped_early": Message("flat since step {step:,}", step=1080).to_json()}
     run |= {
         "status": "finished",
         "model": "models/x",
@@ -71,11 +71,14 @@ def test_both_languages_say_all_and_the_commands_delete_nothing(tmp_path: Path) 
 
 
 def test_why_a_run_stopped_early_is_said_in_both_languages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sentences(), "x", {"en": "flat since step {step:,}", "zh": "自第 {step:,} 步起不再下降"})
-    stopped = {"stopped_early": Message("x", step=1080).to_json()}
+    monkeypatch.setitem(chinese(), "flat since step {step:,}", "自第 {step:,} 步起不再下降")
+    stopped = {"stopped_early": Message("flat since step {step:,}", step=1080).to_json()}
     assert report.stop_reason(stopped) == ("flat since step 1,080", "自第 1,080 步起不再下降")
     assert report.stop_reason({}) is None is report.stop_reason({"stopped_early": None})
-    assert report.stop_reason({"stopped_early": "as it was"}) == ("as it was", "as it was")
+    assert report.stop_reason({"stopped_early": "as it was"}) == (
+        "as it was",
+        "as it was",
+    )
 
 
 def test_a_precision_recall_curve_has_corners() -> None:

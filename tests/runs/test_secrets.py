@@ -44,7 +44,7 @@ def test_ordinary_words_stay(text: str) -> None:
 
 
 def test_an_error_does_not_repeat_a_token() -> None:
-    with user_error("config_faults") as raised:
+    with user_error("the configuration") as raised:
         load_config([f"hf_hub_tokn={TOKEN}", "hf_hub_token=abc123def", f"stage={TOKEN}"])
     assert TOKEN not in str(raised.value) and "abc123def" not in str(raised.value)
 

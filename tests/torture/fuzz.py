@@ -298,7 +298,7 @@ class Recipes:
             status = preflight.dry_run(preflight.Run.of(loaded))
         assert sorted(folder.rglob("*")) == before, "a dry run wrote into the working directory"
         if status:
-            raise UserError("several_faults", count=1, faults=[])
+            raise UserError("{count} faults:\n  {faults:lines}", count=1, faults=[])
 
     def key(self, draw: random.Random) -> str:
         key = draw.choice(self.keys)
@@ -369,7 +369,7 @@ class ChatRequests:
         assert "Traceback" not in answer.text
         if answer.status_code != 200:
             assert answer.json()["error"]["message"], answer.text
-            raise ApiError(answer.status_code, Message("api_body_no_object"))
+            raise ApiError(answer.status_code, Message("the body is not a JSON object"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,13 @@ from training import sft_trainer, trainer
 
 
 def fail(*_: Any) -> None:
-    raise UserError("sample_does_not_fit", tokens=1, total=0.0, settings=[])
+    raise UserError(
+        "out of memory: a single sample of {tokens:,} tokens does not fit into the {total:.1f} GB "
+        "of this card; try, one after the other: {settings}",
+        tokens=1,
+        total=0.0,
+        settings=[],
+    )
 
 
 def run_one(given: dict[str, Any], environment: dict[str, str], log: Path, is_last: bool) -> None:

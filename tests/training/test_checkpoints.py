@@ -72,20 +72,20 @@ def break_manifest(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (flip_a_byte, Message("damage_content", file="adapter_model.safetensors")),
-        (truncate, Message("damage_size", file="optimizer.pt", size=100, expected=280)),
-        (empty, Message("damage_size", file="trainer_state.json", size=0, expected=23)),
-        (delete, Message("damage_missing", file="optimizer.pt")),
-        (break_manifest, Message("damage_unreadable", file="manifest.json")),
+        (flip_a_byte, Message("the content of {file} has changed", file="adapter_model.safetensors")),
+        (truncate, Message("{file} has {size:,} bytes, not {expected:,}", file="optimizer.pt", size=100, expected=280)),
+        (empty, Message("{file} has {size:,} bytes, not {expected:,}", file="trainer_state.json", size=0, expected=23)),
+        (delete, Message("{file} is missing", file="optimizer.pt")),
+        (break_manifest, Message("{file} cannot be read", file="manifest.json")),
     ],
 )
 def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(run, damage, found):
     assert checkpoints.newest_whole(CONFIG, run) == (run / "checkpoint-8", [])
     damage(run / "checkpoint-8")
-    told = Message("checkpoint_damaged", checkpoint=run / "checkpoint-8", damage=found)
+    told = Message("{checkpoint} is damaged ({damage}) and not used", checkpoint=run / "checkpoint-8", damage=found)
     assert checkpoints.newest_whole(CONFIG, run) == (run / "checkpoint-4", [told])
     named = load_config([f"resume_from_checkpoint={run / 'checkpoint-8'}"]).config
-    with user_error("named_checkpoint_damaged"):
+    with user_error("name another checkpoint"):
         checkpoints.named_checkpoint(named)
 
 
@@ -189,7 +189,7 @@ def test_a_folder_is_locked_as_long_as_its_holder_lives(tmp_path):
         [sys.executable, "-c", HOLDER, str(ROOT), str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert holder.stdout.readline() == b"locked\n"
-    with user_error("run_is_training", folder=str(folder), process=holder.pid), locked(folder):
+    with user_error("being trained", folder=str(folder), process=holder.pid), locked(folder):
         pass
     holder.kill()  # which leaves the file
     holder.wait()
@@ -204,6 +204,9 @@ def test_a_training_of_which_nothing_came_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="x"), locked(tmp_path / "run"):
         raise ValueError("x")
     assert not (tmp_path / "run").exists()
+
+
+CHANGED = "{kind}: {name} has changed (SHA-256 {then}… then, {now}… now)"
 
 
 def test_changed_inputs_are_named_with_their_hashes(tmp_path):
@@ -221,15 +224,15 @@ def test_changed_inputs_are_named_with_their_hashes(tmp_path):
     then = described("{}", "old", [1, 2])
     assert inputs.find_changes(then, described("{}", "old", [1, 2])) == []
     found = {
-        (m.code, m.fields.get("kind"), m.fields.get("name"))
+        (m.sentence, m.fields.get("kind"), m.fields.get("name"))
         for m in inputs.find_changes(then, described("[]", "new", [3]))
     }
     assert found == {
-        ("input_changed", "data", "a.json"), ("input_changed", "model", "config.json"),
-        ("input_changed", "template", "llama3"),
+        (CHANGED, "data", "a.json"), (CHANGED, "model", "config.json"),
+        (CHANGED, "template", "llama3"),
     }  # fmt: skip
     (only,) = inputs.find_changes(then, described("{}", "old", [3]))
-    assert only == Message("inputs_changed_conversations")
+    assert only == Message("the same files give other conversations; has dataset_info.json changed?")
     moved = then | {"data": {"elsewhere/a.json": "{}" * 20}}
     assert inputs.find_changes(then, moved) == []
 

@@ -21,6 +21,7 @@ from conftest import (
     ok,
     refused,
     run,
+    says,
     what_was_learned,
     write_jsonl,
 )
@@ -123,7 +124,7 @@ def test_a_run_killed_after_it_stopped_early_stays_stopped(tiny_model, tmp_path)
     process.communicate(timeout=300)
     assert process.returncode == 9 and max(steps_saved(folder)) == 12
     ok(train(tiny_model, folder, *more))
-    assert (read_run(folder)["steps"], read_run(folder)["stopped_early"]["code"]) == (12, "stopped_eval_loss")
+    assert (read_run(folder)["steps"], read_run(folder)["stopped_early"]["sentence"]) == (12, says("eval_loss has"))
 
 
 # A kill from outside can come too late: on a busy machine the run has ended by then.
@@ -155,8 +156,8 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(undisturbed, ti
         file.seek(500)
         file.write(bytes([byte[0] ^ 1]))
     result = ok(train(tiny_model, folder))
-    damage = Message("damage_content", file="adapter_model.safetensors")
-    told = Message("checkpoint_damaged", checkpoint=folder / "checkpoint-9", damage=damage)
+    damage = Message("the content of {file} has changed", file="adapter_model.safetensors")
+    told = Message("{checkpoint} is damaged ({damage}) and not used", checkpoint=folder / "checkpoint-9", damage=damage)
     assert str(told) in result.stdout
     assert what_was_learned(folder) == what_was_learned(undisturbed)
 
@@ -196,9 +197,9 @@ def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_
     write_jsonl(tmp_path / "rows.jsonl", [*SAY[:-1], {**SAY[-1], "output": "twelve?"}])
     before = read_run(folder)["inputs"]
     result = train(tiny_model, folder)
-    refused(result, "inputs_changed")
+    refused(result, "overwrite_output_dir=true; to")
     (change,) = result.error.fields["changes"]
-    assert (change.code, change.fields["name"]) == ("input_changed", str(tmp_path / "rows.jsonl"))
+    assert (change.sentence, change.fields["name"]) == (says("changed (SHA-256"), str(tmp_path / "rows.jsonl"))
     checkpoint = result.error.fields["checkpoint"]
     ok(train(tiny_model, folder, f"resume_from_checkpoint={checkpoint}"))
     assert read_run(folder)["earlier_inputs"] == [before] and read_run(folder)["inputs"] != before
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_brings_code_is_refused_and_runs_none(tiny_model, tmp_
     torch.save({"state": Code(ran)}, folder / "checkpoint-6" / name)
     (folder / "checkpoint-6" / MANIFEST).unlink()  # whoever made the checkpoint made its manifest, too
     write_manifest(folder / "checkpoint-6")
-    refused(train(tiny_model, folder), "checkpoint_state_is_code")
+    refused(train(tiny_model, folder), "optimizer or")
     assert not ran.exists()
 
 
@@ -248,7 +249,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_reaches_no_adapter(tiny_m
     process = start(tiny_model, folder, *more, patch=NAN_GRADIENT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err, err
-    assert read_run(folder)["error"]["code"] == "gradient_not_finite"
+    assert read_run(folder)["error"]["sentence"] == says("the gradient")
     assert read_run(folder)["error"]["fields"]["step"] == 6
     assert not (folder / "adapter_model.safetensors").exists()
     assert steps_saved(folder) and max(steps_saved(folder)) < 6
@@ -299,7 +300,7 @@ def small_disk(tmp_path: Path):
 
 def test_space_for_the_checkpoints_of_the_whole_run_is_checked_before_the_start(tiny_model, small_disk):
     result = train(tiny_model, small_disk / "run")
-    refused(result, "disk_too_small")
+    refused(result, "space, lower")
     estimate = result.error.fields["estimate"].fields
     assert estimate["free"] < 0.05 < estimate["checkpoints"]
     assert not (small_disk / "run").exists()
@@ -322,7 +323,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(und
     process = start(tiny_model, folder, patch=FILL_THE_DISK)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err, err
-    assert read_run(folder)["error"]["code"] == "disk_full" and 4 in steps_saved(folder)
+    assert read_run(folder)["error"]["sentence"] == says("of free disk") and 4 in steps_saved(folder)
     ok(train(tiny_model, folder))
     assert what_was_learned(folder) == what_was_learned(undisturbed)
 
@@ -345,5 +346,5 @@ def test_a_second_training_in_the_same_folder_is_refused(tiny_model, tmp_path):
     result = train(tiny_model, folder)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    refused(result, "run_is_training")
+    refused(result, "being trained")
     assert result.error.fields["process"] == process.pid

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TALK, ok, run, user_error, write_jsonl
+from conftest import TALK, ok, run, says, user_error, write_jsonl
 from test_training import read_run, train
 
 from common import Config, Message
@@ -81,7 +81,9 @@ def test_memorized_needs_three_passes_of_flat_loss_near_zero():
 def test_the_reason_names_the_step_that_is_counted_from():
     log = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([2, 1, 0.9999, 0.9998, 0.9997], 1)]
     reason = early_stopping.stop_reason(log, load_config(["early_stopping_patience=3"]).config, 10)
-    assert reason == Message("stopped_eval_loss", threshold=0.001, step=20)
+    assert reason == Message(
+        "eval_loss has not improved by more than {threshold:g} since step {step:,}", threshold=0.001, step=20
+    )
 
 
 def test_preferences_stop_when_neither_accuracy_nor_loss_gains():
@@ -92,7 +94,12 @@ def test_preferences_stop_when_neither_accuracy_nor_loss_gains():
 
     assert reason([0.7, 0.6, 0.6, 0.6, 0.6], [0.5, 0.6, 0.7, 0.8, 0.9]) is None
     assert reason([0.7, 0.6, 0.5, 0.4, 0.3], [0.9, 0.9, 0.9, 0.9, 0.9]) is None
-    stopped = Message("stopped_preference", threshold=0.001, step=20)
+    stopped = Message(
+        "eval_loss and the accuracy of held-out preferences have not improved by more than "
+        "{threshold:g} since step {step:,}",
+        threshold=0.001,
+        step=20,
+    )
     assert reason([0.7, 0.6, 0.6, 0.6, 0.6], [0.9, 0.9, 0.9, 0.8, 0.9]) == stopped
 
 
@@ -148,7 +155,7 @@ def test_a_checkpoint_is_kept_of_every_step_that_is_evaluated():
     assert not plan_of("save_strategy=no").saves_evaluated
     nothing = plan_of(held_out=None)
     assert (nothing.eval_strategy, nothing.eval_samples, nothing.save_steps) == ("no", 0, 100)
-    with user_error("nothing_held_out", strategy="steps"):
+    with user_error("eval_strategy", strategy="steps"):
         plan_of("eval_strategy=steps", held_out=None)
 
 
@@ -162,31 +169,41 @@ def test_checkpoints_are_saved_at_both_save_steps_and_eval_steps():
 
 
 def test_probable_mistakes_are_warned_of_with_a_way_out():
-    def warned(*settings: str, **sizes: int | None) -> dict[str, dict]:
+    def warned(*settings: str, **sizes: int | None) -> list[Message]:
         made = plan_of(*settings, **sizes)
-        config = load_config(list(settings)).config
-        return {message.code: message.fields for message in plan.find_warnings(config, made)}
+        return list(plan.find_warnings(load_config(list(settings)).config, made))
 
-    few = warned(samples=80, steps=None, held_out=None)
-    assert few["too_few_steps_two_ways"] == {
+    def only(words: str, *settings: str, **sizes: int | None) -> dict[str, object]:
+        (found,) = [message for message in warned(*settings, **sizes) if words in message.sentence]
+        return found.fields
+
+    assert only("too few for much to change", samples=80, steps=None, held_out=None) == {
         "steps": 15, "setting": "num_train_epochs: 12", "other": "gradient_accumulation_steps: 2",
     }  # fmt: skip
-    assert warned("max_steps=3", steps=3, held_out=None)["too_few_steps_two_ways"]["setting"] == "max_steps: 60"
-    many = ["num_train_epochs=1000"]
-    found = warned(*many, samples=80, steps=None, held_out=None)["too_many_epochs"]
+    few = only("too few for much to change", "max_steps=3", steps=3, held_out=None)
+    assert few["setting"] == "max_steps: 60"
+    by_heart = ["knows its data by heart", "num_train_epochs=1000"]
+    found = only(*by_heart, samples=80, steps=None, held_out=None)
     assert (found["epochs"], found["samples"], found["steps"]) == (1000, 80, 5000)
-    assert found["ending"] == Message("ending_by_loss")
-    found = warned(*many, samples=80, steps=None, held_out=8)["too_many_epochs"]
-    assert found["ending"] == Message("ending_by_eval_loss")
-    found = warned(*many, "early_stopping=false", samples=80, steps=None)["too_many_epochs"]
-    assert found["ending"] == Message("ending_never")
+    assert found["ending"] == Message(
+        "it will stop when the loss is flat and near zero; val_size: 0.1 would stop it earlier"
+    )
+    found = only(*by_heart, samples=80, steps=None, held_out=8)
+    assert found["ending"] == Message(
+        "it will stop when eval_loss no longer falls, or with stage grpo eval_reward no longer rises"
+    )
+    found = only(*by_heart, "early_stopping=false", samples=80, steps=None)
+    assert found["ending"] == Message("early_stopping: auto would end it in time")
     usual = {"samples": 1000, "steps": None}
-    assert warned(**usual, held_out=None) == warned(**usual) == {}
-    assert set(warned("save_strategy=no", **usual)) == {"best_not_kept_without_saves"}
-    assert set(warned("load_best_model_at_end=false", **usual)) == {"best_not_kept"}
-    assert set(warned("learning_rate=0", **usual)) == {"learning_rate_is_zero"}
-    assert warned("warmup_steps=500", **usual) == {"warmup_too_long": {"warmup": 500, "steps": 189}}
-    assert warned("warmup_steps=20", **usual) == warned("warmup_ratio=0.5", **usual) == {}
+    assert warned(**usual, held_out=None) == warned(**usual) == []
+    for setting, words in (
+        ("save_strategy=no", "save_strategy: steps keeps the best"),
+        ("load_best_model_at_end=false", "load_best_model_at_end: true keeps the best"),
+        ("learning_rate=0", "trains nothing; 1e-4 is usual"),
+    ):
+        assert [words in message.sentence for message in warned(setting, **usual)] == [True]
+    assert [message.fields for message in warned("warmup_steps=500", **usual)] == [{"warmup": 500, "steps": 189}]
+    assert warned("warmup_steps=20", **usual) == warned("warmup_ratio=0.5", **usual) == []
 
 
 def test_llama_factorys_name_of_the_patience_is_known():
@@ -244,7 +261,7 @@ def test_training_stops_when_everything_is_known_by_heart(parrot, tmp_path):
     result = ok(train(parrot, rows, tmp_path / "run", "num_train_epochs=200", "learning_rate=1e-4"))
     assert "warning: 200 passes over 2 samples" in result.stdout
     state = read_run(tmp_path / "run")
-    assert state["steps"] == 30 and state["stopped_early"]["code"] == "stopped_memorized"
+    assert state["steps"] == 30 and state["stopped_early"]["sentence"] == says("training loss")
     assert state["last_loss"] < 0.05 and (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 

@@ -82,7 +82,7 @@ def test_weights_that_were_not_quantized_are_told(tmp_path: Path):
     model = torch.nn.Linear(2, 2)
     trainer.check_quantized(model, None, tmp_path / "loading.log")
     for bits, name in ((4, "Params4bit"), (8, "Int8Params")):
-        with user_error("not_quantized", bits=bits):
+        with user_error("weights were", bits=bits):
             trainer.check_quantized(model, bits, tmp_path / "loading.log")
         quantized = torch.nn.Module()
         quantized.weight = type(name, (torch.nn.Parameter,), {})(torch.zeros(2))

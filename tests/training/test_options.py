@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, write_jsonl
+from conftest import ROOT, run, says, write_jsonl
 
 from common import Message
 from runs.adapter import Adapter, find_places
@@ -101,7 +101,7 @@ def test_a_merge_of_what_learned_whole_answers_the_same(measured):
         done = run("merge.py", str(folder))
         assert done.returncode == 0, done.stderr
         assert json.loads((folder / "merged/config.json").read_text())["tie_word_embeddings"] is tied
-    assert run("merge.py", measured["saved"]["lora_bias"]["folder"]).error.code == "adapter_bias_without_place"
+    assert run("merge.py", measured["saved"]["lora_bias"]["folder"]).error.code == says("train without")
 
 
 @pytest.mark.slow
@@ -173,22 +173,28 @@ LLAMA = {
     ("arguments", "shapes", "codes"),
     [
         (["additional_target=embed_tokens,lm_head,norm"], LLAMA, []),
-        (["additional_target=q_proj"], LLAMA, ["additional_target_is_linear"]),
-        (["additional_target=wte"], LLAMA, ["additional_target_unknown"]),
-        (["lora_bias=all"], LLAMA, ["model_without_biases"]),
+        (["additional_target=q_proj"], LLAMA, [says("is the linear")]),
+        (["additional_target=wte"], LLAMA, [says("additional_target: the")]),
+        (["lora_bias=all"], LLAMA, [says("nothing more")]),
         (["lora_bias=lora_only"], {**LLAMA, "model.layers.0.self_attn.q_proj.bias": (64,)}, []),
         (["lora_bias=true"], LLAMA, []),
     ],
 )
 def test_parts_that_the_model_cannot_learn_are_named(arguments, shapes, codes):
-    assert [fault.code for fault in whole_modules.find_faults(load_config(arguments).config, shapes)] == codes
+    assert [fault.sentence for fault in whole_modules.find_faults(load_config(arguments).config, shapes)] == codes
 
 
 def test_a_bias_that_cannot_be_merged_is_noted():
     config = load_config(["lora_bias=true"]).config
     query = "model.layers.0.self_attn.q_proj"
     notes = whole_modules.find_notes(config, LLAMA, [f"{query}.weight"])
-    assert notes == [Message("lora_bias_not_merged", module=query)]
+    assert notes == [
+        Message(
+            "lora_bias: {module} has no bias in the base, so this adapter cannot be merged or made a "
+            "GGUF; chat.py and api.py use it as it is",
+            module=query,
+        )
+    ]
     assert whole_modules.find_notes(config, {**LLAMA, f"{query}.bias": (64,)}, [f"{query}.weight"]) == []
 
 

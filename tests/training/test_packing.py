@@ -170,7 +170,9 @@ def test_a_model_whose_layers_mix_samples_gets_one_a_pass(tmp_path):
     assert config.gradient_accumulation_steps == 24
     assert packing.micro_batch_tokens(config, longest=60) == 0  # one sample at a time
     changed = ["packing=false", "per_device_train_batch_size=1", "gradient_accumulation_steps=24"]
-    assert note == Message("samples_one_by_one", changed=changed)
+    assert note == Message(
+        "this model's layers would mix the samples of a batch, so they go one by one: {changed}", changed=changed
+    )
     model, samples = flat_model(tmp_path), random_samples([7, 30, 12])
 
     def losses(size):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, ok, refused, run, write_hollow_weights, write_jsonl
+from conftest import ROOT, ok, refused, run, says, write_hollow_weights, write_jsonl
 from stand_in import Handler, StandIn, serving
 
 import common
@@ -111,7 +111,7 @@ def test_what_does_not_fit_comes_with_the_smallest_change(llama3_8b, free: float
     asked.model = memory.read_model(llama3_8b)
     (found,) = preflight.check_memory(asked)
     assert found.level == "fault" and found.message.fields["estimate"].fields["have"] == free
-    assert found.message.code == ("memory_too_small" if change else "model_too_large")
+    assert found.message.sentence == (says("this would fit") if change else says("setting makes"))
     assert found.message.fields.get("settings") == change
 
 
@@ -160,7 +160,7 @@ def card(tmp_path, monkeypatch):
 def refusal() -> Message:
     """What keeps the card from training."""
     (found,) = [finding for finding in preflight.check_card(Run.of(load_config([]))) if finding.level == "fault"]
-    assert found.message.code == "card_unusable"
+    assert found.message.sentence == says("card: CUDA_VISIBLE_DEVICES=-1")
     assert "CUDA_VISIBLE_DEVICES=-1" in str(found.message)
     return found.message.fields["reason"]
 
@@ -171,13 +171,26 @@ def test_a_card_that_will_do(card):
     )
     found = list(preflight.check_card(Run.of(load_config([]))))
     assert [finding.level for finding in found] == ["ok", "ok"]
-    assert found[1].message == Message("driver_fits", driver="580.65.06", cuda="12.2", built_for=13)
+    assert found[1].message == Message(
+        "driver {driver} (CUDA {cuda}), torch is built for {built_for}.x", driver="580.65.06", cuda="12.2", built_for=13
+    )
 
 
 def test_a_driver_too_old_for_torch_is_told_with_what_fits(card):
     card("535.104.05")
-    fits = Message("pinned_torch_fits_driver")
-    assert refusal() == Message("driver_too_old", driver="535.104.05", cuda="13.0", needed=580, other=fits)
+    fits = Message(
+        ", or install the torch of requirements-gpu.txt, which is built for CUDA 12 and runs on "
+        "this driver: rm -r .venv && make setup"
+    )
+    assert refusal() == Message(
+        "the driver is {driver}, but torch is built for CUDA {cuda}, which needs driver {needed} "
+        "or newer: update the driver (apt install nvidia-driver-{needed}), rent a machine with a "
+        "newer one{other}",
+        driver="535.104.05",
+        cuda="13.0",
+        needed=580,
+        other=fits,
+    )
 
 
 @pytest.mark.parametrize("driver", ["525.60.13", "535.104.05", "550.54.15", "570.86.10", "580.65.06"])
@@ -189,7 +202,7 @@ def test_drivers_of_rented_machines_run_the_pinned_torch(card, monkeypatch, driv
 
 def test_a_volta_card_is_refused_beside_cuda_13(card, monkeypatch):
     volta = replace(card("580.65.06"), compute=(7, 0))
-    assert hardware.gpu_fault(volta).code == "cuda_dropped_card"
+    assert hardware.gpu_fault(volta).sentence == says("longer supports")
     monkeypatch.setattr(hardware, "torch_cuda", lambda: (12, 8))
     assert hardware.gpu_fault(volta) is None
 
@@ -197,7 +210,9 @@ def test_a_volta_card_is_refused_beside_cuda_13(card, monkeypatch):
 def test_a_torch_without_cuda_is_told(card, monkeypatch):
     card("580.65.06")
     monkeypatch.setattr(hardware, "torch_cuda", lambda: None)
-    assert refusal() == Message("torch_without_cuda")
+    assert refusal() == Message(
+        "torch is a build without CUDA, but there is a card: delete .venv and run make setup again"
+    )
 
 
 def test_what_triton_compiles_with_is_told(card, tmp_path, monkeypatch):
@@ -233,9 +248,18 @@ def test_all_faults_are_told(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": None}])
     result = run("train.py", "--dry-run", f"model_name_or_path={half}", f"dataset={rows}", cwd=tmp_path)
     assert result.returncode == 2
-    assert str(Message("model_incomplete", model=half, missing=["model.safetensors"])) in result.stdout
+    assert (
+        str(
+            Message(
+                "{model} is not complete: it lacks {missing}; fetch or make it again",
+                model=half,
+                missing=["model.safetensors"],
+            )
+        )
+        in result.stdout
+    )
     assert "rows.jsonl" in result.stdout
-    assert str(Message("dry_run_no", count=2)) in result.stdout
+    assert str(Message("no: {count} fault{count:plural}, see above", count=2)) in result.stdout
 
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -245,8 +269,8 @@ LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 @pytest.mark.parametrize(
     ("settings", "environment", "code"),
     [
-        (["stage=grpo", "reward_funcs=length"], LAUNCHED, "processes_of_stage"),
-        ([], {"WORLD_SIZE": "2"}, "processes_without_launcher"),
+        (["stage=grpo", "reward_funcs=length"], LAUNCHED, says("process, and")),
+        ([], {"WORLD_SIZE": "2"}, says("train.py with")),
     ],
 )
 def test_processes_that_cannot_train_together_are_refused(tiny_model, tmp_path, settings, environment, code):
@@ -276,7 +300,12 @@ def test_each_process_sees_its_own_card(card, monkeypatch):
         monkeypatch.setenv(name, value)
     one_card = Processes.of_launcher()
     (found,) = check_machine.check_processes(Run.of(load_config([]), one_card))
-    assert found.message == Message("processes_share_cards", count=2, cards=1)
+    assert found.message == Message(
+        "{count} processes were started on this machine, but it has {cards} card{cards:plural} for "
+        "them: start as many processes as cards",
+        count=2,
+        cards=1,
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert Processes.of_launcher() == Processes(rank=1, count=2, here=2, cards=2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
@@ -288,12 +317,32 @@ def test_a_model_that_is_nowhere(tmp_path):
     settings = ["--dry-run", f"dataset={rows}"]
     result = run("train.py", *settings, "model_name_or_path=org/name", cwd=tmp_path, env=environment)
     assert result.returncode == 2
-    assert str(Message("hub_not_reachable", hub="http://127.0.0.1:9")) in result.stdout
+    assert (
+        str(Message("{hub} cannot be reached; set HF_ENDPOINT to a mirror", hub="http://127.0.0.1:9")) in result.stdout
+    )
     command = f"python {ROOT / 'download.py'} org/name"
-    assert str(Message("model_not_on_disk", folder="org/name", command=command)) in result.stdout
+    assert (
+        str(
+            Message(
+                "there is no model at {folder}; fetch it ({command}) or set model_name_or_path",
+                folder="org/name",
+                command=command,
+            )
+        )
+        in result.stdout
+    )
     result = run("train.py", *settings, "model_name_or_path=models/name", cwd=tmp_path, env=environment)
     command = f"python {ROOT / 'download.py'} ORG/name"
-    assert str(Message("model_not_on_disk", folder="models/name", command=command)) in result.stdout
+    assert (
+        str(
+            Message(
+                "there is no model at {folder}; fetch it ({command}) or set model_name_or_path",
+                folder="models/name",
+                command=command,
+            )
+        )
+        in result.stdout
+    )
 
 
 @pytest.fixture
@@ -316,7 +365,7 @@ def test_steps_memory_and_disk_are_told_before_the_model_is_fetched(hub, tmp_pat
     result = run("train.py", recipe, "--dry-run", f"dataset_dir={ROOT / 'data'}", cwd=tmp_path)
     assert result.returncode == 2
     assert f"python {ROOT / 'download.py'} shenzhi-wang/Llama3-8B-Chinese-Chat" in result.stdout
-    assert str(Message("hub_answers", hub=hub)) in result.stdout
+    assert str(Message("{hub} can be reached", hub=hub)) in result.stdout
     assert "at most 114 optimizer steps of 1 x 8" in result.stdout
     assert "(weights 16.1, " in result.stdout or "(weights 32.1, " in result.stdout
     assert "the model takes about 16.1 GB" in result.stdout
@@ -328,7 +377,10 @@ def test_a_model_that_cannot_be_estimated_yet_is_said_to_be(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 9)
     settings = ["model_name_or_path=org/name", f"dataset={rows}", "max_steps=7"]
     said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
-    assert "7 optimizer steps" in said and str(Message("size_unknown")) in said
+    assert (
+        "7 optimizer steps" in said
+        and str(Message("how much memory and disk it takes is told once the model is there")) in said
+    )
     assert memory.model_like({"n_embd": 768}) is None
     assert memory.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
 
@@ -362,7 +414,18 @@ def test_a_base_that_is_quantized_in_another_way_is_refused_before_it_is_loaded(
     shutil.copytree(tiny_model, base)
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": method}}))
-    refused = [] if method == "bitsandbytes" else [Message("trained_base_is_quantized", folder=base, method=method)]
+    refused = (
+        []
+        if method == "bitsandbytes"
+        else [
+            Message(
+                "{folder} is quantized ({method}), on which no adapter is trained here; name the 16-bit "
+                "model, with quantization_bit: 4 to load it in 4 bit",
+                folder=base,
+                method=method,
+            )
+        ]
+    )
     assert findings(preflight.check_model, f"model_name_or_path={base}") == refused
 
 
@@ -382,10 +445,21 @@ def test_what_peft_refuses_on_experts_is_told_before_the_start(tiny_model, tmp_p
     told = [
         m
         for m in findings(preflight.check_model, f"model_name_or_path={folder}", *settings)
-        if m.code != "model_is_whole"
+        if m.sentence != says("{folder} is whole, {gb:.2f} GB")
     ]
     targets = ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert told == ([Message("experts_need_plain_lora", settings=refused, targets=targets)] if refused else [])
+    assert told == (
+        [
+            Message(
+                "{settings}: PEFT does not offer this for adapters on experts, whose matrices are one "
+                "parameter; leave it out, or set lora_target: {targets}",
+                settings=refused,
+                targets=targets,
+            )
+        ]
+        if refused
+        else []
+    )
 
 
 def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
@@ -393,10 +467,10 @@ def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for name in ("file", "file/run", "dangling/run"):
         (found,) = findings(preflight.check_output, f"output_dir={tmp_path / name}")
-        assert found.code == "output_is_no_folder" and found.fields["folder"] == tmp_path / name
+        assert found.sentence == says("made, because") and found.fields["folder"] == tmp_path / name
         assert findings(preflight.check_run, f"output_dir={tmp_path / name}") == []
     (found,) = findings(preflight.check_output, "output_dir=/proc/run")  # where even root can write nothing
-    assert found.code == "output_not_writable"
+    assert found.sentence == says("output_dir: {folder} cannot be written: {path}: {reason}; choose another output_dir")
     assert findings(preflight.check_output, f"output_dir={tmp_path}/a/b/c") == []
     assert not (tmp_path / "a").exists()
 
@@ -407,28 +481,30 @@ def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
         (["loading.log"], []),  # a model failed to load
         (["trained.npy"], []),  # killed before the other files of a run's beginning were written
         (["loading.log", "trained.npy", "config.yaml"], []),
-        (["config.yaml"], ["unknown_run"]),  # of somebody else
-        (["trained.npy", "trainer_log.jsonl"], ["unknown_run"]),
+        (["config.yaml"], [says("run.json, so")]),  # of somebody else
+        (["trained.npy", "trainer_log.jsonl"], [says("run.json, so")]),
     ],
 )
 def test_what_comes_before_the_record_of_a_run_is_no_run(tmp_path, left: list[str], faults: list[str]):
     for name in left:
         (tmp_path / name).touch()
-    assert [found.code for found in findings(preflight.check_run, f"output_dir={tmp_path}")] == faults
+    assert [found.sentence for found in findings(preflight.check_run, f"output_dir={tmp_path}")] == faults
 
 
 def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
     asked = f"adapter_name_or_path={tmp_path}"
-    assert findings(preflight.check_adapter, asked)[0].code == "adapter_lacks_file"
+    assert findings(preflight.check_adapter, asked)[0].sentence == says(
+        "adapter_name_or_path: {folder} has no {file}; name a run folder"
+    )
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
-    assert findings(preflight.check_adapter, asked)[0].code == "broken_safetensors"
+    assert findings(preflight.check_adapter, asked)[0].sentence == says("safetensors file")
     (tmp_path / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     for text, code in (
-        ("{", "json_unreadable"),
-        ("[]", "json_unreadable"),
-        ('{"peft_type": "LORA"}', "adapter_unreadable"),
-        ('{"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}', "adapter_is_no_lora"),
+        ("{", says("read as JSON")),
+        ("[]", says("read as JSON")),
+        ('{"peft_type": "LORA"}', says("adapter; name")),
+        ('{"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}', says("LoRA is trained")),
     ):
         (tmp_path / "adapter_config.json").write_text(text)
-        assert findings(preflight.check_adapter, asked)[0].code == code
+        assert findings(preflight.check_adapter, asked)[0].sentence == code

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SAY, SAY_SETTINGS, make_tiny_model, ok, what_was_learned, write_jsonl
+from conftest import ROOT, SAY, SAY_SETTINGS, make_tiny_model, ok, says, what_was_learned, write_jsonl
 
 from common import Message
 from runs.files import read_json
@@ -157,21 +157,21 @@ def test_one_stopped_process_stops_all_at_the_same_step_and_the_run_goes_on_exac
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_where_its_steps_stay_the_same(trained):
     killed = trained["other"]
-    assert killed.statuses == [2, -signal.SIGKILL] and killed.error["code"] == "process_lost", killed.said
+    assert killed.statuses == [2, -signal.SIGKILL] and killed.error["sentence"] == says("training has"), killed.said
     assert "Traceback" not in killed.said[0]
     refused = trained["other, refused"]
-    assert refused.statuses == [2] and refused.error["code"] == "other_settings", refused.said
+    assert refused.statuses == [2] and refused.error["sentence"] == says("overwrite_output_dir=true on"), refused.said
     (changed,) = refused.error["fields"]["changed"]
-    assert changed == Message("changed_setting", name="processes", then="2", now="1").to_json()
+    assert changed == Message("{name}={then} then, {now} now", name="processes", then="2", now="1").to_json()
     assert_same(trained["other, on"], trained["one"])
     assert read_json(killed.folder / "run.json")["processes"] == 1
 
 
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_one_sentence(trained):
-    for name, code in (("fault", "sample_does_not_fit"), ("broken", "rows_faulty")):
+    for name, code in (("fault", says("single sample")), ("broken", says("with on_bad_rows=skip"))):
         found = trained[name]
-        assert found.statuses == [2, 2] and found.error["code"] == code, found.said
+        assert found.statuses == [2, 2] and found.error["sentence"] == code, found.said
         assert "".join(found.said).count("error: ") == 1 and "Traceback" not in "".join(found.said)
 
 

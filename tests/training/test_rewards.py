@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from conftest import user_error
+from conftest import says, user_error
 
 import common
 from training.rewards import Reward, checked, find_function, find_rewards, with_labels
@@ -46,10 +46,10 @@ def test_labels_are_told_from_the_answers():
     first, second = with_labels(config, find_rewards(config), ["yes", "no ", "yes"])
     assert (first.name, first.weight, second.weight) == ("one_of_labels", 0.5, 1.0)
     assert first(completions=replies("no", "maybe")) == [1, 0]
-    with user_error("reward_needs_labels", found=1):
+    with user_error("answers; name", found=1):
         with_labels(config, find_rewards(config), ["yes"])
     exact = common.Config(reward_funcs=("exact_label",))
-    with user_error("reward_needs_answers", lacking=1, rows=2):
+    with user_error("answers, but", lacking=1, rows=2):
         with_labels(exact, find_rewards(exact), ["yes", None])
 
 
@@ -71,14 +71,14 @@ number = 3
 @pytest.mark.parametrize(
     ("reward", "code", "fields"),
     [
-        ("exact_lable", "reward_unknown", {"near": "exact_label"}),
-        ("json_valid: x", "reward_unknown", {}),
-        ("regex: (", "reward_pattern_broken", {"pattern": "("}),
-        ("regex:", "reward_pattern_broken", {}),
-        ("{folder}/none.py:fine", "reward_file_missing", {}),
-        ("{folder}/own.py:fin", "reward_function_missing", {"name": "fin", "near": "fine"}),
-        ("{folder}/own.py:number", "reward_function_missing", {}),
-        ("{folder}/broken.py:fine", "reward_file_fails", {}),
+        ("exact_lable", says("is no reward"), {"near": "exact_label"}),
+        ("json_valid: x", says("is no reward"), {}),
+        ("regex: (", says("the pattern of"), {"pattern": "("}),
+        ("regex:", says("the pattern of"), {}),
+        ("{folder}/none.py:fine", says("reward_funcs: there is no file"), {}),
+        ("{folder}/own.py:fin", says("has no function"), {"name": "fin", "near": "fine"}),
+        ("{folder}/own.py:number", says("has no function"), {}),
+        ("{folder}/broken.py:fine", says("cannot be run"), {}),
     ],
 )
 def test_rewards_that_cannot_be_found(tmp_path, reward, code, fields):
@@ -95,7 +95,7 @@ def test_a_function_of_ones_own(tmp_path):
     config = common.Config(reward_funcs=(f"{tmp_path}/own.py:fine", f"{tmp_path}/own.py:breaks"))
     fine, breaks = find_rewards(config)
     assert fine.name == "fine" and fine(prompts=[], completions=["a", "b"]) == [2, 2]
-    with user_error("reward_fails", name="breaks") as raised:
+    with user_error("the reward function {name} fails: {problem}", name="breaks") as raised:
         breaks(completions=["a"])
     assert "own.py:6" in raised.value.fields["problem"]
 
@@ -103,11 +103,11 @@ def test_a_function_of_ones_own(tmp_path):
 def test_what_a_function_returns_is_checked():
     array = SimpleNamespace(tolist=lambda: [1, 2.5])
     assert checked("own", (1, None, True), 3) == [1, None, 1] and checked("own", array, 2) == [1, 2.5]
-    with user_error("reward_no_list", kind="float", replies=2):
+    with user_error("numbers, one", kind="float", replies=2):
         checked("own", 1.0, 2)
-    with user_error("reward_wrong_length", found=1, replies=2):
+    with user_error("it must return", found=1, replies=2):
         checked("own", [1.0], 2)
     for value in (float("nan"), float("inf"), "1"):
-        with user_error("reward_no_number", number=2):
+        with user_error("number (None", number=2):
             checked("own", [1.0, value], 2)
     assert Reward("own", 1.0, lambda **_: [0.5])(completions=["a"]) == [0.5]

@@ -45,8 +45,7 @@ def test_stages_that_are_not_trained_here_say_what_to_use():
     for stage in ("rm", "ppo"):
         done = run("train.py", f"stage={stage}")
         (fault,) = done.error.fields["faults"]
-        assert done.returncode == 2 and fault.fields["problem"].code == f"stage_{stage}"
-        assert "dpo" in str(fault.fields["problem"])
+        assert done.returncode == 2 and "stage: dpo" in str(fault.fields["problem"])
 
 
 PAIRS = [

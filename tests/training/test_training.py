@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, Finished, ok, refused, run, save_adapter, train_on, user_error, write_jsonl
+from conftest import ROOT, Finished, ok, refused, run, save_adapter, says, train_on, user_error, write_jsonl
 
 import common
 import train as script
@@ -148,13 +148,22 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny_mo
     before = (finished / "run.json").read_bytes()
     result = train(tiny_model, rows, finished, "save_steps=5")
     assert result.returncode == 0
-    assert str(Message("run_is_finished", folder=finished)) in result.stdout
+    assert (
+        str(
+            Message(
+                "{folder} is finished; to train it again: overwrite_output_dir=true, or another output_dir",
+                folder=finished,
+            )
+        )
+        in result.stdout
+    )
     result = train(tiny_model, rows, finished, "save_steps=5", "lora_rank=8")
     assert result.returncode == 2
     assert result.error == Message(
-        "other_settings",
+        "{folder} was begun with other settings ({changed}); give them as they were, or choose "
+        "another output_dir, or overwrite_output_dir=true on the command line",
         folder=str(finished),
-        changed=[Message("changed_setting", name="lora_rank", then="4", now="8")],
+        changed=[Message("{name}={then} then, {now} now", name="lora_rank", then="4", now="8")],
     )
     assert (finished / "run.json").read_bytes() == before
 
@@ -239,7 +248,10 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
     assert (start(folder, "").checkpoint, start(folder, "").overwrite) == (newest, False)
     on = start(folder, over)
     assert (on.checkpoint, on.overwrite) == (newest, False)
-    assert on.message == Message("going_on_not_over", checkpoint=newest)
+    assert on.message == Message(
+        "going on from {checkpoint} (overwrite_output_dir starts an interrupted run over only on the command line)",
+        checkpoint=newest,
+    )
     for recipe, typed in (
         (over, ["overwrite_output_dir=true"]),
         (over, ["resume_from_checkpoint=false"]),
@@ -247,7 +259,10 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
         begun = start(folder, recipe, *typed)
         assert (begun.checkpoint, begun.overwrite) == (None, True)
     for recipe in ("seed: 1", f"seed: 1\n{over}"):
-        with user_error("other_settings", changed=[Message("changed_setting", name="seed", then="42", now="1")]):
+        with user_error(
+            "overwrite_output_dir=true on",
+            changed=[Message("{name}={then} then, {now} now", name="seed", then="42", now="1")],
+        ):
             start(folder, recipe)
     assert start(folder, "logging_steps: 1").checkpoint == newest  # nothing that is learned depends on it
     write_json(folder / "run.json", {"status": "finished"})
@@ -255,19 +270,19 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
     assert start(folder, over).overwrite
     write_text(folder / "run.json", "[]")
     assert start(folder, over).overwrite
-    with user_error("run_json_broken"):
+    with user_error("it, or train"):
         start(folder, "")
     assert start(tmp_path / "other", over).checkpoint is None
 
 
 def test_a_finished_run_that_is_to_be_longer_is_told_the_two_ways(tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="finished")
-    changed = [Message("changed_setting", name="num_train_epochs", then="3.0", now="5.0")]
-    with user_error("finished_run_longer", changed=changed, checkpoint=folder / "checkpoint-4") as raised:
+    changed = [Message("{name}={then} then, {now} now", name="num_train_epochs", then="3.0", now="5.0")]
+    with user_error("with another", changed=changed, checkpoint=folder / "checkpoint-4") as raised:
         start(folder, "num_train_epochs: 5")
     told = str(raised.value)
     assert f"adapter_name_or_path={folder}" in told and f"resume_from_checkpoint={folder / 'checkpoint-4'}" in told
-    with user_error("other_settings"):
+    with user_error("overwrite_output_dir=true on"):
         start(folder, "num_train_epochs: 5\nseed: 1")
 
 
@@ -286,9 +301,9 @@ def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
     elsewhere = start(tmp_path / "new", named)
     assert elsewhere.checkpoint == kept[0]
     resume.check_steps_left(elsewhere, tmp_path / "new", SimpleNamespace(steps=5))
-    with user_error("no_steps_left", step=4, steps=4):
+    with user_error("train; raise", step=4, steps=4):
         resume.check_steps_left(elsewhere, tmp_path / "new", SimpleNamespace(steps=4))
-    with user_error("not_a_checkpoint", path=str(tmp_path)):
+    with user_error("a checkpoint-N", path=str(tmp_path)):
         start(tmp_path / "new", f"resume_from_checkpoint: {tmp_path}")
 
 
@@ -357,7 +372,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
     folder = tmp_path / "run"
     (folder / "checkpoint-99").mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    refused(train(tiny_model, data, folder), "unknown_run")
+    refused(train(tiny_model, data, folder), "run.json, so")
     ok(train(tiny_model, data, folder, "overwrite_output_dir=true", "max_steps=1", "use_dora=true"))
     assert not (folder / "checkpoint-99").exists()
     assert (folder / "notes.txt").read_text() == "mine"
@@ -381,7 +396,13 @@ def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
 def test_a_loss_that_explodes_ends_the_run(tiny_model, data, tmp_path):
     result = train(tiny_model, data, tmp_path / "run", "learning_rate=1e38", "max_grad_norm=0", "optim=sgd")
     assert result.returncode == 2
-    assert result.error.code in ("loss_not_finite", "gradient_not_finite")
+    assert result.error.sentence in (
+        says(
+            "the {what} became {value} at step {step}; start over with a lower learning_rate (a "
+            "tenth), overwrite_output_dir=true"
+        ),
+        says("the gradient"),
+    )
     assert read_run(tmp_path / "run")["status"] == "failed"
     assert not list((tmp_path / "run").rglob("adapter_model.safetensors"))
 
@@ -404,12 +425,12 @@ def test_bad_input_is_told_in_a_second(tiny_model, data, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [ROWS[0], {**ROWS[1], "output": None}])
     message = str(in_a_second(tiny_model, bad, folder))
     assert "bad.jsonl" in message and "2" in message
-    assert in_a_second(tmp_path / "nothing", data, folder).code == "model_not_on_disk"
+    assert in_a_second(tmp_path / "nothing", data, folder).sentence == says("is no model at")
     message = in_a_second(tiny_model, data, folder, "cutoff_len=10000")
-    assert (message.code, message.fields["context"]) == ("cutoff_beyond_context", 8192)
+    assert (message.sentence, message.fields["context"]) == (says("cutoff_len is"), 8192)
     in_a_second(tiny_model, tmp_path / "none.jsonl", folder)
     message = in_a_second(tiny_model, data, folder, "lora_target=q_proj,c_attn")
-    assert message.code == "unknown_lora_target" and message.fields["targets"] == ["c_attn"]
+    assert message.sentence == says("no module of") and message.fields["targets"] == ["c_attn"]
     assert message.fields["modules"] == sorted(PROJECTIONS)
     in_a_second(tiny_model, data, folder, "template=llama33")
 
@@ -424,7 +445,7 @@ def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
         recipe.write_text(settings + asked)
         for more in ([], ["--dry-run"]):
             error = run("train.py", str(recipe), *more, cwd=tmp_path).error
-            assert (error.code, error.fields["evaluate"]) == ("recipe_does_not_train", evaluate)
+            assert (error.sentence, error.fields["evaluate"]) == (says("set do_train"), evaluate)
     assert [file.name for file in folder.iterdir()] == ["run.json"], "a run that is to be evaluated is never deleted"
     recipe.write_text(settings + "do_predict: true\ndo_train: true\n")
     check_training_asked_for(load_config([str(recipe)]))
@@ -449,10 +470,15 @@ def test_all_that_is_wrong_is_told_at_once(tiny_model, data, tmp_path):
     more = ["cutoff_len=10000", "lora_target=c_attn", "template=llama33", f"adapter_name_or_path={tmp_path}"]
     result = train(tiny_model, data, folder, *more)
     faults = result.error.fields["faults"]
-    assert (result.returncode, result.error.code, len(faults)) == (2, "several_faults", 4)
-    assert {"other_settings", "cutoff_beyond_context", "adapter_lacks_file"} < {fault.code for fault in faults}
+    assert (result.returncode, result.error.sentence, len(faults)) == (2, says("{count} faults:\n  {faults:lines}"), 4)
+    said = [fault.sentence for fault in faults]
+    for words in ("overwrite_output_dir=true on", "cutoff_len is", "adapter_name_or_path: {folder} has no {file}"):
+        assert says(words) in said
     looked = train(tiny_model, data, folder, "--dry-run", *more)
-    assert (looked.returncode, looked.stdout.rstrip().split("\n")[-1]) == (2, str(Message("dry_run_no", count=4)))
+    assert (looked.returncode, looked.stdout.rstrip().split("\n")[-1]) == (
+        2,
+        str(Message("no: {count} fault{count:plural}, see above", count=4)),
+    )
     for fault in faults:
         assert str(fault) in result.stderr and str(fault) in looked.stdout
 
@@ -472,7 +498,7 @@ def test_bad_input_deletes_nothing_of_an_earlier_run(tiny_model, data, tmp_path)
 @pytest.mark.slow
 def test_a_held_out_part_that_is_not_there_deletes_nothing(tiny_model, data, tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="finished")
-    refused(train(tiny_model, data, folder, "overwrite_output_dir=true", "eval_strategy=steps"), "nothing_held_out")
+    refused(train(tiny_model, data, folder, "overwrite_output_dir=true", "eval_strategy=steps"), "eval_strategy")
     assert read_run(folder) == {"status": "finished"} and (folder / "checkpoint-4").is_dir()
 
 
@@ -514,18 +540,26 @@ def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tiny_
         return [finding.message for finding in check_adapter(run)]
 
     (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
-    assert note == Message("adapter_settings_ignored", names=["lora_rank", "lora_target"], folder=tmp_path, rank=4)
+    assert note == Message(
+        "{names}: {folder} is trained further as it is, of rank {rank}",
+        names=["lora_rank", "lora_target"],
+        folder=tmp_path,
+        rank=4,
+    )
     assert found("lora_rank=4", "lora_target=all") == []
 
 
 def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
     folder = tmp_path / "run"
     message = in_a_second(tiny_model, data, folder, f"adapter_name_or_path={tmp_path}")
-    assert (message.code, message.fields["file"]) == ("adapter_lacks_file", "adapter_config.json")
+    assert (message.sentence, message.fields["file"]) == (
+        says("adapter_name_or_path: {folder} has no {file}; name a run folder"),
+        "adapter_config.json",
+    )
     if importlib.util.find_spec("wandb") is None:
-        assert in_a_second(tiny_model, data, folder, "report_to=wandb").code == "tracker_not_installed"
+        assert in_a_second(tiny_model, data, folder, "report_to=wandb").sentence == says("-m pip install")
     if common.find_gpu() is None:
-        assert in_a_second(tiny_model, data, folder, "quantization_bit=8").code == "eight_bit_needs_card"
+        assert in_a_second(tiny_model, data, folder, "quantization_bit=8").sentence == says("quantization_bit: 8")
 
 
 def test_half_a_model_is_named(tiny_model, data, tmp_path):
@@ -535,7 +569,10 @@ def test_half_a_model_is_named(tiny_model, data, tmp_path):
         (half / name).write_bytes((tiny_model / name).read_bytes())
     (half / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:5000])
     message = in_a_second(half, data, tmp_path / "run")
-    assert (message.code, message.fields["missing"]) == ("model_incomplete", ["model.safetensors"])
+    assert (message.sentence, message.fields["missing"]) == (
+        says("{model} is not complete: it lacks {missing}; fetch or make it again"),
+        ["model.safetensors"],
+    )
 
 
 def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):
@@ -543,7 +580,7 @@ def test_a_run_that_is_under_way_is_left_alone(tiny_model, data, tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="running", pid=os.getpid(), created=created)
     for more in ("seed=42", "overwrite_output_dir=true"):
         result = train(tiny_model, data, folder, more)
-        refused(result, "run_is_training")
+        refused(result, "being trained")
         assert result.error.fields["process"] == os.getpid()
 
 

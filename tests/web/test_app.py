@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browser import Browser, Server, browsing, serving
-from conftest import ROOT, make_run, ok, refused, run, user_error
+from conftest import ROOT, make_run, ok, refused, run, says, user_error
 
 import common
 from preprocessing import formats, registry, sources
@@ -115,7 +115,7 @@ def test_registering_leaves_the_other_lines_of_the_registry_alone(tmp_path: Path
 def test_no_other_dataset_is_touched(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text('{"mine": {"file_name": "mine.json"}}', encoding="utf-8")
     (tmp_path / "loose.json").write_text("[]", encoding="utf-8")
-    refused = [("mine", "dataset_name_taken"), ("loose", "data_file_exists"), ("../x", "dataset_name_invalid")]
+    refused = [("mine", says("has another dataset")), ("loose", says("not a dataset")), ("../x", says("dataset; use"))]
     for name, code in refused:
         with user_error(code):
             talk.add_to_data({"messages": []}, name, tmp_path)
@@ -123,7 +123,8 @@ def test_no_other_dataset_is_touched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("{", "tools_not_json"), ('[{"x": 1}]', "tool_without_name"), ("3", "tool_without_name")]
+    ("text", "code"),
+    [("{", says("are not JSON")), ('[{"x": 1}]', says('"...", "parameters"')), ("3", says('"...", "parameters"'))],
 )
 def test_faulty_tools_are_refused(text: str, code: str) -> None:
     with user_error(code) as error:
@@ -132,9 +133,9 @@ def test_faulty_tools_are_refused(text: str, code: str) -> None:
 
 
 def test_a_turn_without_an_answer_is_no_training_data() -> None:
-    with user_error("turn_without_answer", number=2):
+    with user_error("and training", number=2):
         talk.row([*TALK[:1], {"role": "user", "text": "hi", "trained": " "}], "", None)
-    with user_error("chat_empty"):
+    with user_error("said yet; send"):
         talk.row([], "", None)
 
 
@@ -145,16 +146,16 @@ def test_a_turn_without_an_answer_is_no_training_data() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (["--host", "0.0.0.0"], "web_password_needed"),
-        (["--port", "x"], "web_not_a_port"),
-        (["learning_rate=1"], "web_setting_for_board"),
-        (["--prot", "9000"], "unknown_argument"),
-        (["--host", "256.1.1.1", "--password"], "cannot_listen"),
+        (["--host", "0.0.0.0"], says("others reach")),
+        (["--port", "x"], says("a port; give")),
+        (["learning_rate=1"], says("board, where")),
+        (["--prot", "9000"], says("key=value or")),
+        (["--host", "256.1.1.1", "--password"], says("cannot listen")),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(arguments: list[str], code: str) -> None:
     result = run("webui.py", *arguments, input="secret\n")
-    assert (result.returncode, result.stdout, result.error.code) == (2, "", code)
+    assert (result.returncode, result.stdout, result.error.sentence) == (2, "", code)
     assert result.stderr == f"error: {result.error}\n"
 
 
@@ -168,7 +169,7 @@ def test_a_model_that_is_not_there_is_refused_at_once(target: str) -> None:
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("webui.py", "--port", str(taken.getsockname()[1]))
-    refused(result, "cannot_listen")
+    refused(result, "cannot listen")
     assert "choose another port: --port" in result.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import math
@@ -22,7 +21,7 @@ import psutil
 import pytest
 import quick_gradio  # noqa: F401
 from browser import Server, browsing, end, serving
-from conftest import ROOT, user_error, write_jsonl
+from conftest import ROOT, says, user_error, write_jsonl
 
 import common
 from common import Message, UserError
@@ -36,7 +35,7 @@ from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
 from web.pages import export as export_page
 from web.pages import train as train_page
-from web.texts import Translator, chinese
+from web.texts import Translator
 
 t = Translator("en")
 zh = Translator("zh")
@@ -86,10 +85,13 @@ def test_a_job_is_known_by_its_folder_alone(workdir: Path) -> None:
 def test_a_job_lives_in_a_session_of_its_own(workdir: Path) -> None:
     job = jobs.start(workdir / "job", [script(workdir, "import time; time.sleep(60)")])
     assert os.getsid(job.process) == job.process != os.getsid(0)
-    with user_error("job_running", command=job.shell_line):
+    with user_error("still running", command=job.shell_line):
         jobs.start(workdir / "job", job.command)
     jobs.send_signal(job, signal.SIGKILL)
-    assert ended(job) == "killed" and jobs.error(job) == Message("job_killed", command=job.shell_line)
+    assert ended(job) == "killed" and jobs.error(job) == Message(
+        "{command} was ended from outside (killed, out of memory, or the machine was switched off)",
+        command=job.shell_line,
+    )
 
 
 def test_of_boards_that_start_the_same_at_once_one_does(workdir: Path) -> None:
@@ -99,7 +101,7 @@ def test_of_boards_that_start_the_same_at_once_one_does(workdir: Path) -> None:
         try:
             return jobs.start(workdir / "job", command)
         except UserError as error:
-            assert error.code == "job_running"
+            assert error.sentence == says("still running")
             return None
 
     with ThreadPoolExecutor(4) as boards:
@@ -127,10 +129,13 @@ def test_an_interrupted_job_can_save_before_it_ends(workdir: Path, handler: Any)
 
 def test_a_failed_job_has_the_commands_own_message_in_the_language_of_the_page(workdir: Path) -> None:
     text = "import sys; sys.path.insert(0, '{root}'); import common\n"
-    text += "def main(argv): raise common.UserError('run_exists', folder='saves/x')\ncommon.run_script(main)"
+    text += "said = '{{folder}} holds a run already; choose another name, let it go on, or tick start over'\n"
+    text += "def main(argv): raise common.UserError(said, folder='saves/x')\ncommon.run_script(main)"
     job = jobs.start(workdir / "job", [script(workdir, text.format(root=ROOT))], "zh")
     assert ended(job) == "failed"
-    assert jobs.error(job) == Message("run_exists", folder="saves/x")
+    assert jobs.error(job) == Message(
+        "{folder} holds a run already; choose another name, let it go on, or tick start over", folder="saves/x"
+    )
     assert "saves/x 已有训练结果" in widgets.job_box(job, zh) and "已有训练结果" in jobs.tail(job.log)
     assert "saves/x holds a run already" in widgets.job_box(job, t)
     job = jobs.start(workdir / "job", ["train.py", "lerning_rate=1"])
@@ -141,9 +146,13 @@ def test_a_failed_job_has_the_commands_own_message_in_the_language_of_the_page(w
 def test_a_job_that_fails_otherwise_shows_its_last_line(workdir: Path) -> None:
     job = jobs.start(workdir / "job", [script(workdir, "print('error: no message'); exit(1)")])
     assert ended(job) == "failed"
-    assert jobs.error(job) == Message("job_failed", command=job.shell_line, line="error: no message")
+    assert jobs.error(job) == Message(
+        "{command} failed: {line}; see its output below", command=job.shell_line, line="error: no message"
+    )
     job = jobs.start(workdir / "job", [script(workdir, "exit(1)")])
-    assert ended(job) == "failed" and jobs.error(job) == Message("job_failed_silently", command=job.shell_line)
+    assert ended(job) == "failed" and jobs.error(job) == Message(
+        "{command} failed and printed nothing", command=job.shell_line
+    )
 
 
 def test_a_bar_is_shown_in_its_last_state(workdir: Path) -> None:
@@ -178,16 +187,21 @@ def test_a_recipe_lists_only_what_differs_and_means_the_same(workdir: Path) -> N
 
 
 def test_all_faults_of_the_fields_are_given_at_once() -> None:
-    with user_error("settings_faults") as error:
+    with user_error("{faults:lines}") as error:
         fields.read_settings(page_fields(learning_rate="fast", lora_rank="0"), "..")
-    assert error.value.fields["faults"][0] == Message("run_name_invalid", name="'..'")
-    assert [(f.code, f.fields.get("key")) for f in error.value.fields["faults"][1:]] == [
-        ("setting_fault", "learning_rate"),
-        ("setting_fault", "lora_rank"),
+    assert error.value.fields["faults"][0] == Message(
+        "{name} cannot be the name of a run: it is empty, longer than 66 Chinese or 200 Latin "
+        "letters, has a backslash, leads out of saves/, or a part of it begins with a dot or is "
+        "uploads; choose another",
+        name="'..'",
+    )
+    assert [(f.sentence, f.fields.get("key")) for f in error.value.fields["faults"][1:]] == [
+        (says("{place}: {key}: {value} {problem}"), "learning_rate"),
+        (says("{place}: {key}: {value} {problem}"), "lora_rank"),
     ]
     assert "this page: learning_rate: fast must be" in t.message(error.value)
     assert "本页：learning_rate: fast" in zh.message(error.value)
-    with user_error("settings_faults", faults=[Message("no_dataset_chosen")]):
+    with user_error("{faults:lines}", faults=[Message("no dataset is chosen; choose one on the page Model and data")]):
         fields.read_settings(page_fields(dataset=[]), "mine")
 
 
@@ -226,7 +240,7 @@ def test_a_run_cannot_be_put_outside_saves(tmp_path_factory: pytest.TempPathFact
     common.SAVES.mkdir()
     (common.SAVES / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
     for name in ("../x", "/etc", "a/../../b", "", ".web", "uploads", "a\\b", "a\nb", "训" * 67, "link", "link/x"):
-        with user_error("run_name_invalid", name=repr(name)):
+        with user_error("letters, has", name=repr(name)):
             control.run_folder(name)
         assert not control.exists(name)
     assert control.run_folder("LLaMA3/lora/训练") == Path("saves/LLaMA3/lora/训练")
@@ -267,7 +281,7 @@ def test_a_training_that_a_terminal_started_is_found_and_can_be_paused(workdir: 
     folder = make_folder("terminal", "running", child.pid)
     wait_for(lambda: control.run_state(folder) == "running")
     assert control.training_now() == "terminal"
-    with user_error("run_training", name="terminal"):
+    with user_error("training; one", name="terminal"):
         control.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, "en")
     control.pause(folder)
     ended(job)
@@ -292,7 +306,7 @@ def test_odd_folders_below_saves_spoil_no_page() -> None:
         assert name in train_page.status_html(name, t)
         assert control.exists(name)
     assert "starts with the first step" in train_page.plots_html(["LLaMA3/lora/sft"], t)[0]
-    with user_error("run_exists", folder="saves/LLaMA3/lora/sft"):
+    with user_error("name, let it", folder="saves/LLaMA3/lora/sft"):
         control.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, "en")
     assert control.choose_trained(None) == ([], None)
 
@@ -300,9 +314,9 @@ def test_odd_folders_below_saves_spoil_no_page() -> None:
 def test_one_script_at_a_time_has_the_memory(workdir: Path) -> None:
     folder = make_folder("one", "finished")
     job = jobs.start(control.job_folder(folder, "evaluate"), [script(workdir, "import time; time.sleep(60)")])
-    with user_error("job_running", command=job.shell_line):
+    with user_error("still running", command=job.shell_line):
         control.start_run(dataclasses.replace(common.Config(), output_dir="saves/other"), False, "en")
-    with user_error("job_running", command=job.shell_line):
+    with user_error("still running", command=job.shell_line):
         export_page.start_export("one", "merge", [], False, True, "en")
     assert not (common.SAVES / "other").exists()
     jobs.send_signal(job, signal.SIGKILL)
@@ -318,7 +332,7 @@ def test_two_boards_on_one_folder_start_one_training(workdir: Path) -> None:
         "config = dataclasses.replace(common.Config(), output_dir='saves/' + sys.argv[1])\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "try: control.start_run(config, False, 'en')\n"
-        "except common.UserError as error: sys.exit(error.code)\n"
+        "except common.UserError as error: sys.exit(error.sentence)\n"
     )
     start = [sys.executable, "-c", text.format(root=str(ROOT))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -329,7 +343,7 @@ def test_two_boards_on_one_folder_start_one_training(workdir: Path) -> None:
         board.stdin.write("\n")
         board.stdin.flush()
     ends = [board.communicate()[1].strip() for board in boards]
-    assert sorted(ends) == ["", "run_training", "run_training"]
+    assert sorted(ends) == ["", says("training; one"), says("training; one")]
     [job] = [jobs.find(path.parent) for path in common.SAVES.rglob("job.json")]
     jobs.send_signal(job, signal.SIGKILL)
 
@@ -337,7 +351,9 @@ def test_two_boards_on_one_folder_start_one_training(workdir: Path) -> None:
 def test_what_was_aborted_was_no_accident(workdir: Path) -> None:
     folder = common.SAVES / "mine"
     job = jobs.start(control.job_folder(folder), [script(workdir, "import time; time.sleep(60)")])
-    assert control.device_user() == Message("run_training", name="mine")
+    assert control.device_user() == Message(
+        "{name} is training; one run at a time: wait for it, pause it or abort it", name="mine"
+    )
     control.abort(folder)
     ended(job)
     assert control.run_state(folder) == "aborted"
@@ -464,7 +480,7 @@ def test_an_upload_keeps_its_name_and_replaces_its_forerunner(workdir: Path) -> 
     assert kept == Path("saves/uploads/我的_数据.jsonl") and kept.read_text() == "2"
     assert data_page.datasets() == [str(kept)]
     for name in ("program.exe", "...json"):
-        with user_error("upload_unknown_type", file=name):
+        with user_error("unknown type", file=name):
             data_page.keep_upload(workdir / name, lambda _: None)
 
 
@@ -506,7 +522,7 @@ def test_uploads_follow_no_link(workdir: Path, tmp_path_factory: pytest.TempPath
     assert secret.read_text() == "secret" and not kept.is_symlink()
     shutil.rmtree(data_page.UPLOADS)
     data_page.UPLOADS.symlink_to(tmp_path_factory.mktemp("elsewhere"))
-    with user_error("uploads_outside"):
+    with user_error("is a link to"):
         data_page.keep_upload(sent, lambda _: None)
 
 
@@ -556,24 +572,6 @@ def test_odd_models_are_told_of(tiny_model: Path, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
-
-
-def test_every_text_of_the_pages_has_its_chinese() -> None:
-    used = set()
-    for file in [*(ROOT / "web").rglob("*.py"), ROOT / "webui.py"]:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and "t" in (getattr(node.func, "id", ""), getattr(node.func, "attr", "")):
-                assert isinstance(node.args[0], ast.Constant), f"{file}, line {node.lineno}"
-                used.add(node.args[0].value)
-    assert used == set(chinese()["texts"])
-    for english, text in chinese()["texts"].items():
-        assert set(re.findall(r"{(\w+)", english)) == set(re.findall(r"{(\w+)", text)), english
-
-
-def test_every_option_of_the_page_is_explained_in_chinese() -> None:
-    shown = [name for names in fields.folded_groups().values() for name in names]
-    assert [name for name in shown if name not in chinese()["options"]] == []
-    assert [title for title in fields.folded_groups() if title not in chinese()["groups"]] == []
 
 
 def test_the_gguf_types_of_the_page_are_those_of_quantize() -> None:

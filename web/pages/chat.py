@@ -36,7 +36,12 @@ def summary(reply: Reply, t: Translator) -> str:
     """How a reply came, in one line."""
     parts = reply.summary()
     if reply.dropped_messages:
-        parts.append(Message("reply_without_oldest", count=reply.dropped_messages))
+        parts.append(
+            Message(
+                "the oldest {count} messages no longer fit into the context and were left out",
+                count=reply.dropped_messages,
+            )
+        )
     return " · ".join(map(t.message, parts))
 
 
@@ -228,7 +233,10 @@ class ChatPage(ChatLayout):
         settings, tools = self.read_settings(given), conversation.read_tools(given[self.tools])
         source = self.find(given[self.target])
         if with_base and source.adapter is None:
-            raise UserError("chat_base_missing", name=source.name)
+            raise UserError(
+                "{name} has its training in its weights, so the model before it is not there; choose the run itself",
+                name=source.name,
+            )
         while not chat_model.busy.acquire(timeout=0.3):
             loading = not chat_model.is_any_loaded()
             text = (
@@ -244,7 +252,7 @@ class ChatPage(ChatLayout):
                 yield turns, t("loading {name} ...", name=source.name)
             engine = chat_model.engine(source, with_base)
             if tools and tool_calls.style_of(engine) is None:
-                raise UserError("chat_without_tools")
+                raise UserError("this model's chat template has no tools; empty that field, or choose another model")
             yield from self.stream(engine, turns, given, settings, tools, waiting)
         finally:
             chat_model.busy.release()
@@ -274,7 +282,7 @@ class ChatPage(ChatLayout):
         values = {name: given[component] for name, component in self.sampling.items()}
         seed = str(values["seed"] or "").strip()
         if seed and not seed.isdecimal():
-            raise UserError("chat_seed", seed=seed)
+            raise UserError("the seed '{seed}' is not a whole number; give one, or leave it empty", seed=seed)
         values["seed"] = int(seed) if seed else None
         values["stop"] = tuple(line for line in (values["stop"] or "").splitlines() if line)
         return Settings(**values)
@@ -285,7 +293,7 @@ class ChatPage(ChatLayout):
         if self.source:
             return self.source
         if not target:
-            raise UserError("chat_no_model")
+            raise UserError("there is no trained model in saves/ yet; train one, or name a model's folder")
         return find(target)
 
     def load(self, with_base: bool) -> Iterator[str]:
@@ -310,7 +318,9 @@ class ChatPage(ChatLayout):
         choices = chat_model.targets()
         paths = [path for _, path in choices]
         chosen = {"value": paths[0]} if paths and paths[0] not in offered else {}
-        nothing = note(self.t.message(Message("chat_no_model")))
+        nothing = note(
+            self.t.message(Message("there is no trained model in saves/ yet; train one, or name a model's folder"))
+        )
         remark = nothing if not choices else gr.skip() if offered else ""
         return gr.update(choices=choices, **chosen), paths, remark
 

@@ -96,7 +96,7 @@ def start_download(model: str, source: str, language: str) -> jobs.Job:
     if model == common.EMBEDDED_MODEL:
         return jobs.start(download_folder(model), ["download.py"], language)
     if not model or model.startswith("-"):
-        raise UserError("no_hub_name")
+        raise UserError("give the model's name on the hub: ORG/NAME")
     options = {"modelscope": ["--modelscope"], "mirror": ["--mirror", "https://hf-mirror.com"]}.get(source, [])
     return jobs.start(download_folder(model), ["download.py", model, *options], language)
 
@@ -129,7 +129,7 @@ def upload_name(name: str) -> str:
     clean = re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "data.json"
     stem, suffix = Path(clean).stem, Path(clean).suffix
     if suffix.lower() not in EXTENSIONS:
-        raise UserError("upload_unknown_type", file=name, types=EXTENSIONS)
+        raise UserError("{file} is of an unknown type; known are {types}", file=name, types=EXTENSIONS)
     short = stem.encode()[: control.MAX_NAME_BYTES].decode(errors="ignore")
     return f"{'data' if clean == 'run.json' else short}{suffix}"
 
@@ -141,7 +141,12 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
     """
     name = upload_name(file.name)
     if not control.is_below(UPLOADS, common.SAVES):
-        raise UserError("uploads_outside", folder=UPLOADS, real=UPLOADS.resolve())
+        raise UserError(
+            "{folder} is a link to {real}, out of saves/; uploads are kept only below saves/: replace the link by "
+            "a folder",
+            folder=UPLOADS,
+            real=UPLOADS.resolve(),
+        )
     with unfinished(UPLOADS / name) as hidden:
         beside = hidden / name
         shutil.copyfile(file, beside)

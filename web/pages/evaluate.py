@@ -28,7 +28,7 @@ FIRST = ("majority vote", "base")  # these stand left of the trained model
 def start(name: str | None, data: Sequence[str], base: bool, t: Translator) -> None:
     """Starts evaluate.py for a run; raises UserError where there is none."""
     if not name:
-        raise UserError("no_trained_run")
+        raise UserError("there is no trained run yet; train one first")
     folder = run_folder(name)
     command = ["evaluate.py", str(folder), *([f"dataset={','.join(data)}"] if data else [])]
     command += [] if base else ["--no-base"]

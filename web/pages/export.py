@@ -135,9 +135,9 @@ def start_export(
 ) -> None:
     """Starts merge.py or quantize.py (`kind`) for a run; raises UserError where nothing is chosen."""
     if not name:
-        raise UserError("no_trained_run")
+        raise UserError("there is no trained run yet; train one first")
     if kind == "quantize" and not types:
-        raise UserError("no_gguf_type")
+        raise UserError("no GGUF type is chosen; choose one")
     folder = run_folder(name)
     script = ["merge.py", str(folder)] if kind == "merge" else ["quantize.py", str(folder), "--type", ",".join(types)]
     flags = ["--overwrite"] * overwrite + ["--no-verify"] * (not verify)
