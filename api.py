@@ -20,7 +20,7 @@ import sys
 import common
 from common import Message
 from inference.load import load
-from inference.server_options import ServerOptions
+from inference.api.options import ServerOptions
 from runs.configuration import run_command
 from runs.network import listen
 from runs.target import find, read_arguments
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     with listen(options.host, options.port, Message("set API_HOST, API_PORT")) as listener:
         print(Message("loading {name} ...", name=source.name), file=sys.stderr, flush=True)
         model = load(source, only_replies=True)
-        from inference.server import serve  # what is wrong is told before this takes its second
+        from inference.api.server import serve  # what is wrong is told before this takes its second
 
         serve(model, options, listener)
 

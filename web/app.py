@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from common import Config, Message
-from inference.server_guard import TimedProtocol
+from inference.api.guard import TimedProtocol
 from runs import charts
 from runs.target import Source
 from web import fields, theme, widgets

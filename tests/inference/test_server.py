@@ -199,9 +199,9 @@ def openai_fields(kind: str) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["chat", "completion", "responses"])
 def test_every_field_of_openai_is_known_or_refused(kind: str) -> None:
-    from inference.openai_errors import ApiError
-    from inference.openai_responses import ResponsesRequest
-    from inference.openai_schema import ChatRequest, CompletionRequest, read_request
+    from inference.api.errors import ApiError
+    from inference.api.responses import ResponsesRequest
+    from inference.api.schema import ChatRequest, CompletionRequest, read_request
 
     form = {"chat": ChatRequest, "completion": CompletionRequest, "responses": ResponsesRequest}[kind]
     fields, prompt = openai_fields(kind), form.prompt_field
@@ -567,8 +567,8 @@ def call_of(name: str, call_id: str = "c1", arguments: str = "{}") -> dict:
 
 
 def test_what_changes_no_answer_is_accepted() -> None:
-    from inference.openai_errors import ApiError
-    from inference.openai_messages import read_messages
+    from inference.api.errors import ApiError
+    from inference.api.messages import read_messages
 
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "id": "p1"}
     read = read_messages([{"role": "user", "content": [part], "name": "Li", "id": "m1"}], has_tools=False)
@@ -756,8 +756,8 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
     from starlette.testclient import TestClient
 
     from inference.load import load
-    from inference.server import ApiServer
-    from inference.server_options import ServerOptions
+    from inference.api.server import ApiServer
+    from inference.api.options import ServerOptions
     from runs.target import find, read_arguments
 
     def fail(*_: object) -> None:
@@ -778,7 +778,7 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
 @pytest.mark.slow
 def test_slow_clients_are_cut_off(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits of a second instead of a minute: heads and bodies that do not come, answers that are not taken."""
-    limits = "import inference.server_guard as g, api, sys\n"
+    limits = "import inference.api.guard as g, api, sys\n"
     limits += "g.HEAD_SECONDS = g.BODY_SECONDS = g.SEND_SECONDS = 1\napi.main(sys.argv[1:])\n"
     (tmp_path / "api_quick.py").write_text(limits)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -28,7 +28,7 @@ from conftest import CHATML, ROOT, save_adapter
 
 import common
 from common import OPTIONS, Config, Message, UserError
-from inference.openai_errors import ApiError
+from inference.api.errors import ApiError
 from preprocessing.faults import Fault
 
 # A case that takes longer hangs. Time on the clock says little on a busy machine, but a case that waits uses none else.
@@ -322,9 +322,9 @@ class ChatRequests:
         from starlette.testclient import TestClient
 
         from inference.load import load
-        from inference.server import ApiServer
-        from inference.server_guard import Guard
-        from inference.server_options import ServerOptions
+        from inference.api.server import ApiServer
+        from inference.api.guard import Guard
+        from inference.api.options import ServerOptions
         from runs.target import find, read_arguments
 
         short = folder / "short"  # an answer without a limit ends after 256 tokens

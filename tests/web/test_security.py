@@ -170,7 +170,7 @@ def test_passwords_that_are_sent_at_once_are_tried_one_after_the_other(guarded: 
 
 def test_both_servers_listen_on_this_machine_alone_unless_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import webui
-    from inference.server_options import ServerOptions
+    from inference.api.options import ServerOptions
 
     monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
     assert ServerOptions.from_environment({}).host == webui.parse([]).host == "127.0.0.1"

@@ -15,7 +15,7 @@ import pydantic
 
 from common import Message, UserError, nearest_word
 from inference.engine import Engine, Settings
-from inference.openai_errors import ApiError, refuse, unknown_field
+from inference.api.errors import ApiError, refuse, unknown_field
 
 MAX_STOPS = 16  # texts in `stop`
 

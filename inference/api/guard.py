@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common import Message
-from inference.openai_errors import ApiError
-from inference.server_options import ServerOptions
+from inference.api.errors import ApiError
+from inference.api.options import ServerOptions
 from runs.network import LOOPBACK, host_name
 
 HEAD_SECONDS = 20  # to send the head of a request

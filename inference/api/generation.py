@@ -13,8 +13,8 @@ from typing import Any
 
 from common import Message, UserError
 from inference.engine import Engine, MessageTooLong, Settings, TokenLogprob
-from inference.openai_errors import ApiError, refuse
-from inference.openai_replies import Choice, ToolCall
+from inference.api.errors import ApiError, refuse
+from inference.api.replies import Choice, ToolCall
 from inference.scheduler import Batch, BatchClosed, Event, QueueFull, Row
 from preprocessing.prompts import UnsuitableMessages
 

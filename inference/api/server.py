@@ -22,14 +22,14 @@ from starlette.routing import Route
 
 from common import Message
 from inference.engine import Engine
-from inference.generation import Generator, Job
-from inference.openai_endpoints import ChatEndpoint, CompletionEndpoint, Endpoint
-from inference.openai_errors import ApiError
-from inference.openai_responses import ResponsesEndpoint
-from inference.openai_schema import read_request
-from inference.server_guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key, read_body
-from inference.server_metrics import ServerMetrics
-from inference.server_options import ServerOptions
+from inference.api.generation import Generator, Job
+from inference.api.chat import ChatEndpoint, CompletionEndpoint, Endpoint
+from inference.api.errors import ApiError
+from inference.api.responses import ResponsesEndpoint
+from inference.api.schema import read_request
+from inference.api.guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key, read_body
+from inference.api.metrics import ServerMetrics
+from inference.api.options import ServerOptions
 
 MAX_CONNECTIONS = 512
 EXPOSED_HEADERS = ("X-Request-Id", "X-Dropped-Messages", "Retry-After")  # to the scripts of other origins

@@ -12,10 +12,10 @@ import pydantic
 
 from common import Message, nearest_word
 from inference.engine import TokenLogprob
-from inference.generation import Job
-from inference.openai_endpoints import ChatPrompts, sse
-from inference.openai_errors import ApiError, refuse, unknown_field, wrong_type
-from inference.openai_messages import (
+from inference.api.generation import Job
+from inference.api.chat import ChatPrompts, sse
+from inference.api.errors import ApiError, refuse, unknown_field, wrong_type
+from inference.api.messages import (
     IGNORED,
     Tools,
     check_function,
@@ -27,8 +27,8 @@ from inference.openai_messages import (
     template_call,
     tool_result,
 )
-from inference.openai_replies import Choice, ToolCall, token_logprobs
-from inference.openai_schema import Request, read_named_schema
+from inference.api.replies import Choice, ToolCall, token_logprobs
+from inference.api.schema import Request, read_named_schema
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
 _STORED = Message("nothing is stored here; send the whole conversation in input")

@@ -10,11 +10,11 @@ from typing import Any
 from common import UserError
 from inference import tool_calls
 from inference.engine import TokenLogprob
-from inference.generation import Generator, Job
-from inference.openai_errors import ApiError, refuse
-from inference.openai_messages import Tools, read_messages, read_tools
-from inference.openai_replies import Choice, chat_deltas, chat_message, completion_logprobs, token_logprobs
-from inference.openai_schema import (
+from inference.api.generation import Generator, Job
+from inference.api.errors import ApiError, refuse
+from inference.api.messages import Tools, read_messages, read_tools
+from inference.api.replies import Choice, chat_deltas, chat_message, completion_logprobs, token_logprobs
+from inference.api.schema import (
     ChatRequest,
     CompletionRequest,
     Request,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import Message, nearest_word
-from inference.openai_errors import refuse, unknown_field, wrong_type
-from inference.openai_schema import ChatRequest
+from inference.api.errors import refuse, unknown_field, wrong_type
+from inference.api.schema import ChatRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What clients send with every message or part and what no template shows: caching, and their own bookkeeping.
