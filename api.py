@@ -19,8 +19,8 @@ import sys
 
 import common
 from common import Message
-from inference.load import load
 from inference.api.options import ServerOptions
+from inference.load import load
 from runs.configuration import run_command
 from runs.network import listen
 from runs.target import find, read_arguments

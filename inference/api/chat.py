@@ -9,9 +9,8 @@ from typing import Any
 
 from common import UserError
 from inference import tool_calls
-from inference.engine import TokenLogprob
-from inference.api.generation import Generator, Job
 from inference.api.errors import ApiError, refuse
+from inference.api.generation import Generator, Job
 from inference.api.messages import Tools, read_messages, read_tools
 from inference.api.replies import Choice, chat_deltas, chat_message, completion_logprobs, token_logprobs
 from inference.api.schema import (
@@ -22,6 +21,7 @@ from inference.api.schema import (
     read_schema,
     sampling_settings,
 )
+from inference.engine import TokenLogprob
 
 
 def sse(content: dict[str, Any], event: str | None = None) -> bytes:

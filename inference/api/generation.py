@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common import Message, UserError
-from inference.engine import Engine, MessageTooLong, Settings, TokenLogprob
 from inference.api.errors import ApiError, refuse
 from inference.api.replies import Choice, ToolCall
+from inference.engine import Engine, MessageTooLong, Settings, TokenLogprob
 from inference.scheduler import Batch, BatchClosed, Event, QueueFull, Row
 from preprocessing.prompts import UnsuitableMessages
 

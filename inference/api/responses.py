@@ -11,10 +11,9 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from common import Message, nearest_word
-from inference.engine import TokenLogprob
-from inference.api.generation import Job
 from inference.api.chat import ChatPrompts, sse
 from inference.api.errors import ApiError, refuse, unknown_field, wrong_type
+from inference.api.generation import Job
 from inference.api.messages import (
     IGNORED,
     Tools,
@@ -29,6 +28,7 @@ from inference.api.messages import (
 )
 from inference.api.replies import Choice, ToolCall, token_logprobs
 from inference.api.schema import Request, read_named_schema
+from inference.engine import TokenLogprob
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
 _STORED = Message("nothing is stored here; send the whole conversation in input")

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from common import Message, UserError, nearest_word
-from inference.engine import Engine, Settings
 from inference.api.errors import ApiError, refuse, unknown_field
+from inference.engine import Engine, Settings
 
 MAX_STOPS = 16  # texts in `stop`
 

@@ -21,15 +21,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from common import Message
-from inference.engine import Engine
-from inference.api.generation import Generator, Job
 from inference.api.chat import ChatEndpoint, CompletionEndpoint, Endpoint
 from inference.api.errors import ApiError
-from inference.api.responses import ResponsesEndpoint
-from inference.api.schema import read_request
+from inference.api.generation import Generator, Job
 from inference.api.guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key, read_body
 from inference.api.metrics import ServerMetrics
 from inference.api.options import ServerOptions
+from inference.api.responses import ResponsesEndpoint
+from inference.api.schema import read_request
+from inference.engine import Engine
 
 MAX_CONNECTIONS = 512
 EXPOSED_HEADERS = ("X-Request-Id", "X-Dropped-Messages", "Retry-After")  # to the scripts of other origins

@@ -755,9 +755,9 @@ def test_origins_and_hosts_that_are_opened_may_ask(parrot: Path, tmp_path: Path)
 def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from starlette.testclient import TestClient
 
-    from inference.load import load
-    from inference.api.server import ApiServer
     from inference.api.options import ServerOptions
+    from inference.api.server import ApiServer
+    from inference.load import load
     from runs.target import find, read_arguments
 
     def fail(*_: object) -> None:

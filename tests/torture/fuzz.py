@@ -321,10 +321,10 @@ class ChatRequests:
     def __init__(self, folder: Path, model: Path) -> None:
         from starlette.testclient import TestClient
 
-        from inference.load import load
-        from inference.api.server import ApiServer
         from inference.api.guard import Guard
         from inference.api.options import ServerOptions
+        from inference.api.server import ApiServer
+        from inference.load import load
         from runs.target import find, read_arguments
 
         short = folder / "short"  # an answer without a limit ends after 256 tokens
