@@ -66,7 +66,7 @@ def read_conversations(config: Config) -> tuple[list[Conversation], list[Convers
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TrainingData:
     """The data of a run: the columns of its stage (encode_stages.py), mapped from the cache; lengths in rows' order."""
 
     train: datasets.Dataset
@@ -77,7 +77,7 @@ class Prepared:
     report: dict[str, Any]
 
 
-def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
+def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> TrainingData:
     """Reads, checks, tokenizes (or finds in the cache), splits and mixes the data of a run.
 
     What is held out is in an order drawn with the seed: an evaluation during training may take only the first of it,
@@ -122,7 +122,7 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> Prepared:
     report = {"datasets": reports["train"], "eval_datasets": reports["eval"], "train": token_counts(lengths[train])}
     if held_out is not None:
         report["eval"] = token_counts(eval_lengths[held_out])
-    return Prepared(
+    return TrainingData(
         table.select(train),
         None if held_out is None else eval_table.select(held_out),
         lengths[train],

@@ -17,7 +17,7 @@ from training.rewards import Reward
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
-    from preprocessing.dataset import Prepared
+    from preprocessing.dataset import TrainingData
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Run:
     template_exists: bool = True
     tokenizer: Any = None
     template: ChatTemplate | None = None
-    data: Prepared | None = None
+    data: TrainingData | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # as run.json records them
     plan: TrainingPlan | None = None
     rewards: list[Reward] = field(default_factory=list)  # of stage grpo

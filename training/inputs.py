@@ -14,7 +14,7 @@ from common import Message
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
-    from preprocessing.dataset import Prepared
+    from preprocessing.dataset import TrainingData
 
 HASHED_WHOLE = 64 << 20  # bytes up to which a file is hashed whole; of a larger one, BLOCKS of BLOCK bytes
 BLOCK, BLOCKS = 1 << 16, 64
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
 )
 
 
-def describe_inputs(model: Path, template: ChatTemplate, data: Prepared) -> dict[str, dict[str, str]]:
+def describe_inputs(model: Path, template: ChatTemplate, data: TrainingData) -> dict[str, dict[str, str]]:
     """Kind of input → name → hash. Kinds are "data", "conversations", "model", "tokenizer" and "template"."""
     files = [item for part in ("datasets", "eval_datasets") for entry in data.report[part] for item in entry["files"]]
     weights = [model / "config.json", *sorted(model.glob("*.safetensors"))]

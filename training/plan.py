@@ -13,7 +13,7 @@ from training.processes import ALONE, Processes
 if TYPE_CHECKING:
     import numpy as np
 
-    from preprocessing.dataset import Prepared
+    from preprocessing.dataset import TrainingData
 
 EVAL_SHARE = 0.1  # of the training time, at most, goes into evaluations that are planned here
 EVAL_COST = 0.5  # time of an evaluated token in trained ones: LoRA's backward pass costs about as much as its forward
@@ -81,7 +81,7 @@ def _is_due(plan: TrainingPlan, step: int, strategy: str, every: int | None) -> 
     return step % plan.epoch_steps == 0 or step == plan.steps
 
 
-def make_plan(config: Config, data: Prepared) -> TrainingPlan:
+def make_plan(config: Config, data: TrainingData) -> TrainingPlan:
     """The plan of a run on tokenized data; raises UserError where evaluations are wanted and nothing is held out."""
     lengths = data.train_lengths
     packed_rows = packing.pack(lengths, config.cutoff_len) if config.packing else None

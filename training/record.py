@@ -23,7 +23,7 @@ from training.hardware import peak_memory
 from training.preference_losses import REWARDS
 
 if TYPE_CHECKING:
-    from preprocessing.dataset import Prepared
+    from preprocessing.dataset import TrainingData
     from training.findings import Run
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsl
 def begin_record(
     loaded: Loaded,
     folder: Path,
-    data: Prepared,
+    data: TrainingData,
     inputs: dict[str, Any],
     resumed: Path | None,
     processes: int = 1,
@@ -73,7 +73,7 @@ def repeatable(loaded: Loaded) -> Loaded:
     return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, **once))
 
 
-def write_fingerprints(folder: Path, data: Prepared, resumed: Path | None) -> None:
+def write_fingerprints(folder: Path, data: TrainingData, resumed: Path | None) -> None:
     """Writes the fingerprints of the conversations that are trained on: evaluate.py never measures on them.
 
     They are kept because data files change. A run that goes on keeps those of its beginning, too.

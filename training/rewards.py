@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from common import Config, UserError, nearest_word
 
 if TYPE_CHECKING:
-    from preprocessing.dataset import Prepared
+    from preprocessing.dataset import TrainingData
 
 Function = Callable[..., Any]
 MAX_LABELS = 20  # of one_of_labels, where the labels are told from the data
@@ -139,7 +139,7 @@ def checked(name: str, found: Any, replies: int) -> list[float | None]:
     return [None if value is None else float(value) for value in values]
 
 
-def with_answers(config: Config, rewards: Sequence[Reward], data: Prepared) -> list[Reward]:
+def with_answers(config: Config, rewards: Sequence[Reward], data: TrainingData) -> list[Reward]:
     """The rewards for these rows, the labels of one_of_labels filled in.
 
     Raises UserError where rows lack the answer that a reward needs.

@@ -33,7 +33,7 @@ from training.rewards import Reward
 
 if TYPE_CHECKING:
     from preprocessing.chat_template import ChatTemplate
-    from preprocessing.dataset import Prepared
+    from preprocessing.dataset import TrainingData
     from training.callbacks import EarlyStopping
 
 # Settings that transformers' arguments call by the same name.
@@ -289,7 +289,7 @@ def make_trainer(
     precision: Precision,
     model: Any,
     tokenizer: Any,
-    data: Prepared,
+    data: TrainingData,
     plan: TrainingPlan,
     rewards: Sequence[Reward] = (),
     stop: Sequence[str] = (),

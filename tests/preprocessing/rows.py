@@ -31,13 +31,13 @@ def register(folder: Path, **entries: dict) -> str:
     return str(folder)
 
 
-def prepare(tokenizer: Any, *paths: Path | str, **settings: Any) -> dataset.Prepared:
+def prepare(tokenizer: Any, *paths: Path | str, **settings: Any) -> dataset.TrainingData:
     from preprocessing import chat_template
 
     return dataset.prepare(config(*paths, **settings), tokenizer, chat_template.load_template("chatml", tokenizer))
 
 
-def notes(made: dataset.Prepared, part: str = "datasets", number: int = 0) -> list[Message]:
+def notes(made: dataset.TrainingData, part: str = "datasets", number: int = 0) -> list[Message]:
     """The notes on one dataset of a report."""
     return [Message.from_json(note) for note in made.report[part][number]["notes"]]
 

@@ -189,7 +189,7 @@ def test_the_first_of_what_is_held_out_is_of_all_labels_and_datasets(tmp_path: P
     rows = write_jsonl(tmp_path / "all.jsonl", [json.loads(line) for name in names for line in name.open()])
     other = write_jsonl(tmp_path / "other.jsonl", questions(2))
 
-    def answers(made: dataset.Prepared) -> list[str]:
+    def answers(made: dataset.TrainingData) -> list[str]:
         assert made.eval_lengths.tolist() == [len(row["input_ids"]) for row in made.eval]
         return [chr(tiny_tokenizer.decode([i for i in row["labels"] if i >= 0]).encode()[0]) for row in made.eval]
 

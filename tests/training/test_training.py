@@ -453,7 +453,7 @@ def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
 
 def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
     def trained(contents: list[int], resumed: str | None) -> list[int]:
-        data = dataset.Prepared(None, None, None, None, np.array(contents), report={})
+        data = dataset.TrainingData(None, None, None, None, np.array(contents), report={})
         record.write_fingerprints(tmp_path, data, resumed and Path(resumed))
         return np.load(tmp_path / "trained.npy").tolist()
 

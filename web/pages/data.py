@@ -158,7 +158,7 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
     return UPLOADS / name
 
 
-def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
+def prepare(config: Config) -> tuple[Any, dataset.TrainingData]:
     """The tokenizer and the prepared data of a configuration; raises UserError with all that is wrong with it."""
     dataset.check(config)
     entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir, config.stage)
@@ -173,7 +173,7 @@ def prepare(config: Config) -> tuple[Any, dataset.Prepared]:
 
 
 @functools.lru_cache(maxsize=4)
-def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.Prepared]:  # noqa: ARG001
+def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.TrainingData]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
     from preprocessing.chat_template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
@@ -217,7 +217,7 @@ def report_html(report: dict[str, Any], t: Translator) -> str:
     return widgets.table(head, rows) + "".join(notes) + fault("\n".join(left_out), t)
 
 
-def lengths_html(prepared: dataset.Prepared, cutoff_len: int, t: Translator) -> str:
+def lengths_html(prepared: dataset.TrainingData, cutoff_len: int, t: Translator) -> str:
     lengths = [int(n) for n in prepared.train_lengths]
     label = t("{count} samples of {low} to {high} tokens")
     mark = (cutoff_len, f"cutoff_len {cutoff_len:,}")
@@ -242,7 +242,7 @@ def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Tr
     return f'<div class="sample"><div class="sample-head"><b>{head}</b><span>{tail}</span></div>{"".join(parts)}</div>'
 
 
-def samples_html(tokenizer: Any, prepared: dataset.Prepared, page: int, t: Translator) -> tuple[str, int, int]:
+def samples_html(tokenizer: Any, prepared: dataset.TrainingData, page: int, t: Translator) -> tuple[str, int, int]:
     """A page of samples (from 0) with the page's number and how many there are; a number beyond the end is the last."""
     page, pages, shown = widgets.turn_to(page, len(prepared.train), SAMPLES)
     return "".join(sample_html(tokenizer, prepared.train[i], i + 1, t) for i in shown), page, pages
