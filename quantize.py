@@ -20,8 +20,8 @@ from typing import Any
 
 import common
 from common import Message
-from export import gguf
-from export.gguf import TYPES, GgufJob
+from export import gguf_files
+from export.gguf_files import TYPES, GgufJob
 from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS
 from preprocessing.data_report import format_table, table_head
 from runs.configuration import run_command
@@ -35,16 +35,16 @@ def main(argv: list[str]) -> None:
         return
     flags, target, settings = parse(argv)
     logging.disable(logging.WARNING)  # what transformers says on import is not about this
-    job = gguf.find_job(flags.type, target, settings)
+    job = gguf_files.find_job(flags.type, target, settings)
     for note in job.notes:
         print(Message("note: {text}", text=note))
-    proving = not flags.no_verify and gguf.can_prove(job)
+    proving = not flags.no_verify and gguf_files.can_prove(job)
     if flags.push:
-        gguf.check_push(flags.push, job, proving)
-    if not (flags.push and gguf.are_proven(job)):  # else only their upload failed
+        gguf_files.check_push(flags.push, job, proving)
+    if not (flags.push and gguf_files.are_proven(job)):  # else only their upload failed
         make(job, proving, flags.max_divergence)
     if flags.push:
-        gguf.push(flags.push, job)
+        gguf_files.push(flags.push, job)
     first = job.types[0]
     print(Message("talk to it: {command}", command=common.command("chat.py", job.file(first))))
     ollama = shlex.join(["ollama", "create", job.name, "-f", str(job.modelfile(first))])
@@ -66,12 +66,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
 
 def make(job: GgufJob, proving: bool, max_divergence: float | None) -> None:
     """Makes the files that are not there yet and prints what was measured."""
-    job = dataclasses.replace(job, types=gguf.types_to_make(job, proving))
-    gguf.remove_leftovers(job)
-    needed, _ = gguf.space_needed(job)
+    job = dataclasses.replace(job, types=gguf_files.types_to_make(job, proving))
+    gguf_files.remove_leftovers(job)
+    needed, _ = gguf_files.space_needed(job)
     check_free_space(job.output, needed)
-    gguf.merge_first(job, proving)
-    gguf.check_merge(job)
+    gguf_files.merge_first(job, proving)
+    gguf_files.check_merge(job)
     if proving or job.needs_matrix:
         print(
             Message(
@@ -80,12 +80,12 @@ def make(job: GgufJob, proving: bool, max_divergence: float | None) -> None:
                 tokens=PROOF_TOKENS,
             )
         )
-    print(table(job, gguf.make_files(job, proving, max_divergence, needed)))
+    print(table(job, gguf_files.make_files(job, proving, max_divergence, needed)))
 
 
 def table(job: GgufJob, results: dict[str, dict[str, Any]]) -> str:
     """The results as aligned text: one line a type, the 16-bit model first."""
-    count, own = gguf.weights_of(job.model)
+    count, own = gguf_files.weights_of(job.model)
     lines = [
         table_head(Message("type|MB|bits/weight|KL divergence|same first choice|perplexity|tokens/s|prompt tokens/s"))
     ]

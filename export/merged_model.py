@@ -14,7 +14,7 @@ from typing import Any
 import common
 from common import Config, Message, UserError
 from export import hub, verify
-from export.merge_weights import Plan, make_plan, write_shards
+from export.merge import Plan, make_plan, write_shards
 from runs.adapter import Adapter, language_config
 from runs.disk import check_free_space, explaining_full_disk
 from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text

@@ -17,7 +17,8 @@ from test_hub import Hub, hub_environment, standin
 
 import common
 import merge
-from export import merge_weights, merged_model, verify
+from export import merge as merging
+from export import merged_model, verify
 from runs import weights
 from runs.adapter import Adapter
 from runs.configuration import load_config
@@ -266,11 +267,11 @@ def test_export_dtype_casts_everything(lora: Path) -> None:
 
 def test_shards_have_an_index_that_transformers_reads(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     whole = values(merged(lora))
-    plan = merge_weights.make_plan(
+    plan = merging.make_plan(
         weights.read_tensors(models["tied"]), {"tie_word_embeddings": True}, Adapter(lora), None
     )
     target = shutil.copytree(lora / "merged", tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
-    merge_weights.write_shards(plan, target, 100_000)
+    merging.write_shards(plan, target, 100_000)
     files = sorted(path.name for path in target.glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"

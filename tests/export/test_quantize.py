@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 import quantize
 from common import Config, Message, UserError, dump_config
-from export import gguf, llamacpp, verify
+from export import gguf_files, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_library
 from preprocessing.chat_template import TEMPLATES, load_template
@@ -77,7 +77,7 @@ def test_what_is_asked_wrongly_is_one_sentence(arguments, code, sentence):
 def test_help_names_every_type():
     result = run("quantize.py", "--help")
     assert result.returncode == 0
-    assert all(f"{kind}," in result.stdout + "," or f"{kind}\n" in result.stdout for kind in gguf.TYPES)
+    assert all(f"{kind}," in result.stdout + "," or f"{kind}\n" in result.stdout for kind in gguf_files.TYPES)
     assert "--max-divergence" in result.stdout and "--push REPO" in result.stdout
 
 
@@ -111,11 +111,11 @@ def test_a_disk_without_room_is_told_before_the_work(tmp_path):
 def test_a_large_model_s_files_are_not_thought_larger_than_they_are(tmp_path):
     model = make_model(tmp_path / "m", shape=(4 * 10**12,))
     (model / "gguf" / ".work.12ab.tmp").mkdir(parents=True)
-    job = gguf.GgufJob(None, model, model, ("q4_k_m", "f16"))
-    needed, sizes = gguf.space_needed(job)
+    job = gguf_files.GgufJob(None, model, model, ("q4_k_m", "f16"))
+    needed, sizes = gguf_files.space_needed(job)
     assert {kind: round(size / 1e9) for kind, size in sizes.items()} == {"q4_k_m": 2700, "f16": 8000}
     assert round(needed / 1e9) == 10700
-    gguf.remove_leftovers(job)
+    gguf_files.remove_leftovers(job)
     assert list((model / "gguf").iterdir()) == []  # what a kill left takes no room
 
 
@@ -144,14 +144,14 @@ def test_what_the_training_said_of_its_output_is_not_about_the_files(tmp_path):
     base = make_model(tmp_path / "base")
     folder = make_run_folder(tmp_path, base, overwrite_output_dir=True, export_dir=str(tmp_path / "other"))
     for arguments in ([str(folder)], [str(folder / "config.yaml"), "export_dir="]):
-        job = gguf.find_job("q8_0", arguments[0], arguments[1:])
+        job = gguf_files.find_job("q8_0", arguments[0], arguments[1:])
         assert job.config.overwrite_output_dir is False
         assert job.model == folder / "merged"
         assert job.adapter.base == str(base)
-    job = gguf.find_job("q8_0", str(folder), ["overwrite_output_dir=true", f"export_dir={tmp_path / 'x'}"])
+    job = gguf_files.find_job("q8_0", str(folder), ["overwrite_output_dir=true", f"export_dir={tmp_path / 'x'}"])
     assert job.config.overwrite_output_dir is True
     assert (job.model, job.home) == (tmp_path / "x", folder)
-    assert gguf.find_job("q8_0", str(folder / "config.yaml"), []).model == tmp_path / "other"
+    assert gguf_files.find_job("q8_0", str(folder / "config.yaml"), []).model == tmp_path / "other"
 
 
 def test_a_merged_folder_is_proven_on_the_data_of_its_run(tmp_path):
@@ -161,50 +161,50 @@ def test_a_merged_folder_is_proven_on_the_data_of_its_run(tmp_path):
     recipe = tmp_path / "merge.yaml"
     recipe.write_text(f"adapter_name_or_path: {folder}\ntemplate: llama3\nexport_dir: {tmp_path / 'to come'}\n")
     for argument, template in ((merged, "qwen"), (recipe, "llama3")):
-        config = gguf.find_job("q8_0", str(argument), []).config
+        config = gguf_files.find_job("q8_0", str(argument), []).config
         assert (config.dataset, config.template) == (("mine",), template)
-    assert gguf.find_job("q8_0", str(merged), ["dataset=other"]).config.dataset == ("other",)
+    assert gguf_files.find_job("q8_0", str(merged), ["dataset=other"]).config.dataset == ("other",)
 
 
 def test_files_are_proven_as_long_as_nothing_has_changed(tmp_path):
     model = make_model(tmp_path / "m")
-    job = gguf.find_job("q8_0,f16", str(model), [])
+    job = gguf_files.find_job("q8_0,f16", str(model), [])
     job.output.mkdir()
     entries = {}
     for kind in job.types:
-        assert not gguf.are_proven(job)
+        assert not gguf_files.are_proven(job)
         job.file(kind).write_bytes(b"whole")
         entries[job.file(kind).name] = {"bytes": 5, "verified": True, "adapter_sha256": None}
         (job.output / "gguf.json").write_text(json.dumps({"files": entries}))
-    assert gguf.are_proven(job)
+    assert gguf_files.are_proven(job)
     (model / "merge.json").write_text('{"adapter_sha256": "of another training"}')
-    assert not gguf.are_proven(job)
+    assert not gguf_files.are_proven(job)
 
 
 def test_what_a_killed_call_has_made_is_kept(tmp_path, capsys):
-    job = gguf.find_job("q8_0,f16", str(make_model(tmp_path / "m")), [])
+    job = gguf_files.find_job("q8_0,f16", str(make_model(tmp_path / "m")), [])
     job.output.mkdir()
     entry = {"bytes": 5, "verified": True, "adapter_sha256": None}
     (job.output / "gguf.json").write_text(json.dumps({"files": {job.file("q8_0").name: entry}}))
-    assert gguf.types_to_make(job, proving=True) == ("q8_0", "f16")  # killed before the file took its place
+    assert gguf_files.types_to_make(job, proving=True) == ("q8_0", "f16")  # killed before the file took its place
     job.file("q8_0").write_bytes(b"whole")
-    assert gguf.types_to_make(job, proving=True) == ("f16",)
+    assert gguf_files.types_to_make(job, proving=True) == ("f16",)
     assert "it is kept" in capsys.readouterr().out
     job.file("q8_0").write_bytes(b"another one's")
     with user_error("--overwrite to", files=[job.file("q8_0")]):
-        gguf.types_to_make(job, proving=True)
+        gguf_files.types_to_make(job, proving=True)
 
 
 def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypatch):
     model = make_model(tmp_path / "m", "BF16", (10**9,))
-    job = gguf.GgufJob(None, model, model, ("f16",))
+    job = gguf_files.GgufJob(None, model, model, ("f16",))
     proof = verify.GgufProof(model, None, (), [], False, tmp_path)
     measured = dict.fromkeys(("top1_agreement", "perplexity", "tokens_per_second", "prompt_tokens_per_second"), 1.0)
     measured |= {"reference_perplexity": 1.0, "kl_divergence": 0.004}
     monkeypatch.setattr(verify.GgufProof, "check_contents", lambda *_: {})
     monkeypatch.setattr(llamacpp, "call", lambda *_, **__: measured)
     (tmp_path / "reference-float32.npy").write_bytes(b"")
-    usual = gguf.TYPES["f16"].limits[0]
+    usual = gguf_files.TYPES["f16"].limits[0]
     with user_error("file answers", type="f16", divergence=0.004, limit=0.002):  # no larger type would help
         proof.verify("f16", tmp_path, None, usual)
     with user_error("or accept it", type="q8_0", limit=0.002):
@@ -218,12 +218,12 @@ def test_a_reference_in_bfloat16_widens_the_limit_and_says_so(tmp_path, monkeypa
 
 @pytest.mark.parametrize(("dtype", "own"), [("F16", "f16"), ("BF16", "bf16"), ("F32", "f32")])
 def test_weights_are_counted_from_the_headers(tmp_path, dtype, own):
-    assert gguf.weights_of(make_model(tmp_path / "m", dtype)) == (8, own)
+    assert gguf_files.weights_of(make_model(tmp_path / "m", dtype)) == (8, own)
 
 
 def test_quantized_weights_are_refused(tmp_path):
     with user_error("quantize the"):
-        gguf.weights_of(make_model(tmp_path / "m", "U8"))
+        gguf_files.weights_of(make_model(tmp_path / "m", "U8"))
 
 
 def test_a_stale_merge_is_refused(tmp_path):
@@ -231,31 +231,31 @@ def test_a_stale_merge_is_refused(tmp_path):
     model = make_model(adapter / "merged")
     (adapter / "adapter_model.safetensors").write_bytes(b"new")
     (model / "merge.json").write_text(json.dumps({"adapter": str(adapter), "adapter_sha256": "of the old one"}))
-    job = gguf.GgufJob(None, model, adapter, ("f16",))
+    job = gguf_files.GgufJob(None, model, adapter, ("f16",))
     with user_error("from another", model=model):
-        gguf.check_merge(job)
+        gguf_files.check_merge(job)
 
 
 def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, capsys):
     monkeypatch.setattr(llamacpp_library, "_found", lambda: None)
     monkeypatch.setattr(llamacpp_library, "_cmake", lambda: None)
-    job = gguf.GgufJob(None, Path(), Path(), ("q8_0", "bf16"))
-    assert gguf.can_prove(job) is False
+    job = gguf_files.GgufJob(None, Path(), Path(), ("q8_0", "bf16"))
+    assert gguf_files.can_prove(job) is False
     assert "the files will not be verified: quantizing and checking a GGUF need" in capsys.readouterr().out
-    k_quant, matrix = (gguf.GgufJob(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
+    k_quant, matrix = (gguf_files.GgufJob(None, Path(), Path(), ("q8_0", kind)) for kind in ("q4_k_m", "iq4_xs"))
     for job in (k_quant, matrix):
         with user_error("and checking"):
-            gguf.can_prove(job)
+            gguf_files.can_prove(job)
     monkeypatch.setattr(llamacpp_library, "quantizer", lambda: "llama-quantize")  # the user's own
-    assert gguf.can_prove(k_quant) is False
+    assert gguf_files.can_prove(k_quant) is False
     with user_error("and checking"):
-        gguf.can_prove(matrix)
+        gguf_files.can_prove(matrix)
     called = []
-    monkeypatch.setattr(gguf, "run_child", lambda command, _: called.append(command))
-    gguf.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
+    monkeypatch.setattr(gguf_files, "run_child", lambda command, _: called.append(command))
+    gguf_files.make(k_quant, "q4_k_m", Path("f16.gguf"), None, Path())
     assert called == [["llama-quantize", "f16.gguf", "q4_k_m.gguf", "Q4_K_M"]]
     with user_error("uploads only"):
-        gguf.check_push("me/it", job, proving=False)
+        gguf_files.check_push("me/it", job, proving=False)
 
 
 def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
@@ -493,7 +493,7 @@ def test_the_embedded_model_keeps_its_answers(embedded_model, tmp_path):
 def test_every_kind_of_type_is_what_it_says(model, rows):
     from gguf import LlamaFileType
 
-    types = [kind for kind in gguf.TYPES if not kind.startswith("iq")]  # those: in the next test
+    types = [kind for kind in gguf_files.TYPES if not kind.startswith("iq")]  # those: in the next test
     result = ok(run("quantize.py", str(model), "--type", ",".join(types), f"dataset={rows}", "--no-verify"))
     assert result.stdout.count("not verified") == len(types)
     sizes = {}
@@ -620,7 +620,7 @@ def test_an_unknown_tokenizer_is_one_sentence(tiny_model, tmp_path):
 def test_a_wrong_end_of_turn_and_other_tokens_are_found(model, rows, tmp_path):
     start = tmp_path / "x.gguf"
     llamacpp.call(llamacpp.convert, "converting", folder=model, target=start, kind="q8_0", card={}, name="x", end=1)
-    job = gguf.GgufJob(load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
+    job = gguf_files.GgufJob(load_config([f"dataset={rows}"]).config, model, model, ("q8_0",))
     assert load_template(None, job.tokenizer).stop == ("<|im_end|>",)
     with user_error("llama.cpp would", stop="<|im_end|>"):
         job.proof(tmp_path).check_contents("q8_0", start)
@@ -628,7 +628,7 @@ def test_a_wrong_end_of_turn_and_other_tokens_are_found(model, rows, tmp_path):
     tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": byte_level}), encoding="utf-8")
-    other = gguf.GgufJob(job.config, model, model, ("q8_0",))
+    other = gguf_files.GgufJob(job.config, model, model, ("q8_0",))
     with user_error("other tokens"):
         other.proof(tmp_path).check_contents("q8_0", start)
 
