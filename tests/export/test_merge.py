@@ -267,9 +267,7 @@ def test_export_dtype_casts_everything(lora: Path) -> None:
 
 def test_shards_have_an_index_that_transformers_reads(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     whole = values(merged(lora))
-    plan = merging.make_plan(
-        weights.read_tensors(models["tied"]), {"tie_word_embeddings": True}, Adapter(lora), None
-    )
+    plan = merging.make_plan(weights.read_tensors(models["tied"]), {"tie_word_embeddings": True}, Adapter(lora), None)
     target = shutil.copytree(lora / "merged", tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
     merging.write_shards(plan, target, 100_000)
     files = sorted(path.name for path in target.glob("*.safetensors"))
