@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
         return
     config = load_config(name_datasets(argv)).config
     dataset.check(config)
-    from preprocessing.chat_template import load_template
+    from preprocessing.template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
 
     tokenizer = load_base_tokenizer(config)

@@ -57,10 +57,11 @@ KIT = """
 sys.path.insert(0, {root!r})
 from transformers import AutoTokenizer
 import common, datasets, pathlib
-from preprocessing import chat_template, dataset
+from preprocessing import dataset
+from preprocessing.template import load_template
 common.CACHE = pathlib.Path({cache!r})
 tokenizer = AutoTokenizer.from_pretrained({model!r})
-chatml = chat_template.load_template("chatml", tokenizer)
+chatml = load_template("chatml", tokenizer)
 config = common.Config(dataset=({data!r},), dataset_dir="none", cutoff_len=2048, val_size=0)
 def work():
     prepared = dataset.prepare(config, tokenizer, chatml)

@@ -15,7 +15,7 @@ import common
 from common import Config, Message, UserError
 from evaluation import labels
 from preprocessing import dataset
-from preprocessing.formats import fingerprint
+from preprocessing.rows import fingerprint
 from runs.configuration import asks_for_training
 from runs.files import read_json, sha256
 from runs.folder import TRAINED, is_run, read_run, run_config

@@ -145,7 +145,7 @@ def _reply_limit(job: Job, found: Encoded) -> int:
 
 def tokenizer_of(job: Job) -> tuple[Any, Any]:
     """The tokenizer and the chat template that the run was trained with, or those of the model."""
-    from preprocessing.chat_template import load_template
+    from preprocessing.template import load_template
     from preprocessing.tokenizer import load_tokenizer
 
     source = job.models[-1].source

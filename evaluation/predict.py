@@ -21,7 +21,7 @@ from evaluation.job import EvalModel, Job, compute_dtype, encoded
 from evaluation.rewarded import score_prompts
 from evaluation.stages import STAGES, score_rows
 from inference.load import load
-from preprocessing.formats import fingerprint
+from preprocessing.rows import fingerprint
 from runs.disk import explaining_full_disk
 from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from runs.lock import locked

@@ -131,7 +131,7 @@ class GgufJob:
         """The control tokens that end a turn of the trained template."""
         if stop := self.merge_record.get("stop"):
             return tuple(stop)
-        from preprocessing.chat_template import load_template
+        from preprocessing.template import load_template
 
         return tuple(load_template(None, self.tokenizer).stop)
 
@@ -139,7 +139,7 @@ class GgufJob:
     def samples(self) -> tuple[Any, Any]:
         """Token ids of the run's data: (held-out samples, or those trained on; those trained on)."""
         from preprocessing import dataset
-        from preprocessing.chat_template import load_template
+        from preprocessing.template import load_template
 
         prepared = dataset.prepare(
             self.config, self.tokenizer, load_template(self.config.template, self.tokenizer, self.config.stage)

@@ -240,7 +240,7 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     elif job.config.template is None and not tokenizer.chat_template:
         return None
     else:
-        from preprocessing.chat_template import OWN, load_template
+        from preprocessing.template import OWN, load_template
 
         template = load_template(job.config.template, tokenizer, job.config.stage)
         name = Message("the tokenizer's own") if template.name == OWN else template.name

@@ -174,8 +174,8 @@ QUESTIONS = (
 def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     """Token ids of up to 8 rows of the run's data as its stage has them, at most 128 each; else of the QUESTIONS."""
     from preprocessing import dataset
-    from preprocessing.chat_template import load_template
     from preprocessing.encode_stages import encode_batch, sequence_of
+    from preprocessing.template import load_template
     from preprocessing.tokenizer import load_tokenizer
 
     stage = "sft"

@@ -13,8 +13,8 @@ import torch
 
 from inference.engine import ChatMessage, Engine, Reply, Settings, common_prefix
 from inference.sampling import Sampler
-from preprocessing.chat_template import load_template
 from preprocessing.prompts import prompt_ids
+from preprocessing.template import load_template
 from runs.target import Source
 
 PREFILL = 512  # tokens of a prompt computed at once: a cancelled reply ends within one such piece

@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from preprocessing.control_tokens import Conversation, Marker, TextEncoder, render
 from preprocessing.faults import Fault
+from preprocessing.tokens import Conversation, Marker, TextEncoder, render
 
 Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 

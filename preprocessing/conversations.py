@@ -14,7 +14,10 @@ from typing import Any
 
 from common import Config, UserError
 from preprocessing.faults import Fault, RowFault
-from preprocessing.formats import (
+from preprocessing.preferences import to_document, to_judged, to_pair
+from preprocessing.registry import Entry
+from preprocessing.rewarded import to_prompt
+from preprocessing.rows import (
     Conversation,
     Layout,
     check_columns,
@@ -25,9 +28,6 @@ from preprocessing.formats import (
     shape_of,
     to_conversation,
 )
-from preprocessing.preferences import to_document, to_judged, to_pair
-from preprocessing.registry import Entry
-from preprocessing.rewarded import to_prompt
 from preprocessing.sources import Row, Source, chosen_rows, parse_line
 
 READERS = {"sft": to_conversation, "pt": to_document, "dpo": to_pair, "kto": to_judged, "grpo": to_prompt}  # by stage

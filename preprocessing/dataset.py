@@ -1,6 +1,6 @@
 """The data of a run: checked, tokenized or found in the cache, split and mixed, with one report of all that is wrong.
 
-The path: registry.py (names) → sources.py (rows) → formats.py (conversations) → samples.py (token ids and labels).
+The path: registry.py (names) → sources.py (rows) → rows.py (conversations) → cache.py (token ids and labels).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import Config, Message, UserError
+from preprocessing.cache import cached, token_counts
 from preprocessing.conversations import is_kept, kept_batch
 from preprocessing.faults import FaultReport
-from preprocessing.formats import Conversation
 from preprocessing.registry import find_entries
-from preprocessing.samples import cached, token_counts
+from preprocessing.rows import Conversation
 from preprocessing.sources import open_source
 from runs.files import read_json
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
     import numpy as np
 
-    from preprocessing.chat_template import ChatTemplate
+    from preprocessing.template import ChatTemplate
 
 SPLIT_FROM, SPLIT_AT_MOST = 200, 200  # conversations from which on a tenth is held out by default, and its limit
 

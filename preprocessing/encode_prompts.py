@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from common import Config, Message, UserError
-from preprocessing.chat_template import ChatTemplate
-from preprocessing.control_tokens import Conversation
 from preprocessing.faults import TooLong
 from preprocessing.prompts import prompt_ids
+from preprocessing.template import ChatTemplate
+from preprocessing.tokens import Conversation
 
 
 def encode_prompt(

@@ -16,7 +16,7 @@ from common import Config, Message
 if TYPE_CHECKING:
     import numpy as np
 
-    from preprocessing.chat_template import ChatTemplate
+    from preprocessing.template import ChatTemplate
 
 COLUMNS = {
     "sft": ("input_ids", "labels"),

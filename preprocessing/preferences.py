@@ -12,7 +12,7 @@ from typing import Any
 
 from common import Config
 from preprocessing.faults import Fault
-from preprocessing.formats import (
+from preprocessing.rows import (
     Conversation,
     Layout,
     Row,

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from common import UserError
-from preprocessing.chat_template import own_template_text, plain_conversation
-from preprocessing.control_tokens import Marker, encoder_of, render
 from preprocessing.faults import Fault
-from preprocessing.jinja_sandbox import LEARNED
+from preprocessing.rendering import LEARNED
+from preprocessing.template import own_template_text, plain_conversation
+from preprocessing.tokens import Marker, encoder_of, render
 
 Messages = list[dict[str, Any]]
 

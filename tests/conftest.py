@@ -182,8 +182,8 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from preprocessing.chat_template import load_template
     from preprocessing.encode import encode
+    from preprocessing.template import load_template
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such small products are only slowed down by more

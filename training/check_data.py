@@ -35,7 +35,7 @@ CLEARLY = 1.2  # an estimate of memory that is so many times what is free is tak
 
 
 def check_template(run: Run) -> Iterator[Finding]:
-    from preprocessing.chat_template import check_name
+    from preprocessing.template import check_name
 
     run.template_exists = False
     if run.config.template is not None:
@@ -62,7 +62,7 @@ def check_batches(run: Run) -> Iterator[Finding]:
 def check_data(run: Run) -> Iterator[Finding]:
     """Tokenizes the data, of which every faulty row is named, and plans the training."""
     from preprocessing import dataset
-    from preprocessing.chat_template import load_template
+    from preprocessing.template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
 
     if not run.can_tokenize:

@@ -16,8 +16,8 @@ from training.resume import ResumePlan
 from training.rewards import Reward
 
 if TYPE_CHECKING:
-    from preprocessing.chat_template import ChatTemplate
     from preprocessing.dataset import TrainingData
+    from preprocessing.template import ChatTemplate
 
 
 @dataclass(frozen=True)

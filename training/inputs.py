@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from common import Message
 
 if TYPE_CHECKING:
-    from preprocessing.chat_template import ChatTemplate
     from preprocessing.dataset import TrainingData
+    from preprocessing.template import ChatTemplate
 
 HASHED_WHOLE = 64 << 20  # bytes up to which a file is hashed whole; of a larger one, BLOCKS of BLOCK bytes
 BLOCK, BLOCKS = 1 << 16, 64

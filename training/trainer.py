@@ -32,8 +32,8 @@ from training.processes import ALONE, Processes
 from training.rewards import Reward
 
 if TYPE_CHECKING:
-    from preprocessing.chat_template import ChatTemplate
     from preprocessing.dataset import TrainingData
+    from preprocessing.template import ChatTemplate
     from training.callbacks import EarlyStopping
 
 # Settings that transformers' arguments call by the same name.

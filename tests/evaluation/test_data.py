@@ -51,7 +51,7 @@ def test_results_stay_below_their_folder_whatever_the_dataset_is_called(tmp_path
 
 
 def test_a_tool_call_is_its_own_reference_answer(tiny_tokenizer, tmp_path: Path) -> None:
-    from preprocessing import chat_template
+    from preprocessing.template import load_template
 
     call = {"name": "look", "arguments": {"x": 1}}
     row = {
@@ -61,5 +61,5 @@ def test_a_tool_call_is_its_own_reference_answer(tiny_tokenizer, tmp_path: Path)
         ]
     }
     data = EvalDataset("calls", [row], tmp_path, "text")
-    encoded = encode_texts(data, common.Config(), tiny_tokenizer, chat_template.load_template("qwen", tiny_tokenizer))
+    encoded = encode_texts(data, common.Config(), tiny_tokenizer, load_template("qwen", tiny_tokenizer))
     assert '{"name": "look", "arguments": {"x": 1}}' in encoded.answers[0] and "<|im_end|>" not in encoded.answers[0]

@@ -16,7 +16,7 @@ from common import Message
 from evaluation import predict
 from evaluation.job import Job, find_job
 from preprocessing import dataset
-from preprocessing.formats import fingerprint
+from preprocessing.rows import fingerprint
 from runs.configuration import load_config
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, run_config

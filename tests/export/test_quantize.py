@@ -34,7 +34,7 @@ from common import Config, Message, UserError, dump_config
 from export import gguf_files, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_library
-from preprocessing.chat_template import TEMPLATES, load_template
+from preprocessing.template import TEMPLATES, load_template
 from runs import disk
 from runs.configuration import load_config
 
@@ -342,7 +342,7 @@ class Renderer(SimpleNamespace):
 
 
 def renderer(name: str) -> Renderer:
-    from preprocessing.chat_template import ChatTemplate
+    from preprocessing.template import ChatTemplate
 
     text = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return Renderer(text=ChatTemplate(name, text, (), False).saved, bos_token="<s>")

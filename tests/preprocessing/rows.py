@@ -32,9 +32,9 @@ def register(folder: Path, **entries: dict) -> str:
 
 
 def prepare(tokenizer: Any, *paths: Path | str, **settings: Any) -> dataset.TrainingData:
-    from preprocessing import chat_template
+    from preprocessing.template import load_template
 
-    return dataset.prepare(config(*paths, **settings), tokenizer, chat_template.load_template("chatml", tokenizer))
+    return dataset.prepare(config(*paths, **settings), tokenizer, load_template("chatml", tokenizer))
 
 
 def notes(made: dataset.TrainingData, part: str = "datasets", number: int = 0) -> list[Message]:

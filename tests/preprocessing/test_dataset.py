@@ -1,4 +1,4 @@
-"""dataset.py, samples.py and data_report.py: samples, cache, split and mixing, and what people see of the data."""
+"""dataset.py, cache.py and data_report.py: samples, cache, split and mixing, and what people see of the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rows import GOOD, config, conversations, faulty, notes, prepare, questions,
 
 from common import Message
 from preprocessing import conversations as reading
-from preprocessing import data_report, dataset, formats, samples, sources
+from preprocessing import data_report, dataset, sources
+from preprocessing.rows import fingerprint
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -25,11 +26,12 @@ pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_samples_are_what_the_template_makes_and_the_report_counts_them(tmp_path: Path, tiny_tokenizer) -> None:
-    from preprocessing import chat_template, encode
+    from preprocessing import encode
+    from preprocessing.template import load_template
 
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(5), {"instruction": "q0", "output": "a0"}])
     made = prepare(tiny_tokenizer, path)
-    chatml = chat_template.load_template("chatml", tiny_tokenizer)
+    chatml = load_template("chatml", tiny_tokenizer)
     expected = encode.encode(conversations(path), chatml, tiny_tokenizer, config(path))
     assert [row["input_ids"] for row in made.train] == [sample["input_ids"] for sample in expected]
     assert [row["labels"] for row in made.train] == [sample["labels"] for sample in expected]
@@ -105,7 +107,7 @@ def test_several_threads_make_the_same_samples_in_order(tmp_path: Path, tiny_tok
         tmp_path / "rows.jsonl", [*questions(2000), {"instruction": "<|im_end|>", "output": "<|im_start|>"}]
     )
     one = prepare(tiny_tokenizer, path)
-    monkeypatch.setattr(samples, "PARALLEL", 0)
+    monkeypatch.setattr("preprocessing.cache.PARALLEL", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     several = prepare(tiny_tokenizer, path, overwrite_cache=True)
     assert several.train.data.table.equals(one.train.data.table) and several.report == one.report
@@ -198,7 +200,7 @@ def test_the_first_of_what_is_held_out_is_of_all_labels_and_datasets(tmp_path: P
     for found in map(answers, (split, several, given)):
         assert 3 <= found[:20].count("a") <= 17
     assert answers(prepare(tiny_tokenizer, rows, val_size=60)) == answers(split)
-    assert sorted(split.contents) == sorted(map(formats.fingerprint, conversations(rows, val_size=60)))
+    assert sorted(split.contents) == sorted(map(fingerprint, conversations(rows, val_size=60)))
 
 
 def test_mixing(tmp_path: Path, tiny_tokenizer) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from conftest import CONTROL_TOKENS, says, user_error
-from test_chat_template import CALL, assistant, b, byte_tokenizer, for_template, one, talk, user
+from test_template import CALL, assistant, b, byte_tokenizer, for_template, one, talk, user
 
 from common import Config, Message
-from preprocessing.chat_template import load_template, template_names
 from preprocessing.encode_pairs import encode_documents, encode_pair
 from preprocessing.prompts import prompt_ids
+from preprocessing.template import load_template, template_names
 from preprocessing.tokenizer import load_tokenizer
 
 START, END = 257, 258  # <|im_start|>, <|im_end|> of the tiny tokenizer

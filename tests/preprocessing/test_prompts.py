@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from conftest import CONTROL_TOKENS, says, user_error
-from test_chat_template import CALL, assistant, byte_tokenizer, for_template, user, with_own
+from test_template import CALL, assistant, byte_tokenizer, for_template, user, with_own
 
 from common import Message, UserError
-from preprocessing.chat_template import load_template, template_names
 from preprocessing.prompts import prompt_ids
+from preprocessing.template import load_template, template_names
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 RESULT = {"role": "tool", "content": '{"degrees": 21, "sky": "clear"}', "tool_call_id": "call00001", "name": "f"}

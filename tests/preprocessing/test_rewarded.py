@@ -8,12 +8,12 @@ import pytest
 from conftest import says, write_jsonl
 
 import common
-from preprocessing.chat_template import load_template
 from preprocessing.conversations import convert_rows, layout_of
 from preprocessing.encode import encode
 from preprocessing.encode_prompts import encode_prompt
 from preprocessing.registry import find_entries
 from preprocessing.sources import open_source
+from preprocessing.template import load_template
 
 USER = {"role": "user", "content": "two?"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ok, run, user_error
-from test_chat_template import pieces_tokenizer
+from test_template import pieces_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -438,7 +438,7 @@ class Templates:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def case(self, draw: random.Random, _: Path) -> None:
-        from preprocessing.chat_template import encoder_of, load_template, render_conversation
+        from preprocessing.template import encoder_of, load_template, render_conversation
 
         text = draw.choice(self.texts)
         for _ in range(draw.choice([0, 1, 2])):

@@ -277,7 +277,7 @@ def test_eval_loss_is_the_mean_over_all_held_out_tokens(tiny_model, tmp_path, ba
     more = ["max_steps=1", "learning_rate=0", f"per_device_eval_batch_size={batch}", "eval_steps=1"]
     ok(train(tiny_model, data, tmp_path / "run", f"eval_dataset={held_out}", *more))
     config = load_config([f"model_name_or_path={tiny_model}", f"dataset={held_out}", "cutoff_len=128"]).config
-    from preprocessing.chat_template import load_template
+    from preprocessing.template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
 
     tokenizer = load_base_tokenizer(config)

@@ -21,7 +21,8 @@ from conftest import ROOT, Finished, ok, refused, run, save_adapter, says, train
 import common
 import train as script
 from common import Message
-from preprocessing import dataset, formats
+from preprocessing import dataset
+from preprocessing.rows import fingerprint
 from runs.configuration import check_training_asked_for, load_config
 from runs.files import write_json, write_text
 from runs.folder import run_config
@@ -95,7 +96,7 @@ def test_the_run_folder_is_complete(finished):
         "checkpoint-10", "checkpoint-12", "report.html", "trained.npy", "loading.log",
     }  # fmt: skip
     trained, _ = dataset.read_conversations(run_config(finished))
-    assert set(np.load(finished / "trained.npy").tolist()) == set(map(formats.fingerprint, trained))
+    assert set(np.load(finished / "trained.npy").tolist()) == set(map(fingerprint, trained))
     state = read_run(finished)
     assert state["status"] == "finished"
     assert state["steps"] == state["total_steps"] == 12

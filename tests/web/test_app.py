@@ -17,8 +17,7 @@ from browser import Browser, Server, browsing, serving
 from conftest import ROOT, make_run, ok, refused, run, says, user_error
 
 import common
-from preprocessing import formats, registry, sources
-from runs.configuration import load_config
+from preprocessing import dataset
 from web import conversation as talk
 
 TITLES = {"thought": "Thinking", "call": "Tool call", "result": "Result", "empty": "(empty)"}
@@ -89,10 +88,8 @@ def test_a_saved_conversation_is_a_dataset_that_reads_back(tmp_path: Path) -> No
     for count in (1, 2):
         made = talk.row(TALK, "Be brief.", tools)
         assert talk.add_to_data(made, "chats", tmp_path) == count
-    [entry] = registry.find_entries(["chats"], str(tmp_path))
-    rows = [row for _, row in sources.read_rows(entry.files[0])]
-    layout = formats.find_layout(entry, rows[0])
-    conversation = formats.to_conversation(rows[1], layout, load_config([]).config)
+    config = common.Config(dataset=("chats",), dataset_dir=str(tmp_path), val_size=0)
+    conversation = dataset.read_conversations(config)[0][1]
     sent = talk.messages(TALK, "trained", "Be brief.")
     assert [message["role"] for message in conversation["messages"]] == [message["role"] for message in sent]
     assert conversation["messages"][0]["content"] == "Be brief."

@@ -457,8 +457,8 @@ def test_only_files_of_runs_are_served(workdir: Path) -> None:
 
 
 def test_samples_are_escaped_and_what_is_learned_is_marked(tiny_tokenizer: Any) -> None:
-    from preprocessing.chat_template import load_template
     from preprocessing.encode import encode
+    from preprocessing.template import load_template
 
     talk = {
         "messages": [{"role": "user", "content": "<script>x</script>"}, {"role": "assistant", "content": "<b>好</b>"}]

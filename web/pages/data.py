@@ -175,7 +175,7 @@ def prepare(config: Config) -> tuple[Any, dataset.TrainingData]:
 @functools.lru_cache(maxsize=4)
 def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.TrainingData]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
-    from preprocessing.chat_template import load_template
+    from preprocessing.template import load_template
     from preprocessing.tokenizer import load_base_tokenizer
 
     tokenizer = load_base_tokenizer(config)

@@ -1,4 +1,4 @@
-"""jinja_sandbox.py: a template that loops, writes without end or raises ends in one Fault, soon, in little memory."""
+"""rendering.py: a template that loops, writes without end or raises ends in one Fault, soon, in little memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import time
 
 import pytest
 from conftest import says, user_error
-from test_chat_template import with_own
+from test_template import with_own
 
 from common import Message
-from preprocessing.chat_template import load_template
 from preprocessing.faults import Fault
-from preprocessing.jinja_sandbox import compile_template, render_template
 from preprocessing.prompts import prompt_ids
+from preprocessing.rendering import compile_template, render_template
+from preprocessing.template import load_template
 
 GROWING = "{%% set ns = namespace(s=%s) %%}{%% for i in range(100) %%}{%% set ns.s %s %%}{%% endfor %%}{{ ns.s }}"
 ENDLESS = {

@@ -1,4 +1,4 @@
-"""formats.py: rows of every format to conversations, and what is wrong with rows."""
+"""rows.py: rows of every format to conversations, and what is wrong with rows."""
 
 from __future__ import annotations
 
@@ -305,9 +305,9 @@ def test_tool_calls_of_sharegpt_and_openai_are_the_same_conversation(tmp_path: P
     assert first["messages"][1]["tool_calls"] == [{"type": "function", "function": call}]
     assert first["tools"] == [{"type": "function", "function": function}]
 
-    from preprocessing import chat_template
+    from preprocessing.template import load_template
 
-    qwen = chat_template.load_template("qwen", tiny_tokenizer)
+    qwen = load_template("qwen", tiny_tokenizer)
     made = dataset.prepare(config(tmp_path / "a.jsonl", cutoff_len=4096), tiny_tokenizer, qwen)
     shown = tiny_tokenizer.decode(made.train[0]["input_ids"])
     assert '"name": "add", "description": "adds"' in shown and "<tool_call>\n" in shown and '{"x": 1}' in shown

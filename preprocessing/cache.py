@@ -22,14 +22,14 @@ from common import Config, Message, UserError
 from preprocessing.conversations import Batch, convert_rows, is_kept, kept_batch, layout_of
 from preprocessing.encode_stages import COLUMNS, count_learned, count_tokens, encode_batch, length_bias, no_sample
 from preprocessing.faults import FaultReport, RowFault, TooLong
-from preprocessing.formats import Layout, check_columns
+from preprocessing.rows import Layout, check_columns
 from preprocessing.sources import BATCH, Source, chosen_rows
 from runs.files import read_json, remove_leftovers, sha256, unfinished, write_json
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from preprocessing.chat_template import ChatTemplate
+    from preprocessing.template import ChatTemplate
 
 PARALLEL = 1 << 20  # bytes of data above which several threads tokenize
 # What is known of each sample, beside its columns; lengths are tokens.

@@ -12,11 +12,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import Config, Message
-from preprocessing import chat_template
-from preprocessing.chat_template import ChatTemplate, load_template, render_conversation, template_names
-from preprocessing.control_tokens import encoder_of
+from preprocessing import template as templates
 from preprocessing.encode import encode
 from preprocessing.prompts import prompt_ids
+from preprocessing.template import ChatTemplate, load_template, render_conversation, template_names
+from preprocessing.tokens import encoder_of
 from preprocessing.truncation import shares
 
 VENDOR = json.loads((Path(__file__).parent / "template_vendor.json").read_text(encoding="utf-8"))
@@ -423,7 +423,7 @@ def test_lacking_control_tokens_are_named(tiny_tokenizer):
 
 
 def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat_template, "TEMPLATES", tmp_path)
+    monkeypatch.setattr(templates, "TEMPLATES", tmp_path)
     text = """{#- My format. tokens: <|im_start|> <|eot_id|> eos_token -#}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}

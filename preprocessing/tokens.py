@@ -18,7 +18,7 @@ from typing import Any
 
 from common import UserError
 from preprocessing.faults import Fault
-from preprocessing.jinja_sandbox import LEARNED, render_template
+from preprocessing.rendering import LEARNED, render_template
 
 Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?, "learned"?}], "tools"?: [...]}
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from common import ROOT, Message, UserError, nearest_word
 from preprocessing.answer_spans import Span, find_answers
-from preprocessing.control_tokens import TURNS, Conversation, TextEncoder, backend_of, encoder_of, render
 from preprocessing.faults import Fault
-from preprocessing.jinja_sandbox import LEARNED, has_generation_tags, template_variables, without_generation_tags
+from preprocessing.rendering import LEARNED, has_generation_tags, template_variables, without_generation_tags
+from preprocessing.tokens import TURNS, Conversation, TextEncoder, backend_of, encoder_of, render
 
 TEMPLATES = ROOT / "templates"
 OWN = "the tokenizer's own"  # the name of a template that is no file of templates/
