@@ -1,4 +1,4 @@
-"""What the predictions amount to: metrics.json, pictures and tables."""
+"""What the predictions amount to: metrics.json and tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from evaluation.predict import predictions_file, read_predictions, read_state
 from evaluation.rewarded import measure_rewards
 from evaluation.stages import measure_documents, measure_judged, measure_pairs
 from preprocessing.data_report import format_table
-from runs import charts
 from runs.files import write_json
 from runs.metric_names import METRICS
 from runs.secrets import typed_command
@@ -37,7 +36,7 @@ COLUMNS = {
 
 
 def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
-    """Writes the pictures and metrics.json of a dataset, for all models that predicted the same rows; returns it."""
+    """Writes metrics.json of a dataset, for all models that predicted the same rows; returns it."""
     rows, state = encoded(job, data), read_state(data)
     predictions = {
         label: lines
@@ -63,8 +62,6 @@ def write_results(job: Job, data: EvalDataset) -> dict[str, Any]:
         "command": typed_command(),
         **measured,
     }
-    if data.task == "classification":
-        charts.draw_classification(found["models"], data.folder)
     write_json(data.folder / "metrics.json", found)  # last: where it is, everything is
     return found
 

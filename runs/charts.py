@@ -1,11 +1,11 @@
-"""Charts: losses and classifiers as PNG pictures by matplotlib; curves and histograms as HTML with a little SVG."""
+"""Charts: losses as a PNG picture by matplotlib; curves and histograms as HTML with a little SVG, on pages."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,11 +15,12 @@ from runs.files import replacing
 from runs.metric_names import REWARDS
 
 Points = Sequence[tuple[float, float]]
-Text = str | tuple[str, str]  # one text for both languages, or one in English and one in Chinese
 
-COLORS = ("#0f766e", "#c2570c", "#4f5fc4", "#a8327c", "#7a6a00", "#52606d")  # --c0 to --c5 of charts.css
+COLORS = ("#0f766e", "#c2570c", "#4f5fc4", "#a8327c", "#7a6a00", "#52606d")  # --c0 to --c5 of report.css
 MODEL_COLORS = (5, 1, 0, 2, 3, 4)  # of COLORS: grey for what stands first, a majority vote or the base model
 MAX_POINTS = 400  # of a curve as HTML, evenly chosen
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC")
+CHINESE_FONTS += ("WenQuanYi Micro Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -45,33 +46,19 @@ def smoothed_points(points: Points) -> list[tuple[float, float]]:
 # Pictures
 
 
-def use_chinese_font() -> None:
-    """Lets matplotlib draw Chinese by a font of this machine; where it has none there are boxes, without warnings."""
-    import warnings
-
-    from matplotlib import font_manager, rcParams
-
-    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
-    if len(rcParams["font.family"]) > 1:
-        return
-    files = font_manager.findSystemFonts()
-    for file in sorted(files, key=lambda file: ("CJK" not in file, "Sans" not in file, "Regular" not in file, file)):
-        with suppress(RuntimeError, OSError):  # a bitmap font, or a broken one
-            if font_manager.get_font(file).get_char_index(ord("的")):
-                font_manager.fontManager.addfont(file)
-                rcParams["font.family"] = ["DejaVu Sans", font_manager.FontProperties(fname=file).get_name()]
-                return
-
-
 @contextmanager
 def picture(path: Path, *, columns: int = 1, size: tuple[float, float] = (8, 4.5)) -> Iterator[list[Any]]:
     """Axes side by side, of `size` inches in all; at the end they are written to `path`, which appears complete."""
+    import warnings
+
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
 
-    use_chinese_font()  # labels and the name of a run may be Chinese
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    pyplot.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CHINESE_FONTS if name in known)]
+    warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")  # a run's name in other letters
     figure, axes = pyplot.subplots(1, columns, figsize=size, dpi=120, squeeze=False)
     yield list(axes[0])
     figure.tight_layout()
@@ -83,7 +70,7 @@ def picture(path: Path, *, columns: int = 1, size: tuple[float, float] = (8, 4.5
 def draw_loss(log: Sequence[dict[str, Any]], path: Path) -> None:
     """The training loss, raw and smoothed, and the evaluation loss, of the lines of a trainer_log.jsonl.
 
-    Where rewards were learned these beside it; of stage grpo, whose loss says nothing, alone.
+    Of a training on rewards, the rewards stand beside it; of stage grpo, whose loss says nothing, they stand alone.
     """
     draw_losses({path.resolve().parent.name: log}, path)
 
@@ -117,55 +104,8 @@ def _draw_curves(logs: dict[str, Sequence[dict[str, Any]]], key: str, axes: Any)
         axes.legend(fontsize=9)
 
 
-def draw_classification(models: dict[str, Any], folder: Path) -> None:
-    """roc.png, precision_recall.png, calibration.png and confusion.png of the figures in a metrics.json, by model."""
-    colors = {label: COLORS[i] for label, i in zip(models, itertools.cycle(MODEL_COLORS), strict=False)}
-    curved = {label: figures["curves"] for label, figures in models.items() if figures["curves"]}
-    if curved:
-        with _unit_square(folder / "roc.png", "false-positive rate", "true-positive rate") as axes:
-            axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
-            for label, curves in curved.items():
-                name = f"{label}: {'micro ' * curves['micro']}AUC {curves['auc']:.3f}"
-                axes.plot(curves["fpr"], curves["tpr"], color=colors[label], label=name)
-        with _unit_square(folder / "precision_recall.png", "recall", "precision") as axes:
-            for label, curves in curved.items():
-                name = f"{label}: {'micro ' * curves['micro']}AP {curves['ap']:.3f}"
-                # no classifier lies on a straight line between two points: precision is that of the higher recall
-                look = {"color": colors[label], "drawstyle": "steps-post", "label": name}
-                axes.plot(curves["recall"], curves["precision"], **look)
-    with _unit_square(folder / "calibration.png", "predicted probability", "share that was right") as axes:
-        axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
-        for label, figures in models.items():
-            x, y = ([point[key] for point in figures["calibration"]] for key in ("confidence", "accuracy"))
-            axes.plot(x, y, marker="o", color=colors[label], label=f"{label}: ECE {figures['ece']:.3f}")
-    _draw_confusions(models, folder / "confusion.png")
-
-
-@contextmanager
-def _unit_square(path: Path, x: str, y: str) -> Iterator[Any]:
-    """Axes from 0 to 1 with a legend."""
-    with picture(path, size=(5, 5)) as (axes,):
-        yield axes
-        axes.set(xlabel=x, ylabel=y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="best", fontsize=9)
-
-
-def _draw_confusions(models: dict[str, Any], path: Path) -> None:
-    with picture(path, columns=len(models), size=(3.4 * len(models), 3.6)) as panels:
-        for axes, (label, figures) in zip(panels, models.items(), strict=True):
-            names, matrix = figures["labels"], figures["confusion"]
-            most = max(map(max, matrix))
-            axes.imshow(matrix, cmap="Blues", vmin=0, vmax=most)
-            for i, row in enumerate(matrix):
-                for j, count in enumerate(row):
-                    axes.text(j, i, count, ha="center", va="center", color="white" if count > most / 2 else "black")
-            axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
-            axes.set(xlabel="predicted", ylabel="actual", title=label)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# HTML: follows the page's width, language and colours by itself; its style is charts.css
+# HTML: follows the page's width and colours by itself; its style is report.css
 
 
 @dataclass(frozen=True)
@@ -176,7 +116,7 @@ class Curve:
     the x of the next, then jumps, as a precision-recall curve does.
     """
 
-    name: Text
+    name: str
     points: Points
     color: int
     dots: bool = False
@@ -184,13 +124,8 @@ class Curve:
     steps: bool = False
 
 
-def css() -> str:
-    """The style of the charts below."""
-    return Path(__file__).with_name("charts.css").read_text(encoding="utf-8")
-
-
 def number(value: float) -> str:
-    """A number as people read it: `12,000`, `0.0002`, `1.5e-05`."""
+    """A number on an axis: `12,000`, `0.0002`, `1.5e-05`."""
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
@@ -220,41 +155,50 @@ def with_corners(points: Points) -> list[tuple[float, float]]:
     return [*points[:1], *itertools.chain.from_iterable(corners)]
 
 
-def html(text: Text) -> str:
-    """A text escaped for HTML; of two languages the page shows one, by the classes en and zh."""
-    if isinstance(text, str):
-        return escape(text)
-    return f'<span class="en">{escape(text[0])}</span><span class="zh">{escape(text[1])}</span>'
-
-
-def _plain(text: Text) -> str:
-    """A text for an attribute, where only one language has a place."""
-    return escape(text if isinstance(text, str) else text[0])
-
-
 @dataclass(frozen=True)
 class _Frame:
-    """The range that a line chart shows."""
+    """The range that a chart shows."""
 
     left: float
     right: float
     bottom: float
     top: float
 
+    @classmethod
+    def around(cls, points: Points) -> _Frame:
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        return cls(min(xs), max(max(xs), min(xs) + 1), min(0.0, min(ys)), max(ys) * 1.04 or 1.0)
+
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Percent from the left and from the top."""
         across = 100 * (x - self.left) / (self.right - self.left)
         return round(across, 2), round(100 * (self.top - y) / (self.top - self.bottom), 2)
 
+    def labels(self, integers: str = "") -> str:
+        """The numbers on both axes; those named in `integers` ("x", "xy") have no others."""
+        xs = [x for x in ticks(self.left, self.right, 6) if "x" not in integers or x == int(x)]
+        ys = [y for y in ticks(self.bottom, self.top, 4) if "y" not in integers or y == int(y)]
+        columns = [f'<span class="x" style="left:{self.place(x, 0)[0]}%">{number(x)}</span>' for x in xs]
+        rows = [f'<span class="y" style="top:{self.place(0, y)[1]}%">{number(y)}</span>' for y in ys]
+        return "".join(rows + columns)
+
+
+def _plot(title: str, keys: str, y_name: str, body: str, x_name: str, height: int) -> str:
+    above = f'<div class="y-name">{escape(y_name)}</div>' if y_name else ""
+    return (
+        f'<div class="plot"><div class="plot-head"><b>{escape(title)}</b><span class="keys">{keys}</span></div>{above}'
+        f'<div class="plot-body" style="height:{height}px">{body}</div><div class="x-name">{escape(x_name)}</div></div>'
+    )
+
 
 def line_chart(
-    title: Text,
-    x_name: Text,
+    title: str,
+    x_name: str,
     curves: Sequence[Curve],
-    empty: Text = "",
+    empty: str = "",
     height: int = 260,
     *,
-    y_name: Text = "",
+    y_name: str = "",
     unit_square: bool = False,
     diagonal: bool = False,
 ) -> str:
@@ -264,36 +208,22 @@ def line_chart(
     a guess or a perfectly calibrated model would lie.
     """
     drawn = [(curve, points) for curve in curves if (points := thinned(curve.points))]
-    key = "".join(
-        f'<span class="key c{curve.color % len(COLORS)}{" dots" * curve.dots}"><i></i>{html(curve.name)}</span>'
+    if not drawn:
+        return _plot(title, "", "", f'<div class="plot-none">{escape(empty)}</div>', "", height)
+    keys = "".join(
+        f'<span class="key c{curve.color % len(COLORS)}{" dots" * curve.dots}"><i></i>{escape(curve.name)}</span>'
         for curve, _ in drawn
         if not curve.faint
     )
-    head = f'<div class="plot-head"><b>{html(title)}</b><span class="keys">{key}</span></div>'
-    if not drawn:
-        return f'<div class="plot">{head}<div class="plot-none" style="height:{height}px">{html(empty)}</div></div>'
-    frame = _Frame(0.0, 1.0, 0.0, 1.0) if unit_square else _frame_around([point for _, some in drawn for point in some])
-    rows = [(frame.place(frame.left, y)[1], number(y)) for y in ticks(frame.bottom, frame.top, 4)]
-    marks = ticks(frame.left, frame.right, 6)
-    columns = [(frame.place(x, frame.bottom)[0], number(x)) for x in marks if unit_square or x == int(x)]
-    grid = [f'<line class="grid" x1="0" x2="100" y1="{y}" y2="{y}"/>' for y, _ in rows]
-    guess = '<line class="diagonal" x1="0" x2="100" y1="100" y2="0"/>' if diagonal else ""
-    return (
-        f'<div class="plot">{head}{f"""<div class="y-name">{html(y_name)}</div>""" if y_name else ""}'
-        f'<div class="plot-body" style="height:{height}px">'
-        + "".join(f'<span class="y" style="top:{y}%">{text}</span>' for y, text in rows)
-        + f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{_plain(title)}">'
-        + "".join([*grid, guess, *(_polyline(curve, points, frame) for curve, points in drawn)])
-        + "</svg>"
-        + "".join(dot for curve, points in drawn if not curve.faint for dot in _dots(curve, points, frame, x_name))
-        + "".join(f'<span class="x" style="left:{x}%">{text}</span>' for x, text in columns)
-        + f'</div><div class="x-name">{html(x_name)}</div></div>'
-    )
-
-
-def _frame_around(points: Points) -> _Frame:
-    xs, ys = [x for x, _ in points], [y for _, y in points]
-    return _Frame(min(xs), max(max(xs), min(xs) + 1), min(0.0, min(ys)), max(ys) * 1.04 or 1.0)
+    frame = _Frame(0.0, 1.0, 0.0, 1.0) if unit_square else _Frame.around([p for _, some in drawn for p in some])
+    heights = (frame.place(0, y)[1] for y in ticks(frame.bottom, frame.top, 4))
+    lines = [f'<line class="grid" x1="0" x2="100" y1="{y}" y2="{y}"/>' for y in heights]
+    lines += ['<line class="diagonal" x1="0" x2="100" y1="100" y2="0"/>'] * diagonal
+    lines += [_polyline(curve, points, frame) for curve, points in drawn]
+    svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
+    dots = [dot for curve, points in drawn if not curve.faint for dot in _dots(curve, points, frame, x_name)]
+    body = f"{svg}{''.join(lines)}</svg>{''.join(dots)}{frame.labels('' if unit_square else 'x')}"
+    return _plot(title, keys, y_name, body, x_name, height)
 
 
 def _style(curve: Curve) -> str:
@@ -305,42 +235,33 @@ def _polyline(curve: Curve, points: Points, frame: _Frame) -> str:
     return f'<polyline class="{_style(curve)}" points="{" ".join(f"{x},{y}" for x, y in placed)}"/>'
 
 
-def _dots(curve: Curve, points: Points, frame: _Frame, x_name: Text) -> Iterator[str]:
+def _dots(curve: Curve, points: Points, frame: _Frame, x_name: str) -> Iterator[str]:
     """What shows the values of each point under the mouse."""
     seen = "dot" if curve.dots or len(points) == 1 else "dot unseen"
     for x, y in points:
         where = "left:{}%;top:{}%".format(*frame.place(x, y))
-        values = f"{_plain(curve.name)}: {number(y)} ({_plain(x_name)} {number(x)})"
+        values = f"{escape(curve.name)}: {number(y)} ({escape(x_name)} {number(x)})"
         yield f'<i class="{seen} {_style(curve)}" style="{where}" title="{values}"></i>'
 
 
-def histogram(title: str, x_name: str, values: Sequence[int], label: str, mark: tuple[int, str] | None = None) -> str:
-    """HTML of how often whole numbers occur, in about 30 bars. `label`: a bar's text with {count}, {low} and {high}.
+def histogram(title: str, x_name: str, values: Sequence[int], mark: tuple[int, str] | None = None) -> str:
+    """HTML of how often whole numbers occur, in about 30 bars; each shows its range and its count under the mouse.
 
     `mark`, a place and its name, is drawn as a line where it falls within the bars.
     """
-    step = max(1, math.ceil((max(values) + 1) / 30))
-    step = next(s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10**4, 10**9) if s >= step)
+    steps = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 5000, 10**9)
+    step = next(step for step in steps if 30 * step > max(values))
     counts = [0] * (max(values) // step + 1)
     for value in values:
         counts[value // step] += 1
-    top = max(counts)
+    frame = _Frame(0, len(counts) * step, 0, max(counts))
     bars = "".join(
-        f'<i style="height:{100 * count / top:.1f}%" '
-        f'title="{escape(label.format(count=f"{count:,}", low=n * step, high=(n + 1) * step - 1))}"></i>'
+        f'<i style="height:{100 * count / frame.top:.1f}%" '
+        f'title="{n * step:,}–{(n + 1) * step - 1:,} {escape(x_name)}: {count:,}"></i>'
         for n, count in enumerate(counts)
     )
-    end = len(counts) * step
-    columns = [(100 * x / end, number(x)) for x in ticks(0, end, 6) if x == int(x)]
     line = ""
-    if mark and mark[0] <= end:
-        line = f'<span class="mark" style="left:{100 * mark[0] / end:.1f}%"><b>{escape(mark[1])}</b></span>'
-    rows = [(100 - 100 * y / top, number(y)) for y in ticks(0, top, 3) if y == int(y)]
-    return (
-        f'<div class="plot"><div class="plot-head"><b>{escape(title)}</b></div>'
-        '<div class="plot-body" style="height:160px">'
-        + "".join(f'<span class="y" style="top:{y:.1f}%">{text}</span>' for y, text in rows)
-        + f'<div class="bars">{bars}</div>{line}'
-        + "".join(f'<span class="x" style="left:{x:.1f}%">{text}</span>' for x, text in columns)
-        + f'</div><div class="x-name">{escape(x_name)}</div></div>'
-    )
+    if mark and mark[0] <= frame.right:
+        line = f'<span class="mark" style="left:{frame.place(mark[0], 0)[0]}%"><b>{escape(mark[1])}</b></span>'
+    body = f'<div class="bars">{bars}</div>{line}{frame.labels("xy")}'
+    return _plot(title, "", "", body, x_name, 160)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import string
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from conftest import ROOT, python_files
 from common import Config, Message, UserError, chinese
 from runs.compatibility import compatibility
 
-PAGE_TEXT = {"t"}  # the Translator of a page
+PAGE_TEXT = {"t"}  # the Translator of a page or a report
 NOT_FIELDS = {"final"}  # keywords of Fault
 
 
@@ -61,6 +62,11 @@ def said() -> Iterator[tuple[str, str, set[str]]]:
                 yield place, given.value, {k.arg or "**" for k in node.keywords} - NOT_FIELDS
             else:
                 assert name not in PAGE_TEXT and is_sentence_of_another(given), f"{place}: the sentence is written out"
+    for template in (ROOT / "runs").glob("*.jinja"):
+        for text, values in re.findall(
+            r'\bt\("((?:[^"\\]|\\.)*)"((?:, \w+=[^,)]+)*)\)', template.read_text(encoding="utf-8")
+        ):
+            yield template.name, text.replace("\\\\", "\\"), set(re.findall(r", (\w+)=", values))
     for sentence in [s for _, s in {**compatibility().noted, **compatibility().refused}.values()]:
         yield "configs/compat/llamafactory.yaml", sentence, set()
     for field in dataclasses.fields(Config):

@@ -16,14 +16,14 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from common import Config, Message
+from common import LANGUAGES, Config, Message
 from inference.api.guard import TimedProtocol
-from runs import charts
+from runs import report
 from runs.target import Source
+from runs.texts import Translator
 from web import fields, theme, widgets
 from web.imports import import_gradio
 from web.security import language_of, protect
-from web.texts import LANGUAGES, Translator
 from web.theme import static
 
 LOCALES = {"en": "en", "zh": "zh-CN"}
@@ -46,7 +46,7 @@ def build(source: Source | None, password: str | None, host: str, names: Collect
     if source is None:
         app.add_route("/files/{path:path}", widgets.serve_file)
     css = static("page.css") + static("chat.css")
-    css += charts.css() + static("board.css") if source is None else ""
+    css += report.css() + static("board.css") if source is None else ""
     for language in LANGUAGES:
         t = Translator(language)
         blocks = chat_blocks(t, source) if source else board_blocks(t)

@@ -16,9 +16,9 @@ from typing import Any
 import common
 from common import OPTIONS, Config, Message, UserError
 from runs.configuration import ConfigFaults, Loaded, load_config
+from runs.texts import Translator
 from training import memory
 from web import control
-from web.texts import Translator
 from web.theme import static
 
 # The settings that decide over a run, in the order of the page; all others are folded by their groups.
@@ -86,6 +86,16 @@ def field_value(name: str, value: Any) -> Any:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def group_title(text: str, t: Translator) -> str:
+    title = t.message(Message(text))
+    return title[:1].upper() + title[1:]
+
+
+def help_text(name: str, t: Translator) -> str:
+    text = OPTIONS[name].metadata["help"]
+    return t.message(Message(text))
 
 
 def make_field(name: str, label: str, help: str | None, t: Translator, *, filled: bool = False) -> Any:
@@ -164,6 +174,12 @@ def without_field(loaded: Loaded, names: Sequence[str]) -> dict[str, str]:
     known = (*names, "output_dir", "overwrite_output_dir")  # the last two are decided by the page
     rest = {n: v for n, v in control.differing(loaded.config).items() if n not in known}
     return {n: str(v).lower() if isinstance(v, bool | None) else str(v) for n, v in rest.items()}
+
+
+def with_other_path(error: UserError, old: str, new: str) -> UserError:
+    """The same error with another path of the file, wherever that stands in its fields: that of a copy says nothing."""
+    text = json.dumps(error.message.to_json()).replace(json.dumps(old)[1:-1], json.dumps(new)[1:-1])
+    return UserError.from_message(Message.from_json(json.loads(text)))
 
 
 def run_name_of(loaded: Loaded) -> str:

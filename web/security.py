@@ -20,8 +20,9 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from common import LANGUAGES
 from runs.network import LOOPBACK, host_name
-from web.texts import LANGUAGES, Translator
+from runs.texts import Translator
 from web.theme import static
 
 SESSION = "onecard-session"  # the cookie of a visitor who has sent the password

@@ -14,8 +14,8 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 
 import common
 from common import Message, UserError
+from runs.texts import Translator
 from web import control, jobs
-from web.texts import LANGUAGES, Translator
 
 # What of a run folder the board hands out; nothing else on this machine is.
 SERVED = (".html", ".png", ".svg", ".gguf", ".Modelfile", ".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md")
@@ -52,10 +52,10 @@ def header(t: Translator, title: str, line: str = "") -> None:
     """The top of a page: its title, a line below, and the switches for the language and for light and dark."""
     import gradio as gr
 
-    other = next(name for name in LANGUAGES if name != t.language)
+    other, name = {"en": ("zh", "中文"), "zh": ("en", "English")}[t.language]
     gr.HTML(
         f'<div class="top"><div><h1>{escape(title)}</h1><p>{escape(line)}</p></div><nav>'
-        f'<a class="language" href="../{other}/" hreflang="{other}">{LANGUAGES[other]}</a>'
+        f'<a class="language" href="../{other}/" hreflang="{other}">{name}</a>'
         f'<button class="theme" title="{t("Light or dark")}" aria-label="{t("Light or dark")}" '
         'onclick="onecardTheme()"></button></nav></div>',
         elem_classes="top-block",
@@ -63,16 +63,10 @@ def header(t: Translator, title: str, line: str = "") -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, first_left: int = 1) -> str:
-    """An HTML table of cells that are HTML already; the first columns to the left, numbers to the right."""
-    cells = ["".join(f'<th class="{_side(i, first_left)}">{cell}</th>' for i, cell in enumerate(head))]
-    cells += ["".join(f'<td class="{_side(i, first_left)}">{cell}</td>' for i, cell in enumerate(row)) for row in rows]
-    body = "".join(f"<tr>{row}</tr>" for row in cells[1:])
-    top = f"<thead><tr>{cells[0]}</tr></thead>" if any(head) else ""
-    return f'<div class="scroll"><table class="figures">{top}{body}</table></div>'
-
-
-def _side(column: int, first_left: int) -> str:
-    return "l" if column < first_left else "r"
+    """An HTML table of cells that are HTML already; the first 1, 2 or 4 columns to the left, numbers to the right."""
+    top = f"<thead><tr><th>{'</th><th>'.join(head)}</th></tr></thead>" if any(head) else ""
+    body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+    return f'<div class="scroll"><table class="figures left-{first_left}">{top}{body}</table></div>'
 
 
 def size(count: float) -> str:
@@ -80,12 +74,6 @@ def size(count: float) -> str:
     if count >= 1e9:
         return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count:,.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """`0:01:40`, `63:09:48`."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def count(number: int) -> str:

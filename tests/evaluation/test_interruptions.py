@@ -146,7 +146,6 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
 ) -> None:
     monkeypatch.setattr(predict, "load", lambda _: None)
     monkeypatch.setattr(predict.scoring, "scorer_for", lambda _: FakeScorer())
-    monkeypatch.setattr(results.charts, "draw_classification", lambda *_: None)
     monkeypatch.setattr(metrics, "RESAMPLES", 2)
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache-undisturbed")
     evaluate(make_job(tmp_path / "undisturbed", tiny_model))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
 from evaluation import metrics
-from runs import charts
 
 
 def test_figures_equal_a_case_computed_by_hand() -> None:
@@ -36,19 +34,6 @@ def test_more_than_two_labels_and_a_label_that_does_not_occur() -> None:
     assert curves["micro"] and curves["auc"] == pytest.approx((3 * 7 + (3 + 7) / 2) / (4 * 8))
     lacking = metrics.classification(["a", "a"], np.array([[0.9, 0.1], [0.2, 0.8]]), ("a", "b"))
     assert lacking["roc_auc"] is None and lacking["accuracy"] == 0.5 and lacking["curves"] is None
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.slow
-def test_pictures_with_chinese_labels_give_no_warnings(tmp_path: Path) -> None:
-    import numpy as np
-    from matplotlib import rcParams
-
-    p = np.array([[0.8, 0.2], [0.4, 0.6], [0.3, 0.7]])
-    for labels in (("正常", "欺诈"), ("𠀀", "b")):  # the last is in no usual font
-        figures = metrics.classification([labels[0], *labels], p, labels)
-        charts.draw_classification({"模型": figures}, tmp_path)
-    assert (tmp_path / "confusion.png").is_file() and rcParams["font.family"][0] in ("DejaVu Sans", "sans-serif")
 
 
 @pytest.mark.parametrize("labels", [2, 3])

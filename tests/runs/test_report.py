@@ -1,8 +1,7 @@
-"""report.html: one file that needs no network, from a whole run or from what there is of one."""
+"""report.html and charts: one file that needs no network, from a whole run or from what there is of one."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -16,26 +15,21 @@ from evaluation import metrics
 from runs import charts, report
 from runs.charts import Curve
 from runs.files import write_json, write_text
+from runs.texts import Translator
+
+STOPPED = Message("flat since step {step:,}", step=1080)
 
 
 def make_folder(folder: Path) -> Path:
     """A run folder as train.py and evaluate.py leave it, with a name that would be markup."""
     folder.mkdir()
     write_text(folder / "config.yaml", "learning_rate: 0.0003\nauthor: <b>Orbit</b>\n")
-    run = {"stopped_early": Message("flat since step {step:,}", step=1080).to_json()}
-    run |= {
-        "status": "finished",
-        "model": "models/x",
-        "steps": 20,
-        "total_steps": 30,
-        "peak_memory": 2e9,
-        "seconds": 75,
-    }
-    run["trainable_parameters"] = 4884480
+    run = {"stopped_early": STOPPED.to_json(), "status": "finished", "model": "models/x", "steps": 20}
+    run |= {"total_steps": 30, "peak_memory": 2e9, "seconds": 75, "trainable_parameters": 4884480}
     write_json(folder / "run.json", run | {"command": ["python", "train.py", "r.yaml"]})
     log = [{"step": i, "loss": 2 / i, "learning_rate": 1e-4, "tokens_per_second": 50.0} for i in range(1, 21)]
     log.insert(10, {"step": 10, "eval_loss": 0.5})
-    write_text(folder / "trainer_log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    write_jsonl(folder / "trainer_log.jsonl", log)
     part = folder / "eval" / "d"
     part.mkdir(parents=True)
     p = np.random.default_rng(0).random(40)
@@ -46,39 +40,50 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def test_one_file_with_everything_and_no_network(tmp_path: Path) -> None:
-    page = report.write(make_folder(tmp_path / "run")).read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
-    assert page.count("<svg") == 5  # loss, learning rate, ROC, precision-recall, calibration
-    assert "1 min 15 s" in page and "2.0 GB" in page and "python train.py r.yaml" in page
-    assert "python evaluate.py run dataset=d" in page
-    assert "<b>Orbit" not in page and "&lt;b&gt;Orbit" in page
-    assert page.count('class="zh"') >= page.count('class="en"') > 30
+def bodies(page: str) -> list[str]:
+    """The report in English and in Chinese."""
+    return re.findall(r'<main class="report ..">(.*?)</main>', page, re.DOTALL)
 
 
-def test_both_languages_say_all_and_the_commands_delete_nothing(tmp_path: Path) -> None:
+def test_one_file_with_everything_in_both_languages_and_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(chinese(), STOPPED.sentence, "自第 {step:,} 步起不再下降")
     folder = make_folder(tmp_path / "run")
     page = report.write(folder).read_text(encoding="utf-8")
-    assert "1 分 15 秒" in page
-    assert "4,884,480" in page and "labels=1,0" in page and 'class="diagonal"' in page
-    assert f"python train.py r.yaml output_dir={folder}-again" in page and "overwrite_output_dir=true" not in page
-    assert page.count(">true-positive rate<") == page.count(">检出率<") == 1  # the axis itself has a name
-    assert "held out</span>" in page
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", page)
+    assert "<b>Orbit" not in page
+    english, zh = bodies(page)
+    for body in (english, zh):
+        assert body.count("<svg") == 6  # loss, learning rate, speed, ROC, precision-recall, calibration
+        assert "0:01:15" in body and "2.0 GB" in body and "&lt;b&gt;Orbit" in body and "4,884,480" in body
+        assert f"python train.py r.yaml output_dir={folder}-again" in body
+        assert "python evaluate.py run dataset=d" in body and "overwrite_output_dir=true" not in body
+        assert "labels=1,0" in body and body.count('class="diagonal"') == 2
+    assert english.count(">true-positive rate<") == zh.count(">检出率<") == 1  # the axis itself has a name
+    assert ">held out</span>" in english and ">留出集</span>" in zh
+    assert "flat since step 1,080" in english and "自第 1,080 步起不再下降" in zh
     lines = [line for line in (folder / "trainer_log.jsonl").read_text().splitlines() if "eval_loss" not in line]
     (folder / "trainer_log.jsonl").write_text("\n".join(lines))
     assert ">held out</span>" not in report.write(folder).read_text(encoding="utf-8")
-    assert report.duration(7260) == "2 h 1 min" and report.duration(5) == "5 s"
 
 
-def test_why_a_run_stopped_early_is_said_in_both_languages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chinese(), "flat since step {step:,}", "自第 {step:,} 步起不再下降")
-    stopped = {"stopped_early": Message("flat since step {step:,}", step=1080).to_json()}
-    assert report.stop_reason(stopped) == ("flat since step 1,080", "自第 1,080 步起不再下降")
-    assert report.stop_reason({}) is None is report.stop_reason({"stopped_early": None})
-    assert report.stop_reason({"stopped_early": "as it was"}) == (
-        "as it was",
-        "as it was",
-    )
+def test_figures_stand_a_model_a_column_with_their_intervals(tmp_path: Path) -> None:
+    base = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "ece": None, "seconds": 12.4, "reward_length": 1.0}
+    trained = {"accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "ece": 0.1, "seconds": 0.0}
+    found = {"dataset": "<d>", "task": "text", "rows": 4, "models": {"base": base, "trained": trained}, "left_out": 0}
+    (tmp_path / "eval" / "d").mkdir(parents=True)
+    write_json(tmp_path / "eval" / "d" / "metrics.json", found)
+    html = report.evaluation_html(tmp_path, Translator("en"))
+    cells = [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", html)]
+    assert cells[:6] == ["", "base model", "trained model", "accuracy", "0.500 0.400–0.600", "0.900 0.800–0.950"]
+    assert cells[6:12] == ["calibration error (lower is better)", "–", "0.100", "seconds", "12.400", "0.000"]
+    assert cells[12:] == ["reward: length", "1.000", "–"] and "&lt;d&gt;" in html
+    assert "训练后的模型" in report.evaluation_html(tmp_path, Translator("zh"))
+
+
+def test_times_are_hours() -> None:
+    assert [report.duration(s) for s in (-3, 100.2, 227388, None)] == ["0:00:00", "0:01:40", "63:09:48", "–"]
 
 
 def test_a_precision_recall_curve_has_corners() -> None:
@@ -88,11 +93,19 @@ def test_a_precision_recall_curve_has_corners() -> None:
     assert 'points="100.0,75.0 0.0,75.0 0.0,0.0"' in page and page.count("<i class=") == 2
 
 
-def test_two_languages_of_a_chart_are_escaped_and_its_tooltips_are_plain() -> None:
-    curve = Curve(("<loss>", "<损失>"), [(1, 2.0), (2, 1.0)], 0)
-    page = charts.line_chart(("loss", "损失"), ("step", "步数"), [curve])
-    assert '<span class="zh">&lt;损失&gt;</span>' in page and 'title="&lt;loss&gt;: 2 (step 1)"' in page
-    assert "<loss>" not in page
+def test_plots_place_points_and_say_where_nothing_is() -> None:
+    curve = charts.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
+    html = charts.line_chart("Loss", "step", [curve], "nothing yet")
+    assert 'title="&lt;loss&gt;: 4 (step 1)"' in html and "<loss>" not in html
+    points = re.search(r'<polyline class="c0" points="([^"]*)"', html)[1].split()
+    assert len(points) == 2 and points[1] == "100.0,100.0"  # the last at the right, at zero
+    assert "nothing yet" in charts.line_chart("Loss", "step", [], "nothing yet")
+    assert charts.ticks(0, 3.1, 4) == [0, 1, 2, 3]
+    assert len(charts.thinned([(n, n) for n in range(100_000)])) <= charts.MAX_POINTS + 1
+    bars = re.findall(
+        r'height:([\d.]+)%" title="(\d+)–\d+ tokens: (\d+)', charts.histogram("h", "tokens", [1, 1, 1, 9])
+    )
+    assert [bar for bar in bars if bar[2] != "0"] == [("100.0", "1", "3"), ("33.3", "9", "1")]
 
 
 def test_losses_of_one_and_of_two_runs_are_drawn(tmp_path: Path) -> None:
@@ -109,7 +122,17 @@ def test_losses_of_one_and_of_two_runs_are_drawn(tmp_path: Path) -> None:
     assert "reward margin" in page and "奖励间隔" in page and "reward accuracy" in page
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["run", "我的训练", "run \U0001f9ff"])
+def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
+    picture = tmp_path / name / "training_loss.png"
+    picture.parent.mkdir()
+    charts.draw_loss([{"step": 1, "loss": 2.0}], picture)
+    assert picture.stat().st_size > 1000
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"status": "running"})
-    page = report.write(tmp_path).read_text(encoding="utf-8")
-    assert "Nothing is logged yet." in page and "Not evaluated yet" in page
+    english, zh = bodies(report.write(tmp_path).read_text(encoding="utf-8"))
+    assert "Nothing is logged yet." in english and "Not evaluated yet" in english
+    assert "尚未评估" in zh

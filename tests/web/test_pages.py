@@ -26,16 +26,15 @@ from conftest import ROOT, says, user_error, write_jsonl
 import common
 from common import Message, UserError
 from preprocessing import dataset
-from runs import charts
 from runs.configuration import load_config
 from runs.files import write_json
 from runs.recipe import read_recipe
+from runs.texts import Translator
 from web import control, fields, jobs, widgets
 from web.pages import data as data_page
 from web.pages import evaluate as evaluate_page
 from web.pages import export as export_page
 from web.pages import train as train_page
-from web.texts import Translator
 
 t = Translator("en")
 zh = Translator("zh")
@@ -305,7 +304,7 @@ def test_odd_folders_below_saves_spoil_no_page() -> None:
     for name in control.run_names():
         assert name in train_page.status_html(name, t)
         assert control.exists(name)
-    assert "starts with the first step" in train_page.plots_html(["LLaMA3/lora/sft"], t)[0]
+    assert "starts with the first step" in train_page.plots_html(["LLaMA3/lora/sft"], t)
     with user_error("name, let it", folder="saves/LLaMA3/lora/sft"):
         control.start_run(dataclasses.replace(common.Config(), output_dir=str(foreign)), False, "en")
     assert control.choose_trained(None) == ([], None)
@@ -381,50 +380,22 @@ def test_a_users_own_recipe_in_the_folder_is_left_alone(started: list[list[str]]
     assert [command[1] for command in started] == ["saves/mine/.web/recipe.yaml"] * 2
 
 
-def test_times_are_hours() -> None:
-    assert [widgets.duration(seconds) for seconds in (-3, 100.2, 227388)] == ["0:00:00", "0:01:40", "63:09:48"]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["run", "我的训练", "run \U0001f9ff"])
-def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
-    picture = tmp_path / name / "training_loss.png"
-    picture.parent.mkdir()
-    charts.draw_loss([{"step": 1, "loss": 2.0}], picture)
-    assert picture.stat().st_size > 1000
-
-
 @pytest.mark.usefixtures("workdir")
 def test_several_runs_stand_on_one_plot() -> None:
     make_folder("one", "finished", lines=12)
     make_folder("two", "interrupted", lines=7)
-    large, small = train_page.plots_html(["one", "two"], t)
-    curves = re.findall(r'<polyline class="(c\d)( faint)?" points="([^"]*)"', large)
+    plots = train_page.plots_html(["one", "two"], t)
+    curves = re.findall(r'<polyline class="(c\d)( faint)?" points="([^"]*)"', plots.partition('<div class="two">')[0])
     assert [(colour, len(points.split())) for colour, faint, points in curves if not faint] == [("c0", 12), ("c1", 7)]
-    assert ">one</span>" in large and ">two</span>" in large
-    assert small.count('class="plot"') == 2
+    assert ">one</span>" in plots and ">two</span>" in plots
+    assert plots.count('class="plot"') == 3
     rewarded = make_folder("rewarded", "finished", lines=1)
     line = json.loads((rewarded / "trainer_log.jsonl").read_text(encoding="utf-8"))
     write_jsonl(rewarded / "trainer_log.jsonl", [line | {"reward_margin": 0.5, "eval_reward_accuracy": 0.75}])
-    small = train_page.plots_html(["rewarded", "two"], t)[1]
-    assert small.count('class="plot"') == 4 and "reward margin" in small and ">rewarded: held out</span>" in small
+    plots = train_page.plots_html(["rewarded", "two"], t)
+    assert plots.count('class="plot"') == 5 and "reward margin" in plots and ">rewarded: held out</span>" in plots
     status = train_page.status_html("one", t)
     assert "12 / 20" in status and "0.2500" in status
-
-
-def test_plots_place_points_and_say_where_nothing_is() -> None:
-    curve = charts.Curve("<loss>", [(1, 4.0), (2, float("nan")), (3, 0.0)], 0)
-    html = charts.line_chart("Loss", "step", [curve], "nothing yet")
-    assert "&lt;loss&gt;" in html and "<loss>" not in html
-    points = re.search(r'<polyline class="c0" points="([^"]*)"', html)[1].split()
-    assert len(points) == 2 and points[1] == "100.0,100.0"  # the last at the right, at zero
-    assert "nothing yet" in charts.line_chart("Loss", "step", [], "nothing yet")
-    assert charts.ticks(0, 3.1, 4) == [0, 1, 2, 3]
-    assert len(charts.thinned([(n, n) for n in range(100_000)])) <= charts.MAX_POINTS + 1
-    bars = re.findall(
-        r'height:([\d.]+)%" title="(\d+)', charts.histogram("h", "x", [1, 1, 1, 2, 9], "{count} {low} {high}")
-    )
-    assert sum(int(count) for _, count in bars) == 5 and max(float(height) for height, _ in bars) == 100
 
 
 def test_only_files_of_runs_are_served(workdir: Path) -> None:
@@ -589,20 +560,6 @@ def test_rows_that_do_not_divide_make_the_sizes_a_lower_bound(tiny_model: Path) 
     assert labels["q4_k_m"].startswith("q4_k_m · at least ") and labels["q8_0"].startswith("q8_0 · about ")
 
 
-def test_figures_become_a_table_with_the_base_before_the_trained() -> None:
-    models = {
-        "trained": {"accuracy": 0.9, "accuracy_interval": [0.8, 0.95], "ece": 0.1, "seconds": 0.0},
-        "base": {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "ece": None, "seconds": 12.4},
-    }
-    models["trained"]["curves"] = {"auc": 0.625, "fpr": [0.0, 1.0]}  # the picture tells of it
-    html = evaluate_page.figures_html({"models": models}, t)
-    assert "0.625" not in html
-    cells = re.findall(r"<t[hd] [^>]*>(.*?)</t[hd]>", html)
-    assert cells[:3] == ["figure", "base model", "trained"]
-    assert cells[3:6] == ["accuracy", "0.500 <small>0.400–0.600</small>", "0.900 <small>0.800–0.950</small>"]
-    assert cells[6:] == ["calibration error (lower is better)", "–", "0.100", "seconds", "12", "–"]
-
-
 @pytest.mark.usefixtures("workdir")
 def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
     folder = make_folder("mine", "finished")
@@ -621,7 +578,7 @@ def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
     files = export_page.files_html("mine", t)
     assert "2.0 MB" in files and "5.0 MB" in files and files.count(" download>") == 3
     told = export_page.proof_html("mine", t)
-    assert re.findall(r"<td [^>]*>([^<]*)</td>", told)[-6:] == ["q8_0", "yes", "0.0052", "97.5%", "13.500", "36"]
+    assert re.findall(r"<td>([^<]*)</td>", told)[-6:] == ["q8_0", "✓", "0.0052", "97.5%", "13.500", "36"]
     assert "420 / 420" in told and "100.0%" in told
     assert export_page.modelfile_text("mine") == "FROM mine-q8_0.gguf"
 
@@ -632,12 +589,12 @@ def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
         (
             {"prediction": "<b>", "nats": 3.0, "tokens": 2},
             {"prediction": "4 ", "nats": 1.0, "tokens": 2},
-            ["&lt;b&gt;", '4  <span class="right">✓</span>'],
+            ["<b>", "4  ✓"],
         ),
         (
             {"prediction": "3", "probabilities": {"3": 0.9, "4": 0.1}},
             {"prediction": "4", "probabilities": {"3": 0.25, "4": 0.75}},
-            ["3 · 90%", '4 · 75% <span class="right">✓</span>'],
+            ["3 · 90%", "4 · 75% ✓"],
         ),
         ({"nats": 0.0, "tokens": 3}, {"nats": 3 * math.log(2), "tokens": 3}, ["perplexity 1.00", "perplexity 2.00"]),
     ],
@@ -648,9 +605,7 @@ def test_predictions_of_every_task_stand_beside_those_of_the_base(
     row = {"row": 0, "prompt": "2 and 2?", "label": "4"}
     write_jsonl(tmp_path / "predictions.base.jsonl", [{**row, **before}])
     write_jsonl(tmp_path / "predictions.jsonl", [{**row, **after}])
-    html, page, pages = evaluate_page.predictions_html(tmp_path, 5, t)
-    assert re.findall(r'<div class="words">(.*?)</div>', html) == ["2 and 2?", "4", *shown]
-    assert (page, pages) == (0, 1)
+    assert evaluate_page.predictions(tmp_path, t) == [["2 and 2?", "4", *shown]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,7 +655,7 @@ def wait_for_state(page: Any, state: str) -> None:
 
 def curve_points(page: Any) -> int:
     """Points of the loss curve on the page, once there is one."""
-    line = page.locator("#loss-plot polyline:not(.faint)").first
+    line = page.locator("#plots polyline:not(.faint)").first
     return len(line.get_attribute("points", timeout=LONG).split())
 
 
@@ -858,7 +813,7 @@ def test_a_training_outlives_browser_and_server(
         page = browser.page(again.url + "/zh/", language="zh-CN")
         open_tab(page, "训练")
         wait_for_state(page, "running")
-        assert "训练中" in page.inner_text("#status")
+        assert "运行中" in page.inner_text("#status")
         page.click("#train-pause")
         wait_for_state(page, "interrupted")
         [*_, checkpoint] = sorted(folder.glob("checkpoint-*/trainer_state.json"))

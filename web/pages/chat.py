@@ -15,11 +15,11 @@ from common import Message, UserError
 from inference import tool_calls
 from inference.engine import Engine, Reply, Settings
 from runs.target import Source, find
+from runs.texts import Translator
 from web import chat_model, conversation, widgets
 from web.chat_model import Request
 from web.conversation import Turn
 from web.pages.chat_layout import VOICES, ChatLayout
-from web.texts import Translator
 from web.theme import static
 from web.widgets import QUIET, note
 

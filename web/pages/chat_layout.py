@@ -10,8 +10,8 @@ import gradio as gr
 from common import UserError
 from inference.engine import Settings
 from runs.target import Source, find
+from runs.texts import Translator
 from web import chat_model
-from web.texts import Translator
 from web.widgets import note
 
 VOICES = ("base", "trained")

@@ -27,10 +27,10 @@ from runs import charts
 from runs.configuration import find_dataset_dir
 from runs.files import unfinished
 from runs.target import missing_from_model
+from runs.texts import Translator
 from training import memory
 from web import control, fields, jobs, widgets
 from web.imports import import_libraries
-from web.texts import Translator, with_other_path
 from web.widgets import QUIET, fault, note
 
 UPLOADS = common.SAVES / "uploads"
@@ -153,7 +153,7 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
         try:
             check(beside)
         except UserError as error:
-            raise with_other_path(error, str(beside), str(UPLOADS / name)) from None
+            raise fields.with_other_path(error, str(beside), str(UPLOADS / name)) from None
         os.replace(beside, UPLOADS / name)  # a symbolic link of that name is replaced, and not followed
     return UPLOADS / name
 
@@ -198,7 +198,7 @@ def longest_sample(config: Config) -> int | None:
 
 def report_html(report: dict[str, Any], t: Translator) -> str:
     """The report of the data as a table, with its notes and the rows that are left out."""
-    head = [t("dataset"), t("rows"), t("samples"), t("tokens"), t("median"), t("longest"), t("learned")]
+    head = [t("dataset"), t("rows"), t("number of samples"), t("tokens"), t("median"), t("longest"), t("learned")]
     head += [t("truncated"), t("duplicates"), t("skipped")]
     every = report["datasets"] + report["eval_datasets"]
     rows = []
@@ -211,7 +211,7 @@ def report_html(report: dict[str, Any], t: Translator) -> str:
         if part in report and (len(every) > 1 or "eval" in report):
             counts = [f"{report[part][key]:,}" for key in ("samples", "tokens", "median", "longest")]
             rows.append([name, "", *counts, "", "", "", ""])
-    notes = [note(f"{item['name']}: {t.recorded(text)}") for item in every for text in item["notes"]]
+    notes = [note(f"{item['name']}: {t.message(text)}") for item in every for text in item["notes"]]
     skipped = [t.message(message) for item in every for message in fault_messages(item["faults"])]
     left_out = [t("Rows that are left out:"), *skipped] if skipped else []
     return widgets.table(head, rows) + "".join(notes) + fault("\n".join(left_out), t)
@@ -219,9 +219,8 @@ def report_html(report: dict[str, Any], t: Translator) -> str:
 
 def lengths_html(prepared: dataset.TrainingData, cutoff_len: int, t: Translator) -> str:
     lengths = [int(n) for n in prepared.train_lengths]
-    label = t("{count} samples of {low} to {high} tokens")
     mark = (cutoff_len, f"cutoff_len {cutoff_len:,}")
-    return charts.histogram(t("Lengths of the samples"), t("tokens"), lengths, label, mark)
+    return charts.histogram(t("Lengths of the samples"), t("tokens"), lengths, mark)
 
 
 def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Translator) -> str:

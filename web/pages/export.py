@@ -15,10 +15,10 @@ from gradio.context import Context
 import common
 from common import UserError
 from runs.target import missing_from_model
+from runs.texts import Translator
 from training import memory
 from web import control, jobs, widgets
 from web.control import read_json, run_folder
-from web.texts import Translator
 from web.widgets import QUIET, heading, link, note, size, table
 
 # GGUF types in the order of their size, with bits a weight; quantize.py --help has all.
@@ -114,7 +114,7 @@ def gguf_html(records: list[dict[str, Any]], t: Translator) -> str:
         rows.append([t("16-bit model"), "", "", "", f"{measured[0]['reference_perplexity']:.3f}", ""])
     for record in sorted(records, key=lambda record: -record["bytes"]):
         if record.get("verified"):
-            cells = [t("yes") if record.get("tokens_equal") else t("no"), f"{record['kl_divergence']:.4f}"]
+            cells = ["✓" if record.get("tokens_equal") else "✗", f"{record['kl_divergence']:.4f}"]
             cells += [f"{record['top1_agreement']:.1%}", f"{record['perplexity']:.3f}"]
             rows.append([escape(record["type"]), *cells, f"{record['tokens_per_second']:.0f}"])
         else:

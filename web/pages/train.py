@@ -20,14 +20,14 @@ from runs import charts
 from runs import log as run_log
 from runs.configuration import Loaded, load_config
 from runs.log import last_value
-from runs.metric_names import REWARDS
+from runs.report import duration, training_charts
 from runs.target import missing_from_model
+from runs.texts import Translator
 from training.hardware import free_memory
 from training.memory import estimate_memory, forward_tokens, read_model, replies_memory
 from web import control, fields, jobs, widgets
 from web.control import run_folder
 from web.pages import data as data_page
-from web.texts import Translator, with_other_path
 from web.widgets import QUIET, fault, note
 
 LOGGED = {"step", "total_steps", "tokens_per_second", "elapsed", "remaining"}  # what every line of our log has
@@ -117,7 +117,7 @@ def memory_used(run: dict[str, Any]) -> int | None:
 
 def state_badge(state: str, t: Translator) -> str:
     names = {
-        "running": t("training"),
+        "running": t("running"),
         "starting": t("starting"),
         "finished": t("finished"),
         "interrupted": t("paused"),
@@ -146,7 +146,7 @@ def status_html(name: str | None, t: Translator) -> str:
     if lines:
         parts += figures(folder, state, run, lines, t)
     if run.get("stopped_early"):
-        parts.append(note(t("Stopped early:") + " " + t.recorded(run["stopped_early"])))
+        parts.append(note(t("Stopped early:") + " " + t.message(run["stopped_early"])))
     if state == "finished":
         parts.append(widgets.next_steps(t, (t("Evaluate"), "evaluate"), (t("Chat"), "chat"), (t("Export"), "export")))
     return "".join(parts)
@@ -156,7 +156,7 @@ def error_html(state: str, run: dict[str, Any], job: jobs.Job | None, t: Transla
     """Why a run failed: as the page's job has it, or as run.json has it where a terminal started the run."""
     if job and state in ("failed", "none", "finished", "interrupted") and (error := jobs.error(job)):
         return fault(error, t)
-    return fault(t.recorded(run["error"]), t) if state == "failed" and run.get("error") else ""
+    return fault(t.message(run["error"]), t) if state == "failed" and run.get("error") else ""
 
 
 def ended_text(folder: Path, state: str, t: Translator) -> str:
@@ -180,10 +180,10 @@ def figures(folder: Path, state: str, run: dict[str, Any], lines: list[dict[str,
         (t("learning rate"), charts.number(rate) if rate is not None else "–"),
         (t("tokens/s"), f"{last['tokens_per_second']:,.0f}"),
         (t("memory") if state == "running" else t("peak memory"), widgets.size(memory) if memory else "–"),
-        (t("time so far") if state == "running" else t("time"), widgets.duration(last["elapsed"])),
+        (t("time so far") if state == "running" else t("time"), duration(last["elapsed"])),
     ]
     if state == "running":
-        shown.append((t("time left"), widgets.duration(left)))
+        shown.append((t("time left"), duration(left)))
     done = 100 * step / max(1, last["total_steps"])
     bar = widgets.bar(done, t("{n} % of the steps", n=f"{done:.0f}")) if state != "finished" else ""
     return [bar, widgets.tiles(shown)]
@@ -193,44 +193,11 @@ def decimals(value: float | None) -> str:
     return f"{value:.4f}" if value is not None else "–"
 
 
-def plots_html(names: Sequence[str], t: Translator) -> tuple[str, str]:
-    """The plot of the losses of one run or of several, and the small ones of learning rate and speed."""
-    losses, rates, speeds = [], [], []
-    for index, name in enumerate(names):
-        lines = read_log(run_folder(name))
-        short = name.rpartition("/")[2]
-        several = len(names) > 1
-        training = charts.points_of(lines, "loss")
-        label = short if several else t("training loss, smoothed")
-        losses.append(charts.Curve(label, training, index, faint=True))
-        losses.append(charts.Curve(label, charts.smoothed_points(training), index))
-        other = f"{short}: {t('eval loss')}" if several else t("eval loss")
-        losses.append(charts.Curve(other, charts.points_of(lines, "eval_loss"), index if several else 1, dots=True))
-        rate = charts.points_of(lines, "learning_rate")
-        rates.append(charts.Curve(short if several else t("learning rate"), rate, index))
-        speed = charts.points_of(lines, "tokens_per_second")
-        speeds.append(charts.Curve(short if several else t("tokens/s"), speed, index))
-    nothing = t("The curve starts with the first step.")
-    large = charts.line_chart(t("Loss"), t("step"), losses, nothing)
-    if not any(curve.points for curve in rates):
-        return large, ""
-    small = [charts.line_chart(t("Learning rate"), t("step"), rates, nothing, 110)]
-    small.append(charts.line_chart(t("Tokens per second"), t("step"), speeds, nothing, 110))
-    return large, f'<div class="two">{"".join([*reward_plots(names, t), *small])}</div>'
-
-
-def reward_plots(names: Sequence[str], t: Translator) -> list[str]:
-    """A small plot of what each run has logged of its rewards; none of runs that have no rewards."""
-    logs, plots = {name.rpartition("/")[2]: read_log(run_folder(name)) for name in names}, []
-    for key, title in REWARDS.items():
-        curves = []
-        for index, (name, lines) in enumerate(logs.items()):
-            curves.append(charts.Curve(name, charts.smoothed_points(charts.points_of(lines, key)), index))
-            held_out, color = charts.points_of(lines, f"eval_{key}"), index if len(names) > 1 else 1
-            curves.append(charts.Curve(f"{name}: {t('held out')}", held_out, color, dots=True))
-        if any(curve.points for curve in curves):
-            plots.append(charts.line_chart(title.zh if t.language == "zh" else title.en, t("step"), curves, "", 110))
-    return plots
+def plots_html(names: Sequence[str], t: Translator) -> str:
+    """The plot of the losses of one run or of several, and the small ones below it."""
+    logs = {name: read_log(run_folder(name)) for name in names}
+    large, *small = training_charts(logs, t, t("The curve starts with the first step."), 110)
+    return f'{large}<div class="two">{"".join(small)}</div>'
 
 
 def log_html(name: str | None, t: Translator) -> str:
@@ -261,7 +228,7 @@ def run_row(name: str, t: Translator) -> list[str]:
         f"{run.get('steps') or last_value(lines, 'step') or 0:,}",
         decimals(run.get("last_loss") or last_value(lines, "loss")),
         decimals(run.get("eval_loss") or last_value(lines, "eval_loss")),
-        widgets.duration(lines[-1]["elapsed"]) if lines else "–",
+        duration(lines[-1]["elapsed"]) if lines else "–",
     ]
 
 
@@ -335,9 +302,9 @@ class TrainPage:
             for title, names in fields.folded_groups().items():
                 rest = [name for name in names if name not in self.options]
                 if rest:
-                    with gr.Accordion(t.group(title), open=False):
+                    with gr.Accordion(fields.group_title(title, t), open=False):
                         for name in rest:
-                            self.options[name] = fields.make_field(name, name, t.help(name), t)
+                            self.options[name] = fields.make_field(name, name, fields.help_text(name, t), t)
 
     def place_recipe(self) -> None:
         t = self.t
@@ -363,8 +330,7 @@ class TrainPage:
             self.go_on = gr.Button(t("Go on"), variant="primary", elem_id="train-go-on", visible=False)
             self.abort = gr.Button(t("Abort"), variant="stop", elem_id="train-abort", visible=False)
         self.action_fault = gr.HTML(elem_id="watch-fault", padding=False)
-        self.loss_plot = gr.HTML(elem_id="loss-plot", elem_classes="when-run", padding=False)
-        self.small_plots = gr.HTML(elem_id="small-plots", elem_classes="when-run", padding=False)
+        self.plots = gr.HTML(elem_id="plots", elem_classes="when-run", padding=False)
         with gr.Accordion(t("Log"), open=True, elem_classes="when-run"):
             self.log = gr.HTML(elem_id="train-log", padding=False)
 
@@ -395,7 +361,7 @@ class TrainPage:
         try:
             loaded = load_config([path])
         except UserError as error:
-            shown = fault(with_other_path(error, path, Path(path).name), t)
+            shown = fault(fields.with_other_path(error, path, Path(path).name), t)
             return [shown, *([gr.skip()] * (len(self.options) + 2))]
         names = list(self.options)
         name, others = fields.run_name_of(loaded), fields.without_field(loaded, names)
@@ -430,14 +396,12 @@ class TrainPage:
         chosen = name if name in names else (control.training_now() or next(iter(names), None))
         several = [chosen, *(other for other in others or [] if other != chosen)] if chosen else []
         state = control.run_state(run_folder(chosen)) if chosen else "none"
-        large, small = plots_html(several, t)
         at_work = gr.update(visible=state in ("running", "starting"))
         now = {
             self.run: gr.update(choices=names, value=chosen),
             self.compare: gr.update(choices=[other for other in names if other != chosen]),
             self.status: status_html(chosen, t),
-            self.loss_plot: large,
-            self.small_plots: small,
+            self.plots: plots_html(several, t),
             self.log: log_html(chosen, t),
             self.all_runs: runs_html(t),
             self.pause: at_work,
@@ -471,7 +435,7 @@ class TrainPage:
         for button, action in (*actions, (self.go_on, lambda folder: control.go_on(folder, language))):
             act = functools.partial(self.act, action)
             button.click(act, self.run, [self.action_fault, self.acted], **QUIET)
-        watched = [self.run, self.compare, self.status, self.loss_plot, self.small_plots, self.log, self.all_runs]
+        watched = [self.run, self.compare, self.status, self.plots, self.log, self.all_runs]
         watched += [self.pause, self.go_on, self.abort, self.action_fault, self.refused, self.seen]
         # one event for all: of two at a time the older answer could come last
         moments = [Context.root_block.load, tab.select, self.timer.tick]
