@@ -24,9 +24,9 @@ from inference import llamacpp_library
 from inference.engine import MIN_SHARED, ChatMessage, Engine, Reply, Settings, TokenLogprob, common_prefix
 from preprocessing.faults import Fault
 from preprocessing.prompts import UnsuitableMessages, complete_prompt
-from preprocessing.rendering import compile_template, without_generation_tags
+from preprocessing.rendering import compile_template, render, without_generation_tags
 from preprocessing.template import plain_conversation
-from preprocessing.tokens import NONCHARACTERS, Marker, any_of, map_texts, render
+from preprocessing.tokens import NONCHARACTERS, Marker, any_of, map_texts
 from runs.target import Source
 
 MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the whole context at the start

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocessing.faults import Fault
-from preprocessing.tokens import Conversation, Marker, TextEncoder, render
+from preprocessing.rendering import Conversation, render
+from preprocessing.tokens import Marker, TextEncoder
 
 Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 

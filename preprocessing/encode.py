@@ -8,8 +8,9 @@ from typing import Any
 from common import Config, Message
 from preprocessing.answer_spans import Span
 from preprocessing.faults import Fault, TooLong
+from preprocessing.rendering import Conversation
 from preprocessing.template import ChatTemplate, Rendered, plain_conversation, render_conversation
-from preprocessing.tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
+from preprocessing.tokens import NONCHARACTERS, TextEncoder, encoder_of
 from preprocessing.truncation import shorten
 
 # {"input_ids": list[int], "labels": list[int], "truncated": bool, "whole_length": int, "left_out": Counter}

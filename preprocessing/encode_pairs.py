@@ -8,8 +8,9 @@ from typing import Any
 from common import Config, Message, UserError
 from preprocessing.encode import Messages, end_of_turn, token_span
 from preprocessing.faults import Fault, TooLong
+from preprocessing.rendering import Conversation
 from preprocessing.template import ChatTemplate, plain_conversation, render_conversation
-from preprocessing.tokens import NONCHARACTERS, Conversation, TextEncoder, encoder_of
+from preprocessing.tokens import NONCHARACTERS, TextEncoder, encoder_of
 from preprocessing.truncation import shorten
 
 # {"prompt_ids", "chosen_ids", "rejected_ids": list[int], "truncated": bool, "whole_length": int}; the length is that of

@@ -8,8 +8,8 @@ from typing import Any
 from common import Config, Message, UserError
 from preprocessing.faults import TooLong
 from preprocessing.prompts import prompt_ids
+from preprocessing.rendering import Conversation
 from preprocessing.template import ChatTemplate
-from preprocessing.tokens import Conversation
 
 
 def encode_prompt(

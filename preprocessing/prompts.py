@@ -8,9 +8,9 @@ from typing import Any
 
 from common import UserError
 from preprocessing.faults import Fault
-from preprocessing.rendering import LEARNED
+from preprocessing.rendering import LEARNED, render
 from preprocessing.template import own_template_text, plain_conversation
-from preprocessing.tokens import Marker, encoder_of, render
+from preprocessing.tokens import Marker, encoder_of
 
 Messages = list[dict[str, Any]]
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import ROOT, Message, UserError, nearest_word
 from preprocessing.answer_spans import Span, find_answers
 from preprocessing.faults import Fault
-from preprocessing.rendering import LEARNED, has_generation_tags, template_variables, without_generation_tags
-from preprocessing.tokens import TURNS, Conversation, TextEncoder, backend_of, encoder_of, render
+from preprocessing.rendering import (
+    LEARNED,
+    Conversation,
+    has_generation_tags,
+    render,
+    template_variables,
+    without_generation_tags,
+)
+from preprocessing.tokens import TURNS, TextEncoder, backend_of, encoder_of
 
 TEMPLATES = ROOT / "templates"
 OWN = "the tokenizer's own"  # the name of a template that is no file of templates/
@@ -77,8 +84,7 @@ def load_template(name: str | None, tokenizer: Any, stage: str = "sft") -> ChatT
 
 def check_name(name: str) -> None:
     """Raises UserError where no file of templates/ has that name."""
-    names = template_names()
-    if name not in names:
+    if name not in (names := template_names()):
         raise UserError(
             "there is no template '{name}'{near:suggestion}; use one of {names}, or leave template out for the "
             "tokenizer's own",
@@ -107,47 +113,43 @@ def _file_text(name: str) -> str:
 def _advice(tokenizer: Any, named: bool = False) -> Message:
     """What to do about a template that does not fit, a `named` one or the tokenizer's own."""
     fitting = [name for name in template_names() if not _lacking_tokens(_file_text(name), tokenizer)]
-    own = bool(named and tokenizer.chat_template)
+    if named and tokenizer.chat_template:
+        if not fitting:
+            return Message("Leave template out for the tokenizer's own.")
+        return Message("Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=fitting)
     if not fitting:
-        return (
-            Message("Leave template out for the tokenizer's own.")
-            if own
-            else Message("No file of templates/ fits it; write one for it, or use another model.")
-        )
-    return (
-        Message("Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=fitting)
-        if own
-        else Message("Templates that fit it: {names}.", names=fitting)
-    )
+        return Message("No file of templates/ fits it; write one for it, or use another model.")
+    return Message("Templates that fit it: {names}.", names=fitting)
 
 
 def _lacking_tokens(text: str, tokenizer: Any) -> list[str]:
     """The control tokens of a template's header that the tokenizer does not read as one token each."""
     header = _HEADER.search(text)
-    special = tokenizer.special_tokens_map
     missing = []
     for token in header[1].split() if header else []:
-        spelled = special.get(token) if token.endswith("_token") else token
+        spelled = tokenizer.special_tokens_map.get(token) if token.endswith("_token") else token
         if not spelled or len(backend_of(tokenizer).encode(spelled, add_special_tokens=False).ids) != 1:
             missing.append(token)
     return missing
 
 
 def _checked(name: str, text: str, tokenizer: Any) -> ChatTemplate:
-    """The ChatTemplate of `text`, tried on two turns: their answers must be found, with a control token at the end."""
-    shown = Message("the tokenizer's own") if name == OWN else name
+    """The ChatTemplate of `text`; raises UserError where its answers are not found."""
     try:
         template = ChatTemplate(name, text, (), "tools" in template_variables(text))
-        encoder = encoder_of(tokenizer, text)
-        rendered = render_conversation(template, {"messages": TURNS}, encoder)
+        return replace(template, stop=(_end_of_answers(template, encoder_of(tokenizer, text)),))
     except Fault as fault:
-        advice = _advice(tokenizer, name != OWN)
         raise UserError(
             "the chat template ({template}) cannot be used: {reason}.\n{advice}",
-            template=shown,
+            template=Message("the tokenizer's own") if name == OWN else name,
             reason=fault.message,
-            advice=advice,
+            advice=_advice(tokenizer, name != OWN),
         ) from None
+
+
+def _end_of_answers(template: ChatTemplate, encoder: TextEncoder) -> str:
+    """The control token that ends both answers of TURNS; raises Fault where there is none, or they are not found."""
+    rendered = render_conversation(template, {"messages": TURNS}, encoder)
     ends = []
     for number, (start, stop) in enumerate(rendered.spans, 1):
         answer = rendered.text[start:stop]
@@ -155,15 +157,8 @@ def _checked(name: str, text: str, tokenizer: Any) -> ChatTemplate:
         if end is not None and f"assistant text {number}" in answer and "user text" not in answer:
             ends.append(answer[end:].strip())
     if len(ends) != 2 or ends[0] != ends[1] or ends[0] not in encoder.special:
-        reason = Message("it does not end every answer with a control token")
-        advice = _advice(tokenizer, name != OWN)
-        raise UserError(
-            "the chat template ({template}) cannot be used: {reason}.\n{advice}",
-            template=shown,
-            reason=reason,
-            advice=advice,
-        )
-    return ChatTemplate(name, text, (ends[0],), template.has_tools)
+        raise Fault("it does not end every answer with a control token")
+    return ends[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,7 @@ from typing import Any
 
 from common import UserError
 from preprocessing.faults import Fault
-from preprocessing.rendering import LEARNED, render_template
-
-Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?, "learned"?}], "tools"?: [...]}
+from preprocessing.rendering import LEARNED, Conversation, render
 
 NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
 _CONTROL = 0xFDD1  # + i: the first character of a control token of the template
@@ -174,21 +172,6 @@ def _template_tokens(text: str, encoder: TextEncoder) -> frozenset[str]:
             and "think" not in token.content.lower()
         )
     return frozenset()
-
-
-def render(
-    text: str, conversation: Conversation, names: dict[str, str], *, thinking: bool = True, prompt: bool = False
-) -> str:
-    """A conversation by the template `text`, with what templates may read; `prompt`: with the header of an answer."""
-    variables = {
-        "messages": conversation["messages"],
-        "tools": conversation.get("tools"),
-        "documents": None,
-        "add_generation_prompt": prompt,
-        "enable_thinking": thinking,
-        **names,
-    }
-    return render_template(text, variables)
 
 
 class Marker:
