@@ -23,7 +23,7 @@ from inference.api.options import ServerOptions
 from inference.load import load
 from runs.configuration import run_command
 from runs.network import listen
-from runs.target import find, read_arguments
+from runs.target import find_target, read_arguments
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
         return
     target, settings = read_arguments(argv)
     options = ServerOptions.from_environment(os.environ)
-    source = find(target, settings)
+    source = find_target(target, settings)
     for note in source.notes:
         print(Message("note: {text}", text=note), file=sys.stderr)
     with listen(options.host, options.port, Message("set API_HOST, API_PORT")) as listener:

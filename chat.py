@@ -25,7 +25,7 @@ from inference.engine import Settings
 from inference.load import load
 from inference.terminal_chat import Speaker, TerminalChat, tell
 from runs.configuration import run_command
-from runs.target import find, read_arguments
+from runs.target import find_target, read_arguments
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         raise UserError("standard input is closed, so no message can be read; give the message with -p TEXT")
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")
-    source = find(args.target, settings)
+    source = find_target(args.target, settings)
     for note in source.notes:
         tell(Message("note: {text}", text=note))
     piped = PipedText(waits="-" in args.prompt) if args.prompt else None

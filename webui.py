@@ -23,7 +23,7 @@ import common
 from common import Message, UserError
 from runs import network
 from runs.configuration import load_config, run_command
-from runs.target import find
+from runs.target import find_target
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     network.check_environment()  # Gradio asks its own server through httpx
     password = read_password(args)
-    source = find(args.chat or None, args.settings) if args.chat is not None else None
+    source = find_target(args.chat or None, args.settings) if args.chat is not None else None
     listener = network.listen(
         args.host,
         int(args.port),

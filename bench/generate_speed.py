@@ -24,7 +24,7 @@ import common
 from inference import engine
 from inference.load import load
 from inference.transformers_engine import TransformersEngine
-from runs.target import find
+from runs.target import find_target
 
 ROUNDS, NEW_TOKENS = 7, 48
 QUESTION = (
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     print(f"{'engine/generate':<18}{speed:>12.3f}{first:>16.3f}{cpu:>10.3f}   (asked: at least 0.95, at most 1.1)")
     ten_turns(model)
     if "--unsloth" in argv:
-        beside_unsloth(model, find(target, settings).model, ids)
+        beside_unsloth(model, find_target(target, settings).model, ids)
 
 
 def row(name: str, rounds: Any) -> str:

@@ -18,7 +18,7 @@ from preprocessing import dataset
 from preprocessing.rows import fingerprint
 from runs.configuration import asks_for_training
 from runs.files import read_json, sha256
-from runs.folder import TRAINED, is_run, read_run, run_config
+from runs.folder import TRAINED, read_run, run_config, run_of
 
 Conversation = dict[str, Any]
 
@@ -266,11 +266,6 @@ def trainings_of(run: Path, notes: list[Message]) -> list[Training]:
             break
         run = earlier
     return found
-
-
-def run_of(path: Path) -> Path | None:
-    """The run folder that a run, its checkpoint, its merged model or its GGUF belongs to."""
-    return next((folder for folder in [path, *path.parents][:3] if is_run(folder)), None)
 
 
 def trained_contents(run: Path, config: Config, notes: list[Message]) -> set[int]:

@@ -10,14 +10,14 @@ from typing import Any
 
 import common
 from common import Config, Message, UserError
-from evaluation.data import EvalDataset, find_datasets, run_of
+from evaluation.data import EvalDataset, find_datasets
 from evaluation.encode import Encoded, encode_choices, encode_texts
 from evaluation.labels import swapped_labels
 from evaluation.rewarded import encode_prompts
 from evaluation.stages import STAGES, encode_rows
 from runs.configuration import load_config
 from runs.folder import is_run, run_config
-from runs.target import Source, find
+from runs.target import Target, find_target
 
 MIN_REPLY_LIMIT = 64  # tokens that a reply may always have
 DATA = {"dataset", "eval_dataset"}
@@ -33,7 +33,7 @@ class EvalModel:
     """A model that is evaluated: `label` names it in tables and files."""
 
     label: str
-    source: Source
+    source: Target
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def find_job(target: str | None, settings: Sequence[str], *, only_base: bool = F
     if fixed := sorted(FIXED & set(keys.values())):
         raise UserError("{key} cannot be changed after training; name the data instead: dataset=NAME", key=fixed[0])
     # a model does not depend on the data, and a run's val_size would contradict an eval_dataset
-    source = find(target, [setting for setting in settings if keys[setting] not in DATA])
-    run = run_of(Path(source.name))
+    source = find_target(target, [setting for setting in settings if keys[setting] not in DATA])
+    run = source.run
     config, given, output = _find_config(source, run, target, settings)
     notes = list(source.notes)
     datasets = find_datasets(config, run, given, Path(source.name), notes)
@@ -65,7 +65,7 @@ def find_job(target: str | None, settings: Sequence[str], *, only_base: bool = F
 
 
 def _find_config(
-    source: Source, run: Path | None, target: str | None, settings: Sequence[str]
+    source: Target, run: Path | None, target: str | None, settings: Sequence[str]
 ) -> tuple[Config, set[str], Path | None]:
     """The settings of an evaluation; those among them that were asked for; and a recipe's own folder for results.
 
@@ -91,15 +91,15 @@ def _find_config(
     return dataclasses.replace(config, **values), given, output
 
 
-def _find_models(source: Source, run: Path | None, only_base: bool, no_base: bool) -> list[EvalModel]:
+def _find_models(source: Target, run: Path | None, only_base: bool, no_base: bool) -> list[EvalModel]:
     """The base, where it is known and wanted, and the target."""
     settings = dataclasses.replace(source.config, infer_dtype=compute_dtype(source.config))
     source = dataclasses.replace(source, config=settings)
     path = Path(source.name)
-    label = path.stem if source.model.endswith(".gguf") else path.name
+    label = path.stem if source.is_gguf else path.name
     label = "trained" if run == path else label if run else "model"
     has_adapter = run is not None and (run / "adapter_config.json").is_file()
-    base = source if source.adapter else find(str(run)) if label != "trained" and has_adapter else None
+    base = source if source.adapter else find_target(str(run)) if label != "trained" and has_adapter else None
     if only_base and base is None:
         raise UserError(
             "the model that {model} was trained from is not known; evaluate the run with --base", model=source.name

@@ -25,7 +25,7 @@ from preprocessing.rows import fingerprint
 from runs.disk import explaining_full_disk
 from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from runs.lock import locked
-from runs.target import Source
+from runs.target import Target
 
 
 def predict(job: Job, model: EvalModel) -> None:
@@ -195,7 +195,7 @@ def _shared_file(key: str) -> Path:
     return common.CACHE / "eval" / f"{key}.jsonl"
 
 
-def weights_key(source: Source) -> str:
+def weights_key(source: Target) -> str:
     """What the answers of a model depend on beside the rows: its weights, and the type they are computed in."""
     path = Path(source.model)
     files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]

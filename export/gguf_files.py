@@ -20,9 +20,8 @@ from runs import files
 from runs.adapter import language_config
 from runs.disk import existing_folder, explaining_full_disk
 from runs.files import read_json, read_object, sha256, unfinished, write_json, write_text
-from runs.folder import is_run
 from runs.process import end_with_parent
-from runs.target import Target, complete_model, config_of_run, find_16_bit_base, find_target, is_adapter
+from runs.target import find_target, is_adapter
 from runs.weights import read_tensors
 
 RECORD = "gguf.json"
@@ -78,14 +77,14 @@ MATRIX_TOKENS, MATRIX_LENGTH = 16384, 512
 class GgufJob:
     """The 16-bit model's folder, the folder it is named after, the types to make.
 
-    Where there is no model yet: the adapter that merge.py merges first, and its arguments.
+    Where there is no model yet: the base of the adapter that merge.py merges first, and its arguments.
     """
 
     config: Config
     model: Path
     home: Path
     types: tuple[str, ...]
-    adapter: Target | None = None
+    base: Path | None = None
     merge_arguments: tuple[str, ...] = ()
     notes: tuple[Message | str, ...] = ()
 
@@ -99,7 +98,7 @@ class GgufJob:
 
     @property
     def merges_first(self) -> bool:
-        return self.adapter is not None and not self.model.exists()
+        return self.base is not None and not self.model.exists()
 
     @property
     def needs_matrix(self) -> bool:
@@ -168,35 +167,18 @@ def parse_types(wanted: str) -> tuple[str, ...]:
 def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
     """What the command line asks for; raises UserError where something of it is not there."""
     types = parse_types(wanted)
-    target = find_target(name, settings)
-    config, loaded, notes = target.config, target.loaded, tuple(target.loaded.notes)
-    if target.kind == "gguf":
-        raise UserError(
-            "{file} is a GGUF already; give the run or the 16-bit model that it was made of", file=target.path
-        )
-    if target.kind == "adapter":
-        home = Path(config.export_dir) if loaded.recipe and config.export_dir else target.path
-        model = Path(config.export_dir or target.path / "merged")
-        arguments = (name or str(target.path), *settings)
-        return GgufJob(config, model, home, types, target, arguments, notes)
-    model = whole_model_folder(target.path)
+    target = find_target(name, settings, "quantize")
+    config, model = target.config, Path(target.model)
+    if target.is_gguf:
+        raise UserError("{file} is a GGUF already; give the run or the 16-bit model that it was made of", file=model)
+    if target.adapter:
+        home = Path(config.export_dir) if target.recipe and config.export_dir else target.adapter
+        base = None if target.merged.exists() else model
+        arguments = (name or target.name, *settings)
+        return GgufJob(config, target.merged, home, types, base, arguments, target.notes)
     home = next((f for f in (model, model.parent) if is_adapter(f)), model)
-    home = home if Path(target.path).is_dir() else SAVES / model.name  # not into the hub's cache
-    if run := run_of_merged(model):
-        config = config_of_run(run, loaded)
-    return GgufJob(config, model, home, types, notes=notes)
-
-
-def whole_model_folder(path: Path) -> Path:
-    """The folder of a model; one that lacks a tokenizer is told later, by what needs it."""
-    return path if (path / "config.json").is_file() else complete_model(str(path))
-
-
-def run_of_merged(model: Path) -> Path | None:
-    """The run that the record of a merged folder names, or whose folder it lies in."""
-    record = read_object(model / "merge.json") if (model / "merge.json").exists() else {}
-    places = [model.parent, model.parent.parent, *([Path(record["run"])] if record.get("run") else [])]
-    return next((folder for folder in places if is_run(folder)), None)
+    home = home if Path(target.name).is_dir() else SAVES / model.name  # not into the hub's cache
+    return GgufJob(config, model, home, types, notes=target.notes)
 
 
 def can_prove(job: GgufJob) -> bool:
@@ -292,7 +274,7 @@ def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
 
     What a type takes beyond its bits a weight (TYPES) is much in a small model only.
     """
-    model = find_16_bit_base(job.adapter)[0] if job.merges_first else job.model
+    model = job.base if job.merges_first else job.model
     count, own = weights_of(model)
 
     def size(kind: str) -> int:

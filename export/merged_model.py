@@ -20,7 +20,7 @@ from runs.disk import check_free_space, explaining_full_disk
 from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text
 from runs.folder import read_run, run_config, suit_transformers_4
 from runs.process import end_with_parent
-from runs.target import HUB_NAME, find_16_bit_base, find_target, missing_from_model
+from runs.target import HUB_NAME, find_target, missing_from_model
 from runs.weights import DTYPES, read_tensors
 
 RECORD = "merge.json"
@@ -43,16 +43,8 @@ class MergeJob:
 
 def find_job(name: str | None, settings: list[str]) -> MergeJob:
     """What the command line asks for; raises UserError where something of it is not there."""
-    target = find_target(name, settings, wants="adapter")
-    base, base_name, base_config = find_16_bit_base(target)
-    notes = list(target.loaded.notes)
-    if base_name != target.base:
-        notes.append(
-            Message(
-                "{quantized} is quantized; merging into {base}, which it was made of", quantized=target.base, base=base
-            )
-        )
-    output = Path(target.config.export_dir or target.path / "merged")
+    target = find_target(name, settings, "merge")
+    base, output = Path(target.model), target.merged
     if output.is_symlink():
         if not output.exists():
             raise UserError(
@@ -61,9 +53,17 @@ def find_job(name: str | None, settings: list[str]) -> MergeJob:
                 output=output,
             )
         output = output.resolve()  # what it leads to is replaced, not the link
-    tokenizer = target.tokenizer or base
-    config, run = target.config, target.run
-    return MergeJob(config, target.path, run, base, base_name, base_config, tokenizer, output, tuple(notes))
+    return MergeJob(
+        target.config,
+        target.adapter,
+        target.run,
+        base,
+        target.base,
+        read_object(base / "config.json"),
+        target.tokenizer,
+        output,
+        target.notes,
+    )
 
 
 def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:

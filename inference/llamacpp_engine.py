@@ -27,7 +27,7 @@ from preprocessing.prompts import UnsuitableMessages, complete_prompt
 from preprocessing.rendering import compile_template, render, without_generation_tags
 from preprocessing.template import plain_conversation
 from preprocessing.tokens import NONCHARACTERS, Marker, any_of, map_texts
-from runs.target import Source
+from runs.target import Target
 
 MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the whole context at the start
 COMPUTE_BYTES = 512 << 20  # of the card, for what llama.cpp computes with
@@ -39,7 +39,7 @@ MAX_STEP = 2048  # tokens of prompts in one step of a batch
 class LlamaCppEngine(Engine):
     """A GGUF by llama.cpp; the chat template and the ends of a turn are those in the file."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Target) -> None:
         self.name, self.config, file = source.name, source.config, source.model
         self._lib = lib = llamacpp_library.runtime()
         with _collect_errors(lib) as errors:

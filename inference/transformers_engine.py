@@ -15,7 +15,7 @@ from inference.engine import ChatMessage, Engine, Reply, Settings, common_prefix
 from inference.sampling import Sampler
 from preprocessing.prompts import prompt_ids
 from preprocessing.template import load_template
-from runs.target import Source
+from runs.target import Target
 
 PREFILL = 512  # tokens of a prompt computed at once: a cancelled reply ends within one such piece
 
@@ -24,7 +24,7 @@ class TransformersEngine(Engine):
     """A model of transformers, with the adapter merged into its weights or beside them (`with_base`)."""
 
     def __init__(
-        self, source: Source, model: Any, tokenizer: Any, switch: AdapterSwitch | None = None, trained: bool = True
+        self, source: Target, model: Any, tokenizer: Any, switch: AdapterSwitch | None = None, trained: bool = True
     ) -> None:
         self.name, self.config, self.model, self.tokenizer = source.name, source.config, model, tokenizer
         self.template = load_template(source.template, tokenizer)

@@ -22,10 +22,10 @@ from preprocessing.tokenizer import load_tokenizer
 from runs.adapter import Adapter
 from runs.files import read_object
 from runs.peft_loading import check_against_model, load_peft_model, resize_embedding
-from runs.target import Source
+from runs.target import Target
 
 
-def load_transformers(source: Source, with_base: bool, only_replies: bool) -> Engine:
+def load_transformers(source: Target, with_base: bool, only_replies: bool) -> Engine:
     """The model on the GPU, where there is one, else on the CPU; see `load.load`.
 
     Raises UserError where the adapter or the tokenizer does not fit the base.
@@ -63,7 +63,7 @@ def load_transformers(source: Source, with_base: bool, only_replies: bool) -> En
     return _with_peft(source, model, tokenizer, with_base, quantized)
 
 
-def _from_pretrained(source: Source) -> Any:
+def _from_pretrained(source: Target) -> Any:
     from transformers import AutoModelForCausalLM
 
     config, gpu = source.config, torch.cuda.is_available()
@@ -75,7 +75,7 @@ def _from_pretrained(source: Source) -> Any:
     return AutoModelForCausalLM.from_pretrained(source.model, dtype=_dtype(config), **options).eval()
 
 
-def _with_peft(source: Source, model: Any, tokenizer: Any, with_base: bool, quantized: bool) -> Engine:
+def _with_peft(source: Target, model: Any, tokenizer: Any, with_base: bool, quantized: bool) -> Engine:
     """The adapter as PEFT loads it: merged where that is exact, beside the weights with `with_base`."""
     peft = load_peft_model(model, source.adapter).eval()
     if not with_base:

@@ -7,79 +7,82 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import common
 from common import ROOT, SAVES, Config, Message, UserError, nearest_path
 from runs.configuration import Loaded, asks_for_training, load_config
 from runs.files import read_object
-from runs.folder import is_run, newest_run, read_run, run_config
+from runs.folder import is_run, newest_run, read_run, run_config, run_of
 from runs.weights import read_header, weight_files
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-(4|8)bit$|-(4|8)bit$", re.IGNORECASE)
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the command line means
+Use = Literal["answer", "merge", "quantize"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the command line names. Nothing is loaded, and an adapter's base is not looked for yet.
+    """What a command works on. Nothing of it is loaded; what the command needs of it is on the disk.
 
-    `config` is that of the run; what the recipe says comes before it, and the command line before both. Its
-    `export_dir` and `overwrite_output_dir` are never the run's: those were about the training.
+    `config` is the run's; what the recipe says comes before it, and the command line before both. Its `export_dir` and
+    `overwrite_output_dir` are never the run's: those were about the training.
     """
 
-    kind: Literal["adapter", "model", "gguf"]
-    path: Path  # the adapter's or model's folder, or its name on the hub, or the GGUF file
+    name: str  # the path or hub name that was given, or found
     config: Config
-    loaded: Loaded  # the recipe and the command line alone
-    run: Path | None = None  # the run folder that an adapter belongs to
-    base: str | None = None  # the name of an adapter's base; None where nothing names one
+    model: str  # folder or GGUF file; of an adapter its base, or where it is quantized its merged model
+    adapter: Path | None = None
+    run: Path | None = None  # the run folder that it belongs to
+    base: str | None = None  # the name of the adapter's base, which `model` may replace by its 16-bit original
+    tokenizer: Path | None = None  # folder; None: a GGUF holds its own
+    template: str | None = None  # a file of templates/; None: the one saved with the model or adapter
+    notes: tuple[Message, ...] = ()
+    recipe: Path | None = None
 
     @property
-    def template(self) -> str | None:
-        """The chat template that was asked for; None: the one saved with the model or adapter."""
-        asked = self.loaded.typed if self.run else self.loaded.given
-        return self.config.template if "template" in asked else None
+    def is_gguf(self) -> bool:
+        return self.model.endswith(".gguf")
 
     @property
-    def tokenizer(self) -> Path | None:
-        """The folder of the tokenizer that an adapter was trained with; None: its base's."""
-        folders = [self.path, *([self.run] if self.run else [])]
-        return next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+    def merged(self) -> Path:
+        """The folder of the merged model of an adapter."""
+        return Path(self.config.export_dir or f"{self.name}/merged")
 
 
-def find_target(target: str | None, settings: Sequence[str], wants: Literal["any", "adapter"] = "any") -> Target:
-    """Reads a target (None: the newest run) and settings, `key=value`.
+def find_target(name: str | None = None, settings: Sequence[str] = (), use: Use = "answer") -> Target:
+    """What `name` means: a run, a checkpoint, an adapter, a model's folder or hub name, a GGUF, a recipe; None: the
+    newest run. `settings` are `key=value`.
 
-    A path may be a run, a checkpoint, an adapter, a model's folder, a hub name, a GGUF or a recipe. `wants="adapter"`
-    is for merging: a model, which has none, is an error. Raises UserError where it is not there or not complete.
+    An adapter's `model` is, to answer, the base it names, or where that is not on the disk its 16-bit original; to
+    merge, the 16-bit base; to quantize, the merged model, or before there is one the 16-bit base. Raises UserError
+    where something of it is missing, or there is no adapter to merge.
     """
-    path = Path(target).expanduser() if target else None
+    path = Path(name).expanduser() if name else None
     is_recipe = path is not None and path.suffix in RECIPE_SUFFIXES and not path.is_dir()
     loaded = load_config([*([str(path)] if is_recipe else []), *settings])
     if is_recipe:
-        path = _named_by_recipe(loaded, wants)
+        path = _named_by_recipe(loaded, use)
     elif path is None and loaded.config.adapter_name_or_path:
         path = Path(loaded.config.adapter_name_or_path)
-    elif path is None and "model_name_or_path" in loaded.given and wants == "any":
+    elif path is None and "model_name_or_path" in loaded.given and use != "merge":
         path = Path(loaded.config.model_name_or_path)
     path = path or newest_run()
-    if path.suffix == ".gguf" and not path.is_dir():
-        check_gguf(path)
-        return Target("gguf", path, config_of_run(None, loaded), loaded)
     if is_run(path) or is_adapter(path):
-        return _adapter_target(path, loaded)
-    if wants == "adapter":
+        found = _adapter_target(path, loaded, use)
+    elif use == "merge":
         _refuse_without_adapter(path)
-    return Target("model", path, config_of_run(None, loaded), loaded)
+    else:
+        found = _model_target(path, loaded, use)
+    if use == "answer" and found.config.quantization_bit and not found.is_gguf and common.find_gpu() is None:
+        note = Message("quantization_bit needs a GPU; the model answers in 16 bit")
+        return dataclasses.replace(found, notes=(*found.notes, note))
+    return found
 
 
-def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
+def _named_by_recipe(loaded: Loaded, use: Use) -> Path:
     """The run of a recipe; the adapter that it names, where it merges, evaluates, or the command line names one."""
     config, output = loaded.config, Path(loaded.config.output_dir)
     is_merge_file = config.export_dir and "export_dir" not in loaded.typed  # else training began with the adapter
@@ -89,42 +92,99 @@ def _named_by_recipe(loaded: Loaded, wants: str) -> Path:
         return output
     if config.adapter_name_or_path:
         return Path(config.adapter_name_or_path)
-    if wants == "adapter" or (trains and loaded.given & {"dataset", "output_dir"}):
-        train = common.command("train.py", loaded.recipe)
+    if use == "merge" or (trains and loaded.given & {"dataset", "output_dir"}):
         raise UserError(
             "{recipe} has not been trained yet: {folder} has no adapter; train it: {command}, or set "
             "adapter_name_or_path",
             recipe=loaded.recipe,
             folder=output,
-            command=train,
+            command=common.command("train.py", loaded.recipe),
         )
     return Path(config.model_name_or_path)
 
 
-def _adapter_target(folder: Path, loaded: Loaded) -> Target:
+def _model_target(path: Path, loaded: Loaded, use: Use) -> Target:
+    run, notes = run_of(path), tuple(loaded.notes)
+    config = _config_of_run(run if use == "quantize" else None, loaded)
+    template = config.template if "template" in loaded.given else None
+    if path.suffix == ".gguf" and not path.is_dir():
+        _check_gguf(path)
+        if template:
+            notes += (Message("template: a GGUF answers with the chat template in its file; this one is not used"),)
+        return Target(str(path), config, str(path), run=run, notes=notes, recipe=loaded.recipe)
+    folder = model_folder(str(path)) if use == "quantize" else _complete(model_folder(str(path)))
+    return Target(str(path), config, str(folder), None, run, None, folder, template, notes, loaded.recipe)
+
+
+def _adapter_target(folder: Path, loaded: Loaded, use: Use) -> Target:
     if not is_adapter(folder):
         _refuse_unfinished(folder)
     run = next((f for f in (folder, folder.parent) if (f / "config.yaml").is_file() and is_run(f)), None)
-    config = config_of_run(run, loaded)
+    config = _config_of_run(run, loaded)
     asked = loaded.typed if run else loaded.given
+    template = config.template if "template" in asked else None
     settings = adapter_settings(folder)
+    # a recipe may have been trained on another base than it names: model_name_or_path=... on the command line
+    base = run_config(run).model_name_or_path if run else settings.get("base_model_name_or_path")
     if "model_name_or_path" in asked:
         base = config.model_name_or_path
-    else:
-        # a recipe may have been trained on another base than it names: model_name_or_path=... on the command line
-        base = run_config(run).model_name_or_path if run else settings.get("base_model_name_or_path") or None
-        if (revision := settings.get("revision")) not in (None, "main"):
-            raise UserError(
-                "{folder} was trained on the revision {revision} of {base}; give model_name_or_path=a folder with "
-                "that revision",
-                folder=folder,
-                revision=revision,
-                base=base,
-            )
-    return Target("adapter", folder, config, loaded, run, base)
+    elif (revision := settings.get("revision")) not in (None, "main"):
+        raise UserError(
+            "{folder} was trained on the revision {revision} of {base}; give model_name_or_path=a folder with that "
+            "revision",
+            folder=folder,
+            revision=revision,
+            base=base,
+        )
+    found = Target(str(folder), config, "", folder, run, base, None, template, tuple(loaded.notes), loaded.recipe)
+    if use == "quantize" and found.merged.exists():
+        return dataclasses.replace(found, model=str(found.merged), tokenizer=found.merged)
+    if not base:
+        raise UserError(
+            "{folder} does not say which model it was trained on; give model_name_or_path=that model", folder=folder
+        )
+    model, name, notes = _base_to_answer(folder, base) if use == "answer" else _base_to_merge(folder, base)
+    tokenizer = next((f for f in (folder, run) if f and (f / "tokenizer_config.json").is_file()), model)
+    notes = (*loaded.notes, *notes)
+    return dataclasses.replace(found, model=str(model), base=name, tokenizer=tokenizer, notes=notes)
 
 
-def config_of_run(run: Path | None, loaded: Loaded) -> Config:
+def _base_to_answer(adapter: Path, base: str) -> tuple[Path, str, list[Message]]:
+    """Folder and name of the base, or of its 16-bit original where only that is on the disk; and a note of that."""
+    plain = QUANTIZED_NAME.sub("", base)
+    if plain == base or find_model(base) or not find_model(plain):
+        return _complete(model_folder(base, adapter)), base, []
+    folder = _complete(model_folder(plain, adapter))
+    note = Message(
+        "{quantized} is not on this disk; answering on its 16-bit original, {base}", quantized=base, base=folder
+    )
+    return folder, plain, [note]
+
+
+def _base_to_merge(adapter: Path, base: str) -> tuple[Path, str, list[Message]]:
+    """Folder and name of the base, of one in 4 or 8 bit those of the model it was made of; and a note of that."""
+    if base.endswith(".gguf"):
+        raise UserError(
+            "{base} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of", base=base
+        )
+    plain = QUANTIZED_NAME.sub("", base)
+    name = base if find_model(base) and not find_model(plain) else plain
+    folder = model_folder(name, adapter)
+    if quantization := read_object(folder / "config.json").get("quantization_config"):
+        raise UserError(
+            "{base} is quantized ({method}), and a merge would keep its rounding errors; give model_name_or_path=the "
+            "16-bit model it was made of ({plain})",
+            base=folder,
+            method=quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization,
+            plain=plain,
+        )
+    if name == base:
+        return folder, name, []
+    note = Message("{quantized} is quantized; merging into {base}, which it was made of", quantized=base, base=folder)
+    return folder, name, [note]
+
+
+def _config_of_run(run: Path | None, loaded: Loaded) -> Config:
     """The settings of a run, and before them what the recipe and the command line say (see Target)."""
     config = loaded.config
     if run:
@@ -134,11 +194,11 @@ def config_of_run(run: Path | None, loaded: Loaded) -> Config:
     return dataclasses.replace(config, overwrite_output_dir=overwrite)
 
 
-def _refuse_unfinished(folder: Path) -> None:
+def _refuse_unfinished(folder: Path) -> NoReturn:
     """Raises the UserError for a run without an adapter; it names the newest checkpoint."""
     saved = [path for path in folder.glob("checkpoint-*") if is_adapter(path)]
-    newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if newest:
+    if saved:
+        newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
         raise UserError(
             "{folder} has not finished training; name its newest checkpoint: {checkpoint}",
             folder=folder,
@@ -150,7 +210,7 @@ def _refuse_unfinished(folder: Path) -> None:
     )
 
 
-def _refuse_without_adapter(path: Path) -> None:
+def _refuse_without_adapter(path: Path) -> NoReturn:
     if not path.exists():
         raise UserError(
             "there is no run, adapter or recipe {path}{near:suggestion}; give saves/NAME, an adapter's folder or a "
@@ -160,13 +220,11 @@ def _refuse_without_adapter(path: Path) -> None:
         )
     if any(path.glob("checkpoint-*/adapter_config.json")):
         _refuse_unfinished(path)
-    raise UserError(
-        "{folder} has no adapter_config.json; give a run's folder, or an adapter's that peft saved", folder=path
-    )
+    raise UserError("{folder} has no adapter_config.json; give a run's folder or a PEFT adapter's", folder=path)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter that peft saved."""
+    """Whether a folder holds an adapter that PEFT saved."""
     return (folder / "adapter_config.json").is_file()
 
 
@@ -174,15 +232,14 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a complete adapter."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
-            "{folder} lacks adapter_model.safetensors, the only format read here; copy the whole folder, or save "
-            "the adapter again with peft",
+            "{folder} lacks adapter_model.safetensors, the only format read here; copy the whole folder, or save the "
+            "adapter again with peft",
             folder=folder,
         )
     return read_object(folder / "adapter_config.json")
 
 
-def check_gguf(path: Path) -> None:
-    """Raises UserError where there is no GGUF file at `path`."""
+def _check_gguf(path: Path) -> None:
     if not path.is_file():
         raise UserError("there is no file {path}; make one: python quantize.py saves/NAME", path=path)
     with open(path, "rb") as file:
@@ -197,73 +254,11 @@ def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
     settings = [word for word in words if word.startswith("--") or ("=" in word and not Path(word).exists())]
     targets = [word for word in words if word not in settings]
     if len(targets) > 1:
+        first, second = targets[:2]
         raise UserError(
-            "{first} and {second} are two targets; give one, and settings as key=value",
-            first=targets[0],
-            second=targets[1],
+            "{first} and {second} are two targets; give one, and settings as key=value", first=first, second=second
         )
     return (targets[0] if targets else None), settings
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is loaded to answer
-
-
-@dataclass(frozen=True)
-class Source:
-    """What will be loaded: all of it is on the disk."""
-
-    name: str  # for people
-    config: Config
-    model: str  # folder or GGUF file
-    adapter: Path | None = None
-    tokenizer: Path | str = ""  # folder
-    template: str | None = None  # a file of templates/; None: the one saved with the model
-    notes: tuple[Message | str, ...] = ()
-
-
-def find(target: str | None = None, settings: Sequence[str] = ()) -> Source:
-    """The files of what the command line names (`find_target`), a base of a 4-bit name by its 16-bit model.
-
-    Raises UserError, without loading anything, where something of it is missing.
-    """
-    found = find_target(target, settings)
-    notes: list[Message | str] = list(found.loaded.notes)
-    config, path, model, tokenizer = found.config, found.path, str(found.path), None
-    if found.kind == "gguf":
-        if "template" in found.loaded.given:
-            notes.append(Message("template: a GGUF answers with the chat template in its file; this one is not used"))
-        return Source(str(path), config, model, notes=tuple(notes))
-    if found.kind == "model":
-        tokenizer = folder = complete_model(str(path))
-        model = str(folder)
-    else:
-        folder, name = base_folder(found)
-        if name != found.base:
-            notes.append(
-                Message(
-                    "{quantized} is not on this disk; answering on {base}, the 16-bit model that it was made of",
-                    quantized=found.base,
-                    base=folder,
-                )
-            )
-        model, tokenizer = str(folder), found.tokenizer or folder
-    if config.quantization_bit and common.find_gpu() is None:
-        notes.append(Message("quantization_bit needs a GPU; the model answers in 16 bit"))
-    adapter = path if found.kind == "adapter" else None
-    return Source(str(path), config, model, adapter, tokenizer, found.template, tuple(notes))
-
-
-def base_folder(target: Target) -> tuple[Path, str]:
-    """Folder and name of the base that an adapter answers on: the one it names, else the 16-bit model behind that."""
-    if target.base is None:
-        raise UserError(
-            "{folder} does not say which model it was trained on; give model_name_or_path=that model",
-            folder=target.path,
-        )
-    plain = QUANTIZED_NAME.sub("", target.base)
-    name = plain if find_model(target.base) is None and find_model(plain) else target.base
-    return complete_model(name, target.path), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,28 +309,16 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-def complete_model(name: str, adapter: Path | None = None) -> Path:
+def model_folder(name: str, adapter: Path | None = None) -> Path:
     """The folder of a model that is on the disk (see `find_model`); `adapter`: it is the base of that one."""
     if folder := find_model(name):
-        if missing := missing_from_model(folder):
-            if adapter:
-                raise UserError(
-                    "the base model of {adapter}, {base}, is not complete: it lacks {missing}; fetch or make it again",
-                    base=folder,
-                    adapter=adapter,
-                    missing=missing,
-                )
-            raise UserError(
-                "{model} is not complete: it lacks {missing}; fetch or make it again", model=folder, missing=missing
-            )
         return folder
     if ggufs := sorted(Path(name).glob("*.gguf")):
-        chat = common.command("chat.py", ggufs[0])
         raise UserError(
             "{folder} holds {files}; name one: {command}",
             folder=name,
             files=[path.name for path in ggufs],
-            command=chat,
+            command=common.command("chat.py", ggufs[0]),
         )
     if Path(name).is_dir():
         raise UserError(
@@ -361,31 +344,10 @@ def complete_model(name: str, adapter: Path | None = None) -> Path:
     raise UserError("there is no model {model}; fetch it ({command}), or name its folder", model=name, command=fetch)
 
 
-def find_16_bit_base(target: Target) -> tuple[Path, str, dict[str, Any]]:
-    """Folder, name and config.json of the base to merge into: of one in 4 or 8 bit, the model it was made of."""
-    name = target.base
-    if name is None:
+def _complete(folder: Path) -> Path:
+    """The folder of a model; raises UserError where it lacks something."""
+    if missing := missing_from_model(folder):
         raise UserError(
-            "{folder} does not say which model it was trained on; give model_name_or_path=that model",
-            folder=target.path,
+            "{model} is not complete: it lacks {missing}; fetch or make it again", model=folder, missing=missing
         )
-    if name.endswith(".gguf"):
-        raise UserError(
-            "{base} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of", base=name
-        )
-    folder = find_model(name)
-    plain = QUANTIZED_NAME.sub("", name)
-    if plain != name and (original := find_model(plain)):
-        folder, name = original, plain
-    folder = complete_model(plain, target.path) if folder is None else folder
-    config = read_object(folder / "config.json")
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            "{base} is quantized ({method}): merging would keep its rounding errors, and most programs could not "
-            "read the result; give model_name_or_path=the 16-bit model it was made of ({plain})",
-            base=folder,
-            method=method,
-            plain=plain,
-        )
-    return folder, name, config
+    return folder

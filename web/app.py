@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from common import LANGUAGES, Config, Message
 from inference.api.guard import TimedProtocol
 from runs import report
-from runs.target import Source
+from runs.target import Target
 from runs.texts import Translator
 from web import fields, theme, widgets
 from web.imports import import_gradio
@@ -33,7 +33,7 @@ MAX_UPLOAD = "4gb"  # of a data file; a larger one is named by its path
 MAX_SESSIONS = 50
 
 
-def build(source: Source | None, password: str | None, host: str, names: Collection[str] = ()) -> Any:
+def build(source: Target | None, password: str | None, host: str, names: Collection[str] = ()) -> Any:
     """The application: every page once in each language, behind the password where there is one.
 
     `source`: only the chat page, for this model. `names`: see `security.protect`.
@@ -125,7 +125,7 @@ def place_tabs(t: Translator) -> None:
         page.connect(opened)
 
 
-def chat_blocks(t: Translator, source: Source) -> Any:
+def chat_blocks(t: Translator, source: Target) -> Any:
     """Only the chat, with one target."""
     import gradio as gr
 

@@ -19,7 +19,7 @@ from common import UserError
 from inference.engine import Engine, Reply
 from inference.load import load
 from runs.folder import run_folders
-from runs.target import Source
+from runs.target import Target
 from web.imports import import_libraries
 
 PAINT_SECONDS = 0.08  # between two updates of the page: as smooth as eyes need, and cheap
@@ -65,13 +65,13 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _key(source: Source, with_base: bool) -> object:
+def _key(source: Target, with_base: bool) -> object:
     """Changes when a loaded model is no longer what is meant: a run may have been trained again meanwhile."""
     file = Path(source.adapter, "adapter_model.safetensors") if source.adapter else Path(source.model)
     return source.name, str(source.config), file.stat().st_mtime_ns, with_base
 
 
-def engine(source: Source, with_base: bool) -> Engine:
+def engine(source: Target, with_base: bool) -> Engine:
     """The engine of a source; the one before is freed first, as two may not fit on a card. The caller holds `busy`."""
     global _loaded
     key = _key(source, with_base)
@@ -82,7 +82,7 @@ def engine(source: Source, with_base: bool) -> Engine:
     return _loaded[1]
 
 
-def is_loaded(source: Source, with_base: bool) -> bool:
+def is_loaded(source: Target, with_base: bool) -> bool:
     return _loaded is not None and _loaded[0] == _key(source, with_base)
 
 

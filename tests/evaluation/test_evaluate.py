@@ -245,9 +245,9 @@ def test_several_tokens_padding_and_greedy_text(trained: Path) -> None:
     from evaluation import scoring
     from inference import engine
     from inference.load import load
-    from runs.target import find
+    from runs.target import find_target
 
-    source = find(str(trained), QUIET)
+    source = find_target(str(trained), QUIET)
     model = load(source)
     scorer = scoring.scorer_for(model)
     talks = [[{"role": "user", "content": text}] for text in ("hi", "a longer one than that", "你好吗")]

@@ -25,7 +25,7 @@ from evaluation.data import EvalDataset
 from evaluation.encode import Encoded
 from evaluation.job import EvalModel, Job
 from runs.files import read_json
-from runs.target import Source
+from runs.target import Target
 
 
 class Killed(BaseException):
@@ -112,7 +112,7 @@ def make_job(folder: Path, model: Path) -> Job:
         EvalDataset("labels", rows, folder / "labels", "classification", ("0", "1")),
         EvalDataset("texts", rows, folder / "texts", "text"),
     ]
-    source = Source(str(model), Config(), str(model))
+    source = Target(str(model), Config(), str(model))
     models = [EvalModel("base", source), EvalModel("trained", source)]
     return Job(Config(), None, models, datasets, [], set(), None, {"labels": choices, "texts": texts})
 

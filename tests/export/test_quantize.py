@@ -147,7 +147,7 @@ def test_what_the_training_said_of_its_output_is_not_about_the_files(tmp_path):
         job = gguf_files.find_job("q8_0", arguments[0], arguments[1:])
         assert job.config.overwrite_output_dir is False
         assert job.model == folder / "merged"
-        assert job.adapter.base == str(base)
+        assert job.base == base
     job = gguf_files.find_job("q8_0", str(folder), ["overwrite_output_dir=true", f"export_dir={tmp_path / 'x'}"])
     assert job.config.overwrite_output_dir is True
     assert (job.model, job.home) == (tmp_path / "x", folder)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import queue
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TALK, make_run, ok, run, save_adapter, save_random_model, says, user_error
+from conftest import ROOT, TALK, ok, run, save_adapter, save_random_model, says, user_error
 
 from common import Message, UserError
 from inference import sampling, transformers_engine
 from inference.engine import Settings
 from inference.load import load
 from inference.transformers_engine import TransformersEngine
-from runs.target import find, find_target
 
 CHINESE = TALK["hi"]
 EXACT = ["infer_dtype=float32"]
@@ -537,107 +535,6 @@ def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
     reply = engine_of_tiny.stream([user("x")], biased)
     list(reply)
     assert [token.id for token in reply.logprobs] == [65] * 5
-
-
-def test_run_is_found_by_folder_recipe_and_age(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = make_run(parrot, tmp_path / "saves" / "mine")
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text(f"model_name_or_path: {parrot}\ndataset: identity\ntemplate: llama3\ntop_k: 7\n")
-    for source in (find(), find("saves/mine"), find("mine.yaml")):
-        assert (source.adapter.resolve(), Path(source.model), source.template) == (folder, parrot, None)
-    assert find("saves/mine").config.max_new_tokens == 12  # the run's own settings
-    assert find("saves/mine", ["max_new_tokens=5"]).config.max_new_tokens == 5
-    assert find("mine.yaml").config.top_k == 7
-    checkpoint = shutil.copytree(folder, folder / "checkpoint-3")
-    (checkpoint / "run.json").unlink()
-    assert find(str(checkpoint)).config.max_new_tokens == 12
-
-
-def test_llama_factory_chat_file(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    adapter = save_adapter(parrot, tmp_path / "adapter")
-    recipe = tmp_path / "chat.yaml"
-    recipe.write_text(
-        f"model_name_or_path: {parrot}\nadapter_name_or_path: {adapter}\ntemplate: chatml\nfinetuning_type: lora\n"
-        "infer_backend: huggingface\ntrust_remote_code: true\n"
-    )
-    source = find(str(recipe))
-    assert (source.adapter, source.model, source.template) == (adapter, str(parrot), "chatml")
-    plain = find(None, [f"model_name_or_path={parrot}", "template=chatml"])
-    assert (plain.adapter, plain.model, plain.template) == (None, str(parrot), "chatml")
-    assert plain.notes == ()
-    assert find(str(parrot), ["quantization_bit=4"]).notes == (
-        Message("quantization_bit needs a GPU; the model answers in 16 bit"),
-    )
-
-
-def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    with pytest.raises(UserError):
-        find()
-    with user_error("name its folder", model="nobody/nothing") as caught:
-        find("nobody/nothing")
-    assert str(caught.value) == (
-        f"there is no model nobody/nothing; fetch it (python {ROOT / 'download.py'} nobody/nothing), or name its folder"
-    )
-    with user_error(
-        "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them",
-        folder="saves/mine",
-        near=None,
-    ):
-        find("saves/mine")
-    with user_error("make one: python", path="x.gguf"):
-        find("x.gguf")
-    (tmp_path / "bad.gguf").write_bytes(b"PK and more")
-    with user_error("GGUF file (it", path="bad.gguf"):
-        find("bad.gguf")
-    (tmp_path / "empty").mkdir()
-    with user_error("no config.json", folder="empty"):
-        find("empty")
-    recipe = tmp_path / "new.yaml"
-    recipe.write_text("dataset: identity\n")
-    with user_error("been trained", command=f"python {ROOT / 'train.py'} new.yaml"):
-        find("new.yaml")
-
-    half = shutil.copytree(parrot, tmp_path / "half")
-    (half / "model.safetensors").write_bytes((half / "model.safetensors").read_bytes()[:-9])
-    with user_error(
-        "{model} is not complete: it lacks {missing}; fetch or make it again", missing=["model.safetensors"]
-    ):
-        find("half")
-
-    folder = make_run(parrot, tmp_path / "saves" / "mine")
-    for name in ("saves/mien", str(tmp_path / "saves/mien")):
-        with user_error(
-            "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them",
-            near=Path(name).parent / "mine",
-        ):
-            find(name)
-    with user_error("run, adapter", near=Path("saves/mine")):
-        find_target("saves/mien", [], wants="adapter")
-    config = (folder / "config.yaml").read_text()
-    (folder / "config.yaml").write_text(config.replace(str(parrot), "/gone/base"))
-    with user_error("or say where", base="/gone/base", adapter="saves/mine"):
-        find("saves/mine")
-    assert find("saves/mine", [f"model_name_or_path={parrot}"]).model == str(parrot)
-    (folder / "adapter_model.safetensors").unlink()
-    with user_error("whole folder", folder="saves/mine"):
-        find("saves/mine")
-    (folder / "adapter_config.json").unlink()
-    (folder / "run.json").write_text('{"status": "running"}')
-    with user_error("adapter (its", folder="saves/mine", status="running"):
-        find("saves/mine")
-
-
-def test_template_beside_a_gguf_is_noted(tmp_path: Path) -> None:
-    file = tmp_path / "x.gguf"
-    file.write_bytes(b"GGUF")
-    assert find(str(file)).notes == ()
-    assert find(str(file), ["template=qwen"]).notes == (
-        Message("template: a GGUF answers with the chat template in its file; this one is not used"),
-    )
 
 
 def test_layers_of_a_gguf_on_a_card(

@@ -758,12 +758,12 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
     from inference.api.options import ServerOptions
     from inference.api.server import ApiServer
     from inference.load import load
-    from runs.target import find, read_arguments
+    from runs.target import find_target, read_arguments
 
     def fail(*_: object) -> None:
         raise RuntimeError("/secret/place")
 
-    engine = load(find(*read_arguments([str(tiny_model), "infer_dtype=float32"])), only_replies=True)
+    engine = load(find_target(*read_arguments([str(tiny_model), "infer_dtype=float32"])), only_replies=True)
     server = ApiServer(engine, ServerOptions.from_environment({}))
     monkeypatch.setattr(server.generator, "growth", fail)
     asked = {"model": server.model_name, "messages": [{"role": "user", "content": "hi"}]}

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import save_adapter, says, user_error
+from conftest import save_adapter, user_error
 
 import merge
 from inference.load import load
 from runs.adapter import Adapter
 from runs.files import write_json
-from runs.target import find
 
 QUIET = ["infer_dtype=float32"]
 
@@ -125,25 +124,3 @@ def test_the_embedding_is_as_long_as_the_adapters(tiny_model: Path, tmp_path: Pa
     merge.main([str(folder), "--no-verify"])
     assert json.loads((folder / "merged" / "config.json").read_text())["vocab_size"] == 320
     assert (logits(load(str(folder / "merged"), QUIET).model) - logits(engine.model)).abs().max() < 1e-4
-
-
-def test_a_base_in_4_bit_gives_way_to_the_one_on_the_disk(
-    adapter: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "tiny").symlink_to(tiny_model)
-    change(adapter, base_model_name_or_path="unsloth/tiny-unsloth-bnb-4bit")
-    source = find(str(adapter))
-    assert Path(source.model) == Path("models/tiny")
-    assert [note.sentence for note in source.notes] == [says("answering on")]
-
-
-@pytest.mark.parametrize("name", [None, ""])
-def test_a_base_that_nothing_names_is_asked_for(name: str | None, adapter: Path, tiny_model: Path) -> None:
-    change(adapter, base_model_name_or_path=name)
-    with user_error("give model_name_or_path=that", folder=adapter):
-        find(str(adapter))
-    with user_error("give model_name_or_path=that", folder=adapter):
-        merge.main([str(adapter), "--no-verify"])
-    merge.main([str(adapter), "--no-verify", f"model_name_or_path={tiny_model}"])

@@ -325,14 +325,16 @@ class ChatRequests:
         from inference.api.options import ServerOptions
         from inference.api.server import ApiServer
         from inference.load import load
-        from runs.target import find, read_arguments
+        from runs.target import find_target, read_arguments
 
         short = folder / "short"  # an answer without a limit ends after 256 tokens
         shutil.copytree(model, short)
         config = json.loads((short / "config.json").read_text())
         (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
         options = ServerOptions.from_environment({})
-        engine = load(find(*read_arguments([str(short), "infer_dtype=float32", "max_new_tokens=4"])), only_replies=True)
+        engine = load(
+            find_target(*read_arguments([str(short), "infer_dtype=float32", "max_new_tokens=4"])), only_replies=True
+        )
         self.server = ApiServer(engine, options)
         app = Guard(self.server.application(), options)
         self.client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)

@@ -31,10 +31,10 @@ def training(tiny_model: Path, tmp_path: Path):
 
 
 def test_chat_from_a_run_without_an_adapter_yet_is_one_sentence(training: Path) -> None:
-    from runs.target import find, read_arguments
+    from runs.target import find_target, read_arguments
 
     with pytest.raises(UserError):
-        find(*read_arguments([str(training)]))
+        find_target(*read_arguments([str(training)]))
 
 
 def test_merging_a_run_that_is_still_training_is_one_sentence(training: Path) -> None:

@@ -14,7 +14,7 @@ import common
 from common import Message, UserError
 from inference import tool_calls
 from inference.engine import Engine, Reply, Settings
-from runs.target import Source, find
+from runs.target import Target, find_target
 from runs.texts import Translator
 from web import chat_model, conversation, widgets
 from web.chat_model import Request
@@ -49,7 +49,7 @@ class ChatPage(ChatLayout):
     """What the components of ChatLayout do. `source`: the only target; None: one is chosen, and whenever `tab` is
     opened, what was trained meanwhile can be chosen."""
 
-    def __init__(self, t: Translator, source: Source | None, tab: gr.Tab | None = None) -> None:
+    def __init__(self, t: Translator, source: Target | None, tab: gr.Tab | None = None) -> None:
         super().__init__(t, source)
         self.titles = {
             "thought": t("Thinking"),
@@ -289,12 +289,12 @@ class ChatPage(ChatLayout):
 
     # ---- the target
 
-    def find(self, target: str | None) -> Source:
+    def find(self, target: str | None) -> Target:
         if self.source:
             return self.source
         if not target:
             raise UserError("there is no trained model in saves/ yet; train one, or name a model's folder")
-        return find(target)
+        return find_target(target)
 
     def load(self, with_base: bool) -> Iterator[str]:
         """Loads the only target when the page opens, so that the first reply need not wait for it.

@@ -9,7 +9,7 @@ import gradio as gr
 
 from common import UserError
 from inference.engine import Settings
-from runs.target import Source, find
+from runs.target import Target, find_target
 from runs.texts import Translator
 from web import chat_model
 from web.widgets import note
@@ -20,7 +20,7 @@ VOICES = ("base", "trained")
 class ChatLayout:
     """The components, inside an open gr.Blocks or gr.Tab; what belongs to a browser is in gr.State alone."""
 
-    def __init__(self, t: Translator, source: Source | None) -> None:
+    def __init__(self, t: Translator, source: Target | None) -> None:
         self.t, self.source = t, source
         self.turns = gr.State([])
         self.chosen = gr.State(None)  # the number of a turn that was clicked
@@ -145,7 +145,7 @@ class ChatLayout:
     def first_settings(self) -> Settings:
         """The settings that the page starts with: those of the target's configuration."""
         with contextlib.suppress(UserError):
-            return Settings.of((self.source or find()).config)
+            return Settings.of((self.source or find_target()).config)
         return Settings()
 
     def place_saving(self) -> None:
