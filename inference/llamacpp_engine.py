@@ -8,11 +8,9 @@ import ctypes
 import functools
 import json
 import os
-import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ import numpy as np
 
 import common
 from common import Message, UserError
-from inference import llamacpp_library
-from inference.engine import MIN_SHARED, ChatMessage, Engine, Reply, Settings, TokenLogprob, common_prefix
+from inference import llamacpp_build
+from inference.backend import Backend, Sequence
+from inference.engine import ChatMessage, Engine
 from preprocessing.faults import Fault
 from preprocessing.prompts import UnsuitableMessages, complete_prompt
 from preprocessing.rendering import compile_template, render, without_generation_tags
@@ -32,8 +31,8 @@ from runs.target import Target
 MAX_CONTEXT = 8192  # tokens: llama.cpp allocates the whole context at the start
 COMPUTE_BYTES = 512 << 20  # of the card, for what llama.cpp computes with
 LOG_ERROR = 4  # ggml_log_level
-SHARED_CONTEXTS = 2  # contexts of memory that the rows of a batch share
-MAX_STEP = 2048  # tokens of prompts in one step of a batch
+SHARED_CONTEXTS = 2  # contexts of memory that replies side by side share
+MAX_STEP = 2048  # tokens of prompts in one step
 
 
 class LlamaCppEngine(Engine):
@@ -41,16 +40,15 @@ class LlamaCppEngine(Engine):
 
     def __init__(self, source: Target) -> None:
         self.name, self.config, file = source.name, source.config, source.model
-        self._lib = lib = llamacpp_library.runtime()
+        self._lib = lib = llamacpp_build.runtime()
         with _collect_errors(lib) as errors:
             try:
                 about = lib.Llama(file, vocab_only=True, verbose=False).metadata
                 architecture = about["general.architecture"]
                 self.context = min(int(about[f"{architecture}.context_length"]), MAX_CONTEXT)
                 layers = _layers_on_card(lib, Path(file), about, self.context)
-                self.model = lib.Llama(
-                    file, n_ctx=self.context, n_gpu_layers=layers, last_n_tokens_size=self.context, verbose=False
-                )
+                # of its own context nothing is used
+                self.model = lib.Llama(file, n_ctx=32, n_batch=32, n_gpu_layers=layers, verbose=False)
             except (ValueError, KeyError) as error:
                 reason = errors[0] if errors else error
                 raise UserError(
@@ -161,18 +159,8 @@ class LlamaCppEngine(Engine):
 
         return lltokenizer_from_vocab(self._vocabulary, n_vocab=self.vocabulary_size, eos_token=sorted(self.stop_ids))
 
-    def sampler(self, settings: Settings, prompt_tokens: int) -> Callable[[list[int], Any, Reply], int]:
-        """For the rows of a batch: the same as with transformers."""
-        import torch
-
-        from inference.sampling import Sampler
-
-        vocabulary = self.grammar_vocabulary if settings.grammar else None
-        sample = Sampler(settings, prompt_tokens, torch.device("cpu"), vocabulary)
-        return lambda ids, logits, reply: sample(ids, torch.from_numpy(logits), reply)
-
-    def batch_kernel(self, slots: int) -> LlamaKernel:
-        return LlamaKernel(self, slots)
+    def backend(self, slots: int) -> LlamaCppBackend:
+        return LlamaCppBackend(self, slots)
 
     def _spelled(self, kind: str) -> str:
         token = getattr(self._lib, f"llama_vocab_{kind}")(self._vocabulary)
@@ -185,53 +173,18 @@ class LlamaCppEngine(Engine):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: decoder.decode(self._piece(token, special=False))
 
-    def generate(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
-        reply.cached_tokens = common_prefix(list(self.model.eval_tokens), ids[:-1])
-        self.model.set_seed(random.getrandbits(32) if settings.seed is None else settings.seed & 0xFFFFFFFF)
-        tokens = self.model.generate(
-            ids,
-            temp=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            min_p=settings.min_p,
-            repeat_penalty=settings.repetition_penalty,
-            presence_penalty=settings.presence_penalty,
-            frequency_penalty=settings.frequency_penalty,
-        )
-        for token in tokens:
-            if settings.logprobs is not None:
-                reply.logprobs.append(self._logprob(token, settings.logprobs))
-            yield token
 
-    def _logprob(self, token: int, count: int) -> TokenLogprob:
-        logits = np.ctypeslib.as_array(self.model._ctx.get_logits_ith(-1), shape=(self.model.n_vocab(),))
-        known = logits - logits.max()
-        known = known - np.log(np.exp(known).sum())
-        top = np.argsort(-known)[:count]
-        return TokenLogprob(token, float(known[token]), tuple((int(i), float(known[i])) for i in top))
+class LlamaCppBackend(Backend):
+    """Computes sequences in one llama.cpp context, with a memory that all of them share.
 
-
-@dataclass(eq=False)
-class Sequence:
-    """A row's sequence in llama.cpp's memory: its number, the ids computed, and the cells reserved for it."""
-
-    number: int
-    ids: list[int] = field(default_factory=list)
-    reserved: int = 0
-
-
-class LlamaKernel:
-    """Computes the rows of a batch in one llama.cpp context, with a memory that all of them share.
-
-    Sequences share the cells of what they have in common, so keeping a finished row for the next one costs only what
-    is its own.
+    Sequences share the cells of what they have in common, so keeping a finished one costs only what is its own.
     """
 
     def __init__(self, engine: LlamaCppEngine, slots: int) -> None:
-        self.lib, self.engine, self.slots = engine._lib, engine, slots
-        self.cells = engine.context * min(slots, SHARED_CONTEXTS)
+        super().__init__(slots, capacity=engine.context * min(slots, SHARED_CONTEXTS))
+        self.lib, self.engine = engine._lib, engine
         settings = self.lib.llama_context_default_params()
-        settings.n_ctx, settings.n_seq_max, settings.kv_unified = self.cells, 2 * slots, True
+        settings.n_ctx, settings.n_seq_max, settings.kv_unified = self.capacity, 2 * slots + 1, True
         settings.n_batch = MAX_STEP + slots
         settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
         model = engine.model.model
@@ -240,70 +193,57 @@ class LlamaKernel:
         if not self.context:
             raise UserError(
                 "llama.cpp has no memory for {tokens} tokens of {slots} replies at once; set MAX_CONCURRENT lower",
-                tokens=self.cells,
+                tokens=self.capacity,
                 slots=slots,
             )
         self.memory = self.lib.llama_get_memory(self.context)
         self.batch = self.lib.llama_batch_init(MAX_STEP + slots, 0, 1)
-        self.shares = not (self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model))
-        self.free = list(range(2 * slots))
-        self.opened: list[Sequence] = []
-        self.finished: list[Sequence] = []  # of finished replies, oldest first
+        self.attends = not (self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model))
+        self.free = list(range(2 * slots + 1))  # numbers of sequences; a sequence's cache is its number
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a row of so many tokens fits beside those that are there."""
-        return sum(sequence.reserved for sequence in self.opened) + tokens <= self.cells
+    def new_cache(self) -> int:
+        return self.free.pop()
 
-    def open(self, ids: list[int], max_tokens: int) -> Sequence:
-        """A sequence for a row that begins with `ids`; what another one has computed of them is shared."""
-        sequence = Sequence(self.free.pop(), reserved=max_tokens)
-        known = [(common_prefix(other.ids, ids[:-1]), other) for other in [*self.opened, *self.finished] if self.shares]
-        same, other = max(known, key=lambda pair: pair[0], default=(0, None))
-        if same >= MIN_SHARED:
-            self.lib.llama_memory_seq_cp(self.memory, other.number, sequence.number, 0, same)
-            sequence.ids = other.ids[:same]
-        self.opened.append(sequence)
-        taken = sum(sequence.reserved for sequence in self.opened)
-        while self.finished and taken + sum(len(sequence.ids) for sequence in self.finished) > self.cells:
-            self._drop_oldest()
-        return sequence
+    def copy_cache(self, sequence: Sequence, length: int) -> int:
+        number = self.free.pop()
+        self.lib.llama_memory_seq_cp(self.memory, sequence.cache, number, 0, -1)
+        return number
 
-    def close(self, sequence: Sequence) -> None:
-        """The row is finished; it is kept for those that begin in the same way, as long as there is a place."""
-        self.opened.remove(sequence)
-        self.finished.append(sequence)
-        if len(self.finished) > self.slots:
-            self._drop_oldest()
+    def can_crop(self, sequence: Sequence) -> bool:
+        return self.attends
 
-    def _drop_oldest(self) -> None:
-        sequence = self.finished.pop(0)
-        self.lib.llama_memory_seq_rm(self.memory, sequence.number, 0, -1)
-        self.free.append(sequence.number)
+    def crop(self, sequence: Sequence, length: int) -> None:
+        self.lib.llama_memory_seq_rm(self.memory, sequence.cache, length, -1)
+
+    def drop(self, sequence: Sequence) -> None:
+        self.crop(sequence, 0)
+        self.free.append(sequence.cache)
 
     def forward(self, work: list[tuple[Sequence, list[int], bool]]) -> list[Any]:
-        """As `batch_kernels.FlatKernel.forward`."""
         batch, ends = self.batch, []
         batch.n_tokens = 0
         for sequence, tokens, wanted in work:
             for i, token in enumerate(tokens):
                 at = batch.n_tokens
                 batch.token[at], batch.pos[at] = token, len(sequence.ids) + i
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence.number
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence.cache
                 batch.logits[at] = wanted and i == len(tokens) - 1
                 batch.n_tokens += 1
             ends.append(batch.n_tokens - 1)
         status = self.lib.llama_decode(self.context, batch)
         if status:
             for sequence, *_ in work:
-                self.lib.llama_memory_seq_rm(self.memory, sequence.number, len(sequence.ids), -1)
+                self.crop(sequence, len(sequence.ids))
             raise RuntimeError(f"llama_decode failed with status {status}")
-        found: list[Any] = []
-        for (sequence, tokens, wanted), end in zip(work, ends, strict=True):
+        for sequence, tokens, _ in work:
             sequence.ids += tokens
-            logits = self.lib.llama_get_logits_ith(self.context, end) if wanted else None
-            shape = (self.engine.vocabulary_size,)
-            found.append(None if logits is None else np.ctypeslib.as_array(logits, shape=shape).copy())
-        return found
+        return [self._logits(end) if wanted else None for (_, _, wanted), end in zip(work, ends, strict=True)]
+
+    def _logits(self, place: int) -> Any:
+        import torch
+
+        found = self.lib.llama_get_logits_ith(self.context, place)
+        return torch.from_numpy(np.ctypeslib.as_array(found, shape=(self.engine.vocabulary_size,)).copy())
 
 
 @contextlib.contextmanager

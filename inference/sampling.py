@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common import UserError
-from inference.engine import Reply, Settings, TokenLogprob
+from inference.request import Settings, TokenLogprob
 
 Filter = Callable[[list[int], Tensor], Tensor]
 
@@ -136,15 +136,14 @@ class Sampler:
         if settings.min_p:
             self.after.append(min_p(settings.min_p))
 
-    def __call__(self, ids: list[int], logits: Tensor, reply: Reply) -> int:
-        """The token after `ids`; `logits` is (vocabulary,). Records its log-probability in `reply` where wanted."""
+    def __call__(self, ids: list[int], logits: Tensor) -> tuple[int, TokenLogprob | None]:
+        """The token after `ids`, and its log-probability where it is wanted; `logits` is (vocabulary,)."""
         with torch.inference_mode():
-            token = self._sample(ids, logits)
-            if self.settings.logprobs is not None:
-                reply.logprobs.append(_token_logprob(token, logits, self.settings.logprobs))
+            token, wanted = self._sample(ids, logits), self.settings.logprobs
+            logprob = None if wanted is None else _token_logprob(token, logits, wanted)
         if self.matcher:
             self.matcher.consume(token)
-        return token
+        return token, logprob
 
     def _sample(self, ids: list[int], logits: Tensor) -> int:
         for apply in self.before:

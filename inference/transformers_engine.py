@@ -1,4 +1,4 @@
-"""The engine for transformers: a model's own loop, with the conversation's keys and values kept between turns."""
+"""The engine for models of transformers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
 
-import torch
-
-from inference.engine import ChatMessage, Engine, Reply, Settings, common_prefix
-from inference.sampling import Sampler
+from inference.backend import Backend
+from inference.engine import ChatMessage, Engine
+from inference.transformers_backend import make_backend
 from preprocessing.prompts import prompt_ids
 from preprocessing.template import load_template
 from runs.target import Target
-
-PREFILL = 512  # tokens of a prompt computed at once: a cancelled reply ends within one such piece
 
 
 class TransformersEngine(Engine):
@@ -27,6 +24,7 @@ class TransformersEngine(Engine):
         self, source: Target, model: Any, tokenizer: Any, switch: AdapterSwitch | None = None, trained: bool = True
     ) -> None:
         self.name, self.config, self.model, self.tokenizer = source.name, source.config, model, tokenizer
+        self.device = model.device
         self.template = load_template(source.template, tokenizer)
         ends = model.generation_config.eos_token_id
         ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
@@ -38,7 +36,6 @@ class TransformersEngine(Engine):
         self._switch, self._trained = switch or AdapterSwitch(), trained
         keeps = "logits_to_keep" in signature(model.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if keeps else {}  # arguments of `model.forward`
-        self._cache: tuple[list[int], Any] | None = None  # ids, and a DynamicCache of their keys and values
 
     def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
         return prompt_ids(
@@ -64,10 +61,8 @@ class TransformersEngine(Engine):
     def added_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
 
-    def batch_kernel(self, _: int) -> Any:
-        from inference.batch_kernels import transformers_kernel
-
-        return transformers_kernel(self)
+    def backend(self, slots: int) -> Backend:
+        return make_backend(self, slots)
 
     @functools.cached_property
     def grammar_vocabulary(self) -> Any:
@@ -77,60 +72,11 @@ class TransformersEngine(Engine):
             self.tokenizer, n_vocab=max(self.vocabulary_size, len(self.tokenizer)), eos_token=sorted(self.stop_ids)
         )
 
-    def sampler(self, settings: Settings, prompt_tokens: int) -> Sampler:
-        vocabulary = self.grammar_vocabulary if settings.grammar else None
-        return Sampler(settings, prompt_tokens, self.model.device, vocabulary)
-
     def detokenizer(self) -> Callable[[int], str]:
         from tokenizers.decoders import DecodeStream
 
         stream, backend = DecodeStream(skip_special_tokens=True), self.tokenizer.backend_tokenizer
         return lambda token: stream.step(backend, token) or ""
-
-    def generate(self, ids: list[int], settings: Settings, reply: Reply) -> Iterator[int]:
-        done, cache = self.take_cache(ids)
-        reply.cached_tokens, todo = len(done), ids[len(done) :]
-        sample, consistent = self.sampler(settings, len(ids)), True
-        try:
-            while True:
-                while todo:
-                    if reply.cancelled:
-                        return
-                    piece, todo, consistent = todo[:PREFILL], todo[PREFILL:], False
-                    logits = self.forward(piece, cache)
-                    done, consistent = done + piece, True
-                token = sample(done, logits, reply)
-                yield token
-                todo = [token]
-        finally:
-            if consistent:  # else it was interrupted: some layers have seen a token that others have not
-                self._cache = (done, cache)
-
-    def take_cache(self, ids: list[int]) -> tuple[list[int], Any]:
-        """The ids at the start of `ids` that need not be computed again, at most all but one, and their cache.
-
-        The engine has no cache until the reply gives it back, so a second reply at the same time makes its own.
-        """
-        from transformers import DynamicCache
-
-        kept, self._cache = self._cache, None
-        if kept is not None:
-            done, cache = kept
-            same = common_prefix(done, ids[:-1])
-            if same and cache.is_croppable:
-                cache.crop(same - len(done))  # negative: so many from the end
-                return done[:same], cache
-        cache = DynamicCache(config=self.model.config)
-        if not any(cache.is_linear):
-            cache = DynamicCache()  # keeps what a sliding window would drop: else it could not be cropped
-        return [], cache
-
-    def forward(self, ids: list[int], cache: Any) -> Any:
-        """The logits after `ids` (vocabulary, float32); their keys and values go into the cache."""
-        with torch.inference_mode(), self.adapter_state():
-            inputs = torch.tensor([ids], device=self.model.device)
-            output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, **self.last_logits_only)
-            return output.logits[0, -1].float()
 
     def adapter_state(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, the model's adapter is on or off, as this engine needs it."""
