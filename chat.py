@@ -21,9 +21,9 @@ import time
 
 import common
 from common import Message, UserError
-from inference.engine import Settings
 from inference.load import load
-from inference.terminal_chat import Speaker, TerminalChat, tell
+from inference.request import Settings
+from inference.terminal import Speaker, TerminalChat, tell
 from runs.configuration import run_command
 from runs.target import find_target, read_arguments
 

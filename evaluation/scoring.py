@@ -14,7 +14,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from inference.engine import Engine, common_prefix
+from inference.engine import Engine
+from inference.request import Request, Settings
 
 Ids = Sequence[int]
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included
@@ -192,7 +193,7 @@ class LlamaCppScorer:
     tokens = 1
 
     def __init__(self, engine: Any) -> None:
-        self.engine, self.model = engine, engine.model
+        self.engine = engine
 
     def choices(self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """As TransformersScorer.choices."""
@@ -213,24 +214,12 @@ class LlamaCppScorer:
 
     def replies(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[str]:
         """As TransformersScorer.replies."""
-        from inference.engine import Reply, Settings
-
-        settings, found = Settings(temperature=0.0, max_new_tokens=max_new_tokens), []
-        for prompt in prompts:
-            reply = Reply(prompt_tokens=len(prompt), dropped_messages=0)
-            found.append("".join(self.engine.stream_text(list(prompt), settings, reply)))
-        return found
+        settings = Settings(temperature=0.0, max_new_tokens=max_new_tokens)
+        return ["".join(self.engine.answer(Request(list(prompt), settings))) for prompt in prompts]
 
     def _sum(self, prompt: list[int], answer: list[int]) -> float:
         return sum(float(self._after(prompt + answer[:i])[token]) for i, token in enumerate(answer))
 
     def _after(self, ids: list[int]) -> Any:
         """log-probabilities (vocabulary,) of the token after `ids`."""
-        import numpy as np
-        from scipy.special import log_softmax
-
-        model = self.model
-        model.n_tokens = common_prefix(list(model.eval_tokens), ids[:-1])  # llama.cpp forgets what comes after it
-        model.eval(ids[model.n_tokens :])
-        logits = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),))
-        return log_softmax(logits.astype(np.float64))
+        return self.engine.logits_after(ids).double().log_softmax(-1)

@@ -14,7 +14,7 @@ import common
 from common import SAVES, Config, Message, UserError
 from export import hub, llamacpp
 from export.verify import PROOF_LENGTH, PROOF_TOKENS, GgufProof, own_dtype, spread
-from inference import llamacpp_library
+from inference import llamacpp_build
 from inference.child_process import run_child
 from runs import files
 from runs.adapter import language_config
@@ -183,8 +183,8 @@ def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
 
 def can_prove(job: GgufJob) -> bool:
     """Whether there is llama.cpp's library, or it can be built; raises UserError where a type cannot be without it."""
-    missing = llamacpp_library.missing()
-    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp_library.quantizer()
+    missing = llamacpp_build.missing()
+    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp_build.quantizer()
     if missing and (by_library or job.needs_matrix):
         raise UserError.from_message(missing)
     if missing:
@@ -368,9 +368,9 @@ def make(job: GgufJob, kind: str, start: Path, matrix: Path | None, work: Path) 
         return target
     used = str(matrix) if matrix and TYPES[kind].needs_matrix else None
     doing = f"quantizing to {kind}"
-    if tool := llamacpp_library.quantizer():
+    if tool := llamacpp_build.quantizer():
         run_child([tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing)
-    elif llamacpp_library.missing():
+    elif llamacpp_build.missing():
         return convert(job, kind, work)
     else:
         llamacpp.call(llamacpp.quantize, doing, source=start, target=target, kind=kind, matrix=used)
@@ -384,7 +384,7 @@ def keep(job: GgufJob, kind: str, file: Path, result: dict[str, Any]) -> None:
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
     record = read_record(job)
-    record |= {"model": str(job.model.resolve()), "llama-cpp-python": llamacpp_library.VERSION}
+    record |= {"model": str(job.model.resolve()), "llama-cpp-python": llamacpp_build.VERSION}
     record.setdefault("files", {})[job.file(kind).name] = {"type": kind, **result}
     text = modelfile(job.file(kind).name, job.name, job.tokenizer, job.stop, result.get("adds_bos", False))
     write_text(job.modelfile(kind), text)

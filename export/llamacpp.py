@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import ROOT, run_script
 from inference.child_process import RESULT, run_child
-from inference.llamacpp_library import converter, library, quantizer, runtime
+from inference.llamacpp_build import converter, library, quantizer, runtime
 
 if TYPE_CHECKING:
     import numpy as np

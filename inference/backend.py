@@ -1,4 +1,4 @@
-"""What computes the tokens of replies, and the one cache of prefixes: what was computed for a finished reply is kept for
+"""What computes the tokens of replies, and the cache of prefixes: what was computed for a finished reply is kept for
 the next prompt that begins in the same way."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Backend:
         best, shared = None, MIN_SHARED - 1
         for other in [*self.opened, *self.finished]:
             same = common_prefix(other.ids, ids[:-1])
-            if same > shared and (same == len(other.ids) or self.can_crop(other)):
+            if same > shared and (same == len(other.ids) or self.can_crop(other.cache)):
                 best, shared = other, same
         if best is None:
             sequence = Sequence(cache=self.new_cache())
@@ -54,7 +54,7 @@ class Backend:
             self.finished.remove(best)
             sequence = best
         else:
-            sequence = Sequence(list(best.ids), self.copy_cache(best, shared))
+            sequence = Sequence(list(best.ids), self.copy_cache(best.cache))
         if shared < len(sequence.ids):
             self.crop(sequence, shared)
             del sequence.ids[shared:]
@@ -87,11 +87,10 @@ class Backend:
     def new_cache(self) -> Any:
         raise NotImplementedError
 
-    def copy_cache(self, sequence: Sequence, length: int) -> Any:
-        """A copy of a sequence's cache, of its first `length` tokens at least."""
+    def copy_cache(self, cache: Any) -> Any:
         raise NotImplementedError
 
-    def can_crop(self, sequence: Sequence) -> bool:
+    def can_crop(self, cache: Any) -> bool:
         raise NotImplementedError
 
     def crop(self, sequence: Sequence, length: int) -> None:

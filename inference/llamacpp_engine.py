@@ -204,12 +204,12 @@ class LlamaCppBackend(Backend):
     def new_cache(self) -> int:
         return self.free.pop()
 
-    def copy_cache(self, sequence: Sequence, length: int) -> int:
+    def copy_cache(self, cache: int) -> int:
         number = self.free.pop()
-        self.lib.llama_memory_seq_cp(self.memory, sequence.cache, number, 0, -1)
+        self.lib.llama_memory_seq_cp(self.memory, cache, number, 0, -1)
         return number
 
-    def can_crop(self, sequence: Sequence) -> bool:
+    def can_crop(self, _: int) -> bool:
         return self.attends
 
     def crop(self, sequence: Sequence, length: int) -> None:

@@ -28,7 +28,7 @@ class Settings:
     max_new_tokens: int = 1024
     logprobs: int | None = None  # alternatives whose log-probabilities are kept with each token; None: none kept
     logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, and what is added to the logit of each
-    grammar: str | None = None  # an llguidance grammar (tool_calls.py): only replies that match it are sampled
+    grammar: str | None = None  # an llguidance grammar (grammar.py): only replies that match it are sampled
 
     def __post_init__(self) -> None:
         for name, (kind, low, high) in _RANGES.items():

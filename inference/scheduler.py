@@ -172,9 +172,7 @@ class Scheduler:
 
     def _forward(self, work: list[tuple[Reply, list[int]]]) -> list[Any]:
         """Logits for each reply, or its exception: where all together fail, each is tried alone."""
-        asked = [
-            (reply.sequence, todo, len(reply.sequence.ids) + len(todo) == len(reply.ids)) for reply, todo in work
-        ]
+        asked = [(reply.sequence, todo, len(reply.sequence.ids) + len(todo) == len(reply.ids)) for reply, todo in work]
         try:
             return self.backend.forward(asked)
         except Exception as error:  # noqa: BLE001 - one request failed; the others go on

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common import CACHE, Message, UserError, nearest_word
-from inference.engine import ChatMessage, Engine, Reply, Settings
+from inference.engine import ChatMessage, Engine
+from inference.reply import Reply
+from inference.request import Settings
 from runs.files import write_json
 
 COMMANDS = {

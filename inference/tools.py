@@ -55,7 +55,7 @@ class Call:
 
     name: str
     arguments: str
-    index: int = 0
+    index: int = field(default=0, compare=False)
     id: str = field(default_factory=call_id, compare=False)
 
 

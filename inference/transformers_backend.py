@@ -44,12 +44,12 @@ class TransformersBackend(Backend):
         super().__init__(slots)
         self.engine, self.model = engine, engine.model
 
-    def can_crop(self, sequence: Sequence) -> bool:
-        return sequence.cache.is_croppable
+    def can_crop(self, cache: DynamicCache) -> bool:
+        return cache.is_croppable
 
-    def copy_cache(self, sequence: Sequence, length: int) -> Any:
+    def copy_cache(self, cache: DynamicCache) -> DynamicCache:
         with torch.inference_mode():
-            return copy.deepcopy(sequence.cache)
+            return copy.deepcopy(cache)
 
     def crop(self, sequence: Sequence, length: int) -> None:
         sequence.cache.crop(length - len(sequence.ids))  # negative: so many from the end

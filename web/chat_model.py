@@ -16,8 +16,9 @@ from typing import Any
 
 import common
 from common import UserError
-from inference.engine import Engine, Reply
+from inference.engine import Engine
 from inference.load import load
+from inference.reply import Reply
 from runs.folder import run_folders
 from runs.target import Target
 from web.imports import import_libraries

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions: how a request becomes rows of the batch, and its replies become JSON."""
+"""/v1/chat/completions and /v1/completions: how a request is read, and its replies become JSON."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from common import UserError
-from inference import tool_calls
+from inference import grammar
 from inference.api.errors import ApiError, refuse
 from inference.api.generation import Generator, Job
 from inference.api.messages import Tools, read_messages, read_tools
-from inference.api.replies import Choice, chat_deltas, chat_message, completion_logprobs, token_logprobs
+from inference.api.replies import TextPosition, chat_deltas, chat_message, completion_logprobs, token_logprobs
 from inference.api.schema import (
     ChatRequest,
     CompletionRequest,
-    Request,
     read_prompts,
     read_schema,
     sampling_settings,
 )
-from inference.engine import TokenLogprob
+from inference.api.schema import (
+    Request as ClientRequest,
+)
+from inference.request import Request, TokenLogprob
+from inference.tools import Style, ToolUse
 
 
 def sse(content: dict[str, Any], event: str | None = None) -> bytes:
@@ -50,14 +53,14 @@ def last_chunks(job: Job, head: dict[str, Any]) -> Iterator[bytes]:
 class Endpoint:
     """One of OpenAI's forms. `form`: what a request may say, `id_prefix`: how its ids begin."""
 
-    form: type[Request]
+    form: type[ClientRequest]
     id_prefix: str
 
     def __init__(self, generator: Generator, model_name: str) -> None:
         self.generator, self.engine, self.model_name = generator, generator.engine, model_name
 
-    def add_rows(self, job: Job) -> None:
-        """Reads the request and adds its rows and choices. Raises ApiError, UserError."""
+    def add_replies(self, job: Job) -> None:
+        """Reads the request and adds its replies. Raises ApiError, UserError."""
         raise NotImplementedError
 
     def body(self, job: Job) -> dict[str, Any]:
@@ -75,31 +78,26 @@ class Endpoint:
 class ChatPrompts(Endpoint):
     """What chats and responses have in common: one prompt, tools and formats of the reply."""
 
-    style: tool_calls.Style | None  # how the model's template writes calls; None: it has no tools
+    style: Style | None  # how the model's template writes calls; None: it has no tools
 
     def __init__(self, generator: Generator, model_name: str) -> None:
         super().__init__(generator, model_name)
-        self.style = tool_calls.style_of(self.engine)
+        self.style = grammar.style_of(self.engine)
 
-    def add_chat_rows(self, job: Job, messages: list[dict[str, Any]], tools: Tools, schema: Any, field: str) -> None:
-        """`n` rows of one prompt; `schema` holds the reply to JSON, and came in `field` of the request."""
+    def add_chat_replies(self, job: Job, messages: list[dict[str, Any]], tools: Tools, schema: Any, field: str) -> None:
+        """`n` replies to one prompt; `schema` holds the reply to JSON, and came in `field` of the request."""
         settings = sampling_settings(job.request, self.engine)
         settings = dataclasses.replace(settings, grammar=self._grammar(tools, schema, field))
-        ids, dropped = self.engine.prepare(messages, settings, tools.for_template() or None)
-        visible = {}
-        if tools.functions:
-            marks = (self.style.opening, self.style.closing)
-            visible = {self.engine.control_tokens[mark]: mark for mark in marks if mark in self.engine.control_tokens}
-        for index in range(job.request.n):
-            reader = tool_calls.CallReader(self.style, tools.names) if tools.functions else None
-            job.choices.append(Choice(index, reader, single=tools.single))
-            self.generator.add_row(job, ids, settings, dropped=dropped, visible=visible)
+        use = ToolUse(self.style, tuple(tools.names), tools.single) if tools.functions else None
+        request = self.engine.request(messages, settings, tools.for_template() or None, use)
+        for _ in range(job.request.n):
+            self.generator.add(job, request)
 
     def _grammar(self, tools: Tools, schema: Any, field: str) -> str | None:
         """What the reply is held to; None: nothing."""
         try:
             if tools.functions and (tools.required or tools.strict or schema is not None):
-                grammar = tool_calls.call_grammar(
+                found = grammar.call_grammar(
                     self.style,
                     tools.functions,
                     self.engine,
@@ -108,13 +106,13 @@ class ChatPrompts(Endpoint):
                     otherwise=schema,
                 )
             elif schema is not None:
-                grammar = tool_calls.json_grammar(schema)
+                found = grammar.json_grammar(schema)
             else:
                 return None
-            tool_calls.check_grammar(self.engine, grammar)
+            grammar.check_grammar(self.engine, found)
         except UserError as error:
             raise refuse("tools" if tools.functions else field, error.message, "invalid_schema") from None
-        return grammar
+        return found
 
 
 class ChatEndpoint(ChatPrompts):
@@ -122,21 +120,21 @@ class ChatEndpoint(ChatPrompts):
 
     form, id_prefix = ChatRequest, "chatcmpl-"
 
-    def add_rows(self, job: Job) -> None:
+    def add_replies(self, job: Job) -> None:
         has_tools = self.style is not None
         messages = read_messages(job.request.messages, has_tools)
         tools = read_tools(job.request, has_tools)
-        self.add_chat_rows(job, messages, tools, read_schema(job.request.response_format), "response_format")
+        self.add_chat_replies(job, messages, tools, read_schema(job.request.response_format), "response_format")
 
     def body(self, job: Job) -> dict[str, Any]:
         choices = [
             {
-                "index": choice.index,
-                "message": chat_message(choice),
-                "finish_reason": choice.finish_reason,
-                "logprobs": self._logprobs(job, choice.logprobs),
+                "index": index,
+                "message": chat_message(reply),
+                "finish_reason": reply.finish_reason,
+                "logprobs": self._logprobs(job, reply.logprobs),
             }
-            for choice in job.choices
+            for index, reply in enumerate(job.replies)
         ]
         return {**self._head(job, "chat.completion"), "choices": choices, "usage": usage(job)}
 
@@ -148,15 +146,15 @@ class ChatEndpoint(ChatPrompts):
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
             return sse({**head, "choices": [choice], **empty})
 
-        for choice in job.choices:
-            yield chunk(choice.index, {"role": "assistant", "content": "", "refusal": None})
-        async for choice, parts, tokens in self.generator.growth(job):
-            logprobs = self._logprobs(job, tokens) if tokens else None
-            for delta in chat_deltas(parts) or [{}] * bool(logprobs):
-                yield chunk(choice.index, delta, logprobs=logprobs)
+        for index in range(len(job.replies)):
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        async for index, event in self.generator.growth(job):
+            logprobs = self._logprobs(job, event.logprobs) if event.logprobs else None
+            for delta in chat_deltas(event.parts) or [{}] * bool(logprobs):
+                yield chunk(index, delta, logprobs=logprobs)
                 logprobs = None
-            if choice.finish_reason:
-                yield chunk(choice.index, {}, choice.finish_reason)
+            if event.end:
+                yield chunk(index, {}, job.replies[index].finish_reason)
         for event in last_chunks(job, head):
             yield event
 
@@ -175,14 +173,13 @@ class CompletionEndpoint(Endpoint):
 
     form, id_prefix = CompletionRequest, "cmpl-"
 
-    def add_rows(self, job: Job) -> None:
-        request = job.request
-        settings = sampling_settings(request, self.engine)
-        for number, ids in enumerate(read_prompts(request.prompt, self.engine)):
-            for _ in range(request.n):
-                echoed = self._text(request.prompt, number, ids) if request.echo else ""
-                job.choices.append(Choice(len(job.choices), prefix=echoed))
-                self.generator.add_row(job, ids, settings)
+    def add_replies(self, job: Job) -> None:
+        asked = job.request
+        settings = sampling_settings(asked, self.engine)
+        for number, ids in enumerate(read_prompts(asked.prompt, self.engine)):
+            echo = self._text(asked.prompt, number, ids) if asked.echo else ""
+            for _ in range(asked.n):
+                self.generator.add(job, Request(ids, settings), echo)
 
     def _text(self, prompt: Any, number: int, ids: list[int]) -> str:
         """The text of a prompt, which may have come as ids."""
@@ -191,28 +188,28 @@ class CompletionEndpoint(Endpoint):
 
     def body(self, job: Job) -> dict[str, Any]:
         choices = [
-            self._choice(job, choice, choice.prefix + choice.text, choice.finish_reason, choice.logprobs)
-            for choice in job.choices
+            self._choice(job, index, echo + reply.text, reply.finish_reason, reply.logprobs, TextPosition(len(echo)))
+            for index, (reply, echo) in enumerate(zip(job.replies, job.echoes, strict=True))
         ]
         return {**self._head(job), "choices": choices, "usage": usage(job)}
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         head = self._head(job)
         empty = {"usage": None} if job.request.counts_usage else {}
+        positions = [TextPosition(len(echo)) for echo in job.echoes]
 
-        def chunk(choice: Choice, text: str, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-            one = self._choice(job, choice, text, reason, logprobs)
+        def chunk(index: int, text: str, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+            one = self._choice(job, index, text, reason, logprobs, positions[index])
             return sse({**head, "choices": [one if logprobs else {**one, "logprobs": None}], **empty})
 
-        for choice in job.choices:
-            if choice.prefix:
-                yield chunk(choice, choice.prefix)
-        async for choice, parts, logprobs in self.generator.growth(job):
-            text = "".join(part for part in parts if isinstance(part, str))
-            if text or logprobs:
-                yield chunk(choice, text, None, logprobs)
-            if choice.finish_reason:
-                yield chunk(choice, "", choice.finish_reason)
+        for index, echo in enumerate(job.echoes):
+            if echo:
+                yield chunk(index, echo)
+        async for index, event in self.generator.growth(job):
+            if event.text or event.logprobs:
+                yield chunk(index, event.text, None, event.logprobs)
+            if event.end:
+                yield chunk(index, "", job.replies[index].finish_reason)
         for event in last_chunks(job, head):
             yield event
 
@@ -220,9 +217,15 @@ class CompletionEndpoint(Endpoint):
         return {"id": job.id, "object": "text_completion", "created": job.created, "model": self.model_name}
 
     def _choice(
-        self, job: Job, choice: Choice, text: str, reason: str | None, logprobs: Sequence[TokenLogprob]
+        self,
+        job: Job,
+        index: int,
+        text: str,
+        reason: str | None,
+        logprobs: Sequence[TokenLogprob],
+        position: TextPosition,
     ) -> dict[str, Any]:
         known = None
         if job.request.kept_logprobs is not None:
-            known = completion_logprobs(logprobs, self.engine, choice)
-        return {"index": choice.index, "text": text, "finish_reason": reason, "logprobs": known}
+            known = completion_logprobs(logprobs, self.engine, position)
+        return {"index": index, "text": text, "finish_reason": reason, "logprobs": known}

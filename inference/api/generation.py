@@ -1,4 +1,4 @@
-"""From a request to its replies: prompts are made in one thread, queued in the batch, and collected as they grow."""
+"""From a request to its replies: its prompts are made in one thread, and its replies collected as they grow."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 
 from common import Message, UserError
 from inference.api.errors import ApiError, refuse
-from inference.api.replies import Choice, ToolCall
-from inference.engine import Engine, MessageTooLong, Settings, TokenLogprob
-from inference.scheduler import Batch, BatchClosed, Event, QueueFull, Row
+from inference.engine import Engine
+from inference.reply import Event, Reply
+from inference.request import MessageTooLong, Request
+from inference.scheduler import QueueFull, Scheduler, SchedulerClosed
 from preprocessing.prompts import UnsuitableMessages
 
 WAITING = 8  # times the slots: replies that may wait for one
@@ -23,47 +24,47 @@ WAITING = 8  # times the slots: replies that may wait for one
 
 @dataclass
 class Job:
-    """A request: its rows and choices, one for each reply, and the events that come for them."""
+    """A request of a client: the replies to it, and the events that come for them."""
 
     request: Any
     id: str
-    rows: list[Row] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    echoes: list[str] = field(default_factory=list)  # of each reply the prompt's text, where it stands before it
     started: float = field(default_factory=time.perf_counter)
     created: int = field(default_factory=lambda: int(time.time()))
     events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
 
     def cancel(self) -> None:
-        for row in self.rows:
-            row.reply.cancel()
+        for reply in self.replies:
+            reply.cancel()
 
     @property
     def unfinished(self) -> bool:
-        return any(choice.finish_reason in (None, "cancelled") for choice in self.choices)
+        return any(reply.finish_reason in (None, "cancelled", "error") for reply in self.replies)
 
     @property
     def dropped_messages(self) -> int:
-        return max(row.reply.dropped_messages for row in self.rows)
+        return max(reply.dropped_messages for reply in self.replies)
 
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts; one of several replies counts once."""
-        return sum(row.reply.prompt_tokens for row in self.rows[:: self.request.n])
+        return sum(reply.prompt_tokens for reply in self.replies[:: self.request.n])
 
     @property
     def cached_tokens(self) -> int:
-        return sum(row.reply.cached_tokens for row in self.rows[:: self.request.n])
+        return sum(reply.cached_tokens for reply in self.replies[:: self.request.n])
 
     @property
     def completion_tokens(self) -> int:
-        return sum(row.reply.completion_tokens for row in self.rows)
+        return sum(reply.completion_tokens for reply in self.replies)
 
     def summary(self) -> Message:
         """For the log."""
         who = self.request.user or self.request.safety_identifier
         more = [Message("user {user}", user=json.dumps(who, ensure_ascii=False))] if who else []
         more += [Message("the client went away or it failed")] if self.unfinished else []
-        prompts = sum(row.reply.prompt_tokens for row in self.rows)
+        prompts = sum(reply.prompt_tokens for reply in self.replies)
         seconds = time.perf_counter() - self.started
         return Message(
             "{prompts} + {replies} tokens, {seconds:.2f} s {more}",
@@ -74,93 +75,88 @@ class Job:
         )
 
 
-Growth = tuple[Choice, list[str | ToolCall], tuple[TokenLogprob, ...]]
-
-
 class Generator:
     """Computes the replies of requests with one engine."""
 
     def __init__(self, engine: Engine, slots: int, log: Callable[[str], None]) -> None:
         self.engine, self.log = engine, log
-        self.batch = Batch(engine, slots, WAITING * slots)
+        self.scheduler = Scheduler(engine.backend(slots), slots, WAITING * slots)
+        self.scheduler.start()
         self.loop: asyncio.AbstractEventLoop | None = None  # that of the server
         self._reader = ThreadPoolExecutor(1, "prompts")  # tokenizers are not made for several threads
         self._reading = 0  # jobs that it has, or that wait for it
 
     def close(self) -> None:
         self._reader.shutdown()
-        self.batch.close()
+        self.scheduler.close()
 
-    async def start(self, job: Job, add_rows: Callable[[Job], None]) -> None:
-        """Makes the rows of a job by `add_rows`, in the tokenizer's thread, and queues them. Raises ApiError."""
-        if self._reading >= self.batch.free:  # before the work of reading it
+    async def start(self, job: Job, add_replies: Callable[[Job], None]) -> None:
+        """Adds the replies of a job by `add_replies`, in the tokenizer's thread, and queues them. Raises ApiError."""
+        if self._reading >= self.scheduler.free:  # before the work of reading it
             raise self._queue_full()
         self._reading += 1
         try:
-            await asyncio.get_running_loop().run_in_executor(self._reader, _add_rows, add_rows, job)
+            await asyncio.get_running_loop().run_in_executor(self._reader, _add_replies, add_replies, job)
         finally:
             self._reading -= 1
-        places = self.batch.slots + self.batch.waiting
-        if len(job.rows) > places:
+        places = self.scheduler.slots + self.scheduler.waiting
+        if len(job.replies) > places:
             raise refuse(
                 "n",
                 Message(
                     "{replies} replies are asked for, and this server has places for {places}; ask for fewer",
-                    replies=len(job.rows),
+                    replies=len(job.replies),
                     places=places,
                 ),
             )
         try:
-            self.batch.submit(job.rows)
+            self.scheduler.submit(job.replies)
         except QueueFull:
             raise self._queue_full() from None
-        except BatchClosed:
+        except SchedulerClosed:
             raise ApiError(503, Message("the model answers no more; start the server again")) from None
 
-    def add_row(self, job: Job, ids: list[int], settings: Settings, **row: Any) -> None:
-        """One more reply of a job, with `Row`'s options; each of several samples with a seed of its own."""
-        index, loop, events = len(job.rows), self.loop, job.events
+    def add(self, job: Job, request: Request, echo: str = "") -> None:
+        """One more reply of a job; each of several samples has a seed of its own."""
+        index, loop, events, settings = len(job.replies), self.loop, job.events, request.settings
         if settings.seed is not None:
             settings = dataclasses.replace(settings, seed=(settings.seed + index % job.request.n) % (1 << 64))
+            request = dataclasses.replace(request, settings=settings)
 
         def sink(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
-        job.rows.append(Row(self.engine, ids, settings, sink, **row))
+        job.replies.append(self.engine.reply(request, sink))
+        job.echoes.append(echo)
 
-    async def growth(self, job: Job) -> AsyncIterator[Growth]:
-        """What the replies of a job grow by until all have ended: text, complete tool calls, log-probabilities.
+    async def growth(self, job: Job) -> AsyncIterator[tuple[int, Event]]:
+        """What the replies of a job grow by until all have ended, with the reply's number.
 
         Raises ApiError where one failed.
         """
-        going = len(job.rows)
+        going = len(job.replies)
         while going:
             index, event = await job.events.get()
             going -= event.end
-            row, choice = job.rows[index], job.choices[index]
             if isinstance(event.error, UserError):
                 raise ApiError(400, event.error.message, code="invalid_value")
             if event.error:
                 self.log(f"{job.id}: {event.error!r}")
                 raise ApiError(500, Message("the model failed at this request; the server's log says why"))
-            if choice.finish_reason is None:
-                parts = choice.take(event, row.reply.finish_reason)
-                yield choice, parts, event.logprobs
-                if choice.satisfied:
-                    row.reply.cancel()
+            yield index, event
 
     def _queue_full(self) -> ApiError:
         return ApiError(
             429,
-            Message("{waiting} replies are waiting already; try again later", waiting=len(self.batch.queue)),
+            Message("{waiting} replies are waiting already; try again later", waiting=len(self.scheduler.queue)),
             code="rate_limit_exceeded",
-            headers={"Retry-After": str(self.batch.retry_after_seconds)},
+            headers={"Retry-After": str(self.scheduler.retry_after_seconds)},
         )
 
 
-def _add_rows(add_rows: Callable[[Job], None], job: Job) -> None:
+def _add_replies(add_replies: Callable[[Job], None], job: Job) -> None:
     try:
-        add_rows(job)
+        add_replies(job)
     except UserError as error:
         if isinstance(error, MessageTooLong):
             raise ApiError(400, error.message, param=job.request.prompt_field, code="context_length_exceeded") from None

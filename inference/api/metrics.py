@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from inference.engine import Reply
-from inference.scheduler import Batch
+from inference.reply import Reply
+from inference.scheduler import Scheduler
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # upper ends of the histograms' buckets
 
 
 class ServerMetrics:
-    """Counters of requests, tokens and times, and what the batch does now."""
+    """Counters of requests, tokens and times, and what the scheduler does now."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("onecard_requests", "Answered requests", ["path", "status"], registry=registry)
@@ -24,9 +24,9 @@ class ServerMetrics:
         self.first = Histogram("onecard_first_token_seconds", "To the first token", registry=registry, buckets=SECONDS)
         self.seconds = Histogram("onecard_reply_seconds", "To the end of a reply", registry=registry, buckets=SECONDS)
         active = Gauge("onecard_active_replies", "Replies computed now", registry=registry)
-        active.set_function(lambda: len(batch.active))
+        active.set_function(lambda: len(scheduler.active))
         waiting = Gauge("onecard_waiting_replies", "Replies that wait for a slot", registry=registry)
-        waiting.set_function(lambda: len(batch.queue))
+        waiting.set_function(lambda: len(scheduler.queue))
 
     def count_request(self, path: str, status: int) -> None:
         """`path` is that of a route, so that the number of series stays bounded."""

@@ -26,9 +26,11 @@ from inference.api.messages import (
     template_call,
     tool_result,
 )
-from inference.api.replies import Choice, ToolCall, token_logprobs
+from inference.api.replies import token_logprobs
 from inference.api.schema import Request, read_named_schema
-from inference.engine import TokenLogprob
+from inference.reply import Event
+from inference.request import TokenLogprob
+from inference.tools import Call
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
 _STORED = Message("nothing is stored here; send the whole conversation in input")
@@ -222,11 +224,11 @@ class ResponsesEndpoint(ChatPrompts):
 
     form, id_prefix = ResponsesRequest, "resp_"
 
-    def add_rows(self, job: Job) -> None:
+    def add_replies(self, job: Job) -> None:
         request, has_tools = job.request, self.style is not None
         messages = read_input(request, has_tools)
         tools, schema = read_tools(request, has_tools), read_text_format(request)
-        self.add_chat_rows(job, messages, tools, schema, "text.format")
+        self.add_chat_replies(job, messages, tools, schema, "text.format")
         if request.truncation == "disabled" and job.dropped_messages:
             reason = Message(
                 "has more tokens than the model reads ({context}), and truncation is disabled; shorten it",
@@ -235,17 +237,18 @@ class ResponsesEndpoint(ChatPrompts):
             raise refuse("input", reason, "context_length_exceeded")
 
     def body(self, job: Job) -> dict[str, Any]:
-        choice = job.choices[0]
-        output = [self._message_item(job, choice.text)] if choice.text.strip() or not choice.calls else []
-        output += [_call_item(job, call) for call in choice.calls]
-        return self._response(job, output)
+        reply = job.replies[0]
+        item = self._message_item(job, reply.text, reply.logprobs, cut=reply.finish_reason == "length")
+        output = [item] if reply.text.strip() or not reply.calls else []
+        output += [_call_item(job, call) for call in reply.calls]
+        return self._response(job, output, reply.finish_reason)
 
     async def events(self, job: Job) -> AsyncIterator[bytes]:
         stream = _EventStream(self, job)
         for event in stream.start():
             yield event
-        async for growth in self.generator.growth(job):
-            for event in stream.grow(*growth):
+        async for _, grown in self.generator.growth(job):
+            for event in stream.grow(grown):
                 yield event
         for event in stream.end():
             yield event
@@ -255,11 +258,11 @@ class ResponsesEndpoint(ChatPrompts):
         event = {"type": "error", "code": body["code"] or body["type"], "message": body["message"]}
         return sse({**event, "param": body["param"], "sequence_number": 0}, "error")
 
-    def _response(self, job: Job, output: list[dict[str, Any]]) -> dict[str, Any]:
-        """The response object, as it is at the moment."""
-        request, reason = job.request, job.choices[0].finish_reason
+    def _response(self, job: Job, output: list[dict[str, Any]], reason: str | None = None) -> dict[str, Any]:
+        """The response object; `reason`: how the reply ended, None: it goes on."""
+        request = job.request
         status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
-        settings = job.rows[0].settings
+        settings = job.replies[0].request.settings
         return {
             "id": job.id,
             "object": "response",
@@ -287,33 +290,27 @@ class ResponsesEndpoint(ChatPrompts):
             "user": request.user,
         }
 
-    def _message_item(self, job: Job, text: str | None, index: int = 0) -> dict[str, Any]:
-        """The item of a message, at `index` of the output; text None: it has only begun."""
-        content = [] if text is None else [self.text_part(job, text)]
-        cut = job.choices[0].finish_reason == "length"
+    def _message_item(
+        self, job: Job, text: str | None, logprobs: Sequence[TokenLogprob] = (), index: int = 0, cut: bool = False
+    ) -> dict[str, Any]:
+        """The item of a message, at `index` of the output; text None: it has only begun, `cut`: it is not whole."""
+        known = [] if job.request.kept_logprobs is None else token_logprobs(logprobs, self.engine)
+        content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": known}]
         status = "in_progress" if text is None else "incomplete" if cut else "completed"
         return {
             "id": _message_id(job, index),
             "type": "message",
             "role": "assistant",
             "status": status,
-            "content": content,
+            "content": [] if text is None else content,
         }
-
-    def text_part(self, job: Job, text: str) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(job)}
-
-    def logprobs(self, job: Job) -> list[dict[str, Any]]:
-        if job.request.kept_logprobs is None:
-            return []
-        return token_logprobs(job.choices[0].logprobs, self.engine)
 
 
 def _message_id(job: Job, index: int) -> str:
     return f"{job.id.replace('resp_', 'msg_')}_{index}"
 
 
-def _call_item(job: Job, call: ToolCall, arguments: str | None = None) -> dict[str, Any]:
+def _call_item(job: Job, call: Call, arguments: str | None = None) -> dict[str, Any]:
     """The item of a call; with `arguments` "" it has only begun."""
     return {
         "id": f"{job.id.replace('resp_', 'fc_')}_{call.index}",
@@ -342,17 +339,21 @@ class _EventStream:
         self.endpoint, self.job = endpoint, job
         self.output: list[dict[str, Any]] = []  # finished items
         self.text: str | None = None  # of the message that is open
+        self.logprobs: list[TokenLogprob] = []
+        self.reason: str | None = None  # how the reply ended, once it has
         self.number = 0
 
     def start(self) -> list[bytes]:
         response = self.endpoint._response(self.job, [])
         return [self._event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
 
-    def grow(self, choice: Choice, parts: Sequence[str | ToolCall], logprobs: Sequence[TokenLogprob]) -> list[bytes]:
+    def grow(self, grown: Event) -> list[bytes]:
         events: list[bytes] = []
-        has_tools = choice.reader is not None
-        for part in parts:
-            if isinstance(part, ToolCall):
+        self.logprobs += grown.logprobs
+        self.reason = self.job.replies[0].finish_reason if grown.end else None
+        has_tools, logprobs = self.job.replies[0].request.tools is not None, grown.logprobs
+        for part in grown.parts:
+            if isinstance(part, Call):
                 events += self._close_message() + self._call(part)
             elif part and (self.text is not None or part.strip() or not has_tools):  # no blank message before calls
                 events += self._open_message()
@@ -367,14 +368,14 @@ class _EventStream:
         if not self.output:
             events += self._open_message()
         events += self._close_message()
-        response = self.endpoint._response(self.job, self.output)
+        response = self.endpoint._response(self.job, self.output, self.reason)
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
     def _open_message(self) -> list[bytes]:
         if self.text is not None:
             return []
         self.text = ""
-        item = self.endpoint._message_item(self.job, None, len(self.output))
+        item = self.endpoint._message_item(self.job, None, index=len(self.output))
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         return [
             self._event("response.output_item.added", output_index=len(self.output), item=item),
@@ -385,7 +386,8 @@ class _EventStream:
         if self.text is None:
             return []
         text, self.text = self.text, None
-        item = self.endpoint._message_item(self.job, text, len(self.output))
+        cut = self.reason == "length"
+        item = self.endpoint._message_item(self.job, text, self.logprobs, len(self.output), cut)
         part = item["content"][0]
         events = [
             self._text_event("response.output_text.done", text=text, logprobs=part["logprobs"]),
@@ -395,7 +397,7 @@ class _EventStream:
         self.output.append(item)
         return events
 
-    def _call(self, call: ToolCall) -> list[bytes]:
+    def _call(self, call: Call) -> list[bytes]:
         item, index = _call_item(self.job, call), len(self.output)
         self.output.append(item)
         place = {"item_id": item["id"], "output_index": index}

@@ -15,7 +15,8 @@ import pydantic
 
 from common import Message, UserError, nearest_word
 from inference.api.errors import ApiError, refuse, unknown_field
-from inference.engine import Engine, Settings
+from inference.engine import Engine
+from inference.request import Settings
 
 MAX_STOPS = 16  # texts in `stop`
 

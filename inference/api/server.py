@@ -86,7 +86,7 @@ class ApiServer:
         self.model_name = options.model_name or Path(engine.name).name
         self.created = int(time.time())
         self.generator = Generator(engine, options.slots, log)
-        self.metrics = ServerMetrics(self.generator.batch)
+        self.metrics = ServerMetrics(self.generator.scheduler)
         self.max_body = max(1 << 20, 64 * engine.context)  # bytes: more than any prompt that fits the context
 
     def application(self) -> Starlette:
@@ -177,7 +177,7 @@ class ApiServer:
         )
 
     async def _show_health(self, _: Request) -> Response:
-        alive = self.generator.batch.alive
+        alive = self.generator.scheduler.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def _show_metrics(self, request: Request) -> Response:
@@ -198,7 +198,7 @@ class ApiServer:
         request = read_request(await read_body(http, self.max_body), endpoint.form)
         self._check_model(request.model)
         path, job = http.scope["route"].path, Job(request, endpoint.id_prefix + uuid.uuid4().hex)
-        await self.generator.start(job, endpoint.add_rows)
+        await self.generator.start(job, endpoint.add_replies)
         headers = {"X-Request-Id": job.id}
         if job.dropped_messages:
             headers["X-Dropped-Messages"] = str(job.dropped_messages)
@@ -233,8 +233,8 @@ class ApiServer:
         watcher.cancel()
         unfinished = job.unfinished
         job.cancel()
-        for row in job.rows:
-            self.metrics.count_reply(row.reply)
+        for reply in job.replies:
+            self.metrics.count_reply(reply)
         self._log_request(path, 499 if unfinished else 200, str(job.summary()))
 
 

@@ -33,8 +33,8 @@ import quantize
 from common import Config, Message, UserError, dump_config
 from export import gguf_files, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
-from inference import child_process, llamacpp_library
 from preprocessing.template import TEMPLATES, load_template
+from inference import child_process, llamacpp_build
 from runs import disk
 from runs.configuration import load_config
 
@@ -237,8 +237,8 @@ def test_a_stale_merge_is_refused(tmp_path):
 
 
 def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, capsys):
-    monkeypatch.setattr(llamacpp_library, "_found", lambda: None)
-    monkeypatch.setattr(llamacpp_library, "_cmake", lambda: None)
+    monkeypatch.setattr(llamacpp_build, "_found", lambda: None)
+    monkeypatch.setattr(llamacpp_build, "_cmake", lambda: None)
     job = gguf_files.GgufJob(None, Path(), Path(), ("q8_0", "bf16"))
     assert gguf_files.can_prove(job) is False
     assert "the files will not be verified: quantizing and checking a GGUF need" in capsys.readouterr().out
@@ -246,7 +246,7 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
     for job in (k_quant, matrix):
         with user_error("and checking"):
             gguf_files.can_prove(job)
-    monkeypatch.setattr(llamacpp_library, "quantizer", lambda: "llama-quantize")  # the user's own
+    monkeypatch.setattr(llamacpp_build, "quantizer", lambda: "llama-quantize")  # the user's own
     assert gguf_files.can_prove(k_quant) is False
     with user_error("and checking"):
         gguf_files.can_prove(matrix)
@@ -261,27 +261,27 @@ def test_without_a_compiler_only_the_converter_s_types_are_made(monkeypatch, cap
 def test_a_llama_cpp_of_the_user_s_own_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere is no folder"):
-        llamacpp_library.quantizer()
+        llamacpp_build.quantizer()
     tool = tmp_path / "build" / "bin" / "llama-quantize"
     tool.parent.mkdir(parents=True)
     tool.write_text("")
     (tmp_path / "convert_hf_to_gguf.py").write_text("")
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
-    assert llamacpp_library.quantizer() == str(tool)
-    assert llamacpp_library.converter() == tmp_path / "convert_hf_to_gguf.py"
+    assert llamacpp_build.quantizer() == str(tool)
+    assert llamacpp_build.converter() == tmp_path / "convert_hf_to_gguf.py"
 
 
 def test_the_library_is_built_for_the_card_where_there_is_a_compiler_for_it(tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr(llamacpp_library, "HOME", tmp_path)
-    monkeypatch.setattr(llamacpp_library, "run_child", lambda command, _: built.append(command))
-    monkeypatch.setattr(llamacpp_library.shutil, "copytree", lambda *_, **__: None)
-    monkeypatch.setattr(llamacpp_library.os, "replace", lambda *_: None)
+    monkeypatch.setattr(llamacpp_build, "HOME", tmp_path)
+    monkeypatch.setattr(llamacpp_build, "run_child", lambda command, _: built.append(command))
+    monkeypatch.setattr(llamacpp_build.shutil, "copytree", lambda *_, **__: None)
+    monkeypatch.setattr(llamacpp_build.os, "replace", lambda *_: None)
     names = set()
     for card in (None, SimpleNamespace(compute=(8, 9))):
-        monkeypatch.setattr(llamacpp_library, "_card", lambda card=card: card)
-        names.add(llamacpp_library._built().name)
-        llamacpp_library._build(Path("lib"))
+        monkeypatch.setattr(llamacpp_build, "_card", lambda card=card: card)
+        names.add(llamacpp_build._built().name)
+        llamacpp_build._build(Path("lib"))
         assert ("-DGGML_CUDA=ON" in built[-2]) is (card is not None)
     assert len(names) == 2
 

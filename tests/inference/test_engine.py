@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import queue
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TALK, ok, run, save_adapter, save_random_model, says, user_error
 
 from common import Message, UserError
-from inference import sampling, transformers_engine
-from inference.engine import Settings
+from inference import sampling
+from inference.engine import PREFILL
 from inference.load import load
+from inference.reply import Event
+from inference.request import Request, Settings
+from inference.scheduler import QueueFull, Scheduler, SchedulerClosed
 from inference.transformers_engine import TransformersEngine
 
 CHINESE = TALK["hi"]
@@ -45,37 +50,39 @@ def engine_of_tiny(tiny_model: Path):
     return model
 
 
+class Told:
+    """A reply that a scheduler decodes in its own thread, and what it tells meanwhile."""
+
+    def __init__(self, model, request: Request) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.reply = model.reply(request, self.events.put)
+
+    def text(self) -> str:
+        """The whole text; raises what went wrong."""
+        text, event = "", Event()
+        while not event.end:
+            event = self.events.get(timeout=120)
+            text += event.text
+        if event.error:
+            raise event.error
+        return text
+
+
+@contextlib.contextmanager
+def scheduling(model, slots: int, waiting: int = 64) -> Iterator[Scheduler]:
+    scheduler = Scheduler(model.backend(slots), slots, waiting)
+    scheduler.start()
+    yield scheduler
+    scheduler.close()
+
+
 def at_once(model, conversations: list[list[dict]], settings: Settings | list[Settings]) -> list[str]:
-    """The replies to several conversations, made by a batch side by side."""
-    from inference.scheduler import Batch, Row
-
-    batch, told = Batch(model, slots=4), [queue.SimpleQueue() for _ in conversations]
-    each = settings if isinstance(settings, list) else [settings] * len(told)
-    try:
-        rows = [
-            Row(model, model.prepare(talk, how)[0], how, sink.put)
-            for talk, how, sink in zip(conversations, each, told, strict=True)
-        ]
-        batch.submit(rows)
-        return [whole(sink) for sink in told]
-    finally:
-        batch.close()
-
-
-def whole(events: queue.SimpleQueue) -> str:
-    """The text of a row's events; raises what went wrong with it."""
-    text, event = "", None
-    while event is None or not event.end:
-        event = events.get(timeout=120)
-        text += event.text
-    if event.error:
-        raise event.error
-    return text
-
-
-def logits(model, ids: list[int]):
-    """The logits of an engine after `ids`, through the path that replies take."""
-    return model.forward(ids, model.take_cache(ids)[1])
+    """The replies to several conversations, decoded side by side."""
+    each = settings if isinstance(settings, list) else [settings] * len(conversations)
+    told = [Told(model, model.request(talk, how)) for talk, how in zip(conversations, each, strict=True)]
+    with scheduling(model, slots=4) as scheduler:
+        scheduler.submit([one.reply for one in told])
+        return [one.text() for one in told]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +238,8 @@ _once: dict[Path, TransformersEngine] = {}
 def load_once(folder: Path) -> TransformersEngine:
     """An engine that has no cache to use."""
     model = _once.setdefault(folder, None) or load(str(folder), EXACT)
-    _once[folder], model._cache = model, None
+    _once[folder] = model
+    model.scheduler.backend.finished.clear()
     return model
 
 
@@ -240,7 +248,7 @@ def test_prompt_longer_than_one_piece(engine_of_tiny) -> None:
 
     messages = [user("many words " * 120)]
     ids = engine_of_tiny.prompt_ids(messages)
-    assert len(ids) > 2 * transformers_engine.PREFILL
+    assert len(ids) > 2 * PREFILL
     reply = engine_of_tiny.stream(messages, Settings(temperature=0, max_new_tokens=5, logprobs=0))
     list(reply)
     expected = engine_of_tiny.model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
@@ -255,7 +263,7 @@ def test_cache_of_a_sliding_window(tiny_model: Path, tmp_path: Path) -> None:
         messages.append(user(f"a question of some length {turn}"))
         reply = model.stream(messages, Settings(temperature=0, max_new_tokens=12))
         text = "".join(reply)
-        fresh._cache = None
+        fresh.scheduler.backend.finished.clear()
         assert text == "".join(fresh.stream(messages, Settings(temperature=0, max_new_tokens=12)))
         assert turn == 0 or reply.cached_tokens > 20
         messages.append(assistant(text))
@@ -335,24 +343,23 @@ def test_adapter_answers_as_peft_has_it(tiny_model: Path, tmp_path: Path, lora: 
     expected = PeftModel.from_pretrained(base, folder)(torch.tensor([ids])).logits[0, -1]
     assert (expected - before).abs().max() > 0.1
     model = load(str(folder), EXACT)
-    assert torch.allclose(logits(model, ids), expected, atol=1e-4)
+    assert torch.allclose(model.logits_after(ids), expected, atol=1e-4)
     both = load(str(folder), EXACT, with_base=True)
-    assert torch.allclose(logits(both, ids), expected, atol=1e-4)
-    assert torch.allclose(logits(both.base, ids), before, atol=1e-4)
-    assert torch.allclose(logits(both, ids), expected, atol=1e-4)
+    assert torch.allclose(both.logits_after(ids), expected, atol=1e-4)
+    assert torch.allclose(both.base.logits_after(ids), before, atol=1e-4)
+    assert torch.allclose(both.logits_after(ids), expected, atol=1e-4)
 
 
 QUICK = """
 import json, sys
 from pathlib import Path
-from inference.engine import Settings
 from inference.load import load
 
 found, slow = {}, None
 names = ("scipy", "sympy", "torch._dynamo", "accelerate", "peft", "pandas")
 for target in sys.argv[1:]:
     engine = load(target, ["infer_dtype=float32"], only_replies=True)
-    found[target] = engine.forward([5, 17, 99, 200], engine.take_cache([5])[1]).tolist()
+    found[target] = engine.logits_after([5, 17, 99, 200]).tolist()
     found[f"{target} config"] = sorted(engine.stop_ids)
     if slow is None:  # only the first start is quick
         slow = [name for name in names if sys.modules.get(name)]
@@ -373,7 +380,7 @@ def test_quick_start_answers_as_a_full_one_and_hides_nothing_for_good(tiny_model
     assert told["slow"] == []
     for target in targets:
         model = load(target, EXACT)
-        assert told["logits"][target] == pytest.approx(logits(model, [5, 17, 99, 200]).tolist(), abs=1e-5)
+        assert told["logits"][target] == pytest.approx(model.logits_after([5, 17, 99, 200]).tolist(), abs=1e-5)
         assert told["logits"][f"{target} config"] == sorted(model.stop_ids)
 
 
@@ -384,7 +391,7 @@ def test_quick_start_of_what_only_peft_loads(tmp_path: Path, tiny_model: Path) -
     adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True)
     done = ok(subprocess.run([sys.executable, "-c", QUICK, str(adapter)], cwd=ROOT, capture_output=True, text=True))
     found = json.loads(done.stdout)["logits"][str(adapter)]
-    assert found == pytest.approx(logits(load(str(adapter), EXACT), [5, 17, 99, 200]).tolist(), abs=1e-4)
+    assert found == pytest.approx(load(str(adapter), EXACT).logits_after([5, 17, 99, 200]).tolist(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,23 +399,23 @@ def test_quick_start_of_what_only_peft_loads(tmp_path: Path, tiny_model: Path) -
 
 
 def test_rows_of_a_batch_are_what_they_are_alone(engine_of_tiny) -> None:
-    from inference.batch_kernels import FlatKernel
+    from inference.transformers_backend import FlatBackend
 
     talks = [[user("word " * (n * n * 9) + str(n))] for n in range(7)]
     settings = [Settings(temperature=0.9 * (n % 2), seed=n, max_new_tokens=25 + n) for n in range(7)]
     alone = ["".join(engine_of_tiny.stream(talk, how)) for talk, how in zip(talks, settings, strict=True)]
-    assert isinstance(engine_of_tiny.batch_kernel(4), FlatKernel)
+    assert isinstance(engine_of_tiny.backend(4), FlatBackend)
     assert at_once(engine_of_tiny, talks, settings) == alone
     assert ["".join(engine_of_tiny.stream(talk, how)) for talk, how in zip(talks, settings, strict=True)] == alone
 
 
 def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: Path, tmp_path: Path) -> None:
-    from inference.batch_kernels import FlatKernel
+    from inference.transformers_backend import FlatBackend
 
     save_random_model(tmp_path / "window", tiny_model, "Mistral", intermediate_size=64, sliding_window=24)
     both = load(str(save_adapter(parrot, tmp_path / "adapter")), EXACT, with_base=True)
     for model in (load(str(tmp_path / "window"), EXACT), both, both.base):
-        assert isinstance(model.batch_kernel(4), FlatKernel)
+        assert isinstance(model.backend(4), FlatBackend)
         talks = [[user("a question of some length " * n)] for n in (1, 4, 2, 1)]
         how = Settings(temperature=0, max_new_tokens=12)
         assert at_once(model, talks, how) == ["".join(model.stream(talk, how)) for talk in talks]
@@ -417,12 +424,14 @@ def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: 
 def test_rows_whose_masked_heads_are_not_grouped_are_the_same(engine_of_tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from inference import batch_kernels
+    from inference import transformers_backend
 
-    assert not batch_kernels._may_group(torch.device("cuda"), torch.ones(2, 3, dtype=torch.bool))
-    assert batch_kernels._may_group(torch.device("cuda"), None)
+    assert not transformers_backend._may_group(torch.device("cuda"), torch.ones(2, 3, dtype=torch.bool))
+    assert transformers_backend._may_group(torch.device("cuda"), None)
     asked = []
-    monkeypatch.setattr(batch_kernels, "_may_group", lambda _, band: asked.append(band) or band is None)  # as on a card
+    monkeypatch.setattr(
+        transformers_backend, "_may_group", lambda _, band: asked.append(band) or band is None
+    )  # as on a card
     talks = [[user("a question of some length " * n)] for n in (1, 4, 2, 1)]
     how = Settings(temperature=0, max_new_tokens=12)
     assert at_once(engine_of_tiny, talks, how) == ["".join(engine_of_tiny.stream(talk, how)) for talk in talks]
@@ -430,104 +439,96 @@ def test_rows_whose_masked_heads_are_not_grouped_are_the_same(engine_of_tiny, mo
 
 
 def test_rows_of_a_model_that_cannot_be_flat(tiny_model: Path) -> None:
-    from inference.batch_kernels import SerialKernel
+    from inference.transformers_backend import SerialBackend
 
     model = load(str(tiny_model), EXACT)
     model.model.set_attn_implementation("eager")
-    assert isinstance(model.batch_kernel(4), SerialKernel)
+    assert isinstance(model.backend(4), SerialBackend)
     talks = [[user("x" * n)] for n in (1, 90, 20)]
     how = Settings(temperature=0, max_new_tokens=12)
     assert at_once(model, talks, how) == ["".join(model.stream(talk, how)) for talk in talks]
 
 
-def test_a_row_that_fails_harms_no_other(engine_of_tiny) -> None:
-    from inference.scheduler import Batch, QueueFull, Row
-
-    batch, told = Batch(engine_of_tiny, slots=3, waiting=1), [queue.SimpleQueue() for _ in range(4)]
+def test_a_reply_that_fails_harms_no_other(engine_of_tiny) -> None:
     how = Settings(temperature=0, max_new_tokens=30)
-    ids = [engine_of_tiny.prompt_ids([user(f"number {n} " * 9)]) for n in range(4)]
-    rows = [Row(engine_of_tiny, one, how, sink.put) for one, sink in zip(ids, told, strict=True)]
-    rows[1].ids[-3] = 10**6  # no token: the model fails at it, and with it the whole step
-    rows[2].sampler = lambda *_: 1 // 0
-    with pytest.raises(QueueFull):
-        batch.submit([*rows, rows[0]])
-    batch.submit(rows)
-    expected = "".join(engine_of_tiny.stream([user("number 0 " * 9)], how))
-    assert whole(told[0]) == expected and len(whole(told[3])) > 0
-    for sink, error in ((told[1], IndexError), (told[2], ZeroDivisionError)):
-        with pytest.raises(error):
-            whole(sink)
-    deadline = time.monotonic() + 60
-    while batch.active and time.monotonic() < deadline:  # a row tells its end before it leaves
-        time.sleep(0.01)
-    assert batch.alive and not batch.active and not batch.queue and not batch.kernel.opened
-    last = Row(engine_of_tiny, ids[0], how, told[0].put)
-    batch.submit([last])
-    assert whole(told[0]) == expected and last.reply.cached_tokens == len(ids[0]) - 1
-    batch.close()
+    requests = [engine_of_tiny.request([user(f"number {n} " * 9)], how) for n in range(4)]
+    requests[1].ids[-3] = 10**6  # no token: the model fails at it, and with it the whole step
+    told = [Told(engine_of_tiny, request) for request in requests]
+    told[2].reply.extend = lambda _: 1 // 0
+    expected = "".join(engine_of_tiny.answer(requests[0]))
+    with scheduling(engine_of_tiny, slots=3, waiting=1) as scheduler:
+        with pytest.raises(QueueFull):
+            scheduler.submit([one.reply for one in [*told, told[0]]])
+        scheduler.submit([one.reply for one in told])
+        assert told[0].text() == expected and len(told[3].text()) > 0
+        for one, error in ((told[1], IndexError), (told[2], ZeroDivisionError)):
+            with pytest.raises(error):
+                one.text()
+        deadline = time.monotonic() + 60
+        while scheduler.active and time.monotonic() < deadline:  # a reply tells its end before it leaves
+            time.sleep(0.01)
+        assert scheduler.alive and not scheduler.active and not scheduler.queue and not scheduler.backend.opened
+        last = Told(engine_of_tiny, requests[0])
+        scheduler.submit([last.reply])
+        assert last.text() == expected and last.reply.cached_tokens == len(requests[0].ids) - 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_no_row_waits_where_the_batch_fails(engine_of_tiny) -> None:
-    from inference.scheduler import Batch, BatchClosed, Row
-
-    def ask(tokens: int) -> queue.SimpleQueue:
-        told = queue.SimpleQueue()
+def test_no_reply_waits_where_the_scheduler_fails(engine_of_tiny) -> None:
+    def ask(tokens: int) -> Told:
         how = Settings(temperature=0, max_new_tokens=tokens)
-        batch.submit([Row(engine_of_tiny, engine_of_tiny.prompt_ids([user("x")]), how, told.put)])
+        told = Told(engine_of_tiny, engine_of_tiny.request([user("x")], how))
+        scheduler.submit([told.reply])
         return told
 
     def fail(*_) -> None:
         raise MemoryError
 
-    batch = Batch(engine_of_tiny, slots=2)
-    first, own = ask(1500), batch.kernel.open
-    first.get(timeout=60)
-    batch.kernel.open = fail
-    with pytest.raises(MemoryError):
-        whole(ask(5))
-    batch.kernel.open = own
-    assert len(whole(ask(5))) > 0 and batch.alive
-    batch._step = fail  # the thread itself
-    with pytest.raises(MemoryError):
-        whole(first)
-    batch._thread.join()
-    with pytest.raises(BatchClosed):
-        ask(5)
-    assert not batch.alive
+    with scheduling(engine_of_tiny, slots=2) as scheduler:
+        first, own = ask(1500), scheduler.backend.open
+        first.events.get(timeout=60)
+        scheduler.backend.open = fail
+        with pytest.raises(MemoryError):
+            ask(5).text()
+        scheduler.backend.open = own
+        assert len(ask(5).text()) > 0 and scheduler.alive
+        scheduler.step = fail  # the thread itself
+        with pytest.raises(MemoryError):
+            first.text()
+        scheduler._thread.join()
+        with pytest.raises(SchedulerClosed):
+            ask(5)
+        assert not scheduler.alive
 
 
-def test_a_cancelled_row_leaves_at_once(engine_of_tiny) -> None:
-    from inference.scheduler import Batch, Row
-
-    batch, told = Batch(engine_of_tiny, slots=1), [queue.SimpleQueue() for _ in range(3)]
-    ids = engine_of_tiny.prompt_ids([user("x")])
+def test_a_cancelled_reply_leaves_at_once(engine_of_tiny) -> None:
     how = Settings(temperature=0, max_new_tokens=1500)
-    rows = [Row(engine_of_tiny, ids, how, sink.put) for sink in told[:2]]
-    last = Row(engine_of_tiny, ids, Settings(temperature=0, max_new_tokens=2), told[2].put)
-    batch.submit([*rows, last])
-    told[0].get(timeout=60)
-    rows[1].reply.cancel()  # while it waits
-    assert whole(told[1]) == "" and rows[1].reply.finish_reason == "cancelled"
-    rows[0].reply.cancel()
-    whole(told[0])
-    assert rows[0].reply.finish_reason == "cancelled" and rows[0].reply.completion_tokens < 1500
-    whole(told[2])
-    assert last.reply.finish_reason == "length"
-    batch.close()
+    long = engine_of_tiny.request([user("x")], how)
+    first, second = Told(engine_of_tiny, long), Told(engine_of_tiny, long)
+    last = Told(engine_of_tiny, engine_of_tiny.request([user("x")], Settings(temperature=0, max_new_tokens=2)))
+    with scheduling(engine_of_tiny, slots=1) as scheduler:
+        scheduler.submit([first.reply, second.reply, last.reply])
+        first.events.get(timeout=60)
+        second.reply.cancel()  # while it waits
+        assert second.text() == "" and second.reply.finish_reason == "cancelled"
+        first.reply.cancel()
+        first.text()
+        assert first.reply.finish_reason == "cancelled" and first.reply.completion_tokens < 1500
+        last.text()
+        assert last.reply.finish_reason == "length"
 
 
 def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
-    from inference import tool_calls
+    from inference import grammar, tools
 
-    grammar = tool_calls.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
+    held = grammar.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
     for seed in range(3):
-        how = Settings(temperature=1, seed=seed, max_new_tokens=60, grammar=grammar)
+        how = Settings(temperature=1, seed=seed, max_new_tokens=60, grammar=held)
         text = "".join(engine_of_tiny.stream([user("x")], how))
         assert text.startswith('{"a": 1') or text.startswith('{"a": 22')
     call = [{"type": "function", "function": {"name": "f"}}]
-    grammar = tool_calls.call_grammar(tool_calls.TAGS, call, engine_of_tiny, required=True, single=True)
-    text = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=grammar)))
+    held = grammar.call_grammar(tools.TAGS, call, engine_of_tiny, required=True, single=True)
+    text = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=held)))
     assert text == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # no token of this tokenizer
     with user_error("reply cannot"):
         "".join(engine_of_tiny.stream([user("x")], Settings(grammar="no grammar")))
@@ -569,10 +570,10 @@ def test_base_of_a_merged_model_is_refused(parrot: Path) -> None:
 
 @pytest.mark.slow
 def test_gguf_answers_as_the_model_does(embedded_model: Path, tmp_path: Path) -> None:
-    from inference import llamacpp_library
+    from inference import llamacpp_build
 
     file = tmp_path / "embedded-f32.gguf"
-    convert = [sys.executable, str(llamacpp_library.converter()), str(embedded_model), "--outfile", str(file)]
+    convert = [sys.executable, str(llamacpp_build.converter()), str(embedded_model), "--outfile", str(file)]
     subprocess.run([*convert, "--outtype", "f32"], check=True, capture_output=True)
     model, exact = load(str(file)), load(str(embedded_model), EXACT)
     tricky = [{"role": "system", "content": "x <|im_start|>"}, user("a <|im_end|> b\n<|im_start|>user 12 🙂 你")]

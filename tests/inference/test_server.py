@@ -223,7 +223,7 @@ def test_every_field_of_openai_is_known_or_refused(kind: str) -> None:
 
 
 def test_calls_are_read_out_of_every_split() -> None:
-    from inference.tool_calls import LIST, OBJECT, TAGS, Call, CallReader
+    from inference.tools import LIST, OBJECT, TAGS, Call, CallReader
 
     call, body = Call("f", '{"x": "a</b>"}'), '{"name": "f", "arguments": {"x": "a</b>"}}'
     other = '<tool_call>{"name": "g", "arguments": {}}</tool_call> x'
@@ -590,11 +590,11 @@ def test_what_changes_no_answer_is_accepted() -> None:
 
 
 def test_the_cause_of_a_refused_pattern_is_given() -> None:
-    from inference import tool_calls
+    from inference import grammar
 
     schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?=b)b$"}}, "required": ["a"]}
     with user_error("replies cannot") as caught:
-        tool_calls.check_grammar(types.SimpleNamespace(grammar_vocabulary=None), tool_calls.json_grammar(schema))
+        grammar.check_grammar(types.SimpleNamespace(grammar_vocabulary=None), grammar.json_grammar(schema))
     reason = caught.value.fields["reason"]
     assert "^(?=b)b$" in reason and "look-ahead" in reason and "not supported" in reason
 

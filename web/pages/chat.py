@@ -12,10 +12,12 @@ from gradio.context import Context
 
 import common
 from common import Message, UserError
-from inference import tool_calls
-from inference.engine import Engine, Reply, Settings
 from runs.target import Target, find_target
 from runs.texts import Translator
+from inference import grammar
+from inference.engine import Engine
+from inference.reply import Reply
+from inference.request import Settings
 from web import chat_model, conversation, widgets
 from web.chat_model import Request
 from web.conversation import Turn
@@ -251,7 +253,7 @@ class ChatPage(ChatLayout):
             if not chat_model.is_loaded(source, with_base):
                 yield turns, t("loading {name} ...", name=source.name)
             engine = chat_model.engine(source, with_base)
-            if tools and tool_calls.style_of(engine) is None:
+            if tools and grammar.style_of(engine) is None:
                 raise UserError("this model's chat template has no tools; empty that field, or choose another model")
             yield from self.stream(engine, turns, given, settings, tools, waiting)
         finally:
