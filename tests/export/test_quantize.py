@@ -33,8 +33,8 @@ import quantize
 from common import Config, Message, UserError, dump_config
 from export import gguf_files, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
-from preprocessing.template import TEMPLATES, load_template
 from inference import child_process, llamacpp_build
+from preprocessing.template import TEMPLATES, load_template
 from runs import disk
 from runs.configuration import load_config
 

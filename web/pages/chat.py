@@ -12,12 +12,12 @@ from gradio.context import Context
 
 import common
 from common import Message, UserError
-from runs.target import Target, find_target
-from runs.texts import Translator
 from inference import grammar
 from inference.engine import Engine
 from inference.reply import Reply
 from inference.request import Settings
+from runs.target import Target, find_target
+from runs.texts import Translator
 from web import chat_model, conversation, widgets
 from web.chat_model import Request
 from web.conversation import Turn

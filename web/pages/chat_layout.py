@@ -8,9 +8,9 @@ from typing import Any
 import gradio as gr
 
 from common import UserError
+from inference.request import Settings
 from runs.target import Target, find_target
 from runs.texts import Translator
-from inference.request import Settings
 from web import chat_model
 from web.widgets import note
 
