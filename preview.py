@@ -14,6 +14,7 @@ from common import Message
 from preprocessing import dataset
 from preprocessing.data_report import format_report, show_sample
 from runs.configuration import load_config, run_command
+from training.prepare import prepare_data
 
 
 def main(argv: list[str]) -> None:
@@ -23,16 +24,12 @@ def main(argv: list[str]) -> None:
         return
     config = load_config(name_datasets(argv)).config
     dataset.check(config)
-    from preprocessing.template import load_template
-    from preprocessing.tokenizer import load_base_tokenizer
-
-    tokenizer = load_base_tokenizer(config)
-    prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer, config.stage))
-    print(format_report(prepared.report))
-    count = len(prepared.train)
+    tokenizer, _, data = prepare_data(config)
+    print(format_report(data.report))
+    count = len(data.train)
     for index in sorted({0, count // 2, count - 1}):
         title = Message("--- sample {number} of {count:,} ---", number=index + 1, count=count)
-        print(f"\n{title}\n{show_sample(tokenizer, prepared.train[index])}")
+        print(f"\n{title}\n{show_sample(tokenizer, data.train[index])}")
 
 
 def name_datasets(argv: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ from runs.configuration import check_training_asked_for, load_config, run_comman
 from runs.disk import explaining_full_disk
 from runs.lock import locked
 from runs.process import interruptible
-from training import preflight, record, resume, trainer
-from training.findings import Run
+from training import plan, prepare, record, resume, trainer
+from training.findings import Findings
+from training.prepare import Prepared, Start
 from training.processes import Processes
 
 if TYPE_CHECKING:
@@ -43,153 +45,116 @@ def start(arguments: list[str], processes: Processes) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     loaded = resume.locate_model(load_config([a for a in arguments if a != "--dry-run"]))
     print_notes([*check_training_asked_for(loaded), *loaded.notes])
-    run = Run.of(loaded, processes)
     if "--dry-run" in arguments:
-        sys.exit(preflight.dry_run(run) if processes.is_first else 0)
-    print_notes(preflight.check_before_loading(run))
-    if run.resume.finished:
-        print_next(run.folder)
+        sys.exit(prepare.dry_run(loaded, processes) if processes.is_first else 0)
+    found = Findings()
+    started = prepare.look(loaded, processes, found)
+    print_notes(found.conclude())
+    if started.resume.finished:
+        print_next(started.folder)
         return
-    with locked(run.folder) if processes.is_first else contextlib.nullcontext(), processes.connected():
+    with locked(started.folder) if processes.is_first else contextlib.nullcontext(), processes.connected():
         with processes.in_turn():
-            preflight.make_missing_model(run)
+            started = prepare.make_missing_model(started)
         with interruptible():
-            trainer.import_unsloth(bool(run.config.quantization_bit))  # takes seconds: told before is what can be
+            trainer.import_unsloth(bool(loaded.config.quantization_bit))  # takes seconds: told before is what can be
         with processes.in_turn():
-            prepare_data(run)
-        train(run)
-    if run.config.do_predict and processes.is_first:
-        predict(run)
+            prepared = prepare_data(started)
+        train(prepared)
+    if loaded.config.do_predict and processes.is_first:
+        predict(started.folder)
 
 
-def prepare_data(run: Run) -> None:
+def prepare_data(started: Start) -> Prepared:
     """Tokenizes the data and plans the training, all faults of which are told before a model is loaded."""
     from preprocessing.data_report import format_report
 
-    notes = preflight.check_with_data(run)
-    print(format_report(run.data.report))
+    found = Findings()
+    prepared = prepare.prepare(started, found)
+    notes = found.conclude()
+    print(format_report(prepared.data.report))
     print_notes(notes)
+    return prepared
 
 
-def train(run: Run) -> None:
+def train(prepared: Prepared) -> None:
     """Loads the model, trains it, and leaves the adapter in the run folder."""
-    processes, resumed = run.processes, run.resume.checkpoint
-    config = processes.as_one(run.config)
+    processes, folder, resumed = prepared.start.processes, prepared.start.folder, prepared.start.resume.checkpoint
+    config = processes.as_one(prepared.config)
     precision = trainer.choose_precision(config)
     print_notes([precision.note] if precision.note else [])
     with interruptible():
         model = trainer.load_model(config, precision, processes)
-        trained, early = trainer.make_trainer(
-            config, precision, model, run.tokenizer, run.data, run.plan, run.rewards, run.template.stop, processes
-        )
+        made = (prepared.tokenizer, prepared.data, prepared.plan, prepared.rewards, prepared.template.stop)
+        trained, early = trainer.make_trainer(config, precision, model, *made, processes)
     processes.wait()
     if not processes.is_first:
         trained.train_from(resumed)
         return
-    resume.clear_old_run(run.resume, run.folder)  # only now, when all that could be wrong with this run was tried
-    record.begin_record(run.loaded, run.folder, run.data, run.inputs, resumed, processes.count)
+    resume.clear_old_run(prepared.start.resume, folder)  # only now, when all that could be wrong was tried
+    record.begin_record(prepared)
     try:
-        announce(run, trained.model)
-        with explaining_full_disk(run.folder, trained.checkpoint_bytes()):
+        announce(prepared, trained.model)
+        with explaining_full_disk(folder, trained.checkpoint_bytes()):
             trained.train_from(resumed)
-            conclude(run, trained, early)
+            conclude(prepared, trained, early)
     except (Exception, KeyboardInterrupt) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = error.message.to_json() if isinstance(error, UserError) else str(error)
         with contextlib.suppress(OSError):  # the disk may be full
-            record.complete_record(run.folder, status, error=reason)
+            record.complete_record(folder, status, error=reason)
         raise
 
 
-def announce(run: Run, model: Any) -> None:
+def announce(prepared: Prepared, model: Any) -> None:
     """Says what will be done, and shows a sample as it will be learned."""
     from preprocessing.data_report import show_sample
-    from training import plan
     from training.sft_trainer import count_trainable
 
-    config = run.config
-    trainable = count_trainable(model)
+    config, planned = prepared.config, prepared.plan
     named = Message(
         "{model}: {total:,} parameters, {trained:,} trained",
         model=config.model_name_or_path,
-        total=run.model.parameters,
-        trained=trainable,
+        total=prepared.start.model.parameters,
+        trained=count_trainable(model),
     )
-    tokenized = Message(
-        "{samples:,} samples, {tokens:,} tokens, the longest {longest:,}",
-        samples=run.plan.samples,
-        tokens=run.plan.tokens,
-        longest=run.plan.longest,
-    )
-    steps = plan.describe_steps(config, run.plan, run.processes)
-    held_out = plan.describe_evaluations(config, run.plan)
     print(
         Message(
             "model      {model}\ndata       {data}\nsteps      {steps}\nheld out   {held_out}",
             model=named,
-            data=tokenized,
-            steps=steps,
-            held_out=held_out,
+            data=plan.describe_data(planned),
+            steps=plan.describe_steps(config, planned, prepared.start.processes.count),
+            held_out=plan.describe_evaluations(config, planned),
         )
     )
-    for warning in plan.find_warnings(config, run.plan):
-        print(Message("warning: {text}", text=warning))
-    print(show_sample(run.tokenizer, run.data.train[0]))
+    print(show_sample(prepared.tokenizer, prepared.data.train[0]))
 
 
-def conclude(run: Run, trained: Any, early: EarlyStopping) -> None:
+def conclude(prepared: Prepared, trained: Any, early: EarlyStopping) -> None:
     """Leaves the best adapter in the run folder, completes run.json and says what came of it."""
     from runs import report
 
-    facts, folder = record.facts_of(trained, run, early.reason), run.folder
+    facts, folder = record.facts_of(trained, prepared, early.reason), prepared.start.folder
+    at = {"step": facts["steps"], "steps": facts["total_steps"]}
     if trained.misses_evaluation or (facts["steps"] < facts["total_steps"] and not early.reason):
         record.complete_record(folder, "interrupted", **facts)
         # which deletes nothing, whatever the recipe says
-        again = common.command("train.py", folder / "config.yaml", launcher=run.processes.launcher)
-        print(
-            "\n",
-            Message(
-                "stopped at step {step:,} of {steps:,}; to go on: {command}",
-                step=facts["steps"],
-                steps=facts["total_steps"],
-                command=again,
-            ),
-            sep="",
-        )
+        again = common.command("train.py", folder / "config.yaml", launcher=prepared.start.processes.launcher)
+        print("\n", Message("stopped at step {step:,} of {steps:,}; to go on: {command}", command=again, **at), sep="")
         sys.exit(130)
-    trainer.save_adapter(trained, run.template, folder)
+    trainer.save_adapter(trained, prepared.template, folder)
     record.complete_record(folder, "finished", **facts)
-    written = report.write(folder)
+    print()
     if early.reason:
-        print(
-            "\n",
-            Message(
-                "stopped at step {step:,} of {steps:,}: {reason}",
-                step=facts["steps"],
-                steps=facts["total_steps"],
-                reason=early.reason,
-            ),
-            sep="",
-            end="",
-        )
-    print_result(facts, written)
+        print(Message("stopped at step {step:,} of {steps:,}: {reason}", reason=early.reason, **at))
+    print_result(facts, report.write(folder))
     if facts["eval_loss"] is not None:
         print(Message("measure it: {command}", command=common.command("evaluate.py", folder)))
     print_next(folder)
 
 
-def predict(run: Run) -> None:
-    """Starts the evaluation, which writes LLaMA-Factory's files of predictions, in this process's place.
-
-    The memory of the training is free then; the evaluation's exit status is that of the whole.
-    """
-    arguments = [str(run.folder), "do_predict=true"]
-    print("\n", Message("do_predict: {command}", command=common.command("evaluate.py", *arguments)), sep="", flush=True)
-    os.execv(sys.executable, [sys.executable, str(common.ROOT / "evaluate.py"), *arguments])
-
-
 def print_result(facts: dict[str, Any], written: Path) -> None:
-    """Says how long the training took, where its loss began and ended, and where the report is."""
+    """Says how long the training took, where its loss or reward began and ended, and where the report is."""
     minutes, seconds = divmod(round(facts["seconds"] or time.process_time()), 60)
     finished = Message(
         "{steps:,} of {total:,} steps in {minutes} min {seconds} s, {tokens:,} tokens, peak memory {gb:.1f} GB",
@@ -200,55 +165,34 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
         tokens=facts["tokens"],
         gb=facts["peak_memory"] / 1e9,
     )
+    rest = {"finished": finished, "report": written}
     if "last_reward" in facts:
-        print(
-            "\n",
-            Message(
-                "finished   {finished}\nreward     {reward}\nreport     {report}",
-                finished=finished,
-                reward=describe_reward(facts),
-                report=written,
-            ),
-            sep="",
-        )
-        return
-    held_out = ""
-    if facts["eval_loss"] is not None:
-        held_out = Message(", eval_loss {loss:.4f} (step {step:,})", loss=facts["eval_loss"], step=facts["best_step"])
-    if facts["eval_reward_accuracy"] is not None:
-        accuracy = facts["eval_reward_accuracy"]
-        held_out = Message(
-            ", reward accuracy {accuracy:.3f} and eval_loss {loss:.4f} (step {step:,})",
-            accuracy=accuracy,
-            loss=facts["eval_loss"],
-            step=facts["best_step"],
-        )
-    first, last = facts["first_loss"] or math.nan, facts["last_loss"] or math.nan
-    loss = Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=held_out)
-    print(
-        "\n",
-        Message(
-            "finished   {finished}\nloss       {loss}\nreport     {report}",
-            finished=finished,
-            loss=loss,
-            report=written,
-        ),
-        sep="",
-    )
+        course = describe_course(facts, "reward", "eval_reward")
+        print(Message("finished   {finished}\nreward     {reward}\nreport     {report}", reward=course, **rest))
+    else:
+        course = describe_course(facts, "loss", "eval_reward_accuracy", "eval_loss")
+        print(Message("finished   {finished}\nloss       {loss}\nreport     {report}", loss=course, **rest))
 
 
-def describe_reward(facts: dict[str, Any]) -> Message:
-    """Where the mean reward of the replies began and ended."""
-    held_out = ""
-    if facts["eval_reward"] is not None:
-        held_out = Message(
-            ", eval_reward {reward:.4f} (step {step:,})", reward=facts["eval_reward"], step=facts["best_step"]
-        )
-    first, last = (math.nan if facts[key] is None else facts[key] for key in ("first_reward", "last_reward"))
-    return Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=held_out)
+def describe_course(facts: dict[str, Any], name: str, *held_out: str) -> Message:
+    """Where the loss or the reward began and ended, and what the kept adapter reaches on what is held out."""
+    first, last = (math.nan if facts[key] is None else facts[key] for key in (f"first_{name}", f"last_{name}"))
+    figures = ", ".join(f"{key} {facts[key]:.4f}" for key in held_out if facts[key] is not None)
+    kept = Message(", {figures} (step {step:,})", figures=figures, step=facts["best_step"]) if figures else ""
+    return Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=kept)
 
 
-def print_notes(notes: list[Any]) -> None:
+def predict(folder: Path) -> None:
+    """Starts the evaluation, which writes LLaMA-Factory's files of predictions, in this process's place.
+
+    The memory of the training is free then; the evaluation's exit status is that of the whole.
+    """
+    arguments = [str(folder), "do_predict=true"]
+    print("\n", Message("do_predict: {command}", command=common.command("evaluate.py", *arguments)), sep="", flush=True)
+    os.execv(sys.executable, [sys.executable, str(common.ROOT / "evaluate.py"), *arguments])
+
+
+def print_notes(notes: Sequence[Message]) -> None:
     for note in notes:
         print(Message("note: {text}", text=note))
 

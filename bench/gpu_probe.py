@@ -75,9 +75,8 @@ def watch(found: dict[str, Any]) -> None:
 
     def make_trainer(config: common.Config, *given: Any) -> Any:
         plan = next(one for one in given if isinstance(one, TrainingPlan))
-        longest = config.cutoff_len if config.packing else plan.longest
         size = memory.read_model(Path(config.model_name_or_path))
-        found["estimate"] = memory.needs(config, size, longest, common.find_gpu())
+        found["estimate"] = sum(memory.estimate_memory(config, size, common.find_gpu(), plan.longest).values())
         made, early = make(config, *given)
         made.add_callback(step_watcher(found))
         return made, early

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import Config, Gpu
-from training.memory import GB, ModelSize, model_like, needs
+from training.memory import GB, ModelSize, estimate_memory, model_like
 
 NAMES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -31,7 +31,7 @@ def cell(model: ModelSize, bits: int | None, length: int, gpu: Gpu) -> str:
     batch, need = 0, 0.0
     for size in (1, 2, 4, 8):
         config = Config(cutoff_len=length, per_device_train_batch_size=size, quantization_bit=bits)
-        found = needs(config, model, length, gpu)
+        found = sum(estimate_memory(config, model, gpu, length).values())
         if size == 1:
             need = found
         if found <= gpu.free_memory:

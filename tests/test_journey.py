@@ -24,7 +24,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not HANDED_ON.
 # Commands that need a hub, a card or this very test run; the test that does it in small.
 ELSEWHERE = {
     "python download.py shenzhi-wang/Llama3-8B-Chinese-Chat --mirror https://hf-mirror.com": "test_download.py",
-    "python train.py configs/llama3-8b-chinese-chat.yaml --dry-run": "test_preflight.py",
+    "python train.py configs/llama3-8b-chinese-chat.yaml --dry-run": "test_prepare.py",
     "python train.py configs/llama3-8b-chinese-chat.yaml": "test_training.py, on the tiny model",
     "python chat.py configs/llama3-8b-chinese-chat.yaml": "test_training.py, after that",
     "torchrun --nproc-per-node 2 train.py configs/quickstart.yaml output_dir=saves/two-torchrun": "test_processes.py",
@@ -227,7 +227,7 @@ def test_memory_estimate_matches_measured_peak(journey):
 
     folder, _ = journey
     config = run_config(folder / "saves" / "quickstart")
-    tokens = config.per_device_train_batch_size * 56  # the longest sample of identity and general
-    parts = memory.estimate_memory(config, memory.read_model(folder / config.model_name_or_path), tokens, None)
+    longest = 56  # tokens of a sample of identity and general
+    parts = memory.estimate_memory(config, memory.read_model(folder / config.model_name_or_path), None, longest)
     used = json.loads((folder / "saves/quickstart/run.json").read_text())["peak_memory"]
     assert used == pytest.approx(sum(parts.values()), rel=0.35)

@@ -1,72 +1,72 @@
-"""What a check before a training is: findings, and what the checks find out about the run."""
+"""What the checks before a training find: messages of four kinds, collected by topic."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self, TypeVar
 
-from common import Config, Gpu, Message
-from runs.configuration import Loaded
-from training.memory import ModelSize
-from training.plan import TrainingPlan
-from training.processes import ALONE, Processes
-from training.resume import ResumePlan
-from training.rewards import Reward
+from common import Message, UserError
 
-if TYPE_CHECKING:
-    from preprocessing.dataset import TrainingData
-    from preprocessing.template import ChatTemplate
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What a check has found: `level` is "ok", "note" or "fault"."""
-
-    level: str
-    message: Message
-
-
-def ok(message: Message) -> Finding:
-    return Finding("ok", message)
-
-
-def note(message: Message) -> Finding:
-    return Finding("note", message)
-
-
-def fault(message: Message) -> Finding:
-    return Finding("fault", message)
-
-
-@dataclass
-class Run:
-    """A training that is to be, and what the checks have found out about it so far."""
-
-    loaded: Loaded
-    folder: Path
-    config: Config  # with batches that the model can take
-    processes: Processes = ALONE
-    gpu: Gpu | None = None
-    model: ModelSize | None = None
-    ask_hub: bool = False  # about a model that is not on the disk
-    resume: ResumePlan = field(default_factory=ResumePlan)
-    template_exists: bool = True
-    tokenizer: Any = None
-    template: ChatTemplate | None = None
-    data: TrainingData | None = None
-    inputs: dict[str, Any] = field(default_factory=dict)  # as run.json records them
-    plan: TrainingPlan | None = None
-    rewards: list[Reward] = field(default_factory=list)  # of stage grpo
+class Finding(Message):
+    """What a check has found: one of the four below."""
 
     @classmethod
-    def of(cls, loaded: Loaded, processes: Processes = ALONE) -> Run:
-        return cls(loaded, Path(loaded.config.output_dir), loaded.config, processes)
-
-    @property
-    def can_tokenize(self) -> bool:
-        return self.model is not None and self.model.folder is not None and self.template_exists
+    def of(cls, message: Message | UserError) -> Self:
+        return cls(message.sentence, **message.fields)
 
 
-Check = Callable[[Run], Iterable[Finding]]
+class Fact(Finding):
+    """What is as it should be; only a dry run tells it."""
+
+
+class Note(Finding):
+    """What is worth knowing, or probably not meant."""
+
+
+class Problem(Finding):
+    """What keeps a training from starting."""
+
+
+class Risk(Problem):
+    """A problem by an estimate: a dry run says no, a start only notes it."""
+
+
+class Findings:
+    """Pairs of a topic and a finding, in the order of the checks; `tell` is called with each."""
+
+    def __init__(self, tell: Callable[[str, Finding], None] = lambda *_: None) -> None:
+        self.all: list[tuple[str, Finding]] = []
+        self.tell = tell
+
+    def add(self, topic: str, found: Iterable[Finding]) -> None:
+        """Adds what a check yields, until it ends or raises UserError, which is a problem; nothing twice."""
+        try:
+            for finding in found:
+                if finding not in self.of(Finding):
+                    self.all.append((topic, finding))
+                    self.tell(topic, finding)
+        except UserError as error:
+            self.add(topic, [Problem.of(error)])
+
+    def attempt(self, topic: str, make: Callable[..., Result], *arguments: Any) -> Result | None:
+        """What `make` returns; None where it raises UserError, which is a problem."""
+        try:
+            return make(*arguments)
+        except UserError as error:
+            self.add(topic, [Problem.of(error)])
+            return None
+
+    def of(self, *kinds: type[Finding], topic: str | None = None) -> list[Finding]:
+        return [found for its, found in self.all if isinstance(found, kinds) and topic in (None, its)]
+
+    def conclude(self) -> list[Finding]:
+        """What a start has to say; raises UserError with all problems that keep it from going on."""
+        problems = [problem for problem in self.of(Problem) if not isinstance(problem, Risk)]
+        if len(problems) == 1:
+            raise UserError.from_message(problems[0])
+        if problems:
+            raise UserError("{count} faults:\n  {faults:lines}", count=len(problems), faults=problems)
+        return self.of(Note, Risk)

@@ -25,47 +25,33 @@ def gpu_fault(gpu: Gpu) -> Message | None:
     Unsloth refuses a card that torch cannot use, so such a machine trains only with the card hidden.
     """
     if gpu.compute < (7, 0):
-        return Message(
-            "{name} has compute capability {compute}, but Unsloth needs 7.0 or newer",
-            name=gpu.name,
-            compute=_dotted(gpu.compute),
-        )
+        compute = _dotted(gpu.compute)
+        return Message("{name} has compute capability {compute}; Unsloth needs 7.0", name=gpu.name, compute=compute)
     built_for = torch_cuda()
     if built_for is None:
-        return Message("torch is a build without CUDA, but there is a card: delete .venv and run make setup again")
+        return Message("torch is built without CUDA, but there is a GPU: delete .venv and run make setup")
+    cuda = _dotted(built_for)
     if built_for[0] >= 13 and gpu.compute < (7, 5):
         return Message(
-            "torch is built for CUDA {cuda}, which no longer supports {name}; install the torch of "
-            "requirements-gpu.txt: rm -r .venv && make setup",
+            "torch is built for CUDA {cuda}, which no longer supports {name}; install that of requirements-gpu.txt: "
+            "rm -r .venv && make setup",
+            cuda=cuda,
             name=gpu.name,
-            cuda=_dotted(built_for),
         )
-    driver = int(gpu.driver.split(".")[0])
-    needed = OLDEST_DRIVER.get(built_for[0], 580)
+    driver, needed = int(gpu.driver.split(".")[0]), OLDEST_DRIVER.get(built_for[0], 580)
     if driver < needed:
-        other = (
-            Message(
-                ", or install the torch of requirements-gpu.txt, which is built for CUDA 12 and runs on this driver: "
-                "rm -r .venv && make setup"
-            )
-            if driver >= PINNED_DRIVER
-            else ""
-        )
+        pinned = Message(", or install the torch of requirements-gpu.txt (CUDA 12): rm -r .venv && make setup")
         return Message(
-            "the driver is {driver}, but torch is built for CUDA {cuda}, which needs driver {needed} or newer: "
-            "update the driver (apt install nvidia-driver-{needed}), rent a machine with a newer one{other}",
-            driver=gpu.driver,
-            cuda=_dotted(built_for),
+            "torch is built for CUDA {cuda}, which needs driver {needed}, but this is {driver}: update the driver "
+            "(apt install nvidia-driver-{needed}), or rent a machine with a newer one{other}",
+            cuda=cuda,
             needed=needed,
-            other=other,
+            driver=gpu.driver,
+            other=pinned if driver >= PINNED_DRIVER else "",
         )
     if missing := missing_for_triton():
-        return Message(
-            "Triton compiles what starts its kernels, but these are missing: {missing}; apt install gcc "
-            "python{python}-dev",
-            missing=missing,
-            python=_dotted(sys.version_info[:2]),
-        )
+        python = _dotted(sys.version_info[:2])
+        return Message("Triton needs {missing}: apt install gcc python{python}-dev", missing=missing, python=python)
     return None
 
 

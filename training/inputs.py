@@ -1,6 +1,6 @@
-"""What a training is made of besides its settings: data, model, tokenizer, chat template.
+"""Hashes of what a training is made of besides its settings: data, model, tokenizer, chat template.
 
-run.json records a hash of each; a run that goes on compares them with what is there.
+run.json records them; a run that goes on compares them with what is there.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common import Message
 
@@ -18,54 +18,44 @@ if TYPE_CHECKING:
 
 HASHED_WHOLE = 64 << 20  # bytes up to which a file is hashed whole; of a larger one, BLOCKS of BLOCK bytes
 BLOCK, BLOCKS = 1 << 16, 64
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
+Inputs = dict[str, dict[str, str]]  # kind ("data", "conversations", "model", "tokenizer", "template") → name → hash
 
 
-def describe_inputs(model: Path, template: ChatTemplate, data: TrainingData) -> dict[str, dict[str, str]]:
-    """Kind of input → name → hash. Kinds are "data", "conversations", "model", "tokenizer" and "template"."""
+def describe_inputs(model: Path, template: ChatTemplate, data: TrainingData) -> Inputs:
+    """The hashes of all that a training is made of besides its settings."""
     files = [item for part in ("datasets", "eval_datasets") for entry in data.report[part] for item in entry["files"]]
     weights = [model / "config.json", *sorted(model.glob("*.safetensors"))]
-    tokenizer = [model / name for name in TOKENIZER_FILES if (model / name).is_file()]
+    tokenizer = [model / name for name in TOKENIZER if (model / name).is_file()]
     return {
         "data": {item["path"]: item.get("sha256") or item["fingerprint"] for item in files},
         "conversations": {"": hashlib.sha256(data.contents.tobytes()).hexdigest()},
-        "model": {file.name: fingerprint(file) for file in weights},
-        "tokenizer": {file.name: fingerprint(file) for file in tokenizer},
+        "model": {file.name: hash_file(file) for file in weights},
+        "tokenizer": {file.name: hash_file(file) for file in tokenizer},
         "template": {template.name: hashlib.sha256(template.text.encode()).hexdigest()},
     }
 
 
-def fingerprint(file: Path) -> str:
+def hash_file(file: Path) -> str:
     """The SHA-256 of a file's size and content; of a large file, of evenly spread blocks (hashing 16 GB takes a
     minute, and another training changes all of a model's weights)."""
     size = file.stat().st_size
     found = hashlib.sha256(str(size).encode())
+    starts = [0] if size <= HASHED_WHOLE else [n * (size - BLOCK) // (BLOCKS - 1) for n in range(BLOCKS)]
     with open(file, "rb") as opened:
-        if size <= HASHED_WHOLE:
-            while block := opened.read(1 << 22):
-                found.update(block)
-        else:
-            for number in range(BLOCKS):
-                opened.seek(number * (size - BLOCK) // (BLOCKS - 1))
-                found.update(opened.read(BLOCK))
+        for start in starts:
+            opened.seek(start)
+            found.update(opened.read(HASHED_WHOLE if size <= HASHED_WHOLE else BLOCK))
     return found.hexdigest()
 
 
-def find_changes(then: dict[str, Any], now: dict[str, Any]) -> list[Message]:
+def find_changes(then: Inputs, now: Inputs) -> list[Message]:
     """The inputs that differ from those that a run was begun with."""
-    changes = [
-        message
-        for kind in now
-        if kind != "conversations"
-        for message in _changes_of(kind, then.get(kind, {}), now[kind])
-    ]
+    kinds = [kind for kind in now if kind != "conversations"]
+    changes = [change for kind in kinds for change in _changes_of(kind, then.get(kind, {}), now[kind])]
     if not changes and then.get("conversations", {}) != now["conversations"]:  # no file says why they differ
         changes = [Message("the same files give other conversations; has dataset_info.json changed?")]
     return changes
@@ -76,17 +66,9 @@ def _changes_of(kind: str, then: dict[str, str], now: dict[str, str]) -> Iterato
         return
     for name in sorted(then.keys() | now.keys()):
         before, after = then.get(name), now.get(name)
-        if before == after:
-            continue
         if before is None:
             yield Message("{kind}: {name} is new", kind=kind, name=name)
         elif after is None:
             yield Message("{kind}: {name} is gone", kind=kind, name=name)
-        else:
-            yield Message(
-                "{kind}: {name} has changed (SHA-256 {then}… then, {now}… now)",
-                kind=kind,
-                name=name,
-                then=before[:12],
-                now=after[:12],
-            )
+        elif before != after:
+            yield Message("{kind}: {name} has changed", kind=kind, name=name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Config, Gpu
+from common import Config, Gpu, Message
+from runs.files import read_object
 from runs.weights import read_header
 from training.whole_modules import whole_tensors
 
@@ -21,7 +21,18 @@ NOT_ADAPTED = r"embed|lm_head|norm|\bw[tp]e\b|\bgate\.weight"
 EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 # model_type of those whose attention Unsloth replaces (unsloth/models/loader.py); it needs no mask for flat batches.
 OWN_ATTENTION = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"}
-# config.json of the embedded model, so far as its size depends on it
+BYTES_A_WEIGHT = {4: 0.53, 8: 1.03}  # of quantized matrices, with the quantization constants
+NEEDED = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
+PARTS = {
+    "weights": Message("weights"),
+    "adapter": Message("adapter"),
+    "activations": Message("activations"),
+    "logits": Message("logits"),
+    "attention": Message("attention mask"),
+    "replies": Message("replies"),
+    "runtime": Message("runtime"),
+}
+# config.json of the embedded model, as far as its size depends on it
 EMBEDDED_SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -32,6 +43,10 @@ EMBEDDED_SHAPE = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
 
 
 @dataclass(frozen=True)
@@ -52,37 +67,29 @@ class ModelSize:
 
 
 def read_model(folder: Path) -> ModelSize:
-    """The size of a model on the disk."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = settings.get("text_config", settings)  # of a model that also sees
+    """The size of a model on the disk; raises UserError where config.json cannot be read."""
+    settings = read_object(folder / "config.json")
+    settings |= settings.get("text_config") or {}  # of a model with vision
     return ModelSize(settings, tensor_shapes(folder), model_bytes(folder), folder)
 
 
 def model_like(settings: dict[str, Any]) -> ModelSize | None:
-    """The size of a 16-bit model of which only config.json is known.
-
-    None where that does not describe one of Llama's kind: attention and a gated MLP, no experts.
-    """
-    settings = settings.get("text_config", settings)
-    experts = [name for name in settings if "experts" in name]
-    try:
-        hidden, inner, vocabulary = (settings[n] for n in ("hidden_size", "intermediate_size", "vocab_size"))
-        layers, heads = settings["num_hidden_layers"], settings["num_attention_heads"]
-    except KeyError:
+    """The size of a 16-bit model of which only config.json is known; None where that does not describe a Llama."""
+    settings = settings | (settings.get("text_config") or {})
+    has_experts = any("experts" in name for name in settings)
+    if has_experts or "quantization_config" in settings or not settings.keys() >= set(NEEDED):
         return None
-    if experts or "quantization_config" in settings:
-        return None
-    head = settings.get("head_dim") or hidden // heads
-    keys = head * settings.get("num_key_value_heads", heads)
+    hidden, inner, vocabulary = (settings[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    queries, keys = _attention_widths(settings)
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     if not settings.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocabulary, hidden)
-    for layer in range(layers):
+    for layer in range(settings["num_hidden_layers"]):
         for name, rows, columns in (
-            ("self_attn.q_proj", head * heads, hidden),
+            ("self_attn.q_proj", queries, hidden),
             ("self_attn.k_proj", keys, hidden),
             ("self_attn.v_proj", keys, hidden),
-            ("self_attn.o_proj", hidden, head * heads),
+            ("self_attn.o_proj", hidden, queries),
             ("mlp.gate_proj", inner, hidden),
             ("mlp.up_proj", inner, hidden),
             ("mlp.down_proj", hidden, inner),
@@ -120,14 +127,15 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and not re.search(NOT_ADAPTED, name)
 
 
-def adapter_parameters(config: Config, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Trained parameters: rank × (in + out) of every module that gets an adapter, and modules that learn whole."""
-    adapted = adapted_weights(config, shapes)
-    biases = sum(shapes[name][0] for name in adapted) if config.lora_bias == "true" else 0
-    if config.lora_bias in ("all", "lora_only"):
-        biases = sum(shape[0] for name, shape in shapes.items() if name.endswith(".bias"))
-    whole = sum(map(math.prod, whole_tensors(config.additional_target, shapes).values()))
-    return sum(config.lora_rank * sum(shapes[name]) for name in adapted) + biases + whole
+def _attention_widths(settings: dict[str, Any]) -> tuple[int, int]:
+    """Numbers a token of the queries, and of the keys (as of the values)."""
+    heads = settings["num_attention_heads"]
+    head = settings.get("head_dim") or settings["hidden_size"] // heads
+    return head * heads, head * (settings.get("num_key_value_heads") or heads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter
 
 
 def adapted_weights(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -140,6 +148,16 @@ def adapted_weights(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[
     ]
 
 
+def adapter_parameters(config: Config, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Trained parameters: rank × (in + out) of every module that gets an adapter, biases, and modules_to_save."""
+    adapted = adapted_weights(config, shapes)
+    biases = sum(shapes[name][0] for name in adapted) if config.lora_bias == "true" else 0
+    if config.lora_bias in ("all", "lora_only"):
+        biases = sum(shape[0] for name, shape in shapes.items() if name.endswith(".bias"))
+    whole = sum(map(math.prod, whole_tensors(config.additional_target, shapes).values()))
+    return sum(config.lora_rank * sum(shapes[name]) for name in adapted) + biases + whole
+
+
 def checkpoint_bytes(config: Config, model: ModelSize) -> int:
     """About the size of a checkpoint: the adapter's weights and the optimizer's two moments in float32, and 20 MB of
     tokenizer and random states."""
@@ -147,39 +165,58 @@ def checkpoint_bytes(config: Config, model: ModelSize) -> int:
     return 4 * numbers * adapter_parameters(config, model.shapes) + 20_000_000
 
 
-def estimate_memory(config: Config, model: ModelSize, tokens: int, gpu: Gpu | None) -> dict[str, float]:
-    """Bytes a training needs at its peak, by what they are for.
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
 
-    `tokens` are those of the largest forward pass. On a card the peak is in a layer's backward pass, or, where nothing
-    is recomputed, in the loss. Raises KeyError where config.json has other keys than Llama's.
+
+def sequences(config: Config) -> int:
+    """How many sequences of up to cutoff_len tokens a sample has."""
+    return 2 if config.stage == "dpo" else 1
+
+
+def longest_row(config: Config, longest: int | None) -> int:
+    """Tokens of the longest row of a batch, given those of the longest sample (None: not known)."""
+    limit = config.cutoff_len * sequences(config)
+    return limit if longest is None or config.packing else min(longest, limit)
+
+
+def estimate_memory(
+    config: Config, model: ModelSize, gpu: Gpu | None, longest: int | None = None
+) -> dict[str, float] | None:
+    """Bytes that a training needs at its peak, by what they are for; None where config.json is not like Llama's.
+
+    `longest` is the longest sample's length in tokens, of a pair that of both sequences. On a card the peak is in a
+    layer's backward pass, or, where nothing is recomputed, in the loss.
     """
     shapes, settings = model.shapes, model.settings
-    total = model.parameters
+    if not settings.keys() >= set(NEEDED):
+        return None
+    row = longest_row(config, longest) + (config.max_completion_length if config.stage == "grpo" else 0)
+    tokens = config.per_device_train_batch_size * row  # of the largest forward pass
     linear = [math.prod(shape) for name, shape in shapes.items() if _is_linear(name, shape)]
     width = 2 if gpu or config.bf16 else 4
-    by_bits = {4: 0.53, 8: 1.03}  # bytes a weight, with the quantization constants
-    weights = sum(linear) * by_bits.get(config.quantization_bit or 0, width) + (total - sum(linear)) * width
     hidden, vocabulary, layers = settings["hidden_size"], settings["vocab_size"], settings["num_hidden_layers"]
     if gpu:
         layer = tokens * (saved_by_layer(settings) + working_in_layer(settings)) * width
         logits, attention = loss_memory(tokens, hidden, vocabulary), mask_memory(config, settings, tokens)
-        dequantized = max(linear, default=0) * width if config.quantization_bit else 0
         if config.gradient_checkpointing == "false":
             activations = layer + (layers - 1) * tokens * saved_by_layer(settings) * width
         else:  # the layers' inputs are kept in main memory, and the loss is over before the first layer is recomputed
             activations, logits = layer, max(0.0, logits - layer)
-        activations += dequantized
+        activations += max(linear, default=0) * width if config.quantization_bit else 0  # a matrix as it is multiplied
     else:
-        one_layer = tokens * (10 * hidden + 5 * settings["intermediate_size"]) * width
+        layer = tokens * (10 * hidden + 5 * settings["intermediate_size"]) * width
         recomputed = config.gradient_checkpointing == "true"
-        activations = 2 * one_layer + layers * tokens * hidden * width if recomputed else one_layer * layers
+        activations = 2 * layer + layers * tokens * hidden * width if recomputed else layers * layer
         logits, attention = min(3 * 4 * tokens * vocabulary, 0.2 * GB), 0.0
+    others = model.parameters - sum(linear)
     return {
-        "weights": weights,
+        "weights": sum(linear) * BYTES_A_WEIGHT.get(config.quantization_bit or 0, width) + others * width,
         "adapter": adapter_parameters(config, shapes) * 16,  # float32 weight, gradient and two moments
         "activations": activations,
         "logits": logits,
         "attention": attention,
+        "replies": replies_memory(config, settings, row) * width,
         "runtime": 1.2 * GB,  # CUDA context, or Python with torch and Unsloth
     }
 
@@ -195,19 +232,13 @@ def saved_by_layer(settings: dict[str, Any]) -> int:
 
 
 def working_in_layer(settings: dict[str, Any]) -> int:
-    """Numbers a token that a layer's backward pass has beside what is kept: gradients of the MLP or of the attention.
+    """Numbers a token that a layer's backward pass needs besides: gradients of the MLP or of the attention.
 
     From the source of unsloth/kernels/fast_lora.py, which writes most gradients over what it no longer needs.
     """
     hidden = settings["hidden_size"]
     queries, keys = _attention_widths(settings)
     return max(settings["intermediate_size"] + 3 * hidden, 3 * queries + 2 * keys + 2 * hidden)
-
-
-def _attention_widths(settings: dict[str, Any]) -> tuple[int, int]:
-    heads = settings["num_attention_heads"]
-    head = settings.get("head_dim") or settings["hidden_size"] // heads
-    return head * heads, head * (settings.get("num_key_value_heads") or heads)
 
 
 def loss_memory(tokens: int, hidden: int, vocabulary: int) -> float:
@@ -233,62 +264,35 @@ def mask_memory(config: Config, settings: dict[str, Any], tokens: int) -> float:
     return 0.0 if has_own else float(tokens * tokens)
 
 
-def sequences(config: Config) -> int:
-    """How many sequences of up to cutoff_len tokens a sample has."""
-    return 2 if config.stage == "dpo" else 1
-
-
-def forward_tokens(config: Config, longest: int, gpu: Gpu | None) -> int:
-    """Tokens of the largest forward pass with gradients, where the longest sample has `longest` tokens.
-
-    Of stage grpo that is a prompt: without a card each is computed once for its replies (shared_prompts.py).
-    """
-    batch, reply = config.per_device_train_batch_size, config.max_completion_length
+def replies_memory(config: Config, settings: dict[str, Any], tokens: int) -> int:
+    """Keys and values, in numbers, of a step's replies (stage grpo), all generated at once, each row of `tokens`."""
     if config.stage != "grpo":
-        return batch * longest
-    return batch * (longest + reply) if gpu else math.ceil(batch / config.num_generations) * longest + batch * reply
-
-
-def replies_memory(config: Config, model: ModelSize, longest: int, gpu: Gpu | None) -> float:
-    """Bytes of keys and values while the replies of a step are generated (stage grpo), all at the same time."""
-    if config.stage != "grpo":
-        return 0.0
+        return 0
     replies = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    _, keys = _attention_widths(model.settings)
-    width = 2 if gpu or config.bf16 else 4
-    tokens = replies * (longest + config.max_completion_length)
-    return 2.0 * tokens * keys * model.settings["num_hidden_layers"] * width
-
-
-def needs(config: Config, model: ModelSize, longest: int, gpu: Gpu | None) -> float:
-    """Bytes at the peak, where the longest sample has `longest` tokens."""
-    tokens = forward_tokens(config, longest, gpu)
-    parts = estimate_memory(config, model, tokens, gpu).values()
-    return sum(parts) + replies_memory(config, model, longest, gpu)
+    return 2 * replies * tokens * _attention_widths(settings)[1] * settings["num_hidden_layers"]
 
 
 def smallest_change(
-    config: Config, model: ModelSize, longest: int, gpu: Gpu | None, free: float
+    config: Config, model: ModelSize, gpu: Gpu | None, longest: int | None, free: float
 ) -> dict[str, str | int] | None:
     """The settings to change, the least harmful first, with which a recipe fits by the estimate; None where none do."""
     batch = config.per_device_train_batch_size
     accumulation = batch * config.gradient_accumulation_steps
-    harmless: list[dict[str, str | int]] = []
+    changes: list[dict[str, str | int]] = []
     if config.gradient_checkpointing == "false" or (not gpu and config.gradient_checkpointing != "true"):
-        harmless.append({"gradient_checkpointing": "true"})
+        changes.append({"gradient_checkpointing": "true"})
     if batch > 1:
-        harmless.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation})
-    every = {name: value for change in harmless for name, value in change.items()}
-    changes = [*harmless, *([every] if len(harmless) > 1 else [])]
+        one = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation}
+        changes += [one, *({**change, **one} for change in changes)]
     if gpu and config.quantization_bit is None:
-        changes = [*changes, *({**change, "quantization_bit": 4} for change in ({}, *changes))]
+        changes += [{**change, "quantization_bit": 4} for change in ({}, *changes)]
     most = changes[-1] if changes else {}
-    shorter, cutoff = [], longest // 2 // sequences(config)
+    cutoff = longest_row(config, longest) // 2 // sequences(config)
     while cutoff >= 256:
-        shorter.append({**most, "cutoff_len": cutoff})
+        changes.append({**most, "cutoff_len": cutoff})
         cutoff //= 2
-    for change in (*changes, *shorter):
-        changed = dataclasses.replace(config, **change)
-        if needs(changed, model, min(longest, changed.cutoff_len * sequences(config)), gpu) <= free:
+    for change in changes:
+        parts = estimate_memory(dataclasses.replace(config, **change), model, gpu, longest)
+        if sum((parts or {}).values()) <= free:
             return change
     return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common import Config, Message, UserError
 from training import packing
-from training.processes import ALONE, Processes
+from training.findings import Fact, Note
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,9 +131,7 @@ def plan_evaluations(
     if strategy == "no":
         return "no", None, 0
     if eval_lengths is None:
-        raise UserError(
-            "eval_strategy: {strategy} needs held-out data; set val_size: 0.1 or eval_dataset", strategy=strategy
-        )
+        raise UserError("eval_strategy: {strategy} needs held-out data; set val_size: 0.1", strategy=strategy)
     if strategy == "epoch":
         return "epoch", None, len(eval_lengths)
     if config.eval_steps is None:
@@ -165,128 +164,110 @@ def cheap_evaluations(steps: int, epoch_steps: int, step_tokens: float, lengths:
 # The plan as messages
 
 
-def describe_count(processes: Processes) -> Message | str:
-    """What the samples of a step are multiplied by beside batch and accumulation."""
-    return Message(" x {count} processes", count=processes.count) if processes.count > 1 else ""
+def describe_data(plan: TrainingPlan) -> Fact:
+    return Fact(
+        "{samples:,} samples, {tokens:,} tokens, the longest {longest:,}",
+        samples=plan.samples,
+        tokens=plan.tokens,
+        longest=plan.longest,
+    )
 
 
-def describe_steps(config: Config, plan: TrainingPlan, processes: Processes = ALONE) -> Message:
+def describe_steps(config: Config, plan: TrainingPlan, processes: int = 1) -> Fact:
     """How many optimizer steps of how many samples or packed rows."""
     unit = Message("samples") if plan.packed_rows is None else Message("packed rows")
     if config.stage == "grpo":
-        unit = Message(
-            "replies ({each} to each of {prompts:,} prompts)",
-            prompts=packing.prompts_a_step(config),
-            each=config.num_generations,
-        )
-    return Message(
+        prompts, each = packing.prompts_a_step(config), config.num_generations
+        unit = Message("replies ({each} to each of {prompts:,} prompts)", prompts=prompts, each=each)
+    return Fact(
         "{steps:,} of {batch} x {accumulation}{each} {unit}, learning rate {rate:g} ({schedule})",
         steps=plan.steps,
         batch=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
-        each=describe_count(processes),
+        each=count_processes(processes),
         unit=unit,
         rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
     )
 
 
-def describe_evaluations(config: Config, plan: TrainingPlan) -> Message:
+def count_processes(processes: int) -> Message | str:
+    """What the samples of a step are multiplied by besides batch and accumulation."""
+    return Message(" x {count} processes", count=processes) if processes > 1 else ""
+
+
+def describe_evaluations(config: Config, plan: TrainingPlan) -> Fact:
     """What is held out and how often it is evaluated."""
     if plan.held_out is None:
-        return Message("nothing")
+        return Fact("nothing")
     if plan.eval_strategy == "no":
-        return Message("{samples:,} samples, not evaluated while training", samples=plan.held_out)
-    often = (
-        Message("every epoch") if plan.eval_steps is None else Message("every {steps:,} steps", steps=plan.eval_steps)
-    )
+        return Fact("{samples:,} samples, not evaluated while training", samples=plan.held_out)
+    every = plan.eval_steps
+    often = Message("every epoch") if every is None else Message("every {steps:,} steps", steps=every)
     if plan.first_eval > 1:
         often = Message("{often} from step {step:,} on", often=often, step=math.ceil(plan.first_eval))
     part = Message(", {samples:,} of them", samples=plan.eval_samples) if plan.eval_samples < plan.held_out else ""
     by_default = config.val_size is None and not config.eval_dataset
-    hint = Message(" (val_size: 0 would train on them, too)") if by_default else ""
-    return Message(
-        "{samples:,} samples{part} evaluated {often}{hint}", samples=plan.held_out, part=part, often=often, hint=hint
+    return Fact(
+        "{samples:,} samples{part} evaluated {often}{hint}",
+        samples=plan.held_out,
+        part=part,
+        often=often,
+        hint=Message(" (val_size: 0 would train on them, too)") if by_default else "",
     )
 
 
-def find_warnings(config: Config, plan: TrainingPlan) -> list[Message]:
+def check_plan(config: Config, plan: TrainingPlan) -> Iterator[Note]:
     """What of a plan is probably not meant: nothing changes, or the data is learned by heart."""
-    found = []
     warmup = config.warmup_steps or config.warmup_ratio
     if config.learning_rate == 0:
-        found.append(Message("learning_rate: 0 trains nothing; 1e-4 is usual"))
+        yield Note("learning_rate: 0 trains nothing; 1e-4 is usual")
     if warmup >= 1 and warmup >= plan.steps:
-        found.append(
-            Message(
-                "the warmup of {warmup:,} steps is as long as the run ({steps:,}): the learning rate stays below what "
-                "is set; lower warmup_steps",
-                warmup=int(warmup),
-                steps=plan.steps,
-            )
+        yield Note(
+            "warmup of {warmup:,} steps in a run of {steps:,}: the learning rate stays below what is set; lower "
+            "warmup_steps",
+            warmup=int(warmup),
+            steps=plan.steps,
         )
     if plan.first_eval > plan.steps:
-        found.append(
-            Message(
-                "eval_delay: {delay:g} is beyond the run of {steps:,} steps, so nothing is evaluated and the last "
-                "adapter is kept; make it smaller",
-                delay=config.eval_delay,
-                steps=plan.steps,
-            )
+        delay = config.eval_delay
+        yield Note(
+            "nothing is evaluated: eval_delay: {delay:g} is beyond step {steps:,}", delay=delay, steps=plan.steps
         )
     if plan.eval_strategy != "no" and not plan.saves_evaluated:
-        if config.load_best_model_at_end:
-            found.append(
-                Message(
-                    "the adapter of the last step is kept, not that of the lowest eval_loss; save_strategy: steps "
-                    "keeps the best"
-                )
-            )
-        else:
-            found.append(
-                Message(
-                    "the adapter of the last step is kept, not that of the lowest eval_loss; load_best_model_at_end: "
-                    "true keeps the best"
-                )
-            )
-    if plan.steps < FEW_STEPS:
-        found.append(_too_few_steps(config, plan))
-    if plan.steps / plan.epoch_steps >= MANY_EPOCHS:
-        found.append(_too_many_epochs(config, plan))
-    return found
-
-
-def _too_few_steps(config: Config, plan: TrainingPlan) -> Message:
-    if config.max_steps < 0:
-        more = f"num_train_epochs: {math.ceil(2 * FEW_STEPS / plan.epoch_steps)}"
-    else:
-        more = f"max_steps: {2 * FEW_STEPS}"
-    smaller = max(1, config.gradient_accumulation_steps * plan.steps // (2 * FEW_STEPS))
-    if smaller < config.gradient_accumulation_steps:
-        other = f"gradient_accumulation_steps: {smaller}"
-        return Message(
-            "only {steps} optimizer steps, too few for much to change; set {setting} or {other}",
-            steps=plan.steps,
-            setting=more,
-            other=other,
+        setting = "save_strategy: steps" if config.load_best_model_at_end else "load_best_model_at_end: true"
+        yield Note(
+            "the adapter of the last step is kept; {setting} keeps that of the lowest eval_loss", setting=setting
         )
-    return Message(
-        "only {steps} optimizer steps, too few for much to change; set {setting}", steps=plan.steps, setting=more
+    if plan.steps < FEW_STEPS:
+        yield _too_few_steps(config, plan)
+    if plan.steps / plan.epoch_steps >= MANY_EPOCHS:
+        yield _too_many_epochs(config, plan)
+
+
+def _too_few_steps(config: Config, plan: TrainingPlan) -> Note:
+    enough = 2 * FEW_STEPS
+    more = f"max_steps: {enough}"
+    if config.max_steps < 0:
+        more = f"num_train_epochs: {math.ceil(enough / plan.epoch_steps)}"
+    smaller, other = max(1, config.gradient_accumulation_steps * plan.steps // enough), ""
+    if smaller < config.gradient_accumulation_steps:
+        other = Message(" or {setting}", setting=f"gradient_accumulation_steps: {smaller}")
+    return Note(
+        "only {steps} optimizer steps change little; set {more}{other}", steps=plan.steps, more=more, other=other
     )
 
 
-def _too_many_epochs(config: Config, plan: TrainingPlan) -> Message:
+def _too_many_epochs(config: Config, plan: TrainingPlan) -> Note:
     if config.early_stopping == "no" or (config.stage == "grpo" and plan.eval_strategy == "no"):
         ending = Message("early_stopping: auto would end it in time")
     elif plan.eval_strategy != "no":
-        ending = Message("it will stop when eval_loss no longer falls, or with stage grpo eval_reward no longer rises")
+        ending = Message("it stops when eval_loss (stage grpo: eval_reward) no longer improves")
     else:
-        ending = Message("it will stop when the loss is flat and near zero; val_size: 0.1 would stop it earlier")
-    epochs = round(plan.steps / plan.epoch_steps)
-    return Message(
-        "{epochs:,} passes over {samples:,} samples, {steps:,} steps: after some ten passes a model knows its data "
-        "by heart and gets worse on any other; {ending}",
-        epochs=epochs,
+        ending = Message("it stops when the loss is flat and near zero; with val_size: 0.1 earlier")
+    return Note(
+        "{epochs:,} epochs of {samples:,} samples, {steps:,} steps: after about ten epochs a model overfits; {ending}",
+        epochs=round(plan.steps / plan.epoch_steps),
         samples=plan.samples,
         steps=plan.steps,
         ending=ending,

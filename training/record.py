@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from common import Message
-from runs.configuration import Loaded
+from common import Config, Message
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log
@@ -24,27 +23,21 @@ from training.preference_losses import REWARDS
 
 if TYPE_CHECKING:
     from preprocessing.dataset import TrainingData
-    from training.findings import Run
+    from training.prepare import Prepared
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
 
 
-def begin_record(
-    loaded: Loaded,
-    folder: Path,
-    data: TrainingData,
-    inputs: dict[str, Any],
-    resumed: Path | None,
-    processes: int = 1,
-) -> None:
+def begin_record(prepared: Prepared) -> None:
     """Writes trained.npy, config.yaml and run.json, in this order (resume.left_by_run), before the first step."""
     import psutil
 
+    start, folder, resumed = prepared.start, prepared.start.folder, prepared.start.resume.checkpoint
     earlier = (read_run(folder) or {}) if resumed else {}
     before = [*earlier.get("earlier_inputs", ()), earlier.get("inputs")]
-    write_fingerprints(folder, data, resumed)
-    write_text(folder / "config.yaml", common.dump_config(repeatable(loaded).config))
-    gpu = common.find_gpu()
+    write_fingerprints(folder, prepared.data, resumed)
+    write_text(folder / "config.yaml", common.dump_config(repeatable(start.loaded.config)))
+    gpu = start.gpu
     run = {
         "status": "running",
         "pid": os.getpid(),
@@ -52,25 +45,24 @@ def begin_record(
         "host": socket.gethostname(),
         "started": _now(),
         "resumed_from": str(resumed) if resumed else None,
-        "recipe": str(loaded.recipe) if loaded.recipe else None,
+        "recipe": str(start.loaded.recipe) if start.loaded.recipe else None,
         "command": typed_command(),
-        "processes": processes,
-        "model": loaded.config.model_name_or_path,
-        "seed": loaded.config.seed,
+        "processes": start.processes.count,
+        "model": start.loaded.config.model_name_or_path,
+        "seed": start.loaded.config.seed,
         "device": dataclasses.asdict(gpu) if gpu else {"name": "cpu", "cores": os.cpu_count()},
         "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         "commit": commit(),
-        "data": data.report,
-        "inputs": inputs,
-        "earlier_inputs": [found for found in before if found and found != inputs],
+        "data": prepared.data.report,
+        "inputs": prepared.inputs,
+        "earlier_inputs": [found for found in before if found and found != prepared.inputs],
     }
     write_json(folder / "run.json", run)
 
 
-def repeatable(loaded: Loaded) -> Loaded:
+def repeatable(config: Config) -> Config:
     """What config.yaml holds: that file is to train the same again, and to delete nothing."""
-    once = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "overwrite_cache": False}
-    return dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, **once))
+    return dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None, overwrite_cache=False)
 
 
 def write_fingerprints(folder: Path, data: TrainingData, resumed: Path | None) -> None:
@@ -97,9 +89,9 @@ def complete_record(folder: Path, status: str, **facts: Any) -> None:
     write_json(folder / "run.json", run)
 
 
-def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str, Any]:
+def facts_of(trainer: Any, prepared: Prepared, stopped_early: Message | None) -> dict[str, Any]:
     """What run.json says of a training that has ended."""
-    state, lines = trainer.state, read_log(run.folder)
+    state, lines = trainer.state, read_log(prepared.start.folder)
     evaluations = [line for line in state.log_history if "eval_loss" in line]
     best_is_kept = trainer.args.load_best_model_at_end and state.best_global_step
     best = [line for line in evaluations if line["step"] == state.best_global_step] if best_is_kept else []
@@ -109,7 +101,7 @@ def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str,
         "total_steps": state.max_steps,
         "stopped_early": stopped_early.to_json() if stopped_early else None,
         "best_step": state.best_global_step if best_is_kept else state.global_step,  # whose adapter is kept
-        "stop": run.template.stop,  # what ends a turn: merge.py and quantize.py read it
+        "stop": prepared.template.stop,  # what ends a turn: merge.py and quantize.py read it
         "tokens": int(state.num_input_tokens_seen),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "seconds": lines[-1]["elapsed"] if lines else None,
@@ -118,16 +110,14 @@ def facts_of(trainer: Any, run: Run, stopped_early: Message | None) -> dict[str,
         "last_loss": last_value(lines, "loss"),
         "eval_loss": kept.get("eval_loss"),
         "eval_reward_accuracy": kept.get(f"eval_{REWARDS['reward_accuracy']}"),
-        **_rewards(run, lines),
+        **(_rewards(lines) if prepared.config.stage == "grpo" else {}),
         "eval_seconds": round(sum(line["eval_runtime"] for line in evaluations), 1),
         "peak_memory": peak_memory(),
     }
 
 
-def _rewards(run: Run, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of stage grpo: the first and last mean reward of a logged step, and the highest one on what is held out."""
-    if run.config.stage != "grpo":
-        return {}
+def _rewards(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first and last mean reward of a logged step, and the highest one on what is held out."""
     rewards, held_out = ([line[key] for line in lines if key in line] for key in ("reward", "eval_reward"))
     first, last = (rewards[0], rewards[-1]) if rewards else (None, None)
     return {"first_reward": first, "last_reward": last, "eval_reward": max(held_out, default=None)}

@@ -17,6 +17,7 @@ from runs.folder import LOADING_LOG, TRAINED, left_by_training, read_run
 from runs.process import is_alive
 from runs.target import find_model
 from training import checkpoints
+from training.findings import Note
 from training.plan import TrainingPlan
 
 # Settings with which a run may be continued although it was begun with another value: none changes the result.
@@ -41,11 +42,10 @@ LONGER_RUN = {"num_train_epochs", "max_steps"}
 class ResumePlan:
     """Where a training begins, and what is told of that."""
 
-    message: Message | None = None
+    notes: tuple[Note, ...] = ()
     checkpoint: Path | None = None  # to go on from
     finished: bool = False  # nothing is left to do
     overwrite: bool = False  # what the folder holds of an earlier run is deleted
-    damaged: tuple[Message, ...] = ()  # newer checkpoints that cannot be used
 
 
 def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
@@ -55,57 +55,42 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     started again after an interruption it goes on. Only the command line starts an interrupted run over. Raises
     UserError where the folder holds something that is neither to be continued nor to be overwritten.
     """
-    config, typed = loaded.config, "overwrite_output_dir" in loaded.typed
+    config, overwrite = loaded.config, loaded.config.overwrite_output_dir
     named = checkpoints.named_checkpoint(config)
     within = named is not None and named.resolve().is_relative_to(folder.resolve())
     refuse_running(folder)
     left = left_by_run(folder)
-    goes_on = within or (not typed and named is None and is_interrupted(config, folder))
-    if config.overwrite_output_dir and not goes_on:
-        return ResumePlan(
-            Message(
-                "{folder} is started over: what it holds of an earlier run is deleted as soon as this one begins",
-                folder=folder,
-            )
-            if left
-            else None,
-            named,
-            overwrite=True,
-        )
+    is_typed = "overwrite_output_dir" in loaded.typed
+    goes_on = within or (not is_typed and named is None and is_interrupted(config, folder))
+    if overwrite and not goes_on:
+        note = Note("{folder} is started over: what is there is deleted when the training begins", folder=folder)
+        return ResumePlan((note,) if left else (), named, overwrite=True)
     run = read_run(folder)
     if run is None and left and not within:
         raise UserError(
-            "{folder} holds {file} but no run.json, so nothing is known of that run; choose another output_dir, or "
-            "overwrite_output_dir=true",
+            "{folder} holds {file} but no run.json; choose another output_dir, or overwrite_output_dir=true",
             folder=folder,
             file=left[0].name,
         )
     if run is None:
-        return ResumePlan(Message("going on from {checkpoint}", checkpoint=named) if named else None, named)
+        return ResumePlan((Note("going on from {checkpoint}", checkpoint=named),) if named else (), named)
     refuse_changed_settings(config, folder, run, within, processes)
     if run["status"] == "finished":
-        return ResumePlan(
-            Message(
-                "{folder} is finished; to train it again: overwrite_output_dir=true, or another output_dir",
-                folder=folder,
-            ),
-            finished=True,
-        )
+        note = Note("{folder} is finished; to train it again: overwrite_output_dir=true", folder=folder)
+        return ResumePlan((note,), finished=True)
     newest, damaged = (named, []) if named else checkpoints.newest_whole(config, folder)
+    notes = tuple(map(Note.of, damaged))
     if newest is None:
-        return ResumePlan(
-            Message("{folder} starts from step 0: it has no complete checkpoint", folder=folder), damaged=tuple(damaged)
-        )
-    if config.overwrite_output_dir and within:
-        message = Message("going on from {checkpoint} (overwrite_output_dir would delete it)", checkpoint=newest)
-    elif config.overwrite_output_dir:
-        message = Message(
-            "going on from {checkpoint} (overwrite_output_dir starts an interrupted run over only on the command line)",
+        return ResumePlan((*notes, Note("{folder} starts at step 0: it has no complete checkpoint", folder=folder)))
+    if overwrite:
+        note = Note(
+            "going on from {checkpoint}; to start over: overwrite_output_dir=true on the command line, without "
+            "resume_from_checkpoint",
             checkpoint=newest,
         )
     else:
-        message = Message("going on from {checkpoint}", checkpoint=newest)
-    return ResumePlan(message, newest, damaged=tuple(damaged))
+        note = Note("going on from {checkpoint}", checkpoint=newest)
+    return ResumePlan((*notes, note), newest)
 
 
 def left_by_run(folder: Path) -> list[Path]:
@@ -148,54 +133,39 @@ def refuse_changed_settings(
     changed = changed_settings(config, folder, run, processes)
     if not changed:
         return
-    if run["status"] == "finished" and {setting.fields["name"] for setting in changed} <= LONGER_RUN:
-        newest, _ = checkpoints.newest_whole(config, folder)
-        if newest:
-            raise UserError(
-                "{folder} is finished ({changed}). Two ways on, each with another output_dir: "
-                "adapter_name_or_path={folder} trains the finished adapter further, "
-                "resume_from_checkpoint={checkpoint} goes on with its optimizer and learning rate",
-                folder=folder,
-                changed=changed,
-                checkpoint=newest,
-            )
-    if within:
+    is_longer = run["status"] == "finished" and {setting.fields["name"] for setting in changed} <= LONGER_RUN
+    if is_longer and (newest := checkpoints.newest_whole(config, folder)[0]):
         raise UserError(
-            "{folder} was begun with other settings ({changed}); give them as they were, or choose another output_dir",
+            "{folder} is finished ({changed}); with another output_dir, train the adapter further with "
+            "adapter_name_or_path={folder}, or go on with its optimizer with resume_from_checkpoint={checkpoint}",
             folder=folder,
             changed=changed,
+            checkpoint=newest,
         )
     raise UserError(
-        "{folder} was begun with other settings ({changed}); give them as they were, or choose another output_dir, "
-        "or overwrite_output_dir=true on the command line",
+        "{folder} was begun with other settings ({changed}); use those, or another output_dir{over}",
         folder=folder,
         changed=changed,
+        over="" if within else Message(", or overwrite_output_dir=true on the command line"),
     )
 
 
 def changed_settings(config: Config, folder: Path, run: dict[str, Any], processes: int = 1) -> list[Message]:
     """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
     begun = locate_model(load_config([str(folder / "config.yaml")])).config
-    changed = [
-        Message(
-            "{name}={then} then, {now} now",
-            name=name,
-            then=_shown(getattr(begun, name)),
-            now=_shown(getattr(config, name)),
-        )
-        for name in common.OPTIONS
-        if (name not in WITHOUT_EFFECT or (name == "temperature" and config.stage == "grpo"))
-        and getattr(begun, name) != getattr(config, name)
-    ]
-    then = run.get("processes", 1)
-    if processes == then:
-        return changed
+    then = {name: getattr(begun, name) for name in common.OPTIONS} | {"processes": run.get("processes", 1)}
+    now = {name: getattr(config, name) for name in common.OPTIONS} | {"processes": processes}
+    kept = WITHOUT_EFFECT - {"temperature"} if config.stage == "grpo" else WITHOUT_EFFECT
+    changed = {name for name in now if name not in kept and then[name] != now[name]}
     # more processes with as much less accumulation take the same steps, except for what each draws at random
-    accumulation = {name: one.gradient_accumulation_steps for name, one in (("then", begun), ("now", config))}
-    is_random = bool(config.lora_dropout or config.neftune_noise_alpha)
-    if accumulation["then"] * then == accumulation["now"] * processes and not is_random:
-        return [setting for setting in changed if setting.fields["name"] != "gradient_accumulation_steps"]
-    return [*changed, Message("{name}={then} then, {now} now", name="processes", then=str(then), now=str(processes))]
+    samples = [of["gradient_accumulation_steps"] * of["processes"] for of in (then, now)]
+    if samples[0] == samples[1] and not config.lora_dropout and not config.neftune_noise_alpha:
+        changed -= {"gradient_accumulation_steps", "processes"}
+    return [
+        Message("{name}={then} then, {now} now", name=name, then=_shown(then[name]), now=_shown(now[name]))
+        for name in now
+        if name in changed
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -209,8 +179,8 @@ def check_steps_left(resume: ResumePlan, folder: Path, plan: TrainingPlan) -> No
     step = read_json(resume.checkpoint / "trainer_state.json")["global_step"]
     if step >= plan.steps:
         raise UserError(
-            "resume_from_checkpoint: {checkpoint} stands at step {step} of {steps}, so nothing is left to train; "
-            "raise num_train_epochs, or start from its weights with adapter_name_or_path",
+            "resume_from_checkpoint: {checkpoint} is at step {step} of {steps}; raise num_train_epochs, or start from "
+            "its weights with adapter_name_or_path",
             checkpoint=resume.checkpoint,
             step=step,
             steps=plan.steps,

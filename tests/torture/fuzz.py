@@ -276,7 +276,8 @@ class Recipes:
 
     def case(self, draw: random.Random, folder: Path) -> None:
         from runs.configuration import check_training_asked_for, load_config
-        from training import preflight, resume
+        from training import checks, prepare, resume
+        from training.processes import ALONE
 
         recipe = copy.deepcopy(draw.choice(self.recipes))
         small = {"model_name_or_path": str(self.model), "dataset": str(self.data), "output_dir": "out"}
@@ -293,9 +294,9 @@ class Recipes:
         before = sorted(folder.rglob("*"))
         loaded = resume.locate_model(load_config(["recipe.yaml", *typed]))
         check_training_asked_for(loaded)
-        no_imports = mock.patch.object(preflight, "check_imports", lambda _: iter(()))  # Unsloth: takes ten seconds
+        no_imports = mock.patch.object(checks, "check_imports", lambda _: iter(()))  # Unsloth: takes ten seconds
         with no_imports, contextlib.redirect_stdout(io.StringIO()):
-            status = preflight.dry_run(preflight.Run.of(loaded))
+            status = prepare.dry_run(loaded, ALONE)
         assert sorted(folder.rglob("*")) == before, "a dry run wrote into the working directory"
         if status:
             raise UserError("{count} faults:\n  {faults:lines}", count=1, faults=[])

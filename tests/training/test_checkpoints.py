@@ -206,10 +206,10 @@ def test_a_training_of_which_nothing_came_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-CHANGED = "{kind}: {name} has changed (SHA-256 {then}… then, {now}… now)"
+CHANGED = "{kind}: {name} has changed"
 
 
-def test_changed_inputs_are_named_with_their_hashes(tmp_path):
+def test_changed_inputs_are_named(tmp_path):
     from types import SimpleNamespace
 
     def described(content: str, template: str, order: list[int]) -> dict:
@@ -243,5 +243,5 @@ def test_other_weights_of_the_same_size_have_another_fingerprint(tmp_path, monke
     prints = set()
     for value in (0, 1):
         file.write_bytes(bytes([value]) * 9_000_000)
-        prints.add(inputs.fingerprint(file))
+        prints.add(inputs.hash_file(file))
     assert len(prints) == 2

@@ -171,37 +171,31 @@ def test_checkpoints_are_saved_at_both_save_steps_and_eval_steps():
 def test_probable_mistakes_are_warned_of_with_a_way_out():
     def warned(*settings: str, **sizes: int | None) -> list[Message]:
         made = plan_of(*settings, **sizes)
-        return list(plan.find_warnings(load_config(list(settings)).config, made))
+        return list(plan.check_plan(load_config(list(settings)).config, made))
 
     def only(words: str, *settings: str, **sizes: int | None) -> dict[str, object]:
         (found,) = [message for message in warned(*settings, **sizes) if words in message.sentence]
         return found.fields
 
-    assert only("too few for much to change", samples=80, steps=None, held_out=None) == {
-        "steps": 15, "setting": "num_train_epochs: 12", "other": "gradient_accumulation_steps: 2",
-    }  # fmt: skip
-    few = only("too few for much to change", "max_steps=3", steps=3, held_out=None)
-    assert few["setting"] == "max_steps: 60"
-    by_heart = ["knows its data by heart", "num_train_epochs=1000"]
+    few = only("steps change little", samples=80, steps=None, held_out=None)
+    other = Message(" or {setting}", setting="gradient_accumulation_steps: 2")
+    assert few == {"steps": 15, "more": "num_train_epochs: 12", "other": other}
+    assert only("steps change little", "max_steps=3", steps=3, held_out=None)["more"] == "max_steps: 60"
+    by_heart = ["a model overfits", "num_train_epochs=1000"]
     found = only(*by_heart, samples=80, steps=None, held_out=None)
     assert (found["epochs"], found["samples"], found["steps"]) == (1000, 80, 5000)
-    assert found["ending"] == Message(
-        "it will stop when the loss is flat and near zero; val_size: 0.1 would stop it earlier"
-    )
-    found = only(*by_heart, samples=80, steps=None, held_out=8)
-    assert found["ending"] == Message(
-        "it will stop when eval_loss no longer falls, or with stage grpo eval_reward no longer rises"
-    )
+    assert found["ending"].sentence == says("the loss is flat and near zero")
+    assert only(*by_heart, samples=80, steps=None, held_out=8)["ending"].sentence == says("when eval_loss")
     found = only(*by_heart, "early_stopping=false", samples=80, steps=None)
-    assert found["ending"] == Message("early_stopping: auto would end it in time")
+    assert found["ending"].sentence == says("early_stopping: auto")
     usual = {"samples": 1000, "steps": None}
     assert warned(**usual, held_out=None) == warned(**usual) == []
     for setting, words in (
-        ("save_strategy=no", "save_strategy: steps keeps the best"),
-        ("load_best_model_at_end=false", "load_best_model_at_end: true keeps the best"),
-        ("learning_rate=0", "trains nothing; 1e-4 is usual"),
+        ("save_strategy=no", "save_strategy: steps"),
+        ("load_best_model_at_end=false", "load_best_model_at_end: true"),
+        ("learning_rate=0", "trains nothing"),
     ):
-        assert [words in message.sentence for message in warned(setting, **usual)] == [True]
+        assert [words in str(message) for message in warned(setting, **usual)] == [True]
     assert [message.fields for message in warned("warmup_steps=500", **usual)] == [{"warmup": 500, "steps": 189}]
     assert warned("warmup_steps=20", **usual) == warned("warmup_ratio=0.5", **usual) == []
 
@@ -247,7 +241,7 @@ def test_where_the_best_is_not_kept_the_record_is_of_the_last_step(tiny_model, g
     folder = tmp_path / "run"
     more = ["val_size=8", "max_steps=60", "eval_steps=5", "early_stopping=no", "load_best_model_at_end=false"]
     result = ok(train(tiny_model, guesses, folder, *more))
-    assert "warning: the adapter of the last step is kept" in result.stdout
+    assert "note: the adapter of the last step is kept" in result.stdout
     state = read_run(folder)
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     measured = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
@@ -259,7 +253,7 @@ def test_training_stops_when_everything_is_known_by_heart(parrot, tmp_path):
     talk = [{"instruction": question, "output": answer} for question, answer in TALK.items()]
     rows = write_jsonl(tmp_path / "rows.jsonl", talk)
     result = ok(train(parrot, rows, tmp_path / "run", "num_train_epochs=200", "learning_rate=1e-4"))
-    assert "warning: 200 passes over 2 samples" in result.stdout
+    assert "note: 200 epochs of 2 samples" in result.stdout
     state = read_run(tmp_path / "run")
     assert state["steps"] == 30 and state["stopped_early"]["sentence"] == says("training loss")
     assert state["last_loss"] < 0.05 and (tmp_path / "run" / "adapter_model.safetensors").is_file()

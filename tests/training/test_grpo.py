@@ -74,13 +74,15 @@ def test_a_run_stops_when_the_held_out_reward_no_longer_rises():
 
 def test_memory_has_a_place_for_the_replies(tiny_model):
     import common
-    from training.memory import forward_tokens, read_model, replies_memory
+    from training.memory import estimate_memory, read_model
 
     config = common.Config(stage="grpo", per_device_train_batch_size=16, max_completion_length=10)
-    assert forward_tokens(config, 100, None) == 2 * 100 + 16 * 10  # two prompts, each computed once
-    assert forward_tokens(config, 100, common.Gpu("", "", (0, 0), (0, 0), 0, 0)) == 16 * 110
+    model = read_model(tiny_model)
+    parts = estimate_memory(config, model, None, 100)
     # keys and values of 2 layers, 2 heads of 16 numbers, 4 bytes each; 8 forward passes a step
-    assert replies_memory(config, read_model(tiny_model), 100, None) == 2 * 2 * 32 * 4 * 128 * 110
+    assert parts["replies"] == 2 * 2 * 32 * 4 * 128 * 110
+    alone = estimate_memory(common.Config(per_device_train_batch_size=16), model, None, 110)
+    assert parts["activations"] == alone["activations"]
 
 
 # Rewards a reply for the share of its tokens that have low numbers.

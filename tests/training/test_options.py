@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, says, write_jsonl
 
-from common import Message
 from runs.adapter import Adapter, find_places
 from runs.configuration import load_config
 from runs.weights import read_rows, read_tensors
 from training import memory, whole_modules
+from training.findings import Note
 
 SCRIPT = ROOT / "tests" / "training" / "exact_options.py"
 
@@ -173,29 +173,24 @@ LLAMA = {
     ("arguments", "shapes", "codes"),
     [
         (["additional_target=embed_tokens,lm_head,norm"], LLAMA, []),
-        (["additional_target=q_proj"], LLAMA, [says("is the linear")]),
-        (["additional_target=wte"], LLAMA, [says("additional_target: the")]),
-        (["lora_bias=all"], LLAMA, [says("nothing more")]),
+        (["additional_target=q_proj"], LLAMA, [says("is a linear layer")]),
+        (["additional_target=wte"], LLAMA, [says("the model has no {target}")]),
+        (["lora_bias=all"], LLAMA, [says("has no biases")]),
         (["lora_bias=lora_only"], {**LLAMA, "model.layers.0.self_attn.q_proj.bias": (64,)}, []),
         (["lora_bias=true"], LLAMA, []),
     ],
 )
 def test_parts_that_the_model_cannot_learn_are_named(arguments, shapes, codes):
-    assert [fault.sentence for fault in whole_modules.find_faults(load_config(arguments).config, shapes)] == codes
+    assert [found.sentence for found in whole_modules.check_whole(load_config(arguments).config, shapes, [])] == codes
 
 
 def test_a_bias_that_cannot_be_merged_is_noted():
     config = load_config(["lora_bias=true"]).config
     query = "model.layers.0.self_attn.q_proj"
-    notes = whole_modules.find_notes(config, LLAMA, [f"{query}.weight"])
-    assert notes == [
-        Message(
-            "lora_bias: {module} has no bias in the base, so this adapter cannot be merged or made a "
-            "GGUF; chat.py and api.py use it as it is",
-            module=query,
-        )
-    ]
-    assert whole_modules.find_notes(config, {**LLAMA, f"{query}.bias": (64,)}, [f"{query}.weight"]) == []
+    (note,) = whole_modules.check_whole(config, LLAMA, [f"{query}.weight"])
+    assert note == Note(says("cannot be merged"), module=query)
+    biased = {**LLAMA, f"{query}.bias": (64,)}
+    assert list(whole_modules.check_whole(config, biased, [f"{query}.weight"])) == []
 
 
 def test_what_learns_whole_counts_in_memory():

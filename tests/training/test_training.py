@@ -26,9 +26,9 @@ from preprocessing.rows import fingerprint
 from runs.configuration import check_training_asked_for, load_config
 from runs.files import write_json, write_text
 from runs.folder import run_config
-from training import record, resume
+from training import checks, prepare, record, resume
+from training.findings import Fact
 from training.learning_rates import split_learning_rates
-from training.preflight import Run, check_adapter, check_model
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -149,23 +149,11 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(finished, tiny_mo
     before = (finished / "run.json").read_bytes()
     result = train(tiny_model, rows, finished, "save_steps=5")
     assert result.returncode == 0
-    assert (
-        str(
-            Message(
-                "{folder} is finished; to train it again: overwrite_output_dir=true, or another output_dir",
-                folder=finished,
-            )
-        )
-        in result.stdout
-    )
+    assert f"{finished} is finished; to train it again" in result.stdout
     result = train(tiny_model, rows, finished, "save_steps=5", "lora_rank=8")
     assert result.returncode == 2
-    assert result.error == Message(
-        "{folder} was begun with other settings ({changed}); give them as they were, or choose "
-        "another output_dir, or overwrite_output_dir=true on the command line",
-        folder=str(finished),
-        changed=[Message("{name}={then} then, {now} now", name="lora_rank", then="4", now="8")],
-    )
+    changed = [Message("{name}={then} then, {now} now", name="lora_rank", then="4", now="8")]
+    assert refused(result, "begun with other settings").fields["changed"] == changed
     assert (finished / "run.json").read_bytes() == before
 
 
@@ -249,10 +237,7 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
     assert (start(folder, "").checkpoint, start(folder, "").overwrite) == (newest, False)
     on = start(folder, over)
     assert (on.checkpoint, on.overwrite) == (newest, False)
-    assert on.message == Message(
-        "going on from {checkpoint} (overwrite_output_dir starts an interrupted run over only on the command line)",
-        checkpoint=newest,
-    )
+    assert on.notes == (Message(says("to start over"), checkpoint=newest),)
     for recipe, typed in (
         (over, ["overwrite_output_dir=true"]),
         (over, ["resume_from_checkpoint=false"]),
@@ -261,7 +246,7 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
         assert (begun.checkpoint, begun.overwrite) == (None, True)
     for recipe in ("seed: 1", f"seed: 1\n{over}"):
         with user_error(
-            "overwrite_output_dir=true on",
+            "begun with other settings",
             changed=[Message("{name}={then} then, {now} now", name="seed", then="42", now="1")],
         ):
             start(folder, recipe)
@@ -279,11 +264,11 @@ def test_only_what_is_told_to_be_is_started_over(tmp_path):
 def test_a_finished_run_that_is_to_be_longer_is_told_the_two_ways(tmp_path):
     folder = an_interrupted_run(tmp_path / "run", status="finished")
     changed = [Message("{name}={then} then, {now} now", name="num_train_epochs", then="3.0", now="5.0")]
-    with user_error("with another", changed=changed, checkpoint=folder / "checkpoint-4") as raised:
+    with user_error("is finished", changed=changed, checkpoint=folder / "checkpoint-4") as raised:
         start(folder, "num_train_epochs: 5")
     told = str(raised.value)
     assert f"adapter_name_or_path={folder}" in told and f"resume_from_checkpoint={folder / 'checkpoint-4'}" in told
-    with user_error("overwrite_output_dir=true on"):
+    with user_error("begun with other settings"):
         start(folder, "num_train_epochs: 5\nseed: 1")
 
 
@@ -302,7 +287,7 @@ def test_a_checkpoint_that_is_named_is_used_and_never_deleted(tmp_path):
     elsewhere = start(tmp_path / "new", named)
     assert elsewhere.checkpoint == kept[0]
     resume.check_steps_left(elsewhere, tmp_path / "new", SimpleNamespace(steps=5))
-    with user_error("train; raise", step=4, steps=4):
+    with user_error("raise num_train_epochs", step=4, steps=4):
         resume.check_steps_left(elsewhere, tmp_path / "new", SimpleNamespace(steps=4))
     with user_error("a checkpoint-N", path=str(tmp_path)):
         start(tmp_path / "new", f"resume_from_checkpoint: {tmp_path}")
@@ -473,7 +458,7 @@ def test_all_that_is_wrong_is_told_at_once(tiny_model, data, tmp_path):
     faults = result.error.fields["faults"]
     assert (result.returncode, result.error.sentence, len(faults)) == (2, says("{count} faults:\n  {faults:lines}"), 4)
     said = [fault.sentence for fault in faults]
-    for words in ("overwrite_output_dir=true on", "cutoff_len is", "adapter_name_or_path: {folder} has no {file}"):
+    for words in ("begun with other settings", "cutoff_len:", "adapter_name_or_path: {folder} has no {file}"):
         assert says(words) in said
     looked = train(tiny_model, data, folder, "--dry-run", *more)
     assert (looked.returncode, looked.stdout.rstrip().split("\n")[-1]) == (
@@ -527,7 +512,8 @@ def test_a_model_is_found_where_chat_finds_it(tiny_model, data, tmp_path, monkey
     for name in ("org/tiny", "models/tiny", "~/models/tiny"):
         loaded = resume.locate_model(load_config([f"model_name_or_path={name}", f"dataset={data}"]))
         assert Path(loaded.config.model_name_or_path).samefile(tiny_model)
-        assert [finding.level for finding in check_model(Run.of(loaded))] == ["ok"]
+        (found,) = checks.check_model(loaded.config, prepare.find_model_size(loaded.config))
+        assert isinstance(found, Fact)
     run = an_interrupted_run(tmp_path / "run", "model_name_or_path=models/tiny")
     found = resume.locate_model(load_config([f"output_dir={run}", "model_name_or_path=org/tiny"]))
     assert resume.plan_resume(found, run).checkpoint == run / "checkpoint-4"
@@ -537,16 +523,11 @@ def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tiny_
     save_adapter(tiny_model, tmp_path, r=4, lora_alpha=8, target_modules=PROJECTIONS)
 
     def found(*more: str) -> list[Message]:
-        run = Run.of(load_config([f"model_name_or_path={tiny_model}", f"adapter_name_or_path={tmp_path}", *more]))
-        return [finding.message for finding in check_adapter(run)]
+        given = [f"model_name_or_path={tiny_model}", f"adapter_name_or_path={tmp_path}", *more]
+        return list(checks.check_adapter(load_config(given)))
 
     (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
-    assert note == Message(
-        "{names}: {folder} is trained further as it is, of rank {rank}",
-        names=["lora_rank", "lora_target"],
-        folder=tmp_path,
-        rank=4,
-    )
+    assert note == Message(says("is trained on"), names=["lora_rank", "lora_target"], folder=tmp_path, rank=4)
     assert found("lora_rank=4", "lora_target=all") == []
 
 
@@ -554,7 +535,7 @@ def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
     folder = tmp_path / "run"
     message = in_a_second(tiny_model, data, folder, f"adapter_name_or_path={tmp_path}")
     assert (message.sentence, message.fields["file"]) == (
-        says("adapter_name_or_path: {folder} has no {file}; name a run folder"),
+        says("adapter_name_or_path: {folder} has no {file}"),
         "adapter_config.json",
     )
     if importlib.util.find_spec("wandb") is None:
@@ -571,7 +552,7 @@ def test_half_a_model_is_named(tiny_model, data, tmp_path):
     (half / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:5000])
     message = in_a_second(half, data, tmp_path / "run")
     assert (message.sentence, message.fields["missing"]) == (
-        says("{model} is not complete: it lacks {missing}; fetch or make it again"),
+        says("is incomplete"),
         ["model.safetensors"],
     )
 

@@ -29,6 +29,7 @@ from runs.files import unfinished
 from runs.target import missing_from_model
 from runs.texts import Translator
 from training import memory
+from training.prepare import prepare_data
 from web import control, fields, jobs, widgets
 from web.imports import import_libraries
 from web.widgets import QUIET, fault, note
@@ -175,21 +176,17 @@ def prepare(config: Config) -> tuple[Any, dataset.TrainingData]:
 @functools.lru_cache(maxsize=4)
 def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.TrainingData]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
-    from preprocessing.template import load_template
-    from preprocessing.tokenizer import load_base_tokenizer
-
-    tokenizer = load_base_tokenizer(config)
-    prepared = dataset.prepare(config, tokenizer, load_template(config.template, tokenizer, config.stage))
-    _longest[config.model_name_or_path, config.dataset] = int(prepared.train_lengths.max())
+    tokenizer, _, prepared = prepare_data(config)
+    _longest[config.model_name_or_path, config.dataset, config.stage] = int(prepared.train_lengths.max())
     return tokenizer, prepared
 
 
-_longest: dict[tuple[str, tuple[str, ...]], int] = {}
+_longest: dict[tuple[str, tuple[str, ...], str], int] = {}
 
 
 def longest_sample(config: Config) -> int | None:
     """Tokens of the longest sample, where the data of a configuration was checked on this page."""
-    return _longest.get((config.model_name_or_path, config.dataset))
+    return _longest.get((config.model_name_or_path, config.dataset, config.stage))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

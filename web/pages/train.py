@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from html import escape
@@ -24,7 +23,7 @@ from runs.report import duration, training_charts
 from runs.target import missing_from_model
 from runs.texts import Translator
 from training.hardware import free_memory
-from training.memory import estimate_memory, forward_tokens, read_model, replies_memory
+from training.memory import PARTS, estimate_memory, read_model
 from web import control, fields, jobs, widgets
 from web.control import run_folder
 from web.pages import data as data_page
@@ -52,14 +51,12 @@ def memory_html(config: Config, t: Translator) -> str:
     folder = Path(config.model_name_or_path)
     if missing_from_model(folder):
         return note(t("Memory: known once the model is on this disk."))
-    longest = data_page.longest_sample(config)
-    tokens = min(longest, config.cutoff_len) if longest and not config.packing else config.cutoff_len
     gpu = find_gpu()
     try:
-        model = read_model(folder)
-        parts = estimate_memory(config, model, forward_tokens(config, tokens, gpu), gpu)
-        parts["activations"] += replies_memory(config, model, tokens, gpu)
-    except (KeyError, json.JSONDecodeError):
+        parts = estimate_memory(config, read_model(folder), gpu, data_page.longest_sample(config))
+    except UserError:  # a broken config.json
+        parts = None
+    if parts is None:
         return note(t("Memory: cannot be estimated for this kind of model."))
     if gpu:
         return memory_bar(parts, gpu.free_memory, gpu.total_memory, gpu.name, t)
@@ -69,20 +66,14 @@ def memory_html(config: Config, t: Translator) -> str:
 
 def memory_bar(parts: dict[str, float], free: int, total: int, device: str, t: Translator) -> str:
     """The parts of the peak in bytes as a bar, with a mark at what is free of the device."""
-    names = {
-        "weights": t("weights"),
-        "adapter": t("adapter"),
-        "activations": t("activations"),
-        "logits": t("logits"),
-        "runtime": t("runtime"),
-    }
+    parts = {name: size for name, size in parts.items() if size}
     need = sum(parts.values())
     whole = max(need, total)
     pieces, keys = "", ""
     for index, (name, size) in enumerate(parts.items()):
-        text = escape(f"{names.get(name, name)} {widgets.size(size)}")
-        pieces += f'<i class="c{index}" style="width:{100 * size / whole:.2f}%" title="{text}"></i>'
-        keys += f'<span class="key c{index}"><i></i>{text}</span>'
+        text = escape(f"{t.message(PARTS[name])} {widgets.size(size)}")
+        pieces += f'<i class="c{index % 6}" style="width:{100 * size / whole:.2f}%" title="{text}"></i>'
+        keys += f'<span class="key c{index % 6}"><i></i>{text}</span>'
     peak = t("about {need} at the peak", need=widgets.size(need))
     have = escape(t("{free} of {total} free", free=widgets.size(free), total=widgets.size(total)))
     limit = f'<b class="free" style="left:{100 * min(free, total) / whole:.2f}%" title="{have}"></b>'

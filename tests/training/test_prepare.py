@@ -12,16 +12,16 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, ok, refused, run, says, write_hollow_weights, write_jsonl
+from conftest import ROOT, ok, refused, run, says, user_error, write_hollow_weights, write_jsonl
 from stand_in import Handler, StandIn, serving
 
 import common
 import train
 from common import Message
 from runs.configuration import load_config
-from training import check_machine, hardware, memory, preflight
-from training.findings import Run
-from training.processes import Processes
+from training import checks, hardware, memory, prepare
+from training.findings import Finding, Findings, Problem, Risk
+from training.processes import ALONE, Processes
 
 GB = 1e9
 LLAMA3_8B = {
@@ -65,22 +65,34 @@ def card_of(gigabytes: float) -> common.Gpu:
     return common.Gpu("RTX", "580.65", (13, 0), (8, 9), int(gigabytes * GB), int(gigabytes * GB))
 
 
+def estimate(model: Path, gpu: common.Gpu | None, longest: int, *settings: str) -> dict[str, float]:
+    return memory.estimate_memory(load_config(list(settings)).config, memory.read_model(model), gpu, longest)
+
+
 def test_the_second_tutorial_file_is_estimated_to_fit_24_gb(llama3_8b):
-    config = load_config(["cutoff_len=4096", "per_device_train_batch_size=2"]).config
-    parts = memory.estimate_memory(config, memory.read_model(llama3_8b), 2 * 4096, card_of(24))
+    given = ("cutoff_len=4096", "per_device_train_batch_size=2")
+    parts = estimate(llama3_8b, card_of(24), 4096, *given)
     assert parts["weights"] == pytest.approx(16.06 * GB, rel=0.001)
     assert 18.5 * GB < sum(parts.values()) < 19.5 * GB  # an independent count: 19
-    quantized = load_config(["quantization_bit=4"]).config
-    parts = memory.estimate_memory(quantized, memory.read_model(llama3_8b), 2 * 4096, card_of(24))
+    parts = estimate(llama3_8b, card_of(24), 4096, *given, "quantization_bit=4")
     assert 8.4 * GB < sum(parts.values()) < 9.2 * GB  # an independent count: 8.7
 
 
+@pytest.mark.parametrize("gpu", [None, card_of(24)])
+def test_a_pair_has_two_sequences(llama3_8b, gpu):
+    """A batch of dpo has as many tokens as the pairs' two sequences have, also where no length is known yet."""
+    one = estimate(llama3_8b, gpu, 2000, "cutoff_len=2000")
+    assert estimate(llama3_8b, gpu, 2000, "cutoff_len=1000", "stage=dpo") == one
+    assert estimate(llama3_8b, gpu, None, "cutoff_len=1000", "stage=dpo") == one
+    assert estimate(llama3_8b, gpu, 5000, "cutoff_len=1000", "stage=dpo") == one
+    assert estimate(llama3_8b, gpu, 5, "cutoff_len=2000", "packing=true") == one
+    assert one["activations"] == pytest.approx(2 * estimate(llama3_8b, gpu, 1000)["activations"])
+
+
 def test_nothing_recomputed_keeps_every_layer(llama3_8b):
-    model = memory.read_model(llama3_8b)
-    config = load_config(["gradient_checkpointing=false"]).config
     per_layer = (7.6 * 4096 + 2 * 14336) * 2 * 1024
-    found = memory.estimate_memory(config, model, 1024, card_of(24))["activations"]
-    assert found == pytest.approx(32 * per_layer, rel=0.05)
+    found = estimate(llama3_8b, card_of(24), 1024, "gradient_checkpointing=false", "per_device_train_batch_size=1")
+    assert found["activations"] == pytest.approx(32 * per_layer, rel=0.05)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(8192, 512), (100, 100), (65536, 2048)])
@@ -90,9 +102,8 @@ def test_the_logits_are_computed_in_unsloths_pieces(tokens, rows):
 
 
 def test_a_dense_mask_is_counted_where_it_is_built(llama3_8b):
-    model = memory.read_model(llama3_8b)
-    for settings, expected in (([], 0), (["quantization_bit=8"], 8192**2)):
-        assert memory.estimate_memory(load_config(settings).config, model, 8192, card_of(24))["attention"] == expected
+    for settings, expected in (([], 0), (["quantization_bit=8"], 4096**2)):
+        assert estimate(llama3_8b, card_of(24), 2048, *settings)["attention"] == expected
 
 
 @pytest.mark.parametrize(
@@ -106,23 +117,26 @@ def test_a_dense_mask_is_counted_where_it_is_built(llama3_8b):
     ],
 )
 def test_what_does_not_fit_comes_with_the_smallest_change(llama3_8b, free: float, change: str | None):
-    asked = Run.of(load_config([f"model_name_or_path={llama3_8b}", "cutoff_len=4096", "per_device_train_batch_size=4"]))
-    asked.gpu = common.Gpu("RTX 4090", "580.65", (13, 0), (8, 9), int(25.7 * GB), int(free * GB))
-    asked.model = memory.read_model(llama3_8b)
-    (found,) = preflight.check_memory(asked)
-    assert found.level == "fault" and found.message.fields["estimate"].fields["have"] == free
-    assert found.message.sentence == (says("this would fit") if change else says("setting makes"))
-    assert found.message.fields.get("settings") == change
+    config = load_config(["cutoff_len=4096", "per_device_train_batch_size=4"]).config
+    (found,) = checks.check_memory(config, memory.read_model(llama3_8b), card_of(free), None)
+    assert isinstance(found, Risk) and found.fields["estimate"].fields["have"] == free
+    assert found.sentence == (says("this would fit") if change else says("setting makes"))
+    assert found.fields.get("settings") == change
 
 
 def test_a_start_that_cannot_fit_ends_before_the_model_is_loaded(llama3_8b):
-    asked = Run.of(load_config([f"model_name_or_path={llama3_8b}", "per_device_train_batch_size=8"]))
-    asked.model, asked.plan = memory.read_model(llama3_8b), SimpleNamespace(longest=2048)
-    for free, too_little in ((24, False), (17, False), (14, True)):  # 17: it may just fit, a sample at a time
-        asked.gpu = card_of(free)
-        assert preflight.cannot_begin(asked) is too_little
-    asked.gpu = None
-    assert not preflight.cannot_begin(asked)
+    config, model = load_config(["per_device_train_batch_size=8"]).config, memory.read_model(llama3_8b)
+    plan = SimpleNamespace(longest=2048)
+    for free, begins in ((24, True), (17, True), (14, False)):  # 17: it may just fit, a sample at a time
+        found = Findings()
+        found.add("memory", checks.check_memory(config, model, card_of(free), plan))
+        if begins:
+            assert len(found.conclude()) == (free == 17)
+        else:
+            with user_error("this would fit"):
+                found.conclude()
+    (found,) = checks.check_memory(replace(config, cutoff_len=10**9, packing=True), model, None, plan)
+    assert isinstance(found, Risk)
 
 
 FAKE_SMI = """#!/bin/sh
@@ -159,43 +173,29 @@ def card(tmp_path, monkeypatch):
 
 def refusal() -> Message:
     """What keeps the card from training."""
-    (found,) = [finding for finding in preflight.check_card(Run.of(load_config([]))) if finding.level == "fault"]
-    assert found.message.sentence == says("card: CUDA_VISIBLE_DEVICES=-1")
-    assert "CUDA_VISIBLE_DEVICES=-1" in str(found.message)
-    return found.message.fields["reason"]
+    _, found = checks.check_card(load_config([]).config, common.find_gpu())
+    assert isinstance(found, Problem) and "CUDA_VISIBLE_DEVICES=-1" in found.sentence
+    return found.fields["reason"]
 
 
 def test_a_card_that_will_do(card):
     assert card("580.65.06") == common.Gpu(
         "NVIDIA GeForce RTX 4090", "580.65.06", (12, 2), (8, 9), 24564 << 20, 24100 << 20
     )
-    found = list(preflight.check_card(Run.of(load_config([]))))
-    assert [finding.level for finding in found] == ["ok", "ok"]
-    assert found[1].message == Message(
-        "driver {driver} (CUDA {cuda}), torch is built for {built_for}.x", driver="580.65.06", cuda="12.2", built_for=13
-    )
+    _, found = checks.check_card(load_config([]).config, common.find_gpu())
+    assert found == Message(says("driver {driver}"), driver="580.65.06", cuda="12.2", built=13)
 
 
 def test_a_driver_too_old_for_torch_is_told_with_what_fits(card):
     card("535.104.05")
-    fits = Message(
-        ", or install the torch of requirements-gpu.txt, which is built for CUDA 12 and runs on "
-        "this driver: rm -r .venv && make setup"
-    )
-    assert refusal() == Message(
-        "the driver is {driver}, but torch is built for CUDA {cuda}, which needs driver {needed} "
-        "or newer: update the driver (apt install nvidia-driver-{needed}), rent a machine with a "
-        "newer one{other}",
-        driver="535.104.05",
-        cuda="13.0",
-        needed=580,
-        other=fits,
-    )
+    fault = refusal()
+    assert (fault.fields["driver"], fault.fields["cuda"], fault.fields["needed"]) == ("535.104.05", "13.0", 580)
+    assert "rm -r .venv && make setup" in str(fault)
 
 
 @pytest.mark.parametrize("driver", ["525.60.13", "535.104.05", "550.54.15", "570.86.10", "580.65.06"])
 def test_drivers_of_rented_machines_run_the_pinned_torch(card, monkeypatch, driver):
-    assert check_machine.pinned_packages("gpu")["torch"] == "2.10.0"  # built for CUDA 12.8
+    assert checks.pinned_packages("gpu")["torch"] == "2.10.0"  # built for CUDA 12.8
     monkeypatch.setattr(hardware, "torch_cuda", lambda: (12, 8))
     assert hardware.gpu_fault(card(driver)) is None
 
@@ -210,9 +210,7 @@ def test_a_volta_card_is_refused_beside_cuda_13(card, monkeypatch):
 def test_a_torch_without_cuda_is_told(card, monkeypatch):
     card("580.65.06")
     monkeypatch.setattr(hardware, "torch_cuda", lambda: None)
-    assert refusal() == Message(
-        "torch is a build without CUDA, but there is a card: delete .venv and run make setup again"
-    )
+    assert refusal().sentence == says("built without CUDA")
 
 
 def test_what_triton_compiles_with_is_told(card, tmp_path, monkeypatch):
@@ -235,7 +233,7 @@ def test_a_run_that_will_work(tiny_model, tmp_path):
     folder = tmp_path / "run"
     settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", f"output_dir={folder}", "cutoff_len=64"]
     result = ok(run("train.py", "--dry-run", *settings, cwd=tmp_path))
-    for what in ("python", "packages", "model", "data", "plan", "memory", "disk", "unsloth"):
+    for what in ("python", "packages", "model", "data", "steps", "held out", "memory", "disk", "unsloth"):
         assert f"{what}  " in result.stdout
     assert result.stdout.rstrip().endswith("yes")
     assert not folder.exists()
@@ -248,16 +246,7 @@ def test_all_faults_are_told(tiny_model, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": None}])
     result = run("train.py", "--dry-run", f"model_name_or_path={half}", f"dataset={rows}", cwd=tmp_path)
     assert result.returncode == 2
-    assert (
-        str(
-            Message(
-                "{model} is not complete: it lacks {missing}; fetch or make it again",
-                model=half,
-                missing=["model.safetensors"],
-            )
-        )
-        in result.stdout
-    )
+    assert f"{half} is incomplete, model.safetensors missing" in result.stdout
     assert "rows.jsonl" in result.stdout
     assert str(Message("no: {count} fault{count:plural}, see above", count=2)) in result.stdout
 
@@ -269,8 +258,8 @@ LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 @pytest.mark.parametrize(
     ("settings", "environment", "code"),
     [
-        (["stage=grpo", "reward_funcs=length"], LAUNCHED, says("process, and")),
-        ([], {"WORLD_SIZE": "2"}, says("train.py with")),
+        (["stage=grpo", "reward_funcs=length"], LAUNCHED, says("in one process")),
+        ([], {"WORLD_SIZE": "2"}, says("are not set")),
     ],
 )
 def test_processes_that_cannot_train_together_are_refused(tiny_model, tmp_path, settings, environment, code):
@@ -283,7 +272,7 @@ def test_processes_that_cannot_train_together_are_refused(tiny_model, tmp_path, 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_first_of_several_processes_makes_the_dry_run(tiny_model, tmp_path, monkeypatch, capsys, rank):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"a{n}", "output": "b"} for n in range(64)])
-    monkeypatch.setattr(preflight, "check_imports", lambda _: ())
+    monkeypatch.setattr(checks, "check_imports", lambda _: ())
     for name, value in (LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="0"):
@@ -299,13 +288,8 @@ def test_each_process_sees_its_own_card(card, monkeypatch):
     for name, value in (LAUNCHED | {"RANK": "1", "LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     one_card = Processes.of_launcher()
-    (found,) = check_machine.check_processes(Run.of(load_config([]), one_card))
-    assert found.message == Message(
-        "{count} processes were started on this machine, but it has {cards} card{cards:plural} for "
-        "them: start as many processes as cards",
-        count=2,
-        cards=1,
-    )
+    (found,) = checks.check_processes(load_config([]).config, one_card)
+    assert found == Message(says("start one a GPU"), count=2, cards=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert Processes.of_launcher() == Processes(rank=1, count=2, here=2, cards=2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
@@ -314,35 +298,13 @@ def test_each_process_sees_its_own_card(card, monkeypatch):
 def test_a_model_that_is_nowhere(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    settings = ["--dry-run", f"dataset={rows}"]
-    result = run("train.py", *settings, "model_name_or_path=org/name", cwd=tmp_path, env=environment)
-    assert result.returncode == 2
-    assert (
-        str(Message("{hub} cannot be reached; set HF_ENDPOINT to a mirror", hub="http://127.0.0.1:9")) in result.stdout
-    )
-    command = f"python {ROOT / 'download.py'} org/name"
-    assert (
-        str(
-            Message(
-                "there is no model at {folder}; fetch it ({command}) or set model_name_or_path",
-                folder="org/name",
-                command=command,
-            )
-        )
-        in result.stdout
-    )
-    result = run("train.py", *settings, "model_name_or_path=models/name", cwd=tmp_path, env=environment)
-    command = f"python {ROOT / 'download.py'} ORG/name"
-    assert (
-        str(
-            Message(
-                "there is no model at {folder}; fetch it ({command}) or set model_name_or_path",
-                folder="models/name",
-                command=command,
-            )
-        )
-        in result.stdout
-    )
+    for model, fetched in (("org/name", "org/name"), ("models/name", "ORG/name")):
+        settings = ["--dry-run", f"dataset={rows}", f"model_name_or_path={model}"]
+        result = run("train.py", *settings, cwd=tmp_path, env=environment)
+        assert result.returncode == 2
+        assert f"there is no model {model}; fetch it (python {ROOT / 'download.py'} {fetched})" in result.stdout
+        asked = "http://127.0.0.1:9 cannot be reached; set HF_ENDPOINT to a mirror" in result.stdout
+        assert asked == (model == "org/name")
 
 
 @pytest.fixture
@@ -365,7 +327,7 @@ def test_steps_memory_and_disk_are_told_before_the_model_is_fetched(hub, tmp_pat
     result = run("train.py", recipe, "--dry-run", f"dataset_dir={ROOT / 'data'}", cwd=tmp_path)
     assert result.returncode == 2
     assert f"python {ROOT / 'download.py'} shenzhi-wang/Llama3-8B-Chinese-Chat" in result.stdout
-    assert str(Message("{hub} can be reached", hub=hub)) in result.stdout
+    assert f"{hub} can be reached" in result.stdout
     assert "at most 114 optimizer steps of 1 x 8" in result.stdout
     assert "(weights 16.1, " in result.stdout or "(weights 32.1, " in result.stdout
     assert "the model takes about 16.1 GB" in result.stdout
@@ -377,10 +339,7 @@ def test_a_model_that_cannot_be_estimated_yet_is_said_to_be(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 9)
     settings = ["model_name_or_path=org/name", f"dataset={rows}", "max_steps=7"]
     said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
-    assert (
-        "7 optimizer steps" in said
-        and str(Message("how much memory and disk it takes is told once the model is there")) in said
-    )
+    assert "7 optimizer steps" in said and "how much memory and disk it takes is told once" in said
     assert memory.model_like({"n_embd": 768}) is None
     assert memory.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
 
@@ -402,31 +361,21 @@ def test_a_chip_that_shares_the_main_memory(tmp_path, monkeypatch):
     assert common.find_gpu().total_memory == psutil.virtual_memory().total
 
 
-def findings(check, *settings: str) -> list[Message]:
-    """The faults of one check for a recipe of these settings."""
-    asked = Run.of(load_config(list(settings)))
-    return [finding.message for finding in preflight._findings(check, asked) if finding.level == "fault"]
+def problems(topic: str, *settings: str) -> list[Finding]:
+    """What keeps a recipe of these settings from starting, of one topic."""
+    found = Findings()
+    prepare.look(load_config(list(settings)), ALONE, found)
+    return found.of(Problem, topic=topic)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes"])
 def test_a_base_that_is_quantized_in_another_way_is_refused_before_it_is_loaded(tiny_model, tmp_path, method):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model, base)
+    base = shutil.copytree(tiny_model, tmp_path / "base")
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"quantization_config": {"quant_method": method}}))
-    refused = (
-        []
-        if method == "bitsandbytes"
-        else [
-            Message(
-                "{folder} is quantized ({method}), on which no adapter is trained here; name the 16-bit "
-                "model, with quantization_bit: 4 to load it in 4 bit",
-                folder=base,
-                method=method,
-            )
-        ]
-    )
-    assert findings(preflight.check_model, f"model_name_or_path={base}") == refused
+    found = problems("model", f"model_name_or_path={base}")
+    is_ours = method == "bitsandbytes"
+    assert found == ([] if is_ours else [Message(says("quantization_bit: 4"), folder=base, method=method)])
 
 
 @pytest.mark.parametrize(
@@ -442,69 +391,54 @@ def test_what_peft_refuses_on_experts_is_told_before_the_start(tiny_model, tmp_p
     folder = shutil.copytree(tiny_model, tmp_path / "experts")
     model = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**model, "num_experts": 4, "num_experts_per_tok": 2}))
-    told = [
-        m
-        for m in findings(preflight.check_model, f"model_name_or_path={folder}", *settings)
-        if m.sentence != says("{folder} is whole, {gb:.2f} GB")
-    ]
+    told = problems("model", f"model_name_or_path={folder}", *settings)
     targets = ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert told == (
-        [
-            Message(
-                "{settings}: PEFT does not offer this for adapters on experts, whose matrices are one "
-                "parameter; leave it out, or set lora_target: {targets}",
-                settings=refused,
-                targets=targets,
-            )
-        ]
-        if refused
-        else []
-    )
+    assert told == ([Message(says("PEFT has no"), settings=refused, targets=targets)] if refused else [])
 
 
 def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    for name in ("file", "file/run", "dangling/run"):
-        (found,) = findings(preflight.check_output, f"output_dir={tmp_path / name}")
-        assert found.sentence == says("made, because") and found.fields["folder"] == tmp_path / name
-        assert findings(preflight.check_run, f"output_dir={tmp_path / name}") == []
-    (found,) = findings(preflight.check_output, "output_dir=/proc/run")  # where even root can write nothing
-    assert found.sentence == says("output_dir: {folder} cannot be written: {path}: {reason}; choose another output_dir")
-    assert findings(preflight.check_output, f"output_dir={tmp_path}/a/b/c") == []
+    for name, wrong in (("file", "file"), ("file/run", "file"), ("dangling/run", "dangling")):
+        (found,) = problems("output", f"output_dir={tmp_path / name}")
+        assert found.sentence == says("cannot be written") and found.fields["path"] == tmp_path / wrong
+        assert problems("run", f"output_dir={tmp_path / name}") == []
+    assert len(problems("output", "output_dir=/proc/run")) == 1  # where even root can write nothing
+    assert problems("output", f"output_dir={tmp_path}/a/b/c") == []
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
-    ("left", "faults"),
+    ("left", "is_run"),
     [
-        (["loading.log"], []),  # a model failed to load
-        (["trained.npy"], []),  # killed before the other files of a run's beginning were written
-        (["loading.log", "trained.npy", "config.yaml"], []),
-        (["config.yaml"], [says("run.json, so")]),  # of somebody else
-        (["trained.npy", "trainer_log.jsonl"], [says("run.json, so")]),
+        (["loading.log"], False),  # a model failed to load
+        (["trained.npy"], False),  # killed before the other files of a run's beginning were written
+        (["loading.log", "trained.npy", "config.yaml"], False),
+        (["config.yaml"], True),  # of somebody else
+        (["trained.npy", "trainer_log.jsonl"], True),
     ],
 )
-def test_what_comes_before_the_record_of_a_run_is_no_run(tmp_path, left: list[str], faults: list[str]):
+def test_what_comes_before_the_record_of_a_run_is_no_run(tmp_path, left: list[str], is_run: bool):
     for name in left:
         (tmp_path / name).touch()
-    assert [found.sentence for found in findings(preflight.check_run, f"output_dir={tmp_path}")] == faults
+    found = [found.sentence for found in problems("run", f"output_dir={tmp_path}")]
+    assert found == ([says("but no run.json")] if is_run else [])
 
 
 def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
-    asked = f"adapter_name_or_path={tmp_path}"
-    assert findings(preflight.check_adapter, asked)[0].sentence == says(
-        "adapter_name_or_path: {folder} has no {file}; name a run folder"
-    )
+    def refused() -> str:
+        return problems("adapter", f"adapter_name_or_path={tmp_path}")[0].sentence
+
+    assert refused() == says("has no {file}")
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
-    assert findings(preflight.check_adapter, asked)[0].sentence == says("safetensors file")
+    assert refused() == says("safetensors file")
     (tmp_path / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    for text, code in (
-        ("{", says("read as JSON")),
-        ("[]", says("read as JSON")),
-        ('{"peft_type": "LORA"}', says("adapter; name")),
-        ('{"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}', says("LoRA is trained")),
+    for text, words in (
+        ("{", "read as JSON"),
+        ("[]", "read as JSON"),
+        ('{"peft_type": "LORA"}', "no LoRA adapter"),
+        ('{"peft_type": "IA3", "r": 1, "lora_alpha": 1, "target_modules": []}', "no LoRA adapter"),
     ):
         (tmp_path / "adapter_config.json").write_text(text)
-        assert findings(preflight.check_adapter, asked)[0].sentence == code
+        assert refused() == says(words)

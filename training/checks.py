@@ -1,0 +1,393 @@
+"""The checks before a training: pure functions of what is known, which yield what they find.
+
+A check may also raise UserError, which counts as a problem. prepare.py knows their order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import common
+from common import Config, Gpu, Message
+from runs.adapter import Adapter
+from runs.base_tensors import check_fits
+from runs.configuration import Loaded
+from runs.disk import existing_folder
+from runs.folder import read_run
+from runs.target import missing_from_model
+from training import hardware, packing, whole_modules
+from training.findings import Fact, Finding, Note, Problem, Risk
+from training.grpo import uses_vllm
+from training.inputs import Inputs, find_changes
+from training.memory import (
+    EXPERTS,
+    GB,
+    PARTS,
+    ModelSize,
+    adapted_weights,
+    checkpoint_bytes,
+    estimate_memory,
+    has_experts,
+    linear_modules,
+    smallest_change,
+)
+from training.plan import TrainingPlan, count_processes
+from training.processes import SHARED_STAGES, Processes
+from training.resume import ResumePlan
+from training.rewards import Reward
+
+# Packages without which nothing trains; another one of requirements.txt may be missing.
+NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo")
+CLEARLY = 1.2  # an estimate of memory that is so many times what is free is taken at its word
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def check_python() -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
+        yield Fact("{version}", version=found)
+    else:
+        yield Problem(
+            "Python {version}, but the packages need 3.11 to 3.13: make setup PYTHON=python3.12", version=found
+        )
+
+
+def check_processes(config: Config, processes: Processes) -> Iterator[Finding]:
+    """Whether the processes that a launcher (torchrun, accelerate launch) has started can train together."""
+    if processes.missing:
+        yield Problem(
+            "WORLD_SIZE is {count}, but {missing} are not set: start train.py with torchrun or accelerate launch, or "
+            "unset WORLD_SIZE",
+            count=processes.count,
+            missing=processes.missing,
+        )
+    elif 0 < processes.cards < processes.here:
+        cards = processes.cards
+        yield Problem(
+            "{count} processes for {cards} GPU{cards:plural}: start one a GPU", count=processes.here, cards=cards
+        )
+    elif processes.count > 1 and config.stage not in SHARED_STAGES:
+        yield Problem(
+            "stage {stage} trains in one process, and {count} were started; use python train.py",
+            count=processes.count,
+            stage=config.stage,
+        )
+    elif processes.count > 1:
+        yield Fact("{count}, each with its part of every step's samples", count=processes.count)
+
+
+def check_card(config: Config, gpu: Gpu | None) -> Iterator[Finding]:
+    if gpu is None:
+        yield Fact("no NVIDIA GPU found (nvidia-smi lists none); training runs on the CPU")
+        if config.quantization_bit == 8:
+            yield Problem("quantization_bit: 8 needs a GPU; take it out, or use 4")
+        return
+    free, total = gpu.free_memory / GB, gpu.total_memory / GB
+    yield Fact("{name}, {free:.1f} of {total:.1f} GB free", name=gpu.name, free=free, total=total)
+    if reason := hardware.gpu_fault(gpu):
+        yield Problem("{reason}; to train on the CPU instead, hide the GPU: CUDA_VISIBLE_DEVICES=-1", reason=reason)
+    else:
+        cuda, built = ".".join(map(str, gpu.cuda)), hardware.torch_cuda()[0]
+        yield Fact("driver {driver} (CUDA {cuda}), torch for CUDA {built}.x", driver=gpu.driver, cuda=cuda, built=built)
+
+
+def check_packages(gpu: Gpu | None) -> Iterator[Finding]:
+    """Compares what is installed with what `make setup` installs for this device."""
+    missing, other = [], []
+    for name, wanted in pinned_packages("cpu" if gpu is None else "gpu").items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            (missing if name in NEEDED else other).append(name)
+            continue
+        if found.split("+")[0] != wanted:
+            other.append(f"{name} {found} ({wanted})")
+    if missing:
+        yield Problem("{names} not installed: run make setup", names=missing)
+    if other:
+        yield Note("not the tested versions (in brackets): {names}; make setup installs those", names=other)
+    if not missing and not other:
+        yield Fact("torch {torch}, unsloth {unsloth}, as pinned", torch=version("torch"), unsloth=version("unsloth"))
+
+
+def pinned_packages(device: str) -> dict[str, str]:
+    """Name → version of the requirements for `device`, "cpu" or "gpu"."""
+    names = ("requirements.txt", f"requirements-{device}.txt", "requirements-unsloth.txt")
+    lines = "".join((common.ROOT / name).read_text(encoding="utf-8") for name in names)
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.MULTILINE))
+
+
+def check_imports(config: Config) -> Iterator[Finding]:
+    """Imports Unsloth as the training will, in a process of its own: it takes seconds and may end the process."""
+    quantized = config.quantization_bit is not None
+    code = f"from training.trainer import import_unsloth; import_unsloth(quantized={quantized})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=common.ROOT)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        yield Problem("does not import: {reason}", reason=last)
+    else:
+        yield Fact("imports")
+
+
+def check_output(folder: Path) -> Iterator[Finding]:
+    """Whether the run folder, or the folder in which it will be made, can be written."""
+    there = folder
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        yield Problem(
+            "output_dir {folder}: {path} cannot be written ({reason}); choose another",
+            folder=folder,
+            path=there,
+            reason=error.strerror,
+        )
+
+
+def check_trackers(config: Config) -> Iterator[Finding]:
+    for package in config.report_to:
+        if package != "none" and importlib.util.find_spec(package) is None:
+            install = f"{sys.executable} -m pip install {package}"
+            yield Problem("report_to: {package} is not installed; {install}", package=package, install=install)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and the adapter
+
+
+def check_model(config: Config, model: ModelSize | None) -> Iterator[Finding]:
+    """Whether the base model is on the disk, and can follow the settings."""
+    path = Path(config.model_name_or_path).expanduser()
+    if model and model.folder:
+        yield Fact("{folder} is complete, {gb:.2f} GB", folder=path, gb=model.bytes / GB)
+    elif is_embedded_missing(config):
+        yield Fact("{folder} will be made from its package by the first run", folder=path)
+    elif path.exists():
+        if missing := missing_from_model(path):
+            yield Problem("{model} is incomplete, {missing} missing; fetch it again", model=path, missing=missing)
+    else:
+        fetch = common.command("download.py", hub_name(config.model_name_or_path) or f"ORG/{path.name}")
+        yield Problem(
+            "there is no model {folder}; fetch it ({command}) or set model_name_or_path", folder=path, command=fetch
+        )
+    if model is None:
+        return
+    context = model.settings.get("max_position_embeddings")
+    if context and config.cutoff_len > context:
+        yield Problem("cutoff_len: {model} reads at most {context} tokens", model=path, context=context)
+    if model.folder is None:  # the names of its modules are a guess
+        return
+    quantization = model.settings.get("quantization_config")
+    method = quantization.get("quant_method", "?") if quantization else None
+    if method not in (None, "bitsandbytes"):
+        yield Problem(
+            "{folder} is quantized ({method}); take the 16-bit model, with quantization_bit: 4 to load it in 4 bit",
+            folder=path,
+            method=method,
+        )
+    elif config.adapter_name_or_path is None:
+        yield from check_targets(config, model)
+
+
+def check_targets(config: Config, model: ModelSize) -> Iterator[Finding]:
+    """What of `lora_target`, `additional_target` and `lora_bias` the model does not have or cannot train."""
+    given = {"use_dora": config.use_dora, "lora_dropout": config.lora_dropout, "lora_bias": config.lora_bias == "true"}
+    refused = [name for name, value in given.items() if value]
+    if refused and has_experts(model) and {"all", *EXPERTS} & set(config.lora_target):
+        yield Problem(
+            "{settings}: PEFT has no such adapters on experts; take it out, or set lora_target: {targets}",
+            settings=refused,
+            targets=sorted(linear_modules(model) - EXPERTS),
+        )
+    matrices = {name for name, shape in model.shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    modules = {name.split(".")[-2] for name in matrices} | {"lm_head"}  # a tied one has no weights of its own
+    unknown = [target for target in config.lora_target if target.split(".")[-1] not in modules]
+    if config.lora_target != ("all",) and unknown:
+        known = sorted(linear_modules(model))
+        yield Problem("lora_target: the model has no {targets}; it has {modules}", targets=unknown, modules=known)
+    yield from whole_modules.check_whole(config, model.shapes, adapted_weights(config, model.shapes))
+
+
+def is_embedded_missing(config: Config) -> bool:
+    """Whether the embedded model is meant, and not made from its package yet."""
+    return config.model_name_or_path == common.EMBEDDED_MODEL and not Path(common.EMBEDDED_MODEL).exists()
+
+
+def hub_name(name: str) -> str | None:
+    """A model's ORG/NAME on the hub, where `name` is one or the folder of a model that a shipped recipe fetches."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if is_hub_name and not name.startswith("models/") and not Path(name).parent.exists():
+        return name
+    fetched = {
+        found.partition("/")[2]: found
+        for recipe in sorted((common.ROOT / "configs").glob("*.yaml"))
+        for found in re.findall(r"download\.py (\S+/\S+)", recipe.read_text(encoding="utf-8"))
+    }
+    return fetched.get(Path(name).name) if Path(name).parent == Path("models") else None
+
+
+def check_adapter(loaded: Loaded) -> Iterator[Finding]:
+    """The adapter to go on with: a complete LoRA adapter; settings that it does not follow are noted."""
+    config, given = loaded.config, loaded.given
+    if config.adapter_name_or_path is None:
+        return
+    folder = Path(config.adapter_name_or_path).expanduser()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            yield Problem("adapter_name_or_path: {folder} has no {file}; name a run", folder=folder, file=name)
+            return
+    settings = Adapter(folder).settings
+    if not settings.keys() >= {"peft_type", "r", "lora_alpha", "target_modules"} or settings["peft_type"] != "LORA":
+        kind = str(settings.get("peft_type"))
+        yield Problem("adapter_name_or_path: {folder} is no LoRA adapter (peft_type {kind})", folder=folder, kind=kind)
+        return
+    base = Path(config.model_name_or_path).expanduser()
+    if not missing_from_model(base):
+        check_fits(folder, base)
+    targets, whole = set(config.lora_target), set(settings.get("modules_to_save") or ())
+    differs = {
+        "lora_rank": config.lora_rank != settings["r"],
+        "lora_alpha": config.alpha != settings["lora_alpha"],
+        "lora_target": targets != {"all"} and targets != set(settings["target_modules"]),
+        "additional_target": not whole >= set(config.additional_target) - {"lm_head"},
+        "lora_bias": config.lora_bias != "none",
+        "pissa_init": config.pissa_init,
+    }
+    if ignored := [name for name, differ in differs.items() if differ and name in given]:
+        rank = settings["r"]
+        yield Note(
+            "{names} ignored: {folder} is trained on as it is, rank {rank}", names=ignored, folder=folder, rank=rank
+        )
+
+
+def check_rewards(config: Config, rewards: Sequence[Reward]) -> Iterator[Finding]:
+    if config.stage == "grpo":
+        way = "vllm" if uses_vllm(config) else "transformers"
+        yield Fact("{names}; replies are generated by {way}", names=[reward.name for reward in rewards], way=way)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data, and whether memory and disk suffice
+
+
+def check_untokenized(config: Config, processes: Processes) -> Iterator[Finding]:
+    """What is known of the data of a model that is not on the disk."""
+    from preprocessing import dataset
+
+    count = len(dataset.read_conversations(config)[0])
+    yield Fact("{count:,} conversations; tokens are counted once the model is there", count=count)
+    limit = Message("at most ") if config.packing and config.max_steps <= 0 else ""
+    yield Fact(
+        "{limit}{steps:,} optimizer steps of {batch} x {accumulation}{each}",
+        limit=limit,
+        steps=packing.total_steps(processes.as_one(config), count),
+        batch=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        each=count_processes(processes.count),
+    )
+
+
+def check_inputs(config: Config, resume: ResumePlan, inputs: Inputs) -> Iterator[Finding]:
+    """Whether an interrupted run goes on with the data, model, tokenizer and template that it was begun with.
+
+    Others are accepted where the checkpoint is named: whoever names it has read what differs.
+    """
+    folder, checkpoint = Path(config.output_dir), resume.checkpoint
+    if checkpoint is None or not checkpoint.resolve().is_relative_to(folder.resolve()):
+        return
+    recorded = (read_run(folder) or {}).get("inputs")
+    changes = find_changes(recorded, inputs) if recorded else []
+    if changes and config.resume_from_checkpoint in (None, "true"):
+        yield Problem(
+            "{folder} was begun with other inputs:\n  {changes:lines}\nrestore them, or start over with "
+            "overwrite_output_dir=true, or go on all the same with resume_from_checkpoint={checkpoint}",
+            folder=folder,
+            changes=changes,
+            checkpoint=checkpoint,
+        )
+    elif changes:
+        yield Note("{folder} was begun with other inputs:\n  {changes:lines}", folder=folder, changes=changes)
+
+
+def check_memory(
+    config: Config, model: ModelSize, gpu: Gpu | None, plan: TrainingPlan | None, here: int = 1
+) -> Iterator[Finding]:
+    """Compares the estimate with what is free, and names the smallest change that makes the recipe fit.
+
+    A micro-batch that does not fit is split while it trains (training/splitting.py): only a longest sample that needs
+    clearly more than the card has is a reason not to begin. `here`: processes of this machine, which share its memory.
+    """
+    longest = plan.longest if plan else None
+    parts = estimate_memory(config, model, gpu, longest)
+    if parts is None:
+        yield Note("memory cannot be estimated for this kind of model")
+        return
+    need, have = sum(parts.values()), gpu.free_memory if gpu else hardware.free_memory() / here
+    estimate = Fact(
+        "{limit}about {need:.1f} GB at the peak ({parts}), {have:.1f} GB are free",
+        limit="" if plan or config.packing else Message("at most "),
+        need=need / GB,
+        parts=[
+            Message("{part} {gb:.1f}", part=PARTS[name], gb=size / GB)
+            for name, size in parts.items()
+            if size >= 0.05 * GB
+        ],
+        have=have / GB,
+    )
+    if need <= have:
+        yield estimate
+        return
+    alone = estimate_memory(dataclasses.replace(config, per_device_train_batch_size=1), model, gpu, longest)
+    is_certain = gpu is not None and plan is not None and sum(alone.values()) > CLEARLY * have
+    problem = Problem if is_certain else Risk  # without a card never: the system swaps, and the estimate is rougher
+    change = smallest_change(config, model, gpu, longest, have)
+    if change is None:
+        yield problem("memory: {estimate}; no setting makes it fit: take a smaller model", estimate=estimate)
+    else:
+        settings = " ".join(f"{name}={value}" for name, value in change.items())
+        yield problem("memory: {estimate}; this would fit: {settings}", estimate=estimate, settings=settings)
+
+
+def check_disk(config: Config, model: ModelSize, plan: TrainingPlan | None) -> Iterator[Finding]:
+    """Whether the checkpoints of the whole run have space, and what is made of it after."""
+    folder = existing_folder(Path(config.output_dir))
+    free, fetched = shutil.disk_usage(folder).free, 0 if model.folder else model.bytes
+    checkpoints = checkpoint_bytes(config, model) * checkpoints_at_once(config, plan)
+    exports = 2 * model.bytes
+    estimate = Fact(
+        "{free:.1f} GB are free in {folder}; {model}checkpoints take about {checkpoints:.2f} GB, the merged model "
+        "and a 16-bit GGUF {exports:.1f} GB more",
+        free=free / GB,
+        folder=folder,
+        model=Message("the model takes about {gb:.1f} GB, ", gb=fetched / GB) if fetched else "",
+        checkpoints=checkpoints / GB,
+        exports=exports / GB,
+    )
+    if free < fetched + checkpoints:
+        yield Problem(
+            "disk: {estimate}; free some, lower save_total_limit, or set another output_dir", estimate=estimate
+        )
+    elif free < fetched + checkpoints + exports:
+        yield Note("disk: {estimate}: enough to train, not to export", estimate=estimate)
+    else:
+        yield estimate
+
+
+def checkpoints_at_once(config: Config, plan: TrainingPlan | None) -> int:
+    """The most checkpoints that are on the disk at one time, the one being written and the final adapter included."""
+    saves = plan.count_saves() if plan else 10
+    kept = saves if config.save_total_limit is None else min(saves, config.save_total_limit + 1)  # and the best one
+    return kept + 2
