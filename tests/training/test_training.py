@@ -411,12 +411,12 @@ def test_bad_input_is_told_in_a_second(tiny_model, data, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", [ROWS[0], {**ROWS[1], "output": None}])
     message = str(in_a_second(tiny_model, bad, folder))
     assert "bad.jsonl" in message and "2" in message
-    assert in_a_second(tmp_path / "nothing", data, folder).sentence == says("is no model at")
+    assert in_a_second(tmp_path / "nothing", data, folder).sentence == says("there is no model {folder}")
     message = in_a_second(tiny_model, data, folder, "cutoff_len=10000")
-    assert (message.sentence, message.fields["context"]) == (says("cutoff_len is"), 8192)
+    assert (message.sentence, message.fields["context"]) == (says("cutoff_len:"), 8192)
     in_a_second(tiny_model, tmp_path / "none.jsonl", folder)
     message = in_a_second(tiny_model, data, folder, "lora_target=q_proj,c_attn")
-    assert message.sentence == says("no module of") and message.fields["targets"] == ["c_attn"]
+    assert message.sentence == says("the model has no {targets}") and message.fields["targets"] == ["c_attn"]
     assert message.fields["modules"] == sorted(PROJECTIONS)
     in_a_second(tiny_model, data, folder, "template=llama33")
 
@@ -495,7 +495,7 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(script.trainer, "import_unsloth", lambda _: None)
-    monkeypatch.setattr(script, "prepare_data", lambda _: None)
+    monkeypatch.setattr(script, "prepare_data", lambda s: SimpleNamespace(start=s, config=s.loaded.config))
     monkeypatch.setattr(script.trainer, "choose_precision", lambda _: SimpleNamespace(note=None))
     monkeypatch.setattr(script.trainer, "load_model", out_of_memory)
     settings = [f"model_name_or_path={tiny_model}", f"dataset={data}", f"output_dir={folder}"]
@@ -539,7 +539,7 @@ def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
         "adapter_config.json",
     )
     if importlib.util.find_spec("wandb") is None:
-        assert in_a_second(tiny_model, data, folder, "report_to=wandb").sentence == says("-m pip install")
+        assert in_a_second(tiny_model, data, folder, "report_to=wandb").sentence == says("is not installed")
     if common.find_gpu() is None:
         assert in_a_second(tiny_model, data, folder, "quantization_bit=8").sentence == says("quantization_bit: 8")
 
