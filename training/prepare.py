@@ -31,8 +31,8 @@ from training.resume import ResumePlan, check_steps_left, plan_resume
 from training.rewards import Reward, find_rewards, with_answers
 
 if TYPE_CHECKING:
-    from preprocessing.template import ChatTemplate
     from preprocessing.dataset import TrainingData
+    from preprocessing.template import ChatTemplate
 
 
 @dataclass(frozen=True)
