@@ -1,8 +1,4 @@
-"""TRL's GRPO on the kit's own token ids. To be imported after Unsloth, which replaces trl's class on a card.
-
-On a CPU, where Unsloth leaves TRL's trainer as it is, each prompt is computed once for all of its replies, in
-generation and in training: with short replies that is most of the work.
-"""
+"""TRL's GRPO on the kit's own token ids. To be imported after Unsloth, which replaces trl's class on a card."""
 
 from __future__ import annotations
 
@@ -21,7 +17,6 @@ from runs.folder import SAMPLES
 from training.preference_losses import remove_reference
 from training.rewards import Reward, text_of
 from training.sft_trainer import MeansTrainer
-from training.shared_prompts import PromptGroups, generate
 
 SAMPLE_PROMPTS = 2  # prompts of a logged step whose replies are written to samples.jsonl
 
@@ -42,8 +37,8 @@ class EpochSampler(RepeatSampler):
 class GrpoTrainer(MeansTrainer, GRPOTrainer):
     """GRPOTrainer whose prompts are token ids; evaluations take one greedy reply to each prompt."""
 
-    def __init__(self, *, config: Config, rewards: Sequence[Reward], shares_prompts: bool, **kwargs: Any) -> None:
-        self.config, self.shares_prompts = config, shares_prompts
+    def __init__(self, *, config: Config, rewards: Sequence[Reward], **kwargs: Any) -> None:
+        self.config = config
         self.prompt_ids: list[list[int]] = []  # of the batch that is being generated
         super().__init__(reward_funcs=[named(reward) for reward in rewards], **kwargs)
         self.reward_weights = torch.tensor([reward.weight for reward in rewards])
@@ -61,7 +56,8 @@ class GrpoTrainer(MeansTrainer, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.prompt_ids = [row["prompt_ids"] for row in inputs]
-        return super()._generate_and_score_completions(inputs)
+        with self.accelerator.autocast():
+            return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, _: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return self.prompt_ids, None, {}
@@ -70,27 +66,7 @@ class GrpoTrainer(MeansTrainer, GRPOTrainer):
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self.generation_config = self.sampling if self.model.training else self.greedy
-        if not self.shares_prompts:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        was_training = self.model.training
-        self.model.eval()  # with gradient checkpointing there would be no cache
-        with self.accelerator.autocast():
-            replies = generate(self.model, prompt_ids, self.generation_config)
-        self.model.train(was_training)
-        return replies, None
-
-    def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not self.shares_prompts:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
-        groups = PromptGroups(input_ids, attention_mask, logits_to_keep)
-        with self.accelerator.autocast():
-            found = model(**groups.inputs(), fused_lm_head=True)
-        entropies = groups.by_reply(found.entropy) if kwargs.get("compute_entropy") else None
-        return groups.by_reply(found.log_probs), entropies, None
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._logs["prompt"]:

@@ -102,13 +102,11 @@ def load_model(config: Config, precision: Precision, processes: Processes = ALON
     if config.pissa_init and not config.adapter_name_or_path:
         model.start = pissa.take_components(model, config.pissa_iter, config.seed)
     if not hardware.on_card():
-        from training import cpu_layers, lora_linear
+        from training import cpu
 
-        lora_linear.speed_up(model)
-        if not config.quantization_bit:
-            cpu_layers.speed_up(model)
+        cpu.round_once(model)
         if precision.mixed == "bf16":
-            lora_linear.store_in_bfloat16(model)
+            cpu.store_in_bfloat16(model)
     return model
 
 
@@ -138,7 +136,7 @@ def check_quantized(model: Any, bits: int | None, log: Path) -> None:
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
     from unsloth import FastLanguageModel
 
-    from training import attention
+    from training import cpu
 
     on_cpu = not hardware.on_card()
     checkpointing = checkpointing_setting(config, on_cpu)
@@ -153,7 +151,7 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         trust_remote_code=config.trust_remote_code,
         local_files_only=True,
         use_exact_model_name=True,
-        **({"attn_implementation": attention.register_sample_attention()} if on_cpu else {}),
+        **({"attn_implementation": cpu.register_sample_attention()} if on_cpu else {}),
         **loading_settings(config),
     )
     if config.adapter_name_or_path:
@@ -303,13 +301,12 @@ def make_trainer(
     from transformers import PrinterCallback
 
     from training import callbacks
-    from training.cpu_layers import remember_modules
 
     train = data.train if plan.packed_rows is None else packing.packed(data.train, plan.packed_rows)
     held_out = data.eval.select(range(plan.eval_samples)) if plan.eval_samples else None
     early, interruption = callbacks.EarlyStopping(config, plan), callbacks.Interruption(processes)
     shown = [callbacks.Progress(Path(config.output_dir), config.plot_loss)] if processes.is_first else []
-    trainer_class, more = _trainer_class(config, rewards, model.device.type == "cpu")
+    trainer_class, more = _trainer_class(config, rewards)
     if config.stage == "grpo":
         end_replies_at(model, tokenizer.convert_tokens_to_ids(list(stop)))
         train, held_out = with_columns(train), with_columns(held_out) if held_out else None
@@ -335,8 +332,6 @@ def make_trainer(
     for callback in (callbacks.Resuming(trainer.restore), interruption, early, finite):
         trainer.add_callback(callback)
     trainer.remove_callback(PrinterCallback)  # the log is ours
-    if not hardware.on_card():
-        remember_modules(trainer.model)
     return trainer, early
 
 
@@ -353,13 +348,12 @@ def _set_splitters(trainer: Any, config: Config, plan: TrainingPlan) -> None:
     trainer.eval_splitter = Splitter(settings, divide)
 
 
-def _trainer_class(config: Config, rewards: Sequence[Reward], on_cpu: bool) -> tuple[type, dict[str, Any]]:
+def _trainer_class(config: Config, rewards: Sequence[Reward]) -> tuple[type, dict[str, Any]]:
     """The trainer of the stage, and what only it takes."""
     if config.stage == "grpo":
         from training.grpo_trainer import GrpoTrainer
 
-        shares = on_cpu and not packing.mixes_samples(Path(config.model_name_or_path))
-        return GrpoTrainer, {"config": config, "rewards": rewards, "shares_prompts": shares}
+        return GrpoTrainer, {"config": config, "rewards": rewards}
     if config.stage in PREFERENCES:
         from training.preference_trainers import DpoTrainer, KtoTrainer
 

@@ -94,7 +94,7 @@ def test_a_forward_pass_has_the_tokens_of_the_longest_samples_that_the_batch_siz
 def flat_model(folder, **config):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from training.attention import register_sample_attention
+    from training.cpu import register_sample_attention
 
     return AutoModelForCausalLM.from_pretrained(
         folder,
@@ -131,7 +131,7 @@ def test_a_sliding_window_is_kept():
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
-    from training.attention import register_sample_attention
+    from training.cpu import register_sample_attention
 
     torch.manual_seed(0)
     config = MistralConfig(

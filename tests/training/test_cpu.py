@@ -42,12 +42,12 @@ def share_that_arrives(model, x) -> float:
 def test_a_young_adapter_arrives_in_bfloat16(bias: bool):
     import torch
 
-    from training.lora_linear import speed_up
+    from training.cpu import round_once
 
     model, x = adapted(bias), torch.randn(700, 576)
     if not bias:
         assert share_that_arrives(model, x) < 0.5  # what this is for: PEFT's own forward
-    assert speed_up(model) == 1
+    assert round_once(model) == 1
     assert share_that_arrives(model, x) == pytest.approx(1, abs=0.1)
 
 
@@ -56,13 +56,13 @@ def test_a_young_adapter_arrives_in_bfloat16(bias: bool):
 def test_output_and_gradients_are_those_of_peft(bfloat16: bool, dropout: float):
     import torch
 
-    from training.lora_linear import speed_up
+    from training.cpu import round_once
 
     given, found = torch.randn(2, 32, 576), []
     for changed in (False, True):
         model, x = adapted(bias=True, magnitude=0.02, lora_dropout=dropout), given.clone().requires_grad_()
         if changed:
-            speed_up(model)
+            round_once(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             output = model(x)
             (output.float() ** 2).mean().backward()
@@ -77,7 +77,7 @@ def test_what_is_not_one_plain_adapter_is_computed_by_peft(case: str):
     import torch
     from peft import LoraConfig
 
-    from training.lora_linear import speed_up
+    from training.cpu import round_once
 
     lora = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}, "learning bias": {}}
     model, x = adapted("bias" in case, 0.02, **lora.get(case, {})), torch.randn(8, 576)
@@ -92,7 +92,7 @@ def test_what_is_not_one_plain_adapter_is_computed_by_peft(case: str):
         model.base_model.disable_adapter_layers()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(x)
-        changed = speed_up(model)
+        changed = round_once(model)
         assert torch.equal(model(x), expected)
     assert changed == (0 if case in lora else 1)
 
