@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 try:
     import yaml
@@ -210,13 +210,15 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     path: bool = False,
+    resume: Literal["same", "longer", "any"] = "same",
 ) -> Any:
-    """A field of Config. `minimum` and `maximum` are inclusive; `choices` are all allowed values; in a `path`, `~` and
-    `${VARIABLE}` are resolved."""
-    return dataclasses.field(
-        default=default,
-        metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path},
-    )
+    """A field of Config. `minimum` and `maximum` are inclusive; in a `path`, `~` and `${VARIABLE}` are resolved.
+
+    `resume`: a run may be resumed with any value (it changes no result), or only with the same one; "longer": it says
+    how long a run is, which a finished run may be trained beyond.
+    """
+    about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path, "resume": resume}
+    return dataclasses.field(default=default, metadata=about)
 
 
 def group(title: str) -> Any:
@@ -224,22 +226,38 @@ def group(title: str) -> Any:
     return dataclasses.field(default=title, init=False, repr=False, metadata={"group": title})
 
 
+# Of transformers: what it calls them.
+SCHEDULES = (
+    *("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
+)
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+    *("adafactor", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "ademamix", "ademamix_8bit"),
+    *("adagrad", "rmsprop", "sgd"),
+)
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of every script. Keys and meanings are LLaMA-Factory's where it has them."""
 
     _model: str = group("model")
-    model_name_or_path: str = option(EMBEDDED_MODEL, "folder of the base model, or its name on the hub", path=True)
+    model_name_or_path: str = option(EMBEDDED_MODEL, "base model: a folder or a name on the hub", path=True)
     adapter_name_or_path: str | None = option(
-        None, "an adapter to go on training (train) or to use (chat, merge)", path=True
+        None, "adapter to continue training (train) or to use (chat, merge)", path=True
     )
-    template: str | None = option(None, "a file of templates/ without .jinja; unset: the tokenizer's own chat template")
+    template: str | None = option(
+        None, "chat template: a file of templates/ without .jinja; unset: the tokenizer's own"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
-    quantization_bit: int | None = option(None, "load the base in 4 bit (QLoRA) or 8 bit; needs a GPU", choices=(4, 8))
+    quantization_bit: int | None = option(
+        None, "load the base model in 4-bit (QLoRA) or 8-bit; needs a GPU", choices=(4, 8)
+    )
 
     _data: str = group("data")
     dataset: tuple[str, ...] = option(
-        ("identity", "general"), "names in dataset_info.json, or files; several with commas", path=True
+        ("identity", "general"), "names in dataset_info.json, or files; comma-separated", path=True
     )
     eval_dataset: tuple[str, ...] = option((), "datasets to evaluate on, instead of val_size", path=True)
     dataset_dir: str = option(
@@ -247,133 +265,94 @@ class Config:
     )
     val_size: float | None = option(
         None,
-        "held-out part: a fraction below 1, or a count of samples; unset: a tenth, at most 200, of 200 samples or more",
+        "held-out data: a fraction below 1 or a number of samples; unset: 10%, at most 200, of 200 samples or more",
         minimum=0,
     )
-    cutoff_len: int = option(2048, "longest sample, in tokens", minimum=16)
-    max_samples: int | None = option(None, "at most so many rows of each dataset", minimum=1)
+    cutoff_len: int = option(2048, "maximum length of a sample, in tokens", minimum=16)
+    max_samples: int | None = option(None, "maximum number of rows of each dataset", minimum=1)
     overlong: str = option(
-        "truncate", "what happens to a sample longer than cutoff_len", choices=("truncate", "drop", "error")
+        "truncate", "what to do with samples longer than cutoff_len", choices=("truncate", "drop", "error")
     )
-    on_bad_rows: str = option(
-        "error", "faulty rows end the run, or are left out and recorded", choices=("error", "skip")
-    )
+    on_bad_rows: str = option("error", "faulty rows: stop, or skip and record them", choices=("error", "skip"))
     mix_strategy: str = option(
         "concat",
-        "how several datasets are mixed; interleave until the first (under) or the last (over) is used up",
+        "how to combine datasets; interleave until the first (under) or the last (over) is exhausted",
         choices=("concat", "interleave_under", "interleave_over"),
     )
-    interleave_probs: tuple[float, ...] = option((), "a probability for each dataset; unset: in turn")
-    train_on_prompt: bool = option(False, "learn the prompts too")
-    mask_history: bool = option(False, "learn only the last answer of each conversation")
+    interleave_probs: tuple[float, ...] = option((), "sampling probability of each dataset; unset: round-robin")
+    train_on_prompt: bool = option(False, "compute the loss on prompts too")
+    mask_history: bool = option(False, "compute the loss on the last answer of a conversation only")
     packing: bool | None = option(
-        None, "fill rows up to cutoff_len with whole samples that never see each other; unset: with stage pt"
+        None, "pack whole samples that do not attend to each other into rows of cutoff_len; unset: only in stage pt"
     )
     default_system: str | None = option(None, "system message of conversations that have none")
-    enable_thinking: bool = option(True, "qwen3: think before answering")
-    name: str = option("onecard", "what {{name}} in the data becomes: the model's name")
-    author: str = option("the onecard founders", "what {{author}} in the data becomes: who made the model")
-    overwrite_cache: bool = option(False, "read and tokenize the data again")
-    preprocessing_num_workers: int | None = option(None, "threads that tokenize; unset: one a core", minimum=1)
+    enable_thinking: bool = option(True, "Qwen3: think before answering")
+    name: str = option("onecard", "replaces {{name}} in the data: the model's name")
+    author: str = option("the onecard founders", "replaces {{author}} in the data: who made the model")
+    overwrite_cache: bool = option(False, "read and tokenize the data again", resume="any")
+    preprocessing_num_workers: int | None = option(
+        None, "tokenizing threads; unset: one per core", minimum=1, resume="any"
+    )
 
     _training: str = group("training")
     stage: str = option(
         "sft",
-        "what is learned: answers (sft), raw text (pt), which answer is better (dpo), what is a good answer (kto), "
-        "replies of high reward (grpo)",
+        "what to learn: answers (sft), text (pt), preference pairs (dpo), good and bad answers (kto), rewards (grpo)",
         choices=("sft", "pt", "dpo", "kto", "grpo"),
     )
-    num_train_epochs: float = option(3.0, "passes over the data", minimum=0)
-    max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1)
-    per_device_train_batch_size: int = option(2, "longest samples (or packed rows) a forward pass", minimum=1)
-    gradient_accumulation_steps: int = option(8, "such batches an optimizer step", minimum=1)
-    learning_rate: float = option(1e-4, "highest learning rate", minimum=0)
-    lr_scheduler_type: str = option(
-        "cosine",
-        "course of the learning rate",
-        choices=(
-            "linear",
-            "cosine",
-            "constant",
-            "constant_with_warmup",
-            "polynomial",
-            "inverse_sqrt",
-            "cosine_with_restarts",
-            "cosine_with_min_lr",
-            "cosine_warmup_with_min_lr",
-            "warmup_stable_decay",
-        ),
-    )
+    num_train_epochs: float = option(3.0, "passes over the data", minimum=0, resume="longer")
+    max_steps: int = option(-1, "optimizer steps, instead of num_train_epochs", minimum=-1, resume="longer")
+    per_device_train_batch_size: int = option(2, "sequences per forward pass", minimum=1)
+    gradient_accumulation_steps: int = option(8, "forward passes per optimizer step", minimum=1)
+    learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
+    lr_scheduler_type: str = option("cosine", "learning rate schedule", choices=SCHEDULES)
     lr_scheduler_kwargs: Mapping[str, Any] | None = option(
-        None, "values of lr_scheduler_type, like {num_cycles: 2}, {min_lr_rate: 0.1}, {power: 2}"
+        None, "arguments of the schedule: {num_cycles: 2}, {min_lr_rate: 0.1}, {power: 2}"
     )
-    warmup_steps: float = option(0.0, "steps of rising learning rate; below 1: a share of all steps", minimum=0)
-    warmup_ratio: float = option(0.0, "the same as a share of all steps", minimum=0, maximum=1)
-    weight_decay: float = option(0.0, "decay of the adapter's weights", minimum=0)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", minimum=0)
-    optim: str = option(
-        "adamw_torch",
-        "optimizer, as transformers names it",
-        choices=(
-            "adamw_torch",
-            "adamw_torch_fused",
-            "adamw_8bit",
-            "adamw_bnb_8bit",
-            "paged_adamw_8bit",
-            "paged_adamw_32bit",
-            "adafactor",
-            "lion_8bit",
-            "lion_32bit",
-            "paged_lion_8bit",
-            "paged_lion_32bit",
-            "ademamix",
-            "ademamix_8bit",
-            "adagrad",
-            "rmsprop",
-            "sgd",
-        ),
-    )
-    optim_args: str | None = option(None, "values of ademamix, sgd, rmsprop or adagrad, like momentum=0.9")
-    adam_beta1: float = option(0.9, "decay of Adam's mean of gradients", minimum=0, maximum=1)
-    adam_beta2: float = option(0.999, "decay of Adam's mean of squared gradients", minimum=0, maximum=1)
-    adam_epsilon: float = option(1e-8, "what Adam adds to the divisor", minimum=0)
+    warmup_steps: float = option(0.0, "warmup steps; below 1: a fraction of all steps", minimum=0)
+    warmup_ratio: float = option(0.0, "warmup as a fraction of all steps", minimum=0, maximum=1)
+    weight_decay: float = option(0.0, "weight decay", minimum=0)
+    max_grad_norm: float = option(1.0, "maximum gradient norm (clipping); 0: no clipping", minimum=0)
+    optim: str = option("adamw_torch", "optimizer, by its name in transformers", choices=OPTIMIZERS)
+    optim_args: str | None = option(None, "arguments of ademamix, sgd, rmsprop or adagrad: momentum=0.9")
+    adam_beta1: float = option(0.9, "Adam: decay rate of the first moment", minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, "Adam: decay rate of the second moment", minimum=0, maximum=1)
+    adam_epsilon: float = option(1e-8, "Adam: epsilon of the denominator", minimum=0)
     neftune_noise_alpha: float | None = option(
-        None,
-        "sft, pt: noise on the embeddings (NEFTune), of at most alpha / sqrt(tokens x width); 5 is usual",
-        minimum=0,
+        None, "sft, pt: NEFTune noise on the embeddings, at most alpha / sqrt(tokens x width); 5 is usual", minimum=0
     )
-    seed: int = option(42, "seed of everything random", minimum=0)
-    full_determinism: bool = option(False, "only deterministic kernels: slower; an operation without one ends the run")
+    seed: int = option(42, "random seed", minimum=0)
+    full_determinism: bool = option(False, "deterministic kernels only: slower; an operation that has none is an error")
     gradient_checkpointing: str = option(
-        "auto",
-        "recompute activations to save memory; auto: on a GPU only",
-        choices=("auto", "true", "false"),
+        "auto", "recompute activations to save memory; auto: on a GPU only", choices=("auto", "true", "false")
     )
-    bf16: bool | None = option(None, "train in bfloat16; unset: if the device multiplies it at full speed")
-    fp16: bool | None = option(None, "train in float16; on a card that has bfloat16 that is used instead")
+    bf16: bool | None = option(None, "train in bfloat16; unset: where the device computes it at full speed")
+    fp16: bool | None = option(None, "train in float16; a card that supports bfloat16 uses that instead")
 
     _lora: str = group("adapter")
-    finetuning_type: str = option("lora", "what is trained", choices=("lora",))
-    lora_rank: int = option(8, "rank of the adapter's matrices", minimum=1)
-    lora_alpha: int | None = option(None, "scale of the adapter; unset: 2 x lora_rank", minimum=1)
-    lora_dropout: float = option(0.0, "dropout before the adapter; not 0 is slower", minimum=0, maximum=1)
-    lora_target: tuple[str, ...] = option(("all",), "modules that get an adapter: all linear ones, or a list")
-    use_rslora: bool = option(False, "rank-stabilized scale: alpha / sqrt(rank)")
-    loraplus_lr_ratio: float | None = option(
-        None, "LoRA+: the B matrices learn at so many times learning_rate; 16 is usual", minimum=0
+    finetuning_type: str = option("lora", "fine-tuning method", choices=("lora",))
+    lora_rank: int = option(8, "rank of the LoRA matrices", minimum=1)
+    lora_alpha: int | None = option(None, "LoRA scaling; unset: 2 x lora_rank", minimum=1)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input; above 0 is slower", minimum=0, maximum=1)
+    lora_target: tuple[str, ...] = option(
+        ("all",), "modules that get LoRA matrices: all (every linear layer), or names"
     )
-    use_dora: bool = option(False, "weight-decomposed adapter (DoRA)")
+    use_rslora: bool = option(False, "rank-stabilized LoRA: scaling by alpha / sqrt(rank)")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: learning rate of the B matrices as a multiple of learning_rate; 16 is usual", minimum=0
+    )
+    use_dora: bool = option(False, "weight-decomposed LoRA (DoRA)")
     lora_bias: str = option(
         "none",
-        "biases that learn, too: each adapter's own (true), the model's (all), or those of lora_target (lora_only)",
+        "biases trained too: the adapter's own (true), the model's (all), or those of lora_target (lora_only)",
         choices=("none", "true", "all", "lora_only"),
     )
     pissa_init: bool = option(
-        False, "start from the weights' principal components (PiSSA); saved as a plain adapter of twice lora_rank"
+        False, "initialize from the weights' principal components (PiSSA); saved as LoRA of twice lora_rank"
     )
-    pissa_iter: int = option(16, "PiSSA: iterations of the fast SVD; -1: an exact one", minimum=-1)
+    pissa_iter: int = option(16, "PiSSA: iterations of the fast SVD; -1: exact SVD", minimum=-1)
     additional_target: tuple[str, ...] = option(
-        (), "modules that learn whole, not by an adapter: embed_tokens, lm_head, layer norms"
+        (), "modules trained in full (modules_to_save): embed_tokens, lm_head, layer norms"
     )
     embedding_learning_rate: float | None = option(
         None, "learning rate of embed_tokens and lm_head in additional_target; unset: learning_rate", minimum=0
@@ -382,115 +361,148 @@ class Config:
     _preferences: str = group("preferences")
     pref_loss: str = option(
         "sigmoid",
-        "dpo: the loss; orpo and simpo have no reference",
+        "dpo: loss function; orpo and simpo use no reference model",
         choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"),
     )
-    pref_beta: float = option(0.1, "closeness to the reference model; orpo: weight of the preference loss", minimum=0)
-    pref_ftx: float = option(0.0, "weight of the chosen or good answers' own loss", minimum=0)
-    simpo_gamma: float = option(0.5, "simpo: the margin by which the chosen answer is to be likelier", minimum=0)
-    dpo_label_smoothing: float = option(
-        0.0, "sigmoid: the share of pairs taken to be labelled wrongly", minimum=0, maximum=0.5
+    pref_beta: float = option(
+        0.1, "beta: how strongly the model is kept near the reference; orpo: weight of the preference loss", minimum=0
     )
-    kto_chosen_weight: float = option(1.0, "kto: weight of good answers in the loss", minimum=0)
-    kto_rejected_weight: float = option(1.0, "kto: weight of bad answers in the loss", minimum=0)
+    pref_ftx: float = option(0.0, "weight of an additional sft loss on the chosen or good answers", minimum=0)
+    simpo_gamma: float = option(0.5, "simpo: target reward margin of the chosen answer", minimum=0)
+    dpo_label_smoothing: float = option(
+        0.0, "sigmoid: assumed fraction of wrongly labelled pairs", minimum=0, maximum=0.5
+    )
+    kto_chosen_weight: float = option(1.0, "kto: loss weight of good answers", minimum=0)
+    kto_rejected_weight: float = option(1.0, "kto: loss weight of bad answers", minimum=0)
 
     _rewards: str = group("rewards")
     reward_funcs: tuple[str, ...] = option(
-        (),
-        "grpo: exact_label, one_of_labels, json_valid, length, regex: PATTERN, FILE.py:function; several with commas",
+        (), "grpo: exact_label, one_of_labels, json_valid, length, regex: PATTERN, FILE.py:function; comma-separated"
     )
-    reward_weights: tuple[float, ...] = option((), "grpo: a weight for each of reward_funcs; unset: 1 each")
-    num_generations: int = option(8, "grpo: replies to each prompt", minimum=2)
-    max_completion_length: int = option(256, "grpo: longest reply in training, in tokens", minimum=1)
-    beta: float = option(0.0, "grpo: weight of the distance (KL) from the model before training", minimum=0)
-    epsilon: float = option(0.2, "grpo: how far the probability ratio may go from 1 before it is clipped", minimum=0)
+    reward_weights: tuple[float, ...] = option((), "grpo: weight of each reward function; unset: 1")
+    num_generations: int = option(8, "grpo: replies per prompt", minimum=2)
+    max_completion_length: int = option(256, "grpo: maximum length of a reply in training, in tokens", minimum=1)
+    beta: float = option(0.0, "grpo: coefficient of the KL divergence from the model before training", minimum=0)
+    epsilon: float = option(0.2, "grpo: clipping range of the probability ratio", minimum=0)
     loss_type: str = option(
-        "dapo", "grpo: the loss, as TRL names it", choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+        "dapo", "grpo: loss, by its name in TRL", choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
     )
     scale_rewards: str = option(
         "group",
-        "grpo: what rewards are divided by: the spread of a prompt's replies, of the batch's, or nothing",
+        "grpo: divide rewards by their standard deviation among a prompt's replies, in the batch, or not at all",
         choices=("group", "batch", "none"),
     )
-    use_vllm: bool | None = option(None, "grpo: generate by vLLM; unset: on a card where it is installed")
+    use_vllm: bool | None = option(None, "grpo: generate with vLLM; unset: on a GPU where it is installed")
     vllm_gpu_memory_utilization: float = option(
-        0.5, "grpo: share of the card's memory for the weights and vLLM's cache", minimum=0.05, maximum=1
+        0.5, "grpo: fraction of GPU memory for the weights and vLLM's cache", minimum=0.05, maximum=1
     )
 
     _evaluation: str = group("evaluation during training")
     eval_strategy: str = option(
-        "auto",
-        "when to evaluate; auto: by steps where there is held-out data",
-        choices=("auto", "no", "steps", "epoch"),
+        "auto", "when to evaluate; auto: by steps if there is held-out data", choices=("auto", "no", "steps", "epoch")
     )
     eval_steps: float | None = option(
         None,
-        "steps between evaluations; below 1: a share; unset: as often as a tenth of the time allows",
+        "steps between evaluations; below 1: a fraction of all; unset: as often as a tenth of the time allows",
         minimum=0,
     )
-    eval_delay: float = option(0.0, "steps (with eval_strategy: epoch, epochs) before the first evaluation", minimum=0)
-    per_device_eval_batch_size: int = option(2, "samples a forward pass of an evaluation", minimum=1)
+    eval_delay: float = option(0.0, "steps (epochs with eval_strategy: epoch) before the first evaluation", minimum=0)
+    per_device_eval_batch_size: int = option(2, "sequences per forward pass of an evaluation", minimum=1)
     load_best_model_at_end: bool = option(
-        True, "keep the adapter of the lowest eval_loss (grpo: highest eval_reward), where one is measured"
+        True, "keep the adapter of the lowest eval_loss (grpo: highest eval_reward), if evaluated"
     )
     early_stopping: str = option(
         "auto",
-        "stop when eval_loss no longer falls, or, with nothing held out, when the loss is flat and near zero",
+        "stop when eval_loss no longer improves, or without held-out data when the loss is flat and near zero",
         choices=("auto", "no"),
     )
-    early_stopping_patience: int = option(5, "evaluations without a gain, over at least one epoch", minimum=1)
-    early_stopping_threshold: float = option(0.001, "least gain in eval_loss that counts", minimum=0)
+    early_stopping_patience: int = option(5, "evaluations without improvement, over at least one epoch", minimum=1)
+    early_stopping_threshold: float = option(0.001, "minimum improvement of eval_loss", minimum=0)
 
     _output: str = group("output")
-    output_dir: str | None = option(None, "the run folder; unset: saves/ and the recipe's name", path=True)
-    overwrite_output_dir: bool = option(False, "start over, deleting what the folder holds of an earlier run")
+    output_dir: str | None = option(None, "run folder; unset: saves/ and the recipe's name", path=True, resume="any")
+    overwrite_output_dir: bool = option(False, "start over: delete an earlier run in the folder", resume="any")
     resume_from_checkpoint: str | None = option(
-        None, "a checkpoint folder to go on from; unset: the run's newest complete one; false: none", path=True
+        None,
+        "checkpoint folder to resume from; unset: the run's newest complete one; false: none",
+        path=True,
+        resume="any",
     )
-    logging_steps: float = option(5, "steps between lines of trainer_log.jsonl; below 1: a share", minimum=0)
-    logging_first_step: bool = option(True, "log the first step too")
+    logging_steps: float = option(
+        5, "steps between lines of trainer_log.jsonl; below 1: a fraction of all", minimum=0, resume="any"
+    )
+    logging_first_step: bool = option(True, "log the first step too", resume="any")
     save_strategy: str = option("steps", "when to save a checkpoint", choices=("no", "steps", "epoch"))
-    save_steps: float = option(100, "steps between checkpoints; below 1: a share", minimum=0)
-    save_total_limit: int | None = option(2, "checkpoints kept; the best one always is", minimum=1)
-    plot_loss: bool = option(True, "draw training_loss.png")
-    report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, or several; all: those installed")
+    save_steps: float = option(100, "steps between checkpoints; below 1: a fraction of all", minimum=0, resume="any")
+    save_total_limit: int | None = option(
+        2, "maximum number of checkpoints kept; the best one always is", minimum=1, resume="any"
+    )
+    plot_loss: bool = option(True, "draw training_loss.png", resume="any")
+    report_to: tuple[str, ...] = option(
+        ("none",), "none, tensorboard, wandb, or several; all: those installed", resume="any"
+    )
 
     _chat: str = group("chat")
-    do_sample: bool = option(True, "draw words at random; false: always the likeliest")
+    do_sample: bool = option(True, "sample tokens; false: greedy decoding", resume="any")
     temperature: float | None = option(
         None,
-        "how random; 0: always the likeliest word; unset: 0.7, and 1 for the replies that grpo trains on",
+        "sampling temperature; 0: greedy decoding; unset: 0.7, and 1 for the replies of grpo training",
         minimum=0,
+        resume="any",
     )
-    top_p: float = option(0.9, "draw from the likeliest words of this total probability", minimum=0, maximum=1)
-    top_k: int = option(50, "draw from so many likeliest words; 0: from all", minimum=0)
-    min_p: float = option(0.0, "leave out words less likely than this share of the likeliest", minimum=0, maximum=1)
-    repetition_penalty: float = option(1.0, "above 1: words already used become less likely", minimum=0)
-    max_new_tokens: int = option(1024, "longest reply, in tokens", minimum=1)
+    top_p: float = option(
+        0.9,
+        "sample from the smallest set of tokens whose probabilities sum to this",
+        minimum=0,
+        maximum=1,
+        resume="any",
+    )
+    top_k: int = option(50, "sample from this many most likely tokens; 0: from all", minimum=0, resume="any")
+    min_p: float = option(
+        0.0,
+        "drop tokens below this fraction of the most likely token's probability",
+        minimum=0,
+        maximum=1,
+        resume="any",
+    )
+    repetition_penalty: float = option(1.0, "above 1: tokens already used become less likely", minimum=0, resume="any")
+    max_new_tokens: int = option(1024, "maximum length of a reply, in tokens", minimum=1, resume="any")
     infer_dtype: str = option(
         "auto",
-        "type of the weights; auto: the fastest of the device",
+        "data type of the weights; auto: the device's fastest",
         choices=("auto", "float16", "bfloat16", "float32"),
+        resume="any",
     )
 
     _export: str = group("export")
-    export_dir: str | None = option(None, "folder of the merged model; unset: merged/ in the run folder", path=True)
-    export_size: int = option(5, "largest file of the merged model, in GB", minimum=1)
+    export_dir: str | None = option(
+        None, "folder of the merged model; unset: merged/ in the run folder", path=True, resume="any"
+    )
+    export_size: int = option(5, "maximum file size of the merged model, in GB", minimum=1, resume="any")
     export_dtype: str | None = option(
-        None, "type of the merged weights; unset: the base model's", choices=("float16", "bfloat16", "float32")
+        None,
+        "data type of the merged weights; unset: the base model's",
+        choices=("float16", "bfloat16", "float32"),
+        resume="any",
     )
 
     _measuring: str = group("evaluation")
     labels: tuple[str, ...] = option(
-        (), "the answers to choose from, the positive one of two last; unset: told from the data"
+        (), "the possible answers, the positive one of two last; unset: found in the data", resume="any"
     )
-    do_train: bool | None = option(None, "false: the recipe is for evaluate.py, and train.py refuses it")
-    do_eval: bool = option(False, "without do_train: the recipe is for evaluate.py")
+    do_train: bool | None = option(None, "false: the recipe is for evaluate.py, train.py refuses it", resume="any")
+    do_eval: bool = option(False, "without do_train: the recipe is for evaluate.py", resume="any")
     do_predict: bool = option(
-        False, "evaluate.py also writes LLaMA-Factory's files of predictions; without do_train: it is for evaluate.py"
+        False,
+        "evaluate.py also writes LLaMA-Factory's prediction files; without do_train: it is for evaluate.py",
+        resume="any",
     )
-    predict_with_generate: bool = option(False, "evaluate.py also writes LLaMA-Factory's files of predictions")
-    compute_accuracy: bool = option(False, "evaluate.py measures accuracy anyway; train.py refuses it")
+    predict_with_generate: bool = option(
+        False, "evaluate.py also writes LLaMA-Factory's prediction files", resume="any"
+    )
+    compute_accuracy: bool = option(
+        False, "evaluate.py measures accuracy in any case; train.py refuses it", resume="any"
+    )
 
     @property
     def alpha(self) -> int:

@@ -20,22 +20,8 @@ from training import checkpoints
 from training.findings import Note
 from training.plan import TrainingPlan
 
-# Settings with which a run may be continued although it was begun with another value: none changes the result.
-WITHOUT_EFFECT = {
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "overwrite_cache",
-    "preprocessing_num_workers",
-    "output_dir",
-    "plot_loss",
-    "save_total_limit",
-    "report_to",
-    "logging_steps",
-    "logging_first_step",
-    "save_steps",
-    *list(common.OPTIONS)[list(common.OPTIONS).index("do_sample") :],  # chat and export
-}
-LONGER_RUN = {"num_train_epochs", "max_steps"}
+WITHOUT_EFFECT = {name for name, field in common.OPTIONS.items() if field.metadata["resume"] == "any"}
+LONGER_RUN = {name for name, field in common.OPTIONS.items() if field.metadata["resume"] == "longer"}
 
 
 @dataclass(frozen=True)
