@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Message, UserError
 from runs.configuration import check_training_asked_for, load_config, run_command
-from runs.disk import explaining_full_disk
+from runs.disk import on_disk_full
 from runs.lock import locked
 from runs.process import interruptible
 from training import plan, prepare, record, resume, trainer
@@ -95,7 +95,7 @@ def train(prepared: Prepared) -> None:
     record.begin_record(prepared)
     try:
         announce(prepared, trained.model)
-        with explaining_full_disk(folder, trained.checkpoint_bytes()):
+        with on_disk_full(folder, trained.checkpoint_bytes()):
             trained.train_from(resumed)
             conclude(prepared, trained, early)
     except (Exception, KeyboardInterrupt) as error:

@@ -22,7 +22,7 @@ from evaluation.rewarded import score_prompts
 from evaluation.stages import STAGES, score_rows
 from inference.load import load
 from preprocessing.rows import fingerprint
-from runs.disk import explaining_full_disk
+from runs.disk import on_disk_full
 from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
 from runs.lock import locked
 from runs.target import Target
@@ -133,7 +133,7 @@ def only_evaluation(job: Job) -> Iterator[None]:
                 folder=folder,
                 process=error.fields["process"],
             ) from None
-        with explaining_full_disk(folder, _needed_space(job)):
+        with on_disk_full(folder, _needed_space(job)):
             yield
 
 

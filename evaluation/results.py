@@ -16,7 +16,7 @@ from evaluation.stages import measure_documents, measure_judged, measure_pairs
 from preprocessing.data_report import format_table
 from runs.files import write_json
 from runs.metric_names import METRICS
-from runs.secrets import typed_command
+from runs.redaction import typed_command
 
 Predictions = dict[str, list[dict[str, Any]]]  # the lines of predictions.jsonl, by model
 

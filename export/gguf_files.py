@@ -18,7 +18,7 @@ from inference import llamacpp_build
 from inference.child_process import run_child
 from runs import files
 from runs.adapter import language_config
-from runs.disk import existing_folder, explaining_full_disk
+from runs.disk import existing_folder, on_disk_full
 from runs.files import read_json, read_object, sha256, unfinished, write_json, write_text
 from runs.process import end_with_parent
 from runs.target import find_target, is_adapter
@@ -315,7 +315,7 @@ def make_files(job: GgufJob, proving: bool, max_divergence: float | None, needed
     """Makes, proves and keeps a file of each type; returns what was measured, by type. `needed`: bytes of disk."""
     results: dict[str, dict[str, Any]] = {}
     count, own = weights_of(job.model)
-    with unfinished(job.output / WORK) as work, explaining_full_disk(job.output, needed):
+    with unfinished(job.output / WORK) as work, on_disk_full(job.output, needed):
         proof = job.proof(work) if proving else None
         start = convert(job, first_type(job, own), work)
         matrix = importance_matrix(job, start, work)

@@ -16,9 +16,9 @@ from common import Config, Message, UserError
 from export import hub, verify
 from export.merge import Plan, make_plan, write_shards
 from runs.adapter import Adapter, language_config
-from runs.disk import check_free_space, explaining_full_disk
+from runs.disk import check_free_space, on_disk_full
 from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text
-from runs.folder import read_run, run_config, suit_transformers_4
+from runs.folder import for_transformers_4, read_run, run_config
 from runs.process import end_with_parent
 from runs.target import HUB_NAME, find_target, missing_from_model
 from runs.weights import DTYPES, read_tensors
@@ -78,7 +78,7 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
         verify.check_memory(job.base)  # before the work, not after it
     if repo:
         hub.check_access(repo, job.config.overwrite_output_dir)
-    with explaining_full_disk(job.output, plan.size), appearing(job.output) as folder:
+    with on_disk_full(job.output, plan.size), appearing(job.output) as folder:
         write_shards(plan, folder, job.config.export_size * 10**9)
         write_small_files(job, plan, template, folder)
         record = make_record(job, adapter, plan, template) | {"seconds": round(time.monotonic() - started, 2)}
@@ -258,7 +258,7 @@ def write_small_files(job: MergeJob, plan: Plan, template: TrainedTemplate | Non
         for path in (path for pattern in patterns for path in source.glob(pattern)):
             check_links(path)
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
-    suit_transformers_4(folder)
+    for_transformers_4(folder)
     if template:
         write_text(folder / "chat_template.jinja", template.text)
         settings = read_object(folder / "tokenizer_config.json")

@@ -18,7 +18,7 @@ from common import OPTIONS, ROOT, SAVES, TYPES, Config, Message, UserError, comm
 from runs.compatibility import compatibility, is_default
 from runs.option_values import as_text, check_option, coerce, is_unset
 from runs.recipe import join_settings, read_recipe
-from runs.secrets import REDACTED, is_secret, redact
+from runs.redaction import REDACTED, is_secret, redact
 
 MAY_BE_EMPTY = {"name", "author"}  # then {{name}} and {{author}} in the data stay as they are
 

@@ -38,7 +38,7 @@ def disk_full(folder: Path, needed: int, free: int) -> UserError:
 
 
 @contextmanager
-def explaining_full_disk(path: Path, needed: int) -> Iterator[None]:
+def on_disk_full(path: Path, needed: int) -> Iterator[None]:
     """Turns "no space left on device" within the block into a UserError with the needed and the free bytes."""
     from safetensors import SafetensorError
 

@@ -22,7 +22,7 @@ LEFT_BY_TRAINING = (
 )
 
 
-def suit_transformers_4(folder: Path) -> None:
+def for_transformers_4(folder: Path) -> None:
     """Rewrites in tokenizer_config.json what only transformers 5 can read; it reads the older names as well."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from common import Message, UserError, nearest_word
-from runs.disk import check_free_space, explaining_full_disk
+from runs.disk import check_free_space, on_disk_full
 from runs.files import read_json, sha256, write_json
 from runs.network import check_environment
 from runs.target import missing_from_model
@@ -110,7 +110,7 @@ def download(
         if here:
             print(Message("{size} have arrived earlier: going on", size=human(here)))
         check_free_space(folder, total - here)
-        with explaining_full_disk(folder, total - here):
+        with on_disk_full(folder, total - here):
             fetch_all(files, headers, partial)
     for path in {*partial.iterdir()} - {partial / file.name for file in files}:
         path.unlink()  # of an earlier revision

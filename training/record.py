@@ -17,7 +17,7 @@ from common import Config, Message
 from runs.files import write_json, write_text
 from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log
-from runs.secrets import typed_command
+from runs.redaction import typed_command
 from training.hardware import peak_memory
 from training.preference_losses import REWARDS
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
-from runs.folder import LOADING_LOG, suit_transformers_4
+from runs.folder import LOADING_LOG, for_transformers_4
 from runs.imports import QUANTIZING, UNUSED_ON_CPU, light_imports, paused_garbage_collection
 from runs.peft_loading import write_readable
 from training import checkpoints, hardware, packing, pissa
@@ -429,7 +429,7 @@ def save_adapter(trainer: Any, template: ChatTemplate, folder: Path) -> None:
     tokenizer = trainer.processing_class
     tokenizer.chat_template = template.saved or None
     tokenizer.save_pretrained(beside)
-    suit_transformers_4(beside)
+    for_transformers_4(beside)
     trainer.model.save_pretrained(beside, safe_serialization=True)
     if trainer.start:
         pissa.write_as_lora(beside, trainer.start)

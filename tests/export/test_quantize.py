@@ -301,7 +301,7 @@ def test_a_full_disk_is_told_where_a_child_meets_it(tmp_path, monkeypatch):
     code = "import sys; sys.exit('OSError: [Errno 28] No space left on device')"
     for free, expected in ((10**6, says("of free disk")), (10**12, says("{doing} failed: {reason}"))):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with user_error(expected), disk.explaining_full_disk(tmp_path, 10**9):
+        with user_error(expected), disk.on_disk_full(tmp_path, 10**9):
             child_process.run_child([sys.executable, "-c", code], "converting")
 
 
@@ -309,10 +309,10 @@ def test_a_full_disk_is_told_where_a_library_writes(tmp_path, monkeypatch):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     for error in (full, RuntimeError("[enforce fail at inline_container.cc:664]")):  # torch's
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-        with user_error("of free disk", free=4096 / 1e9), disk.explaining_full_disk(tmp_path, 10**7):
+        with user_error("of free disk", free=4096 / 1e9), disk.on_disk_full(tmp_path, 10**7):
             raise error
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-        with pytest.raises(type(error)), disk.explaining_full_disk(tmp_path, 10**7):
+        with pytest.raises(type(error)), disk.on_disk_full(tmp_path, 10**7):
             raise error
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import Config
 from preprocessing.tokenizer import PROBES, load_base_tokenizer, load_light_tokenizer, load_tokenizer
-from runs.folder import suit_transformers_4
+from runs.folder import for_transformers_4
 
 TEXTS = [*PROBES, "The French café, 你好 🙂 42\n\n  return x", "<|im_start|>user\n  two<|im_end|>\n"]
 
@@ -56,7 +56,7 @@ def test_the_file_decides_over_the_label(
     assert [tokenizer.decode(some) for some in ids(tokenizer)] == TEXTS
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
     tokenizer.save_pretrained(tmp_path / "saved")
-    suit_transformers_4(tmp_path / "saved")
+    for_transformers_4(tmp_path / "saved")
     assert ids(AutoTokenizer.from_pretrained(tmp_path / "saved")) == embedded_ids  # without the kit
 
 
@@ -95,7 +95,7 @@ def test_a_tokenizer_without_tokenizer_json_is_left_as_it_is(tmp_path: Path):
     assert type(tokenizer).__name__ == "LlamaTokenizer"
     assert ids(tokenizer) == ids(AutoTokenizer.from_pretrained(tmp_path))
     tokenizer.save_pretrained(tmp_path / "saved")  # with a tokenizer.json
-    suit_transformers_4(tmp_path / "saved")
+    for_transformers_4(tmp_path / "saved")
     assert ids(load_tokenizer(tmp_path / "saved")) == ids(tokenizer)
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import python_files, user_error
 
 from runs.configuration import load_config
-from runs.secrets import redact, redact_arguments
+from runs.redaction import redact, redact_arguments
 
 TOKEN = "hf_" + "aB3" * 11
 
