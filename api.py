@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         print(Message("note: {text}", text=note), file=sys.stderr)
     with listen(options.host, options.port, Message("set API_HOST, API_PORT")) as listener:
         print(Message("loading {name} ...", name=source.name), file=sys.stderr, flush=True)
-        model = load(source, only_replies=True)
+        model = load(source)
         from inference.api.server import serve  # what is wrong is told before this takes its second
 
         serve(model, options, listener)

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
         make_prompt(args.prompt, piped.text())  # an empty one is an error before the model is loaded
     tell(Message("loading {name} ...", name=source.name))
     started = time.monotonic()
-    model = load(source, with_base=args.base, only_replies=True)
+    model = load(source, with_base=args.base)
     tell(Message("loaded in {seconds:.1f} s", seconds=time.monotonic() - started))
     speakers = [Speaker(model)]
     if model.base is not None:

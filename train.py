@@ -57,7 +57,7 @@ def start(arguments: list[str], processes: Processes) -> None:
         with processes.in_turn():
             started = prepare.make_missing_model(started)
         with interruptible():
-            trainer.import_unsloth(bool(loaded.config.quantization_bit))  # takes seconds: told before is what can be
+            trainer.import_unsloth()  # takes seconds: told before is what can be
         with processes.in_turn():
             prepared = prepare_data(started)
         train(prepared)

@@ -163,9 +163,9 @@ class TransformersScorer:
 
     def _logits(self, inputs: dict[str, Any], cache: Any, *, keep: int) -> Any:
         """float32 logits (rows × keep × vocabulary) of the last `keep` positions."""
-        with self.engine.adapter_state():
-            kept = {"logits_to_keep": keep} if self.engine.last_logits_only else {}
-            output = self.model(**inputs, past_key_values=cache, use_cache=cache is not None, **kept)
+        self.engine.set_adapter()
+        kept = {"logits_to_keep": keep} if self.engine.last_logits_only else {}
+        output = self.model(**inputs, past_key_values=cache, use_cache=cache is not None, **kept)
         return output.logits[:, -keep:].float()
 
     def _cache(self) -> Any:

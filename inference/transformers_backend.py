@@ -75,7 +75,8 @@ class SerialBackend(TransformersBackend):
         return results
 
     def _logits(self, sequence: Sequence, tokens: list[int]) -> Any:
-        with torch.inference_mode(), self.engine.adapter_state():
+        self.engine.set_adapter()
+        with torch.inference_mode():
             ids = torch.tensor([tokens], device=self.model.device)
             last = self.engine.last_logits_only
             output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **last)
@@ -112,7 +113,8 @@ class FlatBackend(TransformersBackend):
         last = {"logits_to_keep": torch.tensor(ends or [0], device=device)} if keeps else {}
         _forward_pass.segments = [_Segment(sequence, len(tokens)) for sequence, tokens, _ in work]
         try:
-            with torch.inference_mode(), self.engine.adapter_state():
+            self.engine.set_adapter()
+            with torch.inference_mode():
                 output = self.model(
                     input_ids=torch.tensor([ids], device=device),
                     position_ids=torch.tensor([places], device=device),

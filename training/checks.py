@@ -129,10 +129,9 @@ def pinned_packages(device: str) -> dict[str, str]:
     return dict(re.findall(r"^([\w.-]+)==(\S+)", lines, re.MULTILINE))
 
 
-def check_imports(config: Config) -> Iterator[Finding]:
+def check_imports() -> Iterator[Finding]:
     """Imports Unsloth as the training will, in a process of its own: it takes seconds and may end the process."""
-    quantized = config.quantization_bit is not None
-    code = f"from training.trainer import import_unsloth; import_unsloth(quantized={quantized})"
+    code = "from training.trainer import import_unsloth; import_unsloth()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=common.ROOT)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]

@@ -190,7 +190,7 @@ def dry_run(loaded: Loaded, processes: Processes) -> int:
             found.add("data", checks.check_untokenized(config, processes) if readable and not start.has_model else [])
             check_room(start, config, None, found)
         if not found.of(Problem):
-            found.add("unsloth", checks.check_imports(config))  # takes seconds
+            found.add("unsloth", checks.check_imports())  # takes seconds
     faults = found.of(Problem)
     print(Message("no: {count} fault{count:plural}, see above", count=len(faults)) if faults else Message("yes"))
     return 2 if faults else 0

@@ -20,7 +20,7 @@ import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
 from runs.folder import LOADING_LOG, for_transformers_4
-from runs.imports import QUANTIZING, UNUSED_ON_CPU, light_imports, paused_garbage_collection
+from runs.imports import quick_imports
 from runs.peft_loading import write_readable
 from training import checkpoints, hardware, packing, pissa
 from training.grpo import end_replies_at, grpo_arguments, loading_settings, with_columns
@@ -65,22 +65,14 @@ def quietly(log: Path | None = None) -> Iterator[None]:
             log.write_text(printed.getvalue(), encoding="utf-8")
 
 
-def import_unsloth(quantized: bool = True) -> None:
-    """Imports Unsloth, which must come before transformers, trl and peft. `quantized`: models in 4 or 8 bit, too."""
+def import_unsloth() -> None:
+    """Imports Unsloth, which must come before transformers, trl and peft."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub at every start
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(common.CACHE / "unsloth_compiled"))
     print(Message("loading Unsloth ..."), flush=True)
-    with quietly(), _quick_start(common.find_gpu() is not None, quantized):
+    with quietly(), quick_imports():
         import unsloth  # noqa: F401
     gc.freeze()  # Unsloth and transformers collect garbage often: what was imported need not be looked through
-
-
-@contextlib.contextmanager
-def _quick_start(on_card: bool, quantized: bool) -> Iterator[None]:
-    """Around what imports libraries: on a CPU without those that it does not use."""
-    unused = UNUSED_ON_CPU if quantized else (*UNUSED_ON_CPU, QUANTIZING)
-    with paused_garbage_collection(), contextlib.nullcontext() if on_card else light_imports(unused):
-        yield
 
 
 def load_model(config: Config, precision: Precision, processes: Processes = ALONE) -> Any:
@@ -89,7 +81,7 @@ def load_model(config: Config, precision: Precision, processes: Processes = ALON
     if config.full_determinism:  # cuBLAS reads it once, long before transformers would set it
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
     printing = quietly(log if processes.is_first else None)
-    with _folder_to_load(config) as folder, printing, _quick_start(hardware.on_card(), bool(config.quantization_bit)):
+    with _folder_to_load(config) as folder, printing, quick_imports():
         model = _load_from(folder, config, precision)
     check_quantized(model, config.quantization_bit, log)
     learn_in_float32(model)

@@ -763,7 +763,7 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
     def fail(*_: object) -> None:
         raise RuntimeError("/secret/place")
 
-    engine = load(find_target(*read_arguments([str(tiny_model), "infer_dtype=float32"])), only_replies=True)
+    engine = load(find_target(*read_arguments([str(tiny_model), "infer_dtype=float32"])))
     server = ApiServer(engine, ServerOptions.from_environment({}))
     monkeypatch.setattr(server.generator, "growth", fail)
     asked = {"model": server.model_name, "messages": [{"role": "user", "content": "hi"}]}

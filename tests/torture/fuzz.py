@@ -333,9 +333,7 @@ class ChatRequests:
         config = json.loads((short / "config.json").read_text())
         (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
         options = ServerOptions.from_environment({})
-        engine = load(
-            find_target(*read_arguments([str(short), "infer_dtype=float32", "max_new_tokens=4"])), only_replies=True
-        )
+        engine = load(find_target(*read_arguments([str(short), "infer_dtype=float32", "max_new_tokens=4"])))
         self.server = ApiServer(engine, options)
         app = Guard(self.server.application(), options)
         self.client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
