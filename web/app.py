@@ -23,7 +23,7 @@ from runs.target import Target
 from runs.texts import Translator
 from web import fields, theme, widgets
 from web.imports import import_gradio
-from web.security import language_of, protect
+from web.security import NOT_FRAMED, language_of, protect
 from web.theme import static
 
 LOCALES = {"en": "en", "zh": "zh-CN"}
@@ -156,12 +156,12 @@ class PageScript(BaseHTTPMiddleware):
         page = b"".join([part async for part in answer.body_iterator])
         del answer.headers["content-length"]
         page = page.replace(b"<head>", f"<head><script>{script}</script>".encode(), 1)
-        return Response(page, answer.status_code, answer.headers)
+        return Response(page, answer.status_code, {**answer.headers, **NOT_FRAMED})
 
 
 def serve(app: Any, listener: socket.socket) -> None:
     """Prints the address and answers until Ctrl-C."""
     host, port = listener.getsockname()[:2]
     print(Message("open {url}  (Ctrl-C ends)", url=f"http://{f'[{host}]' if ':' in host else host}:{port}"), flush=True)
-    config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, http=TimedProtocol, ws="none", log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,7 +1,4 @@
-"""Who may use the board: the password, the names under which it answers, and no other site's scripts.
-
-Everything here is ASGI middleware or a route; `protect` puts it around the application.
-"""
+"""Who may use the board: the password, and the Guard that it shares with the API; `protect` puts both around it."""
 
 from __future__ import annotations
 
@@ -12,16 +9,14 @@ import math
 import secrets
 from collections.abc import Collection
 from typing import Any
-from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from common import LANGUAGES
-from runs.network import LOOPBACK, host_name
+from inference.api.guard import Guard
+from runs.network import LOOPBACK
 from runs.texts import Translator
 from web.theme import static
 
@@ -29,7 +24,7 @@ SESSION = "onecard-session"  # the cookie of a visitor who has sent the password
 WAIT_SECONDS = 1.0  # after a wrong password, for each address
 MAX_LOGIN_BYTES = 4096
 MAX_BODY = 16 << 20  # bytes of a request, uploads aside: the values of a page with a long conversation
-PART_SECONDS = 60  # to send the next part of a request
+NOT_FRAMED = {"X-Frame-Options": "DENY"}  # no other site shows the page within its own
 MAX_ADDRESSES = 1000  # whose turns are remembered
 
 
@@ -48,73 +43,16 @@ def protect(app: Any, password: str | None, host: str, names: Collection[str] = 
         app.add_middleware(SessionCheck, token=login.token)
     # With a password a foreign name that leads here has no session; without one it must not be answered.
     hosts = None if password else {*LOOPBACK, host, *names}
-    app.add_middleware(BodyCheck)
-    app.add_middleware(OriginCheck, hosts=hosts, names=set(names))
+    settings = dict.fromkeys(("Host", "Origin"), "--allow-host")
+    # Gradio itself allows every origin where it does not listen on loopback, and every local port where it does.
+    app.add_middleware(Guard, hosts=hosts, origins=names, settings=settings, largest=largest_body)
 
 
-class BodyCheck:
-    """Limits the size of what is sent, of uploads as Gradio is told, and the time that each part may take."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        limit = math.inf if scope["path"].endswith("/gradio_api/upload") else MAX_BODY
-        size, ended = 0, False
-
-        async def receive_checked() -> Message:
-            nonlocal size, ended
-            if ended:  # it waits for the visitor to go away
-                return await receive()
-            try:
-                async with asyncio.timeout(PART_SECONDS):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, headers={"Connection": "close"}) from None
-            size += len(message.get("body", b""))
-            ended = not message.get("more_body", False)
-            if size > limit:
-                raise HTTPException(413, headers={"Connection": "close"})
-            return message
-
-        await self.app(scope, receive_checked, send)
-
-
-class OriginCheck:
-    """Refuses foreign host names (DNS rebinding) and requests that another site's page sends.
-
-    Gradio allows every origin where it does not listen on loopback, and every local port where it does.
-    """
-
-    def __init__(self, app: Any, hosts: set[str] | None, names: set[str]) -> None:
-        self.app, self.hosts, self.names = app, hosts, names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
-        if not self.is_known(headers.get("host", "")):
-            return await PlainTextResponse("this page is not served under that name\n", 400)(scope, receive, send)
-        if not self.is_own(headers.get("origin"), headers.get("host", "")):
-            return await PlainTextResponse("another site may not use this page\n", 403)(scope, receive, send)
-
-        async def send_framed(message: Any) -> None:
-            if message["type"] == "http.response.start":  # no other site shows the page within its own
-                message = {**message, "headers": [*message["headers"], (b"x-frame-options", b"DENY")]}
-            await send(message)
-
-        await self.app(scope, receive, send_framed)
-
-    def is_known(self, host: str) -> bool:
-        return self.hosts is None or host_name(f"//{host}") in self.hosts
-
-    def is_own(self, origin: str | None, host: str) -> bool:
-        """Whether a request comes from this page itself: browsers send an origin wherever a script could do harm."""
-        if origin is None:
-            return True
-        return urlsplit(origin).netloc.lower() == host.lower() or host_name(origin) in self.names
+def largest_body(path: str) -> float:
+    """The bytes of a request to `path`; uploads have a limit of Gradio's."""
+    if path.endswith("/gradio_api/upload"):
+        return math.inf
+    return MAX_LOGIN_BYTES if path == "/login" else MAX_BODY
 
 
 class SessionCheck:
@@ -145,15 +83,12 @@ class Login:
     async def answer(self, request: Request) -> Response:
         language = language_of(request)
         if request.method != "POST":
-            return HTMLResponse(login_page(language))
-        length = request.headers.get("content-length", "")
-        if not length.isdecimal() or int(length) > MAX_LOGIN_BYTES:
-            return PlainTextResponse("too long\n", 413)
+            return HTMLResponse(login_page(language), headers=NOT_FRAMED)
         given = str((await request.form()).get("password", ""))
         async with self.turn(request.client.host if request.client else ""):
             if not hmac.compare_digest(given.encode(), self.password.encode()):
                 await asyncio.sleep(WAIT_SECONDS)  # also of requests sent at once, one a second is answered
-                return HTMLResponse(login_page(language, wrong=True), status_code=403)
+                return HTMLResponse(login_page(language, wrong=True), 403, NOT_FRAMED)
         response = RedirectResponse("./", status_code=303)
         response.set_cookie(SESSION, self.token, httponly=True, samesite="strict")
         return response

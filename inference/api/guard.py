@@ -1,30 +1,33 @@
-"""Who may ask the server, and for how long: the key, `Host` and `Origin` of a request, its size, and time limits.
+"""Who may send requests to a server of the kit (the API, the board), how large they may be, and how slow.
 
 A server on the loopback address without a key is still reachable by every web page that its user opens: by a request
-across origins, or by a name that its owner points to 127.0.0.1 (DNS rebinding). So both are refused unless opened.
+across origins, or by a name that its owner points to 127.0.0.1 (DNS rebinding). So both are refused unless allowed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import h11
-from starlette.requests import ClientDisconnect, Request
+from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Message as AsgiMessage
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common import Message
 from inference.api.errors import ApiError
-from inference.api.options import ServerOptions
-from runs.network import LOOPBACK, host_name
+from runs.network import host_name
 
 HEAD_SECONDS = 20  # to send the head of a request
-BODY_SECONDS = 60  # to send the body of a request
-SEND_SECONDS = 60  # to take the next part of an answer
+PART_SECONDS = 60  # to send the next part of a body, or to take the next part of an answer
 MAX_HEAD = 32 << 10  # bytes of the head of a request
+CLOSE = {"Connection": "close"}  # after a request that was not read to its end
 
 
 def check_key(request: Request, key: str | None) -> None:
@@ -32,114 +35,108 @@ def check_key(request: Request, key: str | None) -> None:
     word, _, given = request.headers.get("authorization", "").partition(" ")
     found = given.strip().encode("latin-1") if word.lower() == "bearer" else b""
     if key and not hmac.compare_digest(found, key.encode()):
-        raise ApiError(
-            401,
-            Message("the API key is wrong or missing; send it as Authorization: Bearer KEY"),
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-async def read_body(request: Request, largest: int) -> bytes:
-    """The body of a request. Raises ApiError for more than `largest` bytes, and for a client that is too slow."""
-    length = request.headers.get("content-length", "0")
-    close = {"Connection": "close"}
-    too_large = ApiError(
-        413,
-        Message(
-            "the request is larger than {bytes} bytes, which is more than any prompt that fits the model's context",
-            bytes=largest,
-        ),
-        code="request_too_large",
-        headers=close,
-    )
-    if len(length) > 18 or (length.isdigit() and int(length) > largest):
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                body += part
-                if len(body) > largest:
-                    raise too_large
-    except ClientDisconnect:
-        raise ApiError(400, Message("the client closed the connection")) from None
-    except TimeoutError:
-        slow = Message("the request was not complete after {seconds} seconds; send it faster", seconds=BODY_SECONDS)
-        raise ApiError(408, slow, code="request_timeout", headers=close) from None
-    return bytes(body)
+        reason = Message("the API key is wrong or missing; send it as Authorization: Bearer KEY")
+        raise ApiError(401, reason, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 class ClientTooSlow(Exception):
-    """The client has taken nothing of an answer for SEND_SECONDS."""
+    """The client has taken nothing of an answer for PART_SECONDS."""
 
 
 class Guard:
-    """ASGI middleware: refuses foreign hosts and origins, and cuts off clients that read nothing."""
+    """ASGI middleware.
 
-    def __init__(self, app: Any, options: ServerOptions) -> None:
-        self.app, self.options = app, options
+    `hosts`: the names under which the server answers; None: any. `origins`: whose pages may use it besides its own,
+    each as an origin or a host name; "*": everybody's. `settings`: with which a "Host" and an "Origin" are allowed.
+    `largest(path)`: bytes that the body of a request may have.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        *,
+        hosts: Collection[str] | None,
+        origins: Collection[str],
+        settings: Mapping[str, str],
+        largest: Callable[[str], float],
+    ) -> None:
+        self.app, self.hosts, self.origins, self.settings, self.largest = app, hosts, set(origins), settings, largest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            return await self.app(scope, receive, send)
+        headers, largest = Headers(scope=scope), self.largest(scope["path"])
         try:
-            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
-                raise ApiError(
-                    431,
-                    Message("the headers of the request are larger than {bytes} bytes", bytes=MAX_HEAD),
-                    code="request_too_large",
-                )
-            check_host(headers.get("host", ""), self.options)
-            check_origin(headers.get("origin"), self.options)
+            self._check(headers, largest)
         except ApiError as error:
-            await JSONResponse(error.body, error.status)(scope, receive, send)
-            return
+            return await JSONResponse(error.body, error.status_code, error.headers)(scope, receive, send)
+        with contextlib.suppress(ClientTooSlow):  # an answer without its end closes the connection
+            await self.app(scope, limited(receive, largest), in_time(send))
 
-        async def send_in_time(message: Any) -> None:
-            try:
-                async with asyncio.timeout(SEND_SECONDS):
-                    await send(message)
-            except TimeoutError:
-                raise ClientTooSlow from None
+    def _check(self, headers: Headers, largest: float) -> None:
+        """Raises ApiError for a head or body that is too large, a foreign `Host`, and pages of a foreign `Origin`."""
+        if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEAD:
+            reason = Message("the headers of the request are larger than {bytes} bytes", bytes=MAX_HEAD)
+            raise ApiError(431, reason, code="request_too_large")
+        length = headers.get("content-length", "")
+        if length.isdigit() and (len(length) > 18 or int(length) > largest):
+            raise too_large(largest)
+        host, origin = headers.get("host", "").lower(), headers.get("origin")
+        name = host_name(f"//{host}")
+        if self.hosts is not None and name not in self.hosts:
+            raise ApiError(403, self._foreign(name or host, "Host"), code="host_not_allowed")
+        known = self.origins | {f"http://{host}", f"https://{host}"}
+        if origin is not None and not known & {"*", origin, host_name(origin)}:
+            raise ApiError(403, self._foreign(origin, "Origin"), code="origin_not_allowed")
 
+    def _foreign(self, given: str, header: str) -> Message:
+        return Message(
+            "{header}: {given} is not allowed; to allow it, start the server with {setting}",
+            header=header,
+            given=given[:100],
+            setting=self.settings[header],
+        )
+
+
+def too_large(largest: float) -> ApiError:
+    reason = Message("the request is larger than {bytes} bytes; send less", bytes=largest)
+    return ApiError(413, reason, code="request_too_large", headers=CLOSE)
+
+
+def limited(receive: Receive, largest: float) -> Receive:
+    """`receive`, which raises ApiError for a body of more than `largest` bytes, and for a part that does not come."""
+    size, ended = 0, False
+
+    async def receive_limited() -> AsgiMessage:
+        nonlocal size, ended
+        if ended:  # it waits for the client to go away
+            return await receive()
         try:
-            await self.app(scope, receive, send_in_time)
-        except ClientTooSlow:
-            return  # without an end of the answer, which closes the connection
+            async with asyncio.timeout(PART_SECONDS):
+                message = await receive()
+        except TimeoutError:
+            slow = Message("nothing of the request came for {seconds} seconds; send it faster", seconds=PART_SECONDS)
+            raise ApiError(408, slow, code="request_timeout", headers=CLOSE) from None
+        size += len(message.get("body", b""))
+        ended = not message.get("more_body", False)
+        if size > largest:
+            raise too_large(largest)
+        return message
+
+    return receive_limited
 
 
-def check_host(header: str, options: ServerOptions) -> None:
-    """Raises ApiError for a `Host` that does not name this server, where no key keeps others out."""
-    if options.key or "*" in options.allowed_hosts:
-        return
-    name = host_name(f"//{header}")
-    if name not in (*LOOPBACK, options.host, *options.allowed_hosts):
-        raise ApiError(
-            403,
-            Message(
-                "the Host header names {host}, which is not this server (protection against DNS rebinding); to allow "
-                "it, start the server with API_ALLOWED_HOSTS={host}",
-                host=(name or header)[:100],
-            ),
-            code="host_not_allowed",
-        )
+def in_time(send: Send) -> Send:
+    """`send`, which raises ClientTooSlow where the client takes nothing."""
 
+    async def send_in_time(message: AsgiMessage) -> None:
+        try:
+            async with asyncio.timeout(PART_SECONDS):
+                await send(message)
+        except TimeoutError:
+            raise ClientTooSlow from None
 
-def check_origin(origin: str | None, options: ServerOptions) -> None:
-    """Raises ApiError for a web page that API_CORS_ORIGINS does not name."""
-    if origin is not None and not {"*", origin} & set(options.cors_origins):
-        raise ApiError(
-            403,
-            Message(
-                "web pages of {origin} may not use this server; to allow it, start the server with "
-                "API_CORS_ORIGINS={origin}",
-                origin=origin[:100],
-            ),
-            code="origin_not_allowed",
-        )
+    return send_in_time
 
 
 class TimedProtocol(H11Protocol):

@@ -33,41 +33,30 @@ class ServerOptions:
             root_path=environment.get("FASTAPI_ROOT_PATH") or "",
             slots=_whole_number(environment, "MAX_CONCURRENT", cls.slots, 1, 256),
             cors_origins=_origins(environment),
-            allowed_hosts=tuple(name.lower() for name in _words(environment, "API_ALLOWED_HOSTS")),
+            allowed_hosts=_words(environment, "API_ALLOWED_HOSTS"),
         )
         if not is_loopback(options.host) and not options.key:
-            raise UserError(
-                "API_HOST={host} lets others use the model, and there is no API_KEY; set one, or leave API_HOST out",
-                host=options.host,
-            )
+            raise UserError("API_HOST={host} opens the model to others; set API_KEY too", host=options.host)
         return options
 
 
 def _words(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in environment.get(name, "").split(",") if word.strip())
+    return tuple(word.strip().lower() for word in environment.get(name, "").split(",") if word.strip())
 
 
 def _origins(environment: Mapping[str, str]) -> tuple[str, ...]:
     origins = _words(environment, "API_CORS_ORIGINS")
     for origin in origins:
-        scheme, separator, rest = origin.partition("://")
-        if origin not in ("*", "null") and not (scheme and separator and rest and "/" not in rest):
-            raise UserError(
-                "API_CORS_ORIGINS: {origin} is no origin; write SCHEME://HOST or SCHEME://HOST:PORT, separated by "
-                "commas, or *",
-                origin=origin,
-            )
-    return tuple(origin.lower() for origin in origins)
+        scheme, _, host = origin.partition("://")
+        if origin not in ("*", "null") and not (scheme and host and "/" not in host):
+            raise UserError("API_CORS_ORIGINS: {origin} must be SCHEME://HOST, SCHEME://HOST:PORT or *", origin=origin)
+    return origins
 
 
 def _whole_number(environment: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
     text = environment.get(name) or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
         raise UserError(
-            "{name}={value} must be a whole number from {low} to {high}; change it",
-            name=name,
-            value=text[:40],
-            low=low,
-            high=high,
+            "{name}={value} must be a whole number from {low} to {high}", name=name, value=text[:40], low=low, high=high
         )
     return int(text)

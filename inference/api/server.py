@@ -16,7 +16,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -24,12 +24,13 @@ from common import Message
 from inference.api.chat import ChatEndpoint, CompletionEndpoint, Endpoint
 from inference.api.errors import ApiError
 from inference.api.generation import Generator, Job
-from inference.api.guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key, read_body
+from inference.api.guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key
 from inference.api.metrics import ServerMetrics
 from inference.api.options import ServerOptions
 from inference.api.responses import ResponsesEndpoint
 from inference.api.schema import read_request
 from inference.engine import Engine
+from runs.network import LOOPBACK
 
 MAX_CONNECTIONS = 512
 EXPOSED_HEADERS = ("X-Request-Id", "X-Dropped-Messages", "Retry-After")  # to the scripts of other origins
@@ -50,16 +51,8 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> No
             )
         )
     )
-    cors = CORSMiddleware(
-        server.application(),
-        allow_origins=options.cors_origins,
-        allow_methods=("GET", "POST", "OPTIONS"),
-        allow_headers=("*",),
-        allow_private_network=True,  # a public page may ask a private address
-        expose_headers=EXPOSED_HEADERS,
-    )
     config = uvicorn.Config(
-        Guard(cors, options),
+        server.application(),
         http=TimedProtocol,
         root_path=options.root_path,
         log_level="warning",
@@ -89,8 +82,8 @@ class ApiServer:
         self.metrics = ServerMetrics(self.generator.scheduler)
         self.max_body = max(1 << 20, 64 * engine.context)  # bytes: more than any prompt that fits the context
 
-    def application(self) -> Starlette:
-        """The routes, without the Guard before them."""
+    def application(self) -> Guard:
+        """The routes behind the Guard."""
         routes = [
             Route(path, self._answering(endpoint(self.generator, self.model_name)), methods=["POST"])
             for path, endpoint in (
@@ -107,7 +100,23 @@ class ApiServer:
             Route("/metrics", self._show_metrics),
         ]
         handlers = {ApiError: self._on_api_error, HTTPException: self._on_http_error, Exception: self._on_failure}
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        options = self.options
+        cors = CORSMiddleware(
+            Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan),
+            allow_origins=options.cors_origins,
+            allow_methods=("GET", "POST", "OPTIONS"),
+            allow_headers=("*",),
+            allow_private_network=True,  # a public page may ask a private address
+            expose_headers=EXPOSED_HEADERS,
+        )
+        any_host = options.key or "*" in options.allowed_hosts  # who has no key learns nothing, whatever the name
+        return Guard(
+            cors,
+            hosts=None if any_host else {*LOOPBACK, options.host, *options.allowed_hosts},
+            origins=options.cors_origins,
+            settings={"Host": "API_ALLOWED_HOSTS", "Origin": "API_CORS_ORIGINS"},
+            largest=lambda _: self.max_body,
+        )
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -123,8 +132,8 @@ class ApiServer:
     # -- errors
 
     async def _on_api_error(self, request: Request, error: ApiError) -> Response:
-        self._log_request(request.scope["route"].path, error.status, str(error.message))
-        return JSONResponse(error.body, error.status, headers=error.headers)
+        self._log_request(request.scope["route"].path, error.status_code, str(error.message))
+        return JSONResponse(error.body, error.status_code, headers=error.headers)
 
     async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
         """No such route, or another method."""
@@ -135,7 +144,7 @@ class ApiServer:
             path=request.url.path[:200],
         )
         refused = ApiError(error.status_code, message, code="unknown_url")
-        return JSONResponse(refused.body, refused.status, headers=error.headers)
+        return JSONResponse(refused.body, refused.status_code, headers=error.headers)
 
     async def _on_failure(self, request: Request, error: Exception) -> Response:
         """The client learns that the server failed; what happened stands in the log only."""
@@ -195,7 +204,11 @@ class ApiServer:
 
     async def _answer(self, http: Request, endpoint: Endpoint) -> Response:
         """The response to a request: its replies as one JSON object, or streamed."""
-        request = read_request(await read_body(http, self.max_body), endpoint.form)
+        try:
+            body = await http.body()
+        except ClientDisconnect:
+            raise ApiError(400, Message("the client closed the connection")) from None
+        request = read_request(body, endpoint.form)
         self._check_model(request.model)
         path, job = http.scope["route"].path, Job(request, endpoint.id_prefix + uuid.uuid4().hex)
         await self.generator.start(job, endpoint.add_replies)

@@ -137,11 +137,11 @@ def tiny_server(tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.mark.parametrize(
     ("environment", "arguments", "code"),
     [
-        ({"API_HOST": "0.0.0.0"}, [], says("API_KEY; set")),
-        ({"API_PORT": "http"}, [], says("{name}={value} must be a whole number from {low} to {high}; change it")),
-        ({"API_PORT": "9" * 5000}, [], says("{name}={value} must be a whole number from {low} to {high}; change it")),
-        ({"MAX_CONCURRENT": "0"}, [], says("{name}={value} must be a whole number from {low} to {high}; change it")),
-        ({"API_CORS_ORIGINS": "example.com"}, [], says("origin; write")),
+        ({"API_HOST": "0.0.0.0"}, [], says("set API_KEY")),
+        ({"API_PORT": "http"}, [], says("must be a whole number")),
+        ({"API_PORT": "9" * 5000}, [], says("must be a whole number")),
+        ({"MAX_CONCURRENT": "0"}, [], says("must be a whole number")),
+        ({"API_CORS_ORIGINS": "example.com"}, [], says("must be SCHEME")),
         ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], says("cannot listen")),
     ],
 )
@@ -156,9 +156,7 @@ def test_wrong_options_are_reported_at_once(
 
 def test_an_error_as_the_user_sees_it(tmp_path: Path) -> None:
     result = run("api.py", cwd=tmp_path, env={**os.environ, "API_HOST": "0.0.0.0"}, timeout=30)
-    assert result.stderr == (
-        "error: API_HOST=0.0.0.0 lets others use the model, and there is no API_KEY; set one, or leave API_HOST out\n"
-    )
+    assert result.stderr == "error: API_HOST=0.0.0.0 opens the model to others; set API_KEY too\n"
 
 
 @pytest.fixture
@@ -214,7 +212,7 @@ def test_every_field_of_openai_is_known_or_refused(kind: str) -> None:
         if name in form.refused:
             with pytest.raises(ApiError) as caught:
                 read_request(json.dumps({**whole, name: {"a": 1}}).encode(), form)
-            assert caught.value.status == 400 and caught.value.param == name
+            assert caught.value.status_code == 400 and caught.value.param == name
     with pytest.raises(ApiError) as caught:
         read_request(json.dumps({**whole, "temprature": 1}).encode(), form)
     assert caught.value.message.fields["reason"] == Message(
@@ -767,7 +765,7 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
     server = ApiServer(engine, ServerOptions.from_environment({}))
     monkeypatch.setattr(server.generator, "growth", fail)
     asked = {"model": server.model_name, "messages": [{"role": "user", "content": "hi"}]}
-    with TestClient(server.application(), raise_server_exceptions=False) as client:
+    with TestClient(server.application(), "http://127.0.0.1", raise_server_exceptions=False) as client:
         answer = client.post("/v1/chat/completions", json=asked)
     assert (answer.status_code, answer.json()["error"]["message"]) == (
         500,
@@ -779,7 +777,7 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(tiny_model: Path, mon
 def test_slow_clients_are_cut_off(parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With limits of a second instead of a minute: heads and bodies that do not come, answers that are not taken."""
     limits = "import inference.api.guard as g, api, sys\n"
-    limits += "g.HEAD_SECONDS = g.BODY_SECONDS = g.SEND_SECONDS = 1\napi.main(sys.argv[1:])\n"
+    limits += "g.HEAD_SECONDS = g.PART_SECONDS = 1\napi.main(sys.argv[1:])\n"
     (tmp_path / "api_quick.py").write_text(limits)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     server = Server(tmp_path / "log", str(parrot), "do_sample=false", script=str(tmp_path / "api_quick.py"))

@@ -322,7 +322,6 @@ class ChatRequests:
     def __init__(self, folder: Path, model: Path) -> None:
         from starlette.testclient import TestClient
 
-        from inference.api.guard import Guard
         from inference.api.options import ServerOptions
         from inference.api.server import ApiServer
         from inference.load import load
@@ -335,8 +334,7 @@ class ChatRequests:
         options = ServerOptions.from_environment({})
         engine = load(find_target(*read_arguments([str(short), "infer_dtype=float32", "max_new_tokens=4"])))
         self.server = ApiServer(engine, options)
-        app = Guard(self.server.application(), options)
-        self.client = TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+        self.client = TestClient(self.server.application(), base_url="http://127.0.0.1", raise_server_exceptions=False)
         self.client.__enter__()  # its life is that of the process
 
     def close(self) -> None:
