@@ -1,30 +1,113 @@
-"""/v1/chat/completions and /v1/completions: how a request is read, and its replies become JSON."""
+"""/v1/chat/completions and /v1/completions: what may be asked there, and how replies become JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from common import UserError
+import pydantic
+
+from common import Message, UserError
 from inference import grammar
 from inference.api.errors import ApiError, refuse
-from inference.api.generation import Generator, Job
-from inference.api.messages import Tools, read_messages, read_tools
+from inference.api.generation import Exchange, Generator
+from inference.api.messages import ChatMessage, ChatTool, IsTool, ToolChoice, Tools, choose_tools, read_messages
 from inference.api.replies import TextPosition, chat_deltas, chat_message, completion_logprobs, token_logprobs
-from inference.api.schema import (
-    ChatRequest,
-    CompletionRequest,
-    read_prompts,
-    read_schema,
-    sampling_settings,
-)
-from inference.api.schema import (
-    Request as ClientRequest,
-)
+from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Refused, ResponseFormat
+from inference.engine import Engine
+from inference.reply import Event
 from inference.request import Request, TokenLogprob
 from inference.tools import Style, ToolUse
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    prompt_field = "messages"
+    limit_fields = ("max_completion_tokens", "max_tokens")
+    refused: ClassVar[dict[str, Message]] = {
+        "audio": TEXT_ONLY,
+        "function_call": Message("it was replaced by {field}; use that", field="tool_choice"),
+        "functions": Message("it was replaced by {field}; use that", field="tools"),
+        "moderation": NO_MODERATION,
+        "prediction": Message("predicted output is not used here; leave it out"),
+        "reasoning_effort": NO_EFFORT,
+        "verbosity": NO_VERBOSITY,
+        "web_search_options": Message("nothing is searched here; leave it out"),
+    }
+
+    messages: list[ChatMessage] = pydantic.Field(min_length=1)
+    n: int = pydantic.Field(1, ge=1, le=128)
+    logprobs: bool = False
+    top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    modalities: list[Literal["text"]] | None = pydantic.Field(None, min_length=1)
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] = False
+    tool_choice: ToolChoice | None = None
+    tools: list[Annotated[ChatTool, IsTool]] = pydantic.Field([])
+
+    @pydantic.model_validator(mode="after")
+    def _check_chat(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Refused("top_logprobs", Message("needs logprobs: true"))
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            reason = Message("{field} means the same; give one of them", field="max_completion_tokens")
+            raise Refused("max_tokens", reason)
+        for field in ("parallel_tool_calls", "tool_choice"):
+            if not self.tools and getattr(self, field) not in (None, "none"):
+                raise Refused(field, Message("there are no tools in this request; give tools, or leave it out"))
+        return self
+
+    @property
+    def kept_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(Body):
+    """POST /v1/completions: prompts without a conversation."""
+
+    prompt_field = "prompt"
+    refused: ClassVar[dict[str, Message]] = {
+        "suffix": Message("this model cannot fill in text before a suffix; leave it out")
+    }
+
+    prompt: Any = None
+    n: int = pydantic.Field(1, ge=1, le=128)
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = pydantic.Field(None, ge=0, le=5)
+    max_tokens: int = 16
+
+    @pydantic.model_validator(mode="after")
+    def _check_completion(self) -> CompletionBody:
+        if self.best_of not in (None, self.n):
+            raise Refused("best_of", Message("only the value of n is possible; leave it out"))
+        if self.echo and self.logprobs is not None:
+            raise Refused("echo", Message("the prompt's log-probabilities are not computed; take echo or logprobs"))
+        return self
+
+    @property
+    def kept_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each a text or token ids. Raises ApiError."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            reason = Message("give a text, a list of texts, or token ids")
+            raise refuse("prompt", reason, "missing_required_parameter")
+        for i, one in enumerate(prompt):
+            if not isinstance(one, str) and not (isinstance(one, list) and one and all(type(id) is int for id in one)):
+                raise refuse(f"prompt[{i}]", Message("must be text, or a list of token ids"), "invalid_value")
+        return prompt
 
 
 def sse(content: dict[str, Any], event: str | None = None) -> bytes:
@@ -33,41 +116,24 @@ def sse(content: dict[str, Any], event: str | None = None) -> bytes:
     return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
-def usage(job: Job) -> dict[str, Any]:
-    """Token counts as chats and completions give them."""
-    return {
-        "prompt_tokens": job.prompt_tokens,
-        "completion_tokens": job.completion_tokens,
-        "total_tokens": job.prompt_tokens + job.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
-    }
-
-
-def last_chunks(job: Job, head: dict[str, Any]) -> Iterator[bytes]:
-    """How the stream of a chat or a completion ends."""
-    if job.request.counts_usage:
-        yield sse({**head, "choices": [], "usage": usage(job)})
-    yield b"data: [DONE]\n\n"
-
-
 class Endpoint:
     """One of OpenAI's forms. `form`: what a request may say, `id_prefix`: how its ids begin."""
 
-    form: type[ClientRequest]
+    form: type[Body]
     id_prefix: str
 
     def __init__(self, generator: Generator, model_name: str) -> None:
         self.generator, self.engine, self.model_name = generator, generator.engine, model_name
 
-    def add_replies(self, job: Job) -> None:
-        """Reads the request and adds its replies. Raises ApiError, UserError."""
+    def requests(self, body: Any) -> list[Request]:
+        """What is asked of the model, a request for each prompt. Raises ApiError, UserError."""
         raise NotImplementedError
 
-    def body(self, job: Job) -> dict[str, Any]:
+    def answer(self, exchange: Exchange) -> dict[str, Any]:
         """The answer that is not streamed, once all replies have ended."""
         raise NotImplementedError
 
-    def events(self, job: Job) -> AsyncIterator[bytes]:
+    def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
         """The answer as server-sent events, while the replies grow. Raises ApiError where one fails."""
         raise NotImplementedError
 
@@ -75,157 +141,183 @@ class Endpoint:
         return sse(error.body)
 
 
-class ChatPrompts(Endpoint):
-    """What chats and responses have in common: one prompt, tools and formats of the reply."""
+def chat_request(
+    engine: Engine,
+    style: Style | None,
+    body: Body,
+    messages: list[dict[str, Any]],
+    tools: Tools,
+    held_to: tuple[str, dict[str, Any] | None],
+) -> Request:
+    """The request of a conversation with tools. `style`: how the model's template writes calls; `held_to`: the JSON
+    schema of the reply, after the field that it came in."""
+    settings, (field, schema), found = body.settings(engine), held_to, None
+    try:
+        if tools.functions and (tools.required or tools.strict or schema is not None):
+            found = grammar.call_grammar(
+                style,
+                tools.in_grammar(),
+                engine,
+                required=tools.required,
+                single=tools.single,
+                otherwise=schema,
+            )
+        elif schema is not None:
+            found = grammar.json_grammar(schema)
+        if found is not None:
+            grammar.check_grammar(engine, found)
+    except UserError as error:
+        raise refuse("tools" if tools.functions else field, error.message, "invalid_schema") from None
+    names = tuple(function.name for function in tools.functions)
+    use = ToolUse(style, names, tools.single) if names else None
+    return engine.request(messages, dataclasses.replace(settings, grammar=found), tools.in_template() or None, use)
 
-    style: Style | None  # how the model's template writes calls; None: it has no tools
+
+class ChoiceEndpoint(Endpoint):
+    """What chats and completions have in common: a list of choices, whole, or each piece as a chunk."""
+
+    kinds: tuple[str, str]  # `object` of an answer, and of a chunk
+    fields: tuple[str, str]  # where a choice has its content, and a chunk
+    empty: Any  # the content of a chunk that says how a reply ended
+
+    def openings(self, exchange: Exchange) -> list[Any]:
+        """The content of each reply's first chunk; None: it has none."""
+        raise NotImplementedError
+
+    def content(self, exchange: Exchange, index: int) -> tuple[Any, Any]:
+        """The content of a whole reply, and its log-probabilities."""
+        raise NotImplementedError
+
+    def growth(self, exchange: Exchange, index: int, event: Event) -> Iterator[tuple[Any, Any]]:
+        """The content of the chunks that an event gives, each with its log-probabilities."""
+        raise NotImplementedError
+
+    def answer(self, exchange: Exchange) -> dict[str, Any]:
+        choices = []
+        for index, reply in enumerate(exchange.replies):
+            content, logprobs = self.content(exchange, index)
+            choices.append(self._choice(index, self.fields[0], content, reply.finish_reason, logprobs))
+        return {**self._head(exchange, self.kinds[0]), "choices": choices, "usage": usage(exchange)}
+
+    async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
+        head, counts_usage = self._head(exchange, self.kinds[1]), exchange.body.counts_usage
+
+        def chunk(index: int, content: Any, reason: str | None = None, logprobs: Any = None) -> bytes:
+            choice = self._choice(index, self.fields[1], content, reason, logprobs)
+            return sse({**head, "choices": [choice], **({"usage": None} if counts_usage else {})})
+
+        for index, content in enumerate(self.openings(exchange)):
+            if content is not None:
+                yield chunk(index, content)
+        async for index, event in self.generator.growth(exchange):
+            for content, logprobs in self.growth(exchange, index, event):
+                yield chunk(index, content, None, logprobs)
+            if event.end:
+                yield chunk(index, self.empty, exchange.replies[index].finish_reason)
+        if counts_usage:
+            yield sse({**head, "choices": [], "usage": usage(exchange)})
+        yield b"data: [DONE]\n\n"
+
+    def _head(self, exchange: Exchange, kind: str) -> dict[str, Any]:
+        return {"id": exchange.id, "object": kind, "created": exchange.created, "model": self.model_name}
+
+    def _choice(self, index: int, field: str, content: Any, reason: str | None, logprobs: Any) -> dict[str, Any]:
+        return {"index": index, field: content, "finish_reason": reason, "logprobs": logprobs}
+
+
+def usage(exchange: Exchange) -> dict[str, Any]:
+    """Token counts as chats and completions give them."""
+    return {
+        "prompt_tokens": exchange.prompt_tokens,
+        "completion_tokens": exchange.completion_tokens,
+        "total_tokens": exchange.prompt_tokens + exchange.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": exchange.cached_tokens},
+    }
+
+
+class ChatEndpoint(ChoiceEndpoint):
+    """POST /v1/chat/completions."""
+
+    form, id_prefix = ChatBody, "chatcmpl-"
+    kinds, fields, empty = ("chat.completion", "chat.completion.chunk"), ("message", "delta"), {}
 
     def __init__(self, generator: Generator, model_name: str) -> None:
         super().__init__(generator, model_name)
         self.style = grammar.style_of(self.engine)
 
-    def add_chat_replies(self, job: Job, messages: list[dict[str, Any]], tools: Tools, schema: Any, field: str) -> None:
-        """`n` replies to one prompt; `schema` holds the reply to JSON, and came in `field` of the request."""
-        settings = sampling_settings(job.request, self.engine)
-        settings = dataclasses.replace(settings, grammar=self._grammar(tools, schema, field))
-        use = ToolUse(self.style, tuple(tools.names), tools.single) if tools.functions else None
-        request = self.engine.request(messages, settings, tools.for_template() or None, use)
-        for _ in range(job.request.n):
-            self.generator.add(job, request)
-
-    def _grammar(self, tools: Tools, schema: Any, field: str) -> str | None:
-        """What the reply is held to; None: nothing."""
-        try:
-            if tools.functions and (tools.required or tools.strict or schema is not None):
-                found = grammar.call_grammar(
-                    self.style,
-                    tools.functions,
-                    self.engine,
-                    required=tools.required,
-                    single=tools.single,
-                    otherwise=schema,
-                )
-            elif schema is not None:
-                found = grammar.json_grammar(schema)
-            else:
-                return None
-            grammar.check_grammar(self.engine, found)
-        except UserError as error:
-            raise refuse("tools" if tools.functions else field, error.message, "invalid_schema") from None
-        return found
-
-
-class ChatEndpoint(ChatPrompts):
-    """POST /v1/chat/completions."""
-
-    form, id_prefix = ChatRequest, "chatcmpl-"
-
-    def add_replies(self, job: Job) -> None:
+    def requests(self, body: ChatBody) -> list[Request]:
         has_tools = self.style is not None
-        messages = read_messages(job.request.messages, has_tools)
-        tools = read_tools(job.request, has_tools)
-        self.add_chat_replies(job, messages, tools, read_schema(job.request.response_format), "response_format")
+        messages = read_messages(body.messages, has_tools)
+        functions = [tool.function for tool in body.tools]
+        tools = choose_tools(functions, body.tool_choice, body.parallel_tool_calls, has_tools)
+        schema = body.response_format.held_to if body.response_format else None
+        return [chat_request(self.engine, self.style, body, messages, tools, ("response_format", schema))]
 
-    def body(self, job: Job) -> dict[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "message": chat_message(reply),
-                "finish_reason": reply.finish_reason,
-                "logprobs": self._logprobs(job, reply.logprobs),
-            }
-            for index, reply in enumerate(job.replies)
-        ]
-        return {**self._head(job, "chat.completion"), "choices": choices, "usage": usage(job)}
+    def openings(self, exchange: Exchange) -> list[dict[str, Any]]:
+        return [{"role": "assistant", "content": "", "refusal": None}] * len(exchange.replies)
 
-    async def events(self, job: Job) -> AsyncIterator[bytes]:
-        head = self._head(job, "chat.completion.chunk")
-        empty = {"usage": None} if job.request.counts_usage else {}
+    def content(self, exchange: Exchange, index: int) -> tuple[Any, Any]:
+        reply = exchange.replies[index]
+        return chat_message(reply), self._logprobs(exchange, reply.logprobs)
 
-        def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
-            choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-            return sse({**head, "choices": [choice], **empty})
+    def growth(self, exchange: Exchange, _: int, event: Event) -> Iterator[tuple[Any, Any]]:
+        logprobs = self._logprobs(exchange, event.logprobs) if event.logprobs else None
+        for delta in chat_deltas(event.parts) or [{}] * bool(logprobs):
+            yield delta, logprobs
+            logprobs = None
 
-        for index in range(len(job.replies)):
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-        async for index, event in self.generator.growth(job):
-            logprobs = self._logprobs(job, event.logprobs) if event.logprobs else None
-            for delta in chat_deltas(event.parts) or [{}] * bool(logprobs):
-                yield chunk(index, delta, logprobs=logprobs)
-                logprobs = None
-            if event.end:
-                yield chunk(index, {}, job.replies[index].finish_reason)
-        for event in last_chunks(job, head):
-            yield event
+    def _head(self, exchange: Exchange, kind: str) -> dict[str, Any]:
+        tier = {"service_tier": "default"} if exchange.body.service_tier else {}
+        return super()._head(exchange, kind) | tier
 
-    def _head(self, job: Job, kind: str) -> dict[str, Any]:
-        head = {"id": job.id, "object": kind, "created": job.created, "model": self.model_name}
-        return {**head, "service_tier": "default"} if job.request.service_tier else head
-
-    def _logprobs(self, job: Job, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if job.request.kept_logprobs is None:
+    def _logprobs(self, exchange: Exchange, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if exchange.body.kept_logprobs is None:
             return None
         return {"content": token_logprobs(tokens, self.engine), "refusal": None}
 
 
-class CompletionEndpoint(Endpoint):
+class CompletionEndpoint(ChoiceEndpoint):
     """POST /v1/completions: `n` replies to each prompt."""
 
-    form, id_prefix = CompletionRequest, "cmpl-"
+    form, id_prefix = CompletionBody, "cmpl-"
+    kinds, fields, empty = ("text_completion",) * 2, ("text",) * 2, ""
 
-    def add_replies(self, job: Job) -> None:
-        asked = job.request
-        settings = sampling_settings(asked, self.engine)
-        for number, ids in enumerate(read_prompts(asked.prompt, self.engine)):
-            echo = self._text(asked.prompt, number, ids) if asked.echo else ""
-            for _ in range(asked.n):
-                self.generator.add(job, Request(ids, settings), echo)
+    def requests(self, body: CompletionBody) -> list[Request]:
+        settings, engine, found = body.settings(self.engine), self.engine, []
+        for i, prompt in enumerate(body.prompts()):
+            ids = (engine.text_ids(prompt) or sorted(engine.stop_ids)[:1]) if isinstance(prompt, str) else prompt
+            if not 0 <= min(ids) <= max(ids) < engine.vocabulary_size:
+                raise refuse(f"prompt[{i}]", Message("has a token id that this model does not have"), "invalid_value")
+            if len(ids) >= engine.context:
+                reason = Message(
+                    "has {tokens} tokens, and the model reads {context}; shorten it",
+                    tokens=len(ids),
+                    context=engine.context,
+                )
+                raise refuse("prompt", reason, "context_length_exceeded")
+            found.append(Request(ids, settings))
+        return found
 
-    def _text(self, prompt: Any, number: int, ids: list[int]) -> str:
-        """The text of a prompt, which may have come as ids."""
-        one = prompt if isinstance(prompt, str) else prompt[number]
-        return one if isinstance(one, str) else self.engine.text_of(ids)
+    def openings(self, exchange: Exchange) -> list[str | None]:
+        exchange.positions = [TextPosition(len(echo)) for echo in self._echoes(exchange)]
+        return [echo or None for echo in self._echoes(exchange)]
 
-    def body(self, job: Job) -> dict[str, Any]:
-        choices = [
-            self._choice(job, index, echo + reply.text, reply.finish_reason, reply.logprobs, TextPosition(len(echo)))
-            for index, (reply, echo) in enumerate(zip(job.replies, job.echoes, strict=True))
-        ]
-        return {**self._head(job), "choices": choices, "usage": usage(job)}
+    def content(self, exchange: Exchange, index: int) -> tuple[Any, Any]:
+        echo, reply = self._echoes(exchange)[index], exchange.replies[index]
+        return echo + reply.text, self._logprobs(exchange, reply.logprobs, TextPosition(len(echo)))
 
-    async def events(self, job: Job) -> AsyncIterator[bytes]:
-        head = self._head(job)
-        empty = {"usage": None} if job.request.counts_usage else {}
-        positions = [TextPosition(len(echo)) for echo in job.echoes]
+    def growth(self, exchange: Exchange, index: int, event: Event) -> Iterator[tuple[Any, Any]]:
+        if event.text or event.logprobs:
+            known = self._logprobs(exchange, event.logprobs, exchange.positions[index]) if event.logprobs else None
+            yield event.text, known
 
-        def chunk(index: int, text: str, reason: str | None = None, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
-            one = self._choice(job, index, text, reason, logprobs, positions[index])
-            return sse({**head, "choices": [one if logprobs else {**one, "logprobs": None}], **empty})
+    def _echoes(self, exchange: Exchange) -> list[str]:
+        """Of each reply the prompt's text, where it stands before it."""
+        body = exchange.body
+        if not body.echo:
+            return [""] * len(exchange.replies)
+        texts = [one if isinstance(one, str) else self.engine.text_of(one) for one in body.prompts()]
+        return [text for text in texts for _ in range(body.n)]
 
-        for index, echo in enumerate(job.echoes):
-            if echo:
-                yield chunk(index, echo)
-        async for index, event in self.generator.growth(job):
-            if event.text or event.logprobs:
-                yield chunk(index, event.text, None, event.logprobs)
-            if event.end:
-                yield chunk(index, "", job.replies[index].finish_reason)
-        for event in last_chunks(job, head):
-            yield event
-
-    def _head(self, job: Job) -> dict[str, Any]:
-        return {"id": job.id, "object": "text_completion", "created": job.created, "model": self.model_name}
-
-    def _choice(
-        self,
-        job: Job,
-        index: int,
-        text: str,
-        reason: str | None,
-        logprobs: Sequence[TokenLogprob],
-        position: TextPosition,
-    ) -> dict[str, Any]:
-        known = None
-        if job.request.kept_logprobs is not None:
-            known = completion_logprobs(logprobs, self.engine, position)
-        return {"index": index, "text": text, "finish_reason": reason, "logprobs": known}
+    def _logprobs(self, exchange: Exchange, tokens: Sequence[TokenLogprob], position: TextPosition) -> Any:
+        return None if exchange.body.kept_logprobs is None else completion_logprobs(tokens, self.engine, position)

@@ -39,12 +39,3 @@ class ApiError(HTTPException):
 def refuse(param: str, reason: Message, code: str = "unsupported_value") -> ApiError:
     """The answer to a request whose field `param` cannot be honoured; its sentence begins with the field."""
     return ApiError(400, Message("{param}: {reason}", param=param, reason=reason), param=param, code=code)
-
-
-def wrong_type(param: str, expected: Message) -> ApiError:
-    """The answer to a field of another JSON type than `expected`."""
-    return refuse(param, Message("must be {expected}", expected=expected), "invalid_value")
-
-
-def unknown_field(param: str, near: str | None = None) -> ApiError:
-    return refuse(param, Message("there is no such field{near:suggestion}", near=near), "unknown_parameter")

@@ -1,4 +1,4 @@
-"""The conversation and the tools of a request, as chat templates take them.
+"""The conversation and the tools of a request, and how chat templates take them.
 
 What a client writes beside (`name`, `cache_control`, `id`) is ignored where the answer stays the same without it.
 """
@@ -6,225 +6,238 @@ What a client writes beside (`name`, `cache_control`, `id`) is ignored where the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from common import Message, nearest_word
-from inference.api.errors import refuse, unknown_field, wrong_type
-from inference.api.schema import ChatRequest
+import pydantic
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from common import Message
+from inference.api.errors import refuse
+from inference.api.schema import Form, Name, Refused
+
 # What clients send with every message or part and what no template shows: caching, and their own bookkeeping.
-IGNORED = {"id", "cache_control", "annotations", "provider_specific_fields", "status"}
+IGNORED = frozenset({"id", "cache_control", "annotations", "provider_specific_fields", "status"})
+NO_TOOLS = Message("this model's chat template has no tools; start the server with one that has (template=qwen)")
 
 
-def read_messages(messages: list[Any], has_tools: bool) -> list[dict[str, Any]]:
-    """The conversation in the form of chat templates. Raises ApiError that names the message and its field."""
-    read: list[dict[str, Any]] = []
-    for i, message in enumerate(messages):
-        read.append(_message(message, f"messages[{i}]", has_tools, read))
-    return read
+def text_of_parts(*kinds: str) -> Callable[[Any], Any]:
+    """A validator that joins the text of parts of these types; what is no list is left to the next one."""
+
+    def joined(content: Any) -> Any:
+        if not isinstance(content, list):
+            return content
+        for i, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
+                reason = Message("only parts of these types are read, with their text: {kinds}", kinds=kinds)
+                raise Refused(f"[{i}]", reason, "unsupported_value")
+            for name, value in part.items():
+                if name not in {"type", "text", "logprobs"} | IGNORED and value is not None:
+                    reason = Message("a text part has type and text; leave it out")
+                    raise Refused(f"[{i}].{name}", reason, "unsupported_parameter")
+        return "".join(part["text"] for part in content)
+
+    return joined
 
 
-def _message(message: Any, where: str, has_tools: bool, before: list[dict[str, Any]]) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise refuse(where, Message("a message is an object with role and content"), "invalid_value")
-    role = message.get("role")
-    if role not in ROLES:
-        raise refuse(f"{where}.role", Message("must be one of {roles}", roles=ROLES), "invalid_value")
-    own = {"assistant": {"tool_calls"}, "tool": {"tool_call_id"}}.get(role, set())
-    for name, value in message.items():
-        if name not in {"role", "content", "name"} | own | IGNORED and value not in (None, [], ""):
-            raise refuse(
-                f"{where}.{name}", Message("chat templates have no place for it; leave it out"), "unsupported_parameter"
-            )
-    if message.get("name") is not None:
-        read_string(message["name"], f"{where}.name")
-    content = message.get("content")
-    if content is None and role != "assistant":
-        raise refuse(
-            f"{where}.content", Message("is missing; only an assistant's content may be null"), "invalid_value"
-        )
-    read = {"role": "system" if role == "developer" else role, "content": read_text(content, f"{where}.content")}
-    if role == "tool":
-        check_has_tools(where, has_tools)
-        call = read_string(message.get("tool_call_id"), f"{where}.tool_call_id")
-        read |= tool_result(call, message.get("name"), f"{where}.name", before)
-    elif role == "assistant" and message.get("tool_calls"):
-        check_has_tools(where, has_tools)
-        read["tool_calls"] = _calls(message["tool_calls"], f"{where}.tool_calls")
-    return read
-
-
-def check_has_tools(where: str, has_tools: bool) -> None:
-    if not has_tools:
-        raise refuse(
-            where,
-            Message("this model's chat template has no tools; start the server with one that has (template=qwen)"),
-        )
-
-
-def tool_result(call_id: str, name: str | None, where: str, before: list[dict[str, Any]]) -> dict[str, Any]:
-    """The id and name of a tool's message; the name is that of its call. Raises ApiError for another one."""
-    calls = [call for message in before for call in message.get("tool_calls", ())]
-    called = next((call["function"]["name"] for call in reversed(calls) if call["id"] == call_id), None)
-    if name and called and name != called:
-        raise refuse(
-            where,
-            Message(
-                "'{name}' is not the function of call {call}, which is '{called}'",
-                name=name,
-                call=call_id,
-                called=called,
-            ),
-            "invalid_value",
-        )
-    found = {"tool_call_id": call_id}
-    return found | {"name": called or name} if called or name else found
-
-
-def read_text(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
-    """The text of a message: a text, None, or a list of parts of these kinds."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise wrong_type(where, Message("text"))
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
-            raise refuse(
-                f"{where}[{i}]", Message("only parts of these types are read, with their text: {kinds}", kinds=kinds)
-            )
-        for name, value in part.items():
-            if name not in {"type", "text", "logprobs"} | IGNORED and value is not None:
-                raise refuse(
-                    f"{where}[{i}].{name}",
-                    Message("a text part has type and text; leave it out"),
-                    "unsupported_parameter",
-                )
-    return "".join(part["text"] for part in content)
-
-
-def read_string(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise wrong_type(where, Message("text"))
-    return value
-
-
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise wrong_type(where, Message("a list"))
-    read = []
-    for i, call in enumerate(calls):
-        at = f"{where}[{i}]"
-        if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
-            raise refuse(at, Message("a call has id, type: function, and function"), "invalid_value")
-        function = call["function"]
-        name = read_string(function.get("name"), f"{at}.function.name")
-        arguments = read_arguments(function.get("arguments"), f"{at}.function.arguments")
-        read.append(template_call(read_string(call.get("id"), f"{at}.id"), name, arguments))
-    return read
-
-
-def template_call(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call as chat templates take it."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def read_arguments(text: Any, where: str) -> dict[str, Any]:
+def read_arguments(text: Any) -> Any:
     """The arguments of a call; an empty text, which many servers write for none, is {}."""
-    if text == "":
-        return {}
     try:
-        arguments = json.loads(read_string(text, where))
+        arguments = json.loads(text or "{}") if isinstance(text, str) else None
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise refuse(where, Message("must be a JSON object, as text"), "invalid_value")
+        raise Refused("", Message("must be a JSON object, as text"))
     return arguments
+
+
+Arguments = Annotated[dict[str, Any], pydantic.BeforeValidator(read_arguments)]
+
+
+class Called(pydantic.BaseModel):
+    """The function of a call."""
+
+    name: Name
+    arguments: Arguments
+
+
+class ToolCall(pydantic.BaseModel):
+    """A call in a message of the assistant."""
+
+    id: Name
+    type: Literal["function"]
+    function: Called
+
+
+class ChatMessage(Form):
+    """A message of a chat."""
+
+    ignored = IGNORED
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, pydantic.BeforeValidator(text_of_parts("text"))] = None
+    name: Name | None = None
+    tool_calls: list[ToolCall] = pydantic.Field([])
+    tool_call_id: Name | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_role(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise Refused("content", Message("is missing; only an assistant's content may be null"))
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise Refused("tool_call_id", Message("goes together with the role tool"))
+        if self.tool_calls and self.role != "assistant":
+            raise Refused("tool_calls", Message("only an assistant calls tools"))
+        return self
+
+
+@dataclass
+class Conversation:
+    """Messages as chat templates take them, in the order in which they are added.
+
+    `where`, the place of a message in the request, is named by the ApiError of one that cannot be added.
+    """
+
+    has_tools: bool  # whether the model's chat template has them
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    functions: dict[str, str] = field(default_factory=dict)  # the name of the function of each call, by its id
+
+    def add(self, role: str, content: str | None) -> None:
+        self.messages.append({"role": "system" if role == "developer" else role, "content": content or ""})
+
+    def add_call(self, where: str, call_id: str, name: str, arguments: dict[str, Any]) -> None:
+        """A call belongs to the assistant's message before it."""
+        self._check_tools(where)
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self.add("assistant", "")
+        call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        self.messages[-1].setdefault("tool_calls", []).append(call)
+        self.functions[call_id] = name
+
+    def add_result(self, where: str, call_id: str, name: str | None, content: str | None) -> None:
+        """The result of a call, with the name of its function, which the client need not give."""
+        self._check_tools(where)
+        called = self.functions.get(call_id)
+        if name and called and name != called:
+            raise refuse(
+                f"{where}.name",
+                Message(
+                    "'{name}' is not the function of call {call}, '{called}'", name=name, call=call_id, called=called
+                ),
+                "invalid_value",
+            )
+        self.add("tool", content)
+        self.messages[-1] |= {"tool_call_id": call_id} | ({"name": called or name} if called or name else {})
+
+    def _check_tools(self, where: str) -> None:
+        if not self.has_tools:
+            raise refuse(where, NO_TOOLS)
+
+
+def read_messages(messages: Sequence[ChatMessage], has_tools: bool) -> list[dict[str, Any]]:
+    """The messages of a chat, as its template takes them. Raises ApiError."""
+    chat = Conversation(has_tools)
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if message.role == "tool":
+            chat.add_result(where, message.tool_call_id, message.name, message.content)
+            continue
+        chat.add(message.role, message.content)
+        for call in message.tool_calls:
+            chat.add_call(where, call.id, call.function.name, call.function.arguments)
+    return chat.messages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tools
 
 
+class Function(Form):
+    """A function that a model may call."""
+
+    ignored = IGNORED
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ChatTool(Form):
+    """A tool of a chat."""
+
+    ignored = IGNORED
+
+    type: Literal["function"]
+    function: Function
+
+
+def check_tool(tool: Any) -> Any:
+    """Refuses tools that are no functions, whatever fields these have."""
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        raise Refused("", Message("only tools of type function are known here"), "unsupported_value")
+    return tool
+
+
+def check_choice(choice: Any) -> Any:
+    """none, auto, required, or {"type": "function", "name": ...}, which chats nest."""
+    match choice:
+        case "none" | "auto" | "required":
+            return choice
+        case {"type": "function", "function": {"name": str(name), **inner}, **rest} if not inner and not rest:
+            return {"type": "function", "name": name}
+        case {"type": "function", "name": str(), **rest} if not rest:
+            return choice
+    raise Refused("", Message("must be none, auto, required, or the function of one of the tools"))
+
+
+IsTool = pydantic.BeforeValidator(check_tool)
+ToolChoice = Annotated[str | dict[str, Any], pydantic.BeforeValidator(check_choice)]
+
+
 @dataclass
 class Tools:
-    """What a reply may call: functions in OpenAI's form; `required`: it must, and `single`: once at most."""
+    """What a reply may call; `required`: it must, and `single`: once at most."""
 
-    functions: list[dict[str, Any]]
+    functions: list[Function]
     required: bool = False
     single: bool = False
 
     @property
-    def names(self) -> list[str]:
-        return [tool["function"]["name"] for tool in self.functions]
-
-    @property
     def strict(self) -> bool:
-        return any(tool["function"].get("strict") for tool in self.functions)
+        return any(function.strict for function in self.functions)
 
-    def for_template(self) -> list[dict[str, Any]]:
+    def in_grammar(self) -> list[dict[str, Any]]:
+        """The functions in OpenAI's form."""
+        return [{"type": "function", "function": function.model_dump()} for function in self.functions]
+
+    def in_template(self) -> list[dict[str, Any]]:
         """The functions as templates show them: without what is for the server."""
-        return [_template_tool(tool["function"]) for tool in self.functions]
+        empty = {"type": "object", "properties": {}}
+        shown = [
+            {
+                "description": function.description or "",
+                "name": function.name,
+                "parameters": empty if function.parameters is None else function.parameters,
+            }
+            for function in self.functions
+        ]
+        return [{"type": "function", "function": function} for function in shown]
 
 
-def _template_tool(function: dict[str, Any]) -> dict[str, Any]:
-    shown = {name: function[name] for name in ("name", "description", "parameters") if function.get(name) is not None}
-    shown.setdefault("parameters", {"type": "object", "properties": {}})
-    return {"type": "function", "function": {"description": "", **shown}}
-
-
-def read_tools(request: ChatRequest, has_tools: bool) -> Tools:
-    """The tools of a chat request."""
-    for i, tool in enumerate(request.tools or []):
-        _check_tool(tool, f"tools[{i}]")
-    choice = request.tool_choice
-    if isinstance(choice, dict):  # {"type": "function", "function": {"name": ...}}
-        function = choice.get("function")
-        name = function.get("name") if isinstance(function, dict) and set(function) == {"name"} else None
-        choice = {"name": name} if choice.get("type") == "function" and set(choice) == {"type", "function"} else {}
-    return choose_tools(request.tools or [], choice, request.parallel_tool_calls, has_tools)
-
-
-def choose_tools(tools: list[dict[str, Any]], choice: Any, parallel: bool | None, has_tools: bool) -> Tools:
-    """What of the tools `choice` leaves: None, none, auto, required, or {"name": of one of them}."""
-    if not tools:
-        return Tools([])
-    if not has_tools:
+def choose_tools(
+    functions: list[Function], choice: str | dict[str, Any] | None, parallel: bool | None, has_tools: bool
+) -> Tools:
+    """What of the tools of a request a reply may call. Raises ApiError."""
+    if not functions and choice not in (None, "none", "auto"):
         raise refuse(
-            "tools",
-            Message("this model's chat template has no tools; start the server with one that has (template=qwen)"),
+            "tool_choice", Message("there are no tools in this request; give tools, or leave it out"), "invalid_value"
         )
+    if functions and not has_tools:
+        raise refuse("tools", NO_TOOLS)
     if isinstance(choice, dict):
-        chosen = [tool for tool in tools if tool["function"]["name"] == choice.get("name")]
+        chosen = [function for function in functions if function.name == choice["name"]]
         if not chosen:
             raise refuse("tool_choice", Message("must be none, auto, required, or the function of one of the tools"))
         return Tools(chosen, required=True, single=True)
-    if choice not in (None, "none", "auto", "required"):
-        raise refuse(
-            "tool_choice", Message("must be none, auto, required, or the function of one of the tools"), "invalid_value"
-        )
-    if choice == "none":
-        return Tools([])
-    return Tools(tools, required=choice == "required", single=parallel is False)
-
-
-def _check_tool(tool: Any, where: str) -> None:
-    if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-        raise refuse(where, Message("a tool has type: function, and a function"))
-    if unknown := set(tool) - {"type", "function"} - IGNORED:
-        raise unknown_field(f"{where}.{min(unknown)}")
-    check_function(tool["function"], f"{where}.function")
-
-
-def check_function(function: dict[str, Any], where: str) -> None:
-    """Raises ApiError for a function that cannot be offered to a model."""
-    read_string(function.get("name"), f"{where}.name")
-    kinds = {"name": str, "description": str, "parameters": dict, "strict": bool}
-    expected = {str: Message("text"), dict: Message("an object"), bool: Message("true or false")}
-    for name, value in function.items():
-        if name not in kinds and name not in IGNORED:
-            raise unknown_field(f"{where}.{name}", nearest_word(name, kinds))
-        if name in kinds and value is not None and not isinstance(value, kinds[name]):
-            raise wrong_type(f"{where}.{name}", expected[kinds[name]])
+    return Tools([] if choice == "none" else functions, required=choice == "required", single=parallel is False)

@@ -6,248 +6,214 @@ A conversation comes as a list of items (messages, calls, results of calls); a r
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
-from common import Message, nearest_word
-from inference.api.chat import ChatPrompts, sse
-from inference.api.errors import ApiError, refuse, unknown_field, wrong_type
-from inference.api.generation import Job
+from common import Message
+from inference import grammar
+from inference.api.chat import Endpoint, chat_request, sse
+from inference.api.errors import ApiError, refuse
+from inference.api.generation import Exchange, Generator
 from inference.api.messages import (
     IGNORED,
-    Tools,
-    check_function,
-    check_has_tools,
+    Arguments,
+    Conversation,
+    Function,
+    IsTool,
+    ToolChoice,
     choose_tools,
-    read_arguments,
-    read_string,
-    read_text,
-    template_call,
-    tool_result,
+    text_of_parts,
 )
 from inference.api.replies import token_logprobs
-from inference.api.schema import Request, read_named_schema
+from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Form, Name, Refused
 from inference.reply import Event
-from inference.request import TokenLogprob
+from inference.request import Request, TokenLogprob
 from inference.tools import Call
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
-_STORED = Message("nothing is stored here; send the whole conversation in input")
+NOT_STORED = Message("nothing is stored here; send the whole conversation in input")
+Text = Annotated[str, pydantic.BeforeValidator(text_of_parts("input_text", "output_text"))]
 
 
-class ResponsesRequest(Request):
+class InputMessage(Form):
+    ignored = IGNORED | {"phase"}
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "system", "developer", "assistant"]
+    content: Text
+
+    def add_to(self, conversation: Conversation, _: str) -> None:
+        conversation.add(self.role, self.content)
+
+
+class FunctionCall(Form):
+    ignored = IGNORED | {"namespace", "caller", "async"}
+
+    type: Literal["function_call"]
+    call_id: Name
+    name: Name
+    arguments: Arguments
+
+    def add_to(self, conversation: Conversation, where: str) -> None:
+        conversation.add_call(where, self.call_id, self.name, self.arguments)
+
+
+class FunctionCallOutput(Form):
+    ignored = IGNORED | {"namespace", "caller"}
+
+    type: Literal["function_call_output"]
+    call_id: Name
+    name: str | None = None
+    output: Text
+
+    def add_to(self, conversation: Conversation, where: str) -> None:
+        conversation.add_result(where, self.call_id, self.name, self.output)
+
+
+ITEMS = {"message": InputMessage, "function_call": FunctionCall, "function_call_output": FunctionCallOutput}
+Item = InputMessage | FunctionCall | FunctionCallOutput
+
+
+def read_item(item: Any) -> Item:
+    kind = item.get("type", "message") if isinstance(item, dict) else None
+    if kind not in ITEMS:
+        reason = Message("an item is one of {kinds}; stored items cannot be referenced", kinds=list(ITEMS))
+        raise Refused("type" if kind else "", reason)
+    return ITEMS[kind].model_validate(item)
+
+
+def read_input(given: Any) -> Any:
+    """A text is the message of a user."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+class FunctionTool(Function):
+    """A function stands beside the type of its tool."""
+
+    ignored = IGNORED | {"allowed_callers", "defer_loading", "output_schema"}  # how OpenAI runs it: nothing here
+
+    type: Literal["function"]
+
+
+class TextFormat(Form):
+    """What a reply is held to, as responses say it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = pydantic.Field(None, alias="schema")
+    strict: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_schema(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise Refused("schema", Message("goes together with type json_schema"))
+        return self
+
+    @property
+    def held_to(self) -> dict[str, Any] | None:
+        """The JSON schema; None: any text."""
+        return {"type": "object"} if self.type == "json_object" else self.schema_
+
+
+class TextSettings(Form):
+    refused: ClassVar[dict[str, Message]] = {"verbosity": NO_VERBOSITY}
+
+    format: TextFormat | None = None
+
+
+class Reasoning(pydantic.BaseModel):
+    effort: str | None = None
+
+    @pydantic.field_validator("effort")
+    @classmethod
+    def _none(cls, effort: str | None) -> str | None:
+        if effort not in (None, "none"):
+            raise Refused("", NO_EFFORT, "unsupported_parameter")
+        return effort
+
+
+class ResponsesBody(Body):
     """POST /v1/responses."""
 
     prompt_field = "input"
     limit_fields = ("max_output_tokens",)
     refused: ClassVar[dict[str, Message]] = {
-        "conversation": _STORED,
-        "previous_response_id": _STORED,
-        "prompt": _STORED,
-        "moderation": Message("there is no moderation here; leave it out"),
-        "image": Message("only text is read and written here"),
+        "conversation": NOT_STORED,
+        "previous_response_id": NOT_STORED,
+        "prompt": NOT_STORED,
+        "moderation": NO_MODERATION,
+        "image": TEXT_ONLY,
         "context_management": Message("a context cannot be compacted here; send a shorter conversation"),
     }
+    # besides, what is about OpenAI's own tools and waiting lines
+    ignored = Body.ignored | {"access_programs", "background_options", "max_tool_calls"}
+    n: ClassVar[int] = 1
 
-    input: Any
+    input: Annotated[
+        list[Annotated[Any, pydantic.PlainValidator(read_item)]],
+        pydantic.BeforeValidator(read_input),
+        pydantic.Field(min_length=1),
+    ]
     instructions: str | None = None
     background: Literal[False] = False
-    include: list[str] | None = None
-    max_output_tokens: int | None = pydantic.Field(None, ge=1)
+    include: list[str] = pydantic.Field([])
+    max_output_tokens: int | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] = False
-    text: dict[str, Any] | None = None
-    tool_choice: Any = None
-    tools: list[Any] | None = None
+    text: TextSettings = TextSettings()
+    tool_choice: ToolChoice | None = None
+    tools: list[Annotated[FunctionTool, IsTool]] = pydantic.Field([])
     top_logprobs: int | None = pydantic.Field(None, ge=0, le=20)
-    truncation: Literal["auto", "disabled"] | None = None
-    # ignored: they are about OpenAI's own tools and waiting lines
-    access_programs: Any = None
-    background_options: Any = None
-    max_tool_calls: int | None = None
-
-    def check(self) -> None:
-        super().check()
-        if self.n != 1:
-            raise unknown_field("n")
-        effort = (self.reasoning or {}).get("effort")
-        if effort not in (None, "none"):
-            raise refuse(
-                "reasoning.effort", Message("this model's effort cannot be set; leave it out"), "unsupported_parameter"
-            )
+    truncation: Literal["auto", "disabled"] = "auto"
 
     @property
     def kept_logprobs(self) -> int | None:
-        wanted = self.top_logprobs is not None or LOGPROBS in (self.include or ())
+        wanted = self.top_logprobs is not None or LOGPROBS in self.include
         return (self.top_logprobs or 0) if wanted else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_input(request: ResponsesRequest, has_tools: bool) -> list[dict[str, Any]]:
-    """The conversation as chat templates take it. Raises ApiError that names the item and its field."""
-    messages: list[dict[str, Any]] = []
-    if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
-    items = [{"role": "user", "content": request.input}] if isinstance(request.input, str) else request.input
-    if not isinstance(items, list) or not items:
-        raise refuse("input", Message("give a text, or a list of items"), "invalid_value")
-    for i, item in enumerate(items):
-        where = f"input[{i}]"
-        if not isinstance(item, dict):
-            raise refuse(
-                where,
-                Message(
-                    "an item is a message, a function_call or a function_call_output; stored items cannot be referenced"
-                ),
-                "invalid_value",
-            )
-        kind = item.get("type", "message")
-        if kind == "message":
-            messages.append(_read_message(item, where))
-        elif kind == "function_call":
-            check_has_tools(where, has_tools)
-            _append_call(messages, item, where)
-        elif kind == "function_call_output":
-            check_has_tools(where, has_tools)
-            messages.append(_read_result(item, where, messages))
-        else:
-            raise refuse(
-                f"{where}.type",
-                Message(
-                    "an item is a message, a function_call or a function_call_output; stored items cannot be referenced"
-                ),
-                "invalid_value",
-            )
-    return messages
-
-
-def _read_message(item: dict[str, Any], where: str) -> dict[str, Any]:
-    roles = {"user": ("input_text",), "system": ("input_text",), "developer": ("input_text",)}
-    roles["assistant"] = ("output_text", "input_text")
-    role = item.get("role")
-    if role not in roles:
-        raise refuse(f"{where}.role", Message("must be one of {roles}", roles=tuple(roles)), "invalid_value")
-    _check_fields(item, where, {"type", "role", "content", "phase"})
-    if item.get("content") is None:
-        raise refuse(
-            f"{where}.content", Message("is missing; only an assistant's content may be null"), "invalid_value"
-        )
-    content = read_text(item["content"], f"{where}.content", roles[role])
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _append_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
-    """A call belongs to the assistant's message before it."""
-    _check_fields(item, where, {"type", "call_id", "name", "arguments", "namespace", "caller", "async"})
-    call = template_call(
-        read_string(item.get("call_id"), f"{where}.call_id"),
-        read_string(item.get("name"), f"{where}.name"),
-        read_arguments(item.get("arguments"), f"{where}.arguments"),
-    )
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    messages[-1].setdefault("tool_calls", []).append(call)
-
-
-def _read_result(item: dict[str, Any], where: str, before: list[dict[str, Any]]) -> dict[str, Any]:
-    _check_fields(item, where, {"type", "call_id", "output", "name", "namespace", "caller"})
-    call = read_string(item.get("call_id"), f"{where}.call_id")
-    if item.get("output") is None:
-        raise refuse(f"{where}.output", Message("is missing; only an assistant's content may be null"), "invalid_value")
-    text = read_text(item["output"], f"{where}.output", ("input_text",))
-    return {"role": "tool", "content": text, **tool_result(call, item.get("name"), f"{where}.name", before)}
-
-
-def _check_fields(item: dict[str, Any], where: str, known: set[str]) -> None:
-    for name, value in item.items():
-        if name not in known | IGNORED and value not in (None, [], ""):
-            raise unknown_field(f"{where}.{name}", nearest_word(name, known))
-
-
-def read_tools(request: ResponsesRequest, has_tools: bool) -> Tools:
-    """The tools of a request; a function's fields stand beside its type."""
-    tools = []
-    for i, tool in enumerate(request.tools or []):
-        where = f"tools[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise refuse(where, Message("only functions are called here: type: function, name, parameters"))
-        beside = {"type", "allowed_callers", "defer_loading", "output_schema"}  # how OpenAI runs it: nothing here
-        function = {name: value for name, value in tool.items() if name not in beside}
-        check_function(function, where)
-        tools.append({"type": "function", "function": function})
-    choice = request.tool_choice
-    if isinstance(choice, dict) and choice.get("type") != "function":
-        raise refuse("tool_choice", Message("must be none, auto, required, or the function of one of the tools"))
-    if choice not in (None, "none", "auto") and not tools:
-        raise refuse(
-            "tool_choice", Message("there are no tools in this request; give tools, or leave it out"), "invalid_value"
-        )
-    return choose_tools(tools, choice, request.parallel_tool_calls, has_tools)
-
-
-def read_text_format(request: ResponsesRequest) -> Any:
-    """The JSON schema that the reply is held to; None: any text."""
-    text = request.text or {}
-    if text.get("verbosity") is not None:
-        raise refuse(
-            "text.verbosity",
-            Message("this model's verbosity cannot be set; say it in the system message"),
-            "unsupported_parameter",
-        )
-    if unknown := set(text) - {"format", "verbosity"}:
-        raise unknown_field(f"text.{min(unknown)}")
-    form = text.get("format")
-    if form is None:
-        return None
-    if not isinstance(form, dict):
-        raise wrong_type("text.format", Message("an object"))
-    kind = form.get("type")
-    if kind == "json_schema":
-        return read_named_schema({name: value for name, value in form.items() if name != "type"}, "text.format")
-    if kind not in ("text", "json_object"):
-        raise refuse("text.format", Message("its type must be text, json_object or json_schema"))
-    return {"type": "object"} if kind == "json_object" else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answering
-
-
-class ResponsesEndpoint(ChatPrompts):
+class ResponsesEndpoint(Endpoint):
     """POST /v1/responses."""
 
-    form, id_prefix = ResponsesRequest, "resp_"
+    form, id_prefix = ResponsesBody, "resp_"
 
-    def add_replies(self, job: Job) -> None:
-        request, has_tools = job.request, self.style is not None
-        messages = read_input(request, has_tools)
-        tools, schema = read_tools(request, has_tools), read_text_format(request)
-        self.add_chat_replies(job, messages, tools, schema, "text.format")
-        if request.truncation == "disabled" and job.dropped_messages:
+    def __init__(self, generator: Generator, model_name: str) -> None:
+        super().__init__(generator, model_name)
+        self.style = grammar.style_of(self.engine)
+
+    def requests(self, body: ResponsesBody) -> list[Request]:
+        conversation = Conversation(has_tools=self.style is not None)
+        if body.instructions:
+            conversation.add("system", body.instructions)
+        for i, item in enumerate(body.input):
+            item.add_to(conversation, f"input[{i}]")
+        tools = choose_tools(body.tools, body.tool_choice, body.parallel_tool_calls, conversation.has_tools)
+        schema = body.text.format.held_to if body.text.format else None
+        messages = conversation.messages
+        request = chat_request(self.engine, self.style, body, messages, tools, ("text.format", schema))
+        if body.truncation == "disabled" and request.dropped_messages:
             reason = Message(
-                "has more tokens than the model reads ({context}), and truncation is disabled; shorten it",
-                context=self.engine.context,
+                "has more tokens than the model reads ({context}); shorten it", context=self.engine.context
             )
             raise refuse("input", reason, "context_length_exceeded")
+        return [request]
 
-    def body(self, job: Job) -> dict[str, Any]:
-        reply = job.replies[0]
-        item = self._message_item(job, reply.text, reply.logprobs, cut=reply.finish_reason == "length")
+    def answer(self, exchange: Exchange) -> dict[str, Any]:
+        reply = exchange.replies[0]
+        item = self._message_item(exchange, reply.text, reply.logprobs, cut=reply.finish_reason == "length")
         output = [item] if reply.text.strip() or not reply.calls else []
-        output += [_call_item(job, call) for call in reply.calls]
-        return self._response(job, output, reply.finish_reason)
+        output += [_call_item(exchange, call) for call in reply.calls]
+        return self._response(exchange, output, reply.finish_reason)
 
-    async def events(self, job: Job) -> AsyncIterator[bytes]:
-        stream = _EventStream(self, job)
+    async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
+        stream = _EventStream(self, exchange)
         for event in stream.start():
             yield event
-        async for _, grown in self.generator.growth(job):
+        async for _, grown in self.generator.growth(exchange):
             for event in stream.grow(grown):
                 yield event
         for event in stream.end():
@@ -258,47 +224,52 @@ class ResponsesEndpoint(ChatPrompts):
         event = {"type": "error", "code": body["code"] or body["type"], "message": body["message"]}
         return sse({**event, "param": body["param"], "sequence_number": 0}, "error")
 
-    def _response(self, job: Job, output: list[dict[str, Any]], reason: str | None = None) -> dict[str, Any]:
+    def _response(self, exchange: Exchange, output: list[dict[str, Any]], reason: str | None = None) -> dict[str, Any]:
         """The response object; `reason`: how the reply ended, None: it goes on."""
-        request = job.request
+        body = exchange.body
         status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
-        settings = job.replies[0].request.settings
+        settings = exchange.replies[0].request.settings
         return {
-            "id": job.id,
+            "id": exchange.id,
             "object": "response",
-            "created_at": job.created,
+            "created_at": exchange.created,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if reason == "length" else None,
-            "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
-            "metadata": request.metadata or {},
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata,
             "model": self.model_name,
             "output": output,
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
             "store": False,
             "temperature": settings.temperature,
-            "text": request.text or {"format": {"type": "text"}},
-            "tool_choice": request.tool_choice or "auto",
-            "tools": request.tools or [],
+            "text": body.text.model_dump(exclude_unset=True, by_alias=True) or {"format": {"type": "text"}},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools],
             "top_p": settings.top_p,
-            "truncation": request.truncation or "auto",
-            "usage": None if reason is None else _usage(job),
-            "user": request.user,
+            "truncation": body.truncation,
+            "usage": None if reason is None else _usage(exchange),
+            "user": body.user,
         }
 
     def _message_item(
-        self, job: Job, text: str | None, logprobs: Sequence[TokenLogprob] = (), index: int = 0, cut: bool = False
+        self,
+        exchange: Exchange,
+        text: str | None,
+        logprobs: Sequence[TokenLogprob] = (),
+        index: int = 0,
+        cut: bool = False,
     ) -> dict[str, Any]:
         """The item of a message, at `index` of the output; text None: it has only begun, `cut`: it is not whole."""
-        known = [] if job.request.kept_logprobs is None else token_logprobs(logprobs, self.engine)
+        known = [] if exchange.body.kept_logprobs is None else token_logprobs(logprobs, self.engine)
         content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": known}]
         status = "in_progress" if text is None else "incomplete" if cut else "completed"
         return {
-            "id": _message_id(job, index),
+            "id": _message_id(exchange, index),
             "type": "message",
             "role": "assistant",
             "status": status,
@@ -306,14 +277,14 @@ class ResponsesEndpoint(ChatPrompts):
         }
 
 
-def _message_id(job: Job, index: int) -> str:
-    return f"{job.id.replace('resp_', 'msg_')}_{index}"
+def _message_id(exchange: Exchange, index: int) -> str:
+    return f"{exchange.id.replace('resp_', 'msg_')}_{index}"
 
 
-def _call_item(job: Job, call: Call, arguments: str | None = None) -> dict[str, Any]:
+def _call_item(exchange: Exchange, call: Call, arguments: str | None = None) -> dict[str, Any]:
     """The item of a call; with `arguments` "" it has only begun."""
     return {
-        "id": f"{job.id.replace('resp_', 'fc_')}_{call.index}",
+        "id": f"{exchange.id.replace('resp_', 'fc_')}_{call.index}",
         "type": "function_call",
         "call_id": call.id,
         "name": call.name,
@@ -322,21 +293,21 @@ def _call_item(job: Job, call: Call, arguments: str | None = None) -> dict[str, 
     }
 
 
-def _usage(job: Job) -> dict[str, Any]:
+def _usage(exchange: Exchange) -> dict[str, Any]:
     return {
-        "input_tokens": job.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": job.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": job.completion_tokens,
+        "input_tokens": exchange.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": exchange.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": exchange.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": job.prompt_tokens + job.completion_tokens,
+        "total_tokens": exchange.prompt_tokens + exchange.completion_tokens,
     }
 
 
 class _EventStream:
     """The events of one streamed response, numbered; items begin, grow and end one after the other."""
 
-    def __init__(self, endpoint: ResponsesEndpoint, job: Job) -> None:
-        self.endpoint, self.job = endpoint, job
+    def __init__(self, endpoint: ResponsesEndpoint, exchange: Exchange) -> None:
+        self.endpoint, self.exchange = endpoint, exchange
         self.output: list[dict[str, Any]] = []  # finished items
         self.text: str | None = None  # of the message that is open
         self.logprobs: list[TokenLogprob] = []
@@ -344,14 +315,14 @@ class _EventStream:
         self.number = 0
 
     def start(self) -> list[bytes]:
-        response = self.endpoint._response(self.job, [])
+        response = self.endpoint._response(self.exchange, [])
         return [self._event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
 
     def grow(self, grown: Event) -> list[bytes]:
         events: list[bytes] = []
         self.logprobs += grown.logprobs
-        self.reason = self.job.replies[0].finish_reason if grown.end else None
-        has_tools, logprobs = self.job.replies[0].request.tools is not None, grown.logprobs
+        self.reason = self.exchange.replies[0].finish_reason if grown.end else None
+        has_tools, logprobs = self.exchange.replies[0].request.tools is not None, grown.logprobs
         for part in grown.parts:
             if isinstance(part, Call):
                 events += self._close_message() + self._call(part)
@@ -368,14 +339,14 @@ class _EventStream:
         if not self.output:
             events += self._open_message()
         events += self._close_message()
-        response = self.endpoint._response(self.job, self.output, self.reason)
+        response = self.endpoint._response(self.exchange, self.output, self.reason)
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
     def _open_message(self) -> list[bytes]:
         if self.text is not None:
             return []
         self.text = ""
-        item = self.endpoint._message_item(self.job, None, index=len(self.output))
+        item = self.endpoint._message_item(self.exchange, None, index=len(self.output))
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         return [
             self._event("response.output_item.added", output_index=len(self.output), item=item),
@@ -387,7 +358,7 @@ class _EventStream:
             return []
         text, self.text = self.text, None
         cut = self.reason == "length"
-        item = self.endpoint._message_item(self.job, text, self.logprobs, len(self.output), cut)
+        item = self.endpoint._message_item(self.exchange, text, self.logprobs, len(self.output), cut)
         part = item["content"][0]
         events = [
             self._text_event("response.output_text.done", text=text, logprobs=part["logprobs"]),
@@ -398,19 +369,19 @@ class _EventStream:
         return events
 
     def _call(self, call: Call) -> list[bytes]:
-        item, index = _call_item(self.job, call), len(self.output)
+        item, index = _call_item(self.exchange, call), len(self.output)
         self.output.append(item)
         place = {"item_id": item["id"], "output_index": index}
         arguments = "response.function_call_arguments"
         return [
-            self._event("response.output_item.added", output_index=index, item=_call_item(self.job, call, "")),
+            self._event("response.output_item.added", output_index=index, item=_call_item(self.exchange, call, "")),
             self._event(f"{arguments}.delta", delta=call.arguments, **place),
             self._event(f"{arguments}.done", arguments=call.arguments, name=call.name, **place),
             self._event("response.output_item.done", output_index=index, item=item),
         ]
 
     def _text_event(self, kind: str, **fields: Any) -> bytes:
-        item_id = _message_id(self.job, len(self.output))
+        item_id = _message_id(self.exchange, len(self.output))
         return self._event(kind, item_id=item_id, output_index=len(self.output), content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:

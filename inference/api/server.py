@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from common import Message
 from inference.api.chat import ChatEndpoint, CompletionEndpoint, Endpoint
 from inference.api.errors import ApiError
-from inference.api.generation import Generator, Job
+from inference.api.generation import Exchange, Generator
 from inference.api.guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key
 from inference.api.metrics import ServerMetrics
 from inference.api.options import ServerOptions
 from inference.api.responses import ResponsesEndpoint
-from inference.api.schema import read_request
+from inference.api.schema import read
 from inference.engine import Engine
 from runs.network import LOOPBACK
 
+Handler = Callable[[Request], Awaitable[Response]]
 MAX_CONNECTIONS = 512
 EXPOSED_HEADERS = ("X-Request-Id", "X-Dropped-Messages", "Retry-After")  # to the scripts of other origins
 
@@ -41,16 +44,8 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> No
     server = ApiServer(engine, options)
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{listener.getsockname()[1]}/v1"
-    log(
-        str(
-            Message(
-                "{model} answers at {url} (up to {slots} requests at once); Ctrl-C ends",
-                model=server.model_name,
-                url=url,
-                slots=options.slots,
-            )
-        )
-    )
+    facts = {"model": server.model_name, "url": url, "slots": options.slots}
+    log(str(Message("{model} answers at {url} (up to {slots} requests at once); Ctrl-C ends", **facts)))
     config = uvicorn.Config(
         server.application(),
         http=TimedProtocol,
@@ -84,22 +79,18 @@ class ApiServer:
 
     def application(self) -> Guard:
         """The routes behind the Guard."""
-        routes = [
-            Route(path, self._answering(endpoint(self.generator, self.model_name)), methods=["POST"])
-            for path, endpoint in (
-                ("/v1/chat/completions", ChatEndpoint),
-                ("/v1/completions", CompletionEndpoint),
-                ("/v1/responses", ResponsesEndpoint),
-            )
-        ]
-        routes += [
-            Route("/v1/embeddings", self._refuse_embeddings, methods=["POST"]),
-            Route("/v1/models", self._list_models),
-            Route("/v1/models/{name:path}", self._show_model),
-            Route("/health", self._show_health),
-            Route("/metrics", self._show_metrics),
-        ]
-        handlers = {ApiError: self._on_api_error, HTTPException: self._on_http_error, Exception: self._on_failure}
+        endpoints = {
+            "/v1/chat/completions": ChatEndpoint,
+            "/v1/completions": CompletionEndpoint,
+            "/v1/responses": ResponsesEndpoint,
+        }
+        routes = [Route("/health", self._health)]
+        for path, endpoint in endpoints.items():
+            answer = functools.partial(self._answer, endpoint=endpoint(self.generator, self.model_name))
+            routes.append(Route(path, self._with_key(answer), methods=["POST"]))
+        small = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
+        routes += [Route(path, self._with_key(handler)) for path, handler in small.items()]
+        handlers = {HTTPException: self._on_error, Exception: self._on_failure}
         options = self.options
         cors = CORSMiddleware(
             Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan),
@@ -118,6 +109,13 @@ class ApiServer:
             largest=lambda _: self.max_body,
         )
 
+    def _with_key(self, handler: Handler) -> Handler:
+        async def checked(request: Request) -> Response:
+            check_key(request, self.options.key)
+            return await handler(request)
+
+        return checked
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.generator.loop = asyncio.get_running_loop()
@@ -129,22 +127,18 @@ class ApiServer:
         self.metrics.count_request(path, status)
         log(f"{time.strftime('%H:%M:%S')} {status} {path} {text}".rstrip()[:500].replace("\n", " "))
 
-    # -- errors
-
-    async def _on_api_error(self, request: Request, error: ApiError) -> Response:
-        self._log_request(request.scope["route"].path, error.status_code, str(error.message))
-        return JSONResponse(error.body, error.status_code, headers=error.headers)
-
-    async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
-        """No such route, or another method."""
-        message = Message(
-            "this server has nothing at {method} {path}; it has /v1/chat/completions, /v1/responses, "
-            "/v1/completions, /v1/models",
+    async def _on_error(self, request: Request, error: HTTPException) -> Response:
+        if isinstance(error, ApiError):
+            self._log_request(request.scope["route"].path, error.status_code, str(error.message))
+            return JSONResponse(error.body, error.status_code, headers=error.headers)
+        message = Message(  # no such route, or another method
+            "no {method} {path} here; there are /v1/chat/completions, /v1/responses, /v1/completions, /v1/models",
             method=request.method,
             path=request.url.path[:200],
         )
-        refused = ApiError(error.status_code, message, code="unknown_url")
-        return JSONResponse(refused.body, refused.status_code, headers=error.headers)
+        return JSONResponse(
+            ApiError(error.status_code, message, code="unknown_url").body, error.status_code, error.headers
+        )
 
     async def _on_failure(self, request: Request, error: Exception) -> Response:
         """The client learns that the server failed; what happened stands in the log only."""
@@ -155,104 +149,81 @@ class ApiServer:
 
     # -- small routes
 
-    def _check_model(self, name: str) -> None:
-        if name != self.model_name:
-            message = Message(
-                "there is no model '{name}' here; this server has '{model}'", name=name[:200], model=self.model_name
-            )
-            raise ApiError(404, message, param="model", code="model_not_found")
+    async def _health(self, _: Request) -> Response:
+        alive = self.generator.scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model_card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model_card())
 
     def _model_card(self) -> dict[str, Any]:
         return {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "onecard"}
 
-    async def _list_models(self, request: Request) -> Response:
-        check_key(request, self.options.key)
-        return JSONResponse({"object": "list", "data": [self._model_card()]})
-
-    async def _show_model(self, request: Request) -> Response:
-        check_key(request, self.options.key)
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self._model_card())
-
-    async def _refuse_embeddings(self, request: Request) -> Response:
-        check_key(request, self.options.key)
-        raise ApiError(
-            400,
-            Message(
-                "this server generates text with a chat model, which has no embeddings; ask a server of an embedding "
-                "model"
-            ),
-            code="unsupported_endpoint",
-        )
-
-    async def _show_health(self, _: Request) -> Response:
-        alive = self.generator.scheduler.alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
-
-    async def _show_metrics(self, request: Request) -> Response:
-        check_key(request, self.options.key)
-        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4")
+    def _check_model(self, name: str) -> None:
+        if name != self.model_name:
+            known = Message("there is no model '{name}' here, only '{model}'", name=name[:200], model=self.model_name)
+            raise ApiError(404, known, param="model", code="model_not_found")
 
     # -- replies
-
-    def _answering(self, endpoint: Endpoint) -> Any:
-        async def answer(request: Request) -> Response:
-            check_key(request, self.options.key)
-            return await self._answer(request, endpoint)
-
-        return answer
 
     async def _answer(self, http: Request, endpoint: Endpoint) -> Response:
         """The response to a request: its replies as one JSON object, or streamed."""
         try:
-            body = await http.body()
+            raw = await http.body()
         except ClientDisconnect:
             raise ApiError(400, Message("the client closed the connection")) from None
-        request = read_request(body, endpoint.form)
-        self._check_model(request.model)
-        path, job = http.scope["route"].path, Job(request, endpoint.id_prefix + uuid.uuid4().hex)
-        await self.generator.start(job, endpoint.add_replies)
-        headers = {"X-Request-Id": job.id}
-        if job.dropped_messages:
-            headers["X-Dropped-Messages"] = str(job.dropped_messages)
-        watcher = asyncio.create_task(_cancel_when_gone(http, job))
-        if request.stream:
+        body = read(raw, endpoint.form)
+        self._check_model(body.model)
+        path, exchange = http.scope["route"].path, Exchange(body, endpoint.id_prefix + uuid.uuid4().hex)
+        await self.generator.start(exchange, endpoint.requests)
+        headers = {"X-Request-Id": exchange.id}
+        if exchange.dropped_messages:
+            headers["X-Dropped-Messages"] = str(exchange.dropped_messages)
+        watcher = asyncio.create_task(_cancel_when_gone(http, exchange))
+        if body.stream:
             headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            stream = self._stream(path, endpoint, job, watcher)
+            stream = self._stream(path, endpoint, exchange, watcher)
             return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
         try:
-            async for _ in self.generator.growth(job):
+            async for _ in self.generator.growth(exchange):
                 pass
         except ApiError as error:
             error.headers |= headers
             raise
         finally:
-            self._finish(path, job, watcher)
-        return JSONResponse(endpoint.body(job), headers=headers)
+            self._finish(path, exchange, watcher)
+        return JSONResponse(endpoint.answer(exchange), headers=headers)
 
     async def _stream(
-        self, path: str, endpoint: Endpoint, job: Job, watcher: asyncio.Task[None]
+        self, path: str, endpoint: Endpoint, exchange: Exchange, watcher: asyncio.Task[None]
     ) -> AsyncIterator[bytes]:
         try:
-            async for event in endpoint.events(job):
+            async for event in endpoint.events(exchange):
                 yield event
         except ApiError as error:
             yield endpoint.error_event(error)
         finally:
-            self._finish(path, job, watcher)
+            self._finish(path, exchange, watcher)
 
-    def _finish(self, path: str, job: Job, watcher: asyncio.Task[None]) -> None:
-        """Frees the places of a job, and logs it."""
+    def _finish(self, path: str, exchange: Exchange, watcher: asyncio.Task[None]) -> None:
+        """Frees the places of an exchange, and logs it."""
         watcher.cancel()
-        unfinished = job.unfinished
-        job.cancel()
-        for reply in job.replies:
+        unfinished = exchange.unfinished
+        exchange.cancel()
+        for reply in exchange.replies:
             self.metrics.count_reply(reply)
-        self._log_request(path, 499 if unfinished else 200, str(job.summary()))
+        self._log_request(path, 499 if unfinished else 200, str(exchange.summary()))
 
 
-async def _cancel_when_gone(http: Request, job: Job) -> None:
-    """Ends the replies of a job when its client has closed the connection."""
+async def _cancel_when_gone(http: Request, exchange: Exchange) -> None:
+    """Ends the replies of an exchange when its client has closed the connection."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    job.cancel()
+    exchange.cancel()
