@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ok, run, says, user_error, write_jsonl
-from rows import GOOD, config, conversations, faulty, notes, prepare, questions, register
+from example_rows import GOOD, config, conversations, faulty, notes, prepare, questions, register
 
 from common import Message
 from preprocessing import conversations as reading

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import says, user_error, write_jsonl
-from rows import config, conversations, prepare, register
+from example_rows import config, conversations, prepare, register
 
 from common import Message
 from preprocessing import dataset

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, refused, run, says, user_error, write_jsonl
-from rows import GOOD, TALK, config, conversations, faulty, notes, prepare, register
+from example_rows import GOOD, TALK, config, conversations, faulty, notes, prepare, register
 
 from common import Message
 from preprocessing import dataset

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import ok, run, says, user_error, write_jsonl
-from rows import GOOD, TALK, config, conversations, faulty, prepare, questions, register
+from example_rows import GOOD, TALK, config, conversations, faulty, prepare, questions, register
 from stand_in import Handler, StandIn, serving
 
 import common
