@@ -887,7 +887,7 @@ def test_key_root_path_and_the_training_recipe(parrot: Path, tmp_path: Path) -> 
     for key in ("wrong", ""):
         with pytest.raises(openai.AuthenticationError) as caught:
             openai.OpenAI(base_url=url, api_key=key or "x", max_retries=0).models.list()
-        assert caught.value.sentence == "invalid_api_key"
+        assert caught.value.code == "invalid_api_key"
     command = ["curl", "-s", "-H", "Authorization: Bearer söcret", url + "/models"]
     listed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert [model["id"] for model in listed["data"]] == ["mine"]
