@@ -48,28 +48,26 @@ def json_problem(error: JSONDecodeError) -> str | Message:
 
 
 class FaultReport:
-    """The faulty rows of one or several datasets. Rows of one file with the same code are kept together."""
+    """The faulty rows of one or several datasets. Rows of one file with the same kind of fault are kept together."""
 
     def __init__(self) -> None:
         self.count = 0
         self.final = False
         self.groups: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def add(self, faults: Iterable[RowFault]) -> None:
-        for fault in faults:
-            self.final |= fault.final
-            self._add_group(fault.file, [fault.row], 1, fault.reason)
+    def add(self, fault: RowFault) -> None:
+        self.final |= fault.final
+        self._add_group(fault.file, [fault.row], 1, fault.reason)
 
-    def add_json(self, groups: list[dict[str, Any]]) -> None:
+    def add_json(self, groups: Iterable[dict[str, Any]]) -> None:
         """Adds what `to_json` of another report has given."""
         for group in groups:
             self._add_group(group["file"], group["rows"], group["count"], Message.from_json(group["reason"]))
 
     def _add_group(self, file: str, rows: list[int], count: int, reason: Message) -> None:
         self.count += count
-        group = self.groups.setdefault(
-            (file, reason.sentence), {"file": file, "rows": [], "count": 0, "reason": reason.to_json()}
-        )
+        new = {"file": file, "rows": [], "count": 0, "reason": reason.to_json()}
+        group = self.groups.setdefault((file, reason.sentence), new)
         group["count"] += count
         group["rows"] = [*group["rows"], *rows][:ROWS_NAMED]
 
@@ -77,22 +75,24 @@ class FaultReport:
         """For a file: [{"file", "rows" (the first ROWS_NAMED), "count", "reason" (of the first row)}]."""
         return list(self.groups.values())
 
+    def ends_run(self, on_bad_rows: str) -> bool:
+        """Whether there are faulty rows, and they are not to be skipped or cannot be."""
+        return bool(self.count) and (on_bad_rows != "skip" or self.final)
+
     def raise_if_any(self, on_bad_rows: str) -> None:
-        """Raises UserError with the first faults and the count, unless faulty rows are to be skipped and can be."""
-        if not self.count or (on_bad_rows == "skip" and not self.final):
+        """Raises UserError with the first faults and the count where they end the run."""
+        if not self.ends_run(on_bad_rows):
             return
         faults = fault_messages(self.to_json())
         if self.final:
             raise UserError(
-                "{count:,} row{count:plural} of the data cannot be used:\n"
-                "  {faults:lines}\n"
+                "{count:,} row{count:plural} of the data cannot be used:\n  {faults:lines}\n"
                 "correct the file; it cannot be read to its end",
                 count=self.count,
                 faults=faults,
             )
         raise UserError(
-            "{count:,} row{count:plural} of the data cannot be used:\n"
-            "  {faults:lines}\n"
+            "{count:,} row{count:plural} of the data cannot be used:\n  {faults:lines}\n"
             "correct them, or leave them out with on_bad_rows=skip",
             count=self.count,
             faults=faults,
@@ -103,21 +103,19 @@ def fault_messages(groups: list[dict[str, Any]]) -> list[Message]:
     """What `FaultReport.to_json` has given, as messages: at most LISTED, and how many rows have others."""
     messages = []
     for group in groups[:LISTED]:
-        first, reason, more = group["rows"][0], Message.from_json(group["reason"]), group["count"] - 1
-        if more:
-            rows = [str(row) for row in group["rows"][1:]] + ["..."] * (more >= ROWS_NAMED)
-            messages.append(
-                Message(
-                    "{file}, row {row}: {reason} (the same fault in {more:,} more row{more:plural}: {other_rows})",
-                    file=group["file"],
-                    row=first,
-                    reason=reason,
-                    more=more,
-                    other_rows=rows,
-                )
+        (first, *others), more = group["rows"], group["count"] - 1
+        place = {"file": group["file"], "row": first, "reason": Message.from_json(group["reason"])}
+        rows = [*map(str, others), *["..."] * (more >= ROWS_NAMED)]
+        messages.append(
+            Message(
+                "{file}, row {row}: {reason} (the same fault in {more:,} more row{more:plural}: {other_rows})",
+                **place,
+                more=more,
+                other_rows=rows,
             )
-        else:
-            messages.append(Message("{file}, row {row}: {reason}", file=group["file"], row=first, reason=reason))
+            if more
+            else Message("{file}, row {row}: {reason}", **place)
+        )
     if rest := sum(group["count"] for group in groups[LISTED:]):
         messages.append(Message("... and {count:,} row{count:plural} with other faults", count=rest))
     return messages

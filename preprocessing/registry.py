@@ -5,6 +5,7 @@ A name that is not in the registry may be the path of a file or folder.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -30,7 +31,8 @@ PAIRS = ("chosen", "rejected")
 COLUMNS = (*TEXT_COLUMNS, "messages", *MEDIA, *PAIRS, "kto_tag")
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 HUBS = ("hf_hub_url", "ms_hub_url", "om_hub_url")
-TEXTS = ("file_name", *HUBS, "script_url", "cloud_file_name", "formatting", "subset", "split", "folder")
+PLACES = ("file_name", *HUBS, "script_url", "cloud_file_name")
+TEXTS = (*PLACES, "formatting", "subset", "split", "folder")
 MOST_SAMPLES = 10**8  # of num_samples
 KEYS = (*TEXTS, "ranking", "num_samples", "columns", "tags")
 EXTENSIONS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "txt"}
@@ -43,6 +45,7 @@ class Entry:
     """One dataset that a run uses."""
 
     name: str
+    stage: str  # what is made of the rows: conversations (sft), documents (pt), pairs (dpo), judged answers (kto), ...
     files: tuple[Path, ...] = ()  # where it is on the disk; else:
     hub: str = ""  # "hf" or "ms"
     repository: str = ""  # its name there
@@ -55,7 +58,6 @@ class Entry:
     num_samples: int | None = None
     registered: bool = True
     notes: tuple[Message, ...] = ()
-    stage: str = "sft"  # what is made of the rows: conversations, documents (pt), pairs (dpo), judged answers (kto)
 
     @property
     def size(self) -> int:
@@ -76,9 +78,10 @@ def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> 
     entries, faults = [], []
     for name in names:
         try:
-            known = name in registry
-            entry = _registered_entry(name, registry[name], folder, stage) if known else _path_entry(name, folder)
-            entries.append(replace(entry, stage=stage))
+            if name in registry:
+                entries.append(_registered_entry(name, registry[name], folder, stage))
+            else:
+                entries.append(Entry(name, stage, _files_of_path(name, folder), registered=False))
         except FileNotFoundError:
             faults.append(_unknown_name(name, registry, folder))
         except OSError as error:  # a name that is too long, a folder that may not be read
@@ -97,9 +100,12 @@ def read_registry(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     if not path.is_file():
-        raise UserError(
-            "{file} is not a file; dataset_dir must be a folder that holds dataset_info.json as a file", file=path
-        )
+        raise UserError("{file} is not a file; dataset_dir must be a folder with a dataset_info.json", file=path)
+    return _parsed_registry(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed_registry(path: Path, *_: int) -> dict[str, Any]:
     try:
         registry = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -113,9 +119,7 @@ def read_registry(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError("{file} is not UTF-8; save it as UTF-8", file=path) from None
     except RecursionError:
-        raise UserError(
-            "{file} must hold a JSON object: a name and a description for each dataset", file=path
-        ) from None
+        registry = None
     if not isinstance(registry, dict):
         raise UserError("{file} must hold a JSON object: a name and a description for each dataset", file=path)
     return registry
@@ -124,14 +128,11 @@ def read_registry(path: Path) -> dict[str, Any]:
 def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
     if not folder.is_dir() and not Path(name).suffix:
         return Message(
-            "dataset '{name}': the folder dataset_dir={folder} does not exist, and there is no such file",
-            name=name,
-            folder=folder,
+            "dataset '{name}': there is no folder dataset_dir={folder}, and no such file", name=name, folder=folder
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and Path(name).suffix.lower() not in EXTENSIONS:
         return Message(
-            "there is no file '{name}'; to read a dataset of this name from Hugging Face, give it an entry in "
-            "{registry}:\n"
+            "there is no file '{name}'; to read a dataset of this name from Hugging Face, add it to {registry}:\n"
             '"NAME": {{"hf_hub_url": "{name}"}}, and use dataset=NAME',
             name=name,
             registry=folder / REGISTRY,
@@ -139,7 +140,7 @@ def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
     if re.search("[，、；]", name):
         meant = re.sub("[，、；]", ",", name).replace(" ", "")
         return Message(
-            "'{name}' has the Chinese comma; separate datasets with an ASCII comma: {meant}", name=name, meant=meant
+            "'{name}' has a Chinese comma; separate datasets with ASCII commas: {meant}", name=name, meant=meant
         )
     near = nearest_word(name, [*registry, *(p.name for p in folder.glob("*") if p.suffix in EXTENSIONS)])
     near = near or nearest_path(Path(name), (p for p in Path(name).parent.glob("*") if p.suffix in EXTENSIONS))
@@ -165,21 +166,16 @@ def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> 
     columns, tags = description.get("columns") or {}, description.get("tags") or {}
     kinds = {kind for kind in COLUMNS if columns.get(kind)}
     refuse_other_data(kinds | (set(PAIRS) if description.get("ranking") else set()), stage)
-    formatting = description.get("formatting")
-    if formatting not in (None, "alpaca", "sharegpt", "openai"):
-        raise Fault("has formatting '{formatting}'; it must be alpaca, sharegpt or openai", formatting=formatting)
-    count = description.get("num_samples")
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_SAMPLES):
-        raise Fault("has num_samples {value}; it must be a whole number from 1 to 100 million", value=json.dumps(count))
     entry = Entry(
         name,
-        formatting=formatting,
+        stage,
+        formatting=description.get("formatting"),
         columns={kind: column for kind, column in columns.items() if kind in COLUMNS},
         tags={tag: value for tag, value in tags.items() if tag in TAGS},
         subset=description.get("subset"),
         split=description.get("split") or "train",
         folder=description.get("folder"),
-        num_samples=count,
+        num_samples=description.get("num_samples"),
         notes=notes,
     )
     hf, ms = description.get("hf_hub_url"), description.get("ms_hub_url")
@@ -188,72 +184,66 @@ def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> 
         return replace(entry, hub="ms", repository=ms)
     if hf:
         return replace(entry, hub="hf", repository=hf)
-    if not description.get("file_name"):
-        other = next((key for key in ("om_hub_url", "script_url", "cloud_file_name") if description.get(key)), None)
-        raise (
-            Fault(
-                "is only at a {key}, which this kit does not read; download its files and name them with file_name",
-                key=other,
-            )
-            if other
-            else Fault("names no file_name in dataset_info.json")
+    if file_name := description.get("file_name"):
+        path = folder / os.path.expanduser(os.path.expandvars(file_name))
+        return replace(entry, files=data_files(path, entry.split))
+    if other := next((key for key in PLACES if description.get(key)), None):
+        raise Fault(
+            "is only at a {key}, which this kit does not read; download it and name it with file_name", key=other
         )
-    path = folder / os.path.expanduser(os.path.expandvars(description["file_name"]))
-    return replace(entry, files=data_files(path, entry.split))
+    raise Fault("names no file_name in dataset_info.json")
 
 
 def _check_types(description: dict[str, Any]) -> tuple[Message, ...]:
     """Notes on what is not used; raises Fault for values of the wrong type, and for keys that are probably misspelt."""
-    for key in TEXTS:
-        if not isinstance(description.get(key), str | None):
-            raise Fault(
-                "has {key}: {value} in dataset_info.json; it must be text",
-                key=key,
-                value=json.dumps(description[key], ensure_ascii=False)[:60],
-            )
+    texts = {key: description.get(key) for key in TEXTS}
+    unknown = [(key, nearest_word(key, KEYS)) for key in description.keys() - set(KEYS)]  # others may have more keys
     notes = []
-    for key in description.keys() - set(KEYS):  # older and other registries have keys of their own
-        if near := nearest_word(key, KEYS):
-            raise Fault("has the unknown key '{key}' in dataset_info.json{near:suggestion}", key=key, near=near)
     for kind, known in (("columns", COLUMNS), ("tags", TAGS)):
         given = description.get(kind) or {}
         if not isinstance(given, dict):
             raise Fault('has {key} in dataset_info.json that are no object; write {{"...": "..."}}', key=kind)
-        for key, value in given.items():
-            if not isinstance(value, str | None):
-                raise Fault(
-                    "has {key}: {value} in dataset_info.json; it must be text",
-                    key=f"{kind}: {key}",
-                    value=json.dumps(value, ensure_ascii=False)[:60],
-                )
-            if key not in known:
-                if near := nearest_word(key, known):
-                    raise Fault(
-                        "has the unknown key '{key}' in dataset_info.json{near:suggestion}",
-                        key=f"{kind}: {key}",
-                        near=near,
-                    )
-                notes.append(Message("dataset_info.json has '{key}', which is not used", key=f"{kind}: {key}"))
+        texts |= {f"{kind}: {key}": value for key, value in given.items()}
+        for key in (key for key in given if key not in known):
+            unknown.append((f"{kind}: {key}", nearest_word(key, known)))
+            notes.append(Message("dataset_info.json has '{key}', which is not used", key=f"{kind}: {key}"))
+    for key, value in texts.items():
+        if not isinstance(value, str | None):
+            shown = json.dumps(value, ensure_ascii=False)[:60]
+            raise Fault("has {key}: {value} in dataset_info.json; it must be text", key=key, value=shown)
+    for key, near in unknown:
+        if near:
+            raise Fault("has the unknown key '{key}' in dataset_info.json{near:suggestion}", key=key, near=near)
+    if texts["formatting"] not in (None, "alpaca", "sharegpt", "openai"):
+        formatting = texts["formatting"]
+        raise Fault("has formatting '{formatting}'; it must be alpaca, sharegpt or openai", formatting=formatting)
+    count = description.get("num_samples")
+    if count is not None and (type(count) is not int or not 1 <= count <= MOST_SAMPLES):
+        raise Fault("has num_samples {value}; it must be a whole number from 1 to 100 million", value=json.dumps(count))
     return tuple(notes)
 
 
 def refuse_other_data(kinds: Iterable[str], stage: str) -> None:
     """Raises Fault where columns of these `kinds` (see COLUMNS) make a dataset one that `stage` cannot use."""
     kinds = set(kinds)
-    if kinds & set(MEDIA):
-        raise Fault("has {kind}; this kit trains on text", kind=next(kind for kind in MEDIA if kind in kinds))
+    if media := [kind for kind in MEDIA if kind in kinds]:
+        raise Fault("has {kind}; this kit trains on text", kind=media[0])
     if kinds & set(PAIRS) and stage not in ("dpo", "pt"):
         raise Fault("is preference data (chosen and rejected answers), which only stage: dpo trains on")
     if "kto_tag" in kinds and stage not in ("kto", "pt"):
         raise Fault("is preference data (answers marked as good or bad), which only stage: kto trains on")
 
 
-def _path_entry(name: str, folder: Path) -> Entry:
-    """The entry of a file or folder without registry; raises FileNotFoundError where there is none."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and folders
+
+
+def _files_of_path(name: str, folder: Path) -> tuple[Path, ...]:
+    """The files at a path without registry; raises FileNotFoundError where there are none."""
     found = next((path for path in (Path(name).expanduser(), folder / name) if path.exists()), None)
     if found is None:
         raise FileNotFoundError(name)
-    return Entry(name, files=data_files(found, Entry.split), registered=False)
+    return data_files(found, Entry.split)
 
 
 def data_files(path: Path, split: str) -> tuple[Path, ...]:
@@ -261,15 +251,10 @@ def data_files(path: Path, split: str) -> tuple[Path, ...]:
     if path.is_dir():
         return _files_of_folder(path, split)
     if not path.exists():
-        raise Fault(
-            "names the file {file}, which does not exist{near:suggestion}",
-            file=path,
-            near=nearest_word(path.name, (p.name for p in path.parent.glob("*"))),
-        )
-    if not path.is_file():  # a pipe or a device: reading it might never end
-        raise Fault(
-            "is in {file}, which is no regular file (a pipe or a device); write its rows into a file first", file=path
-        )
+        near = nearest_word(path.name, (p.name for p in path.parent.glob("*")))
+        raise Fault("names the file {file}, which does not exist{near:suggestion}", file=path, near=near)
+    if not path.is_file():  # reading it might never end
+        raise Fault("is in {file}, a pipe or a device; write its rows into a file first", file=path)
     if path.suffix.lower() not in EXTENSIONS:
         raise Fault("is in {file}, whose type is unknown; known are {known}", file=path, known=list(EXTENSIONS))
     return (path,)
@@ -280,12 +265,12 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
         return _files_of_folder(folder / split, split)  # save_to_disk of a DatasetDict
     if (folder / "state.json").is_file() and (saved := _saved_files(folder)):
         return saved
-    if is_registry(folder / REGISTRY):
+    if names := _registered_names(folder / REGISTRY):
         raise Fault(
             "is the folder {folder}, which has a dataset_info.json; use dataset_dir={folder} and one of its "
             "datasets: {names}",
             folder=folder,
-            names=[*read_registry(folder / REGISTRY)][:20],
+            names=names[:20],
         )
     files = sorted(
         path
@@ -295,16 +280,11 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
     kinds = sorted({EXTENSIONS[path.suffix.lower()] for path in files})
     if not kinds:
         raise Fault(
-            "is the folder {folder}, which holds no data files; it needs files of one type: {known}",
-            folder=folder,
-            known=list(EXTENSIONS),
+            "is the folder {folder}, which holds no data files ({known})", folder=folder, known=list(EXTENSIONS)
         )
     if len(kinds) > 1:
         raise Fault(
-            "is the folder {folder}, which holds files of several types ({types}); name one file, or keep one type "
-            "there",
-            folder=folder,
-            types=kinds,
+            "is the folder {folder}, with files of several types ({types}); name one file", folder=folder, types=kinds
         )
     return tuple(files)
 
@@ -321,13 +301,11 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def is_registry(path: Path) -> bool:
-    """Whether a dataset_info.json describes datasets by name, rather than being metadata that `datasets` wrote."""
-    if not path.is_file():
-        return False
+def _registered_names(path: Path) -> list[str]:
+    """The datasets that a dataset_info.json describes by name; none where it is metadata that `datasets` wrote."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
-        return False
-    places = {"file_name", *HUBS, "script_url", "cloud_file_name"}
-    return isinstance(content, dict) and any(isinstance(v, dict) and places & v.keys() for v in content.values())
+        content = read_registry(path)
+    except UserError:
+        return []
+    described = any(isinstance(value, dict) and set(PLACES) & value.keys() for value in content.values())
+    return [*content] if described else []

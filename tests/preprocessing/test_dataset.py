@@ -14,7 +14,6 @@ from conftest import ok, run, says, user_error, write_jsonl
 from example_rows import GOOD, config, conversations, faulty, notes, prepare, questions, register
 
 from common import Message
-from preprocessing import conversations as reading
 from preprocessing import data_report, dataset, sources
 from preprocessing.rows import fingerprint
 
@@ -107,7 +106,7 @@ def test_several_threads_make_the_same_samples_in_order(tmp_path: Path, tiny_tok
         tmp_path / "rows.jsonl", [*questions(2000), {"instruction": "<|im_end|>", "output": "<|im_start|>"}]
     )
     one = prepare(tiny_tokenizer, path)
-    monkeypatch.setattr("preprocessing.cache.PARALLEL", 0)
+    monkeypatch.setattr("preprocessing.dataset.PARALLEL", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     several = prepare(tiny_tokenizer, path, overwrite_cache=True)
     assert several.train.data.table.equals(one.train.data.table) and several.report == one.report
@@ -252,7 +251,7 @@ def test_skipped_rows_are_recorded_and_a_broken_list_is_never_skipped(tmp_path: 
     with faulty(says("{where} is null"), row=2):  # out of the cache too
         prepare(tiny_tokenizer, path)
     (tmp_path / "rows.json").write_text(json.dumps([GOOD, GOOD])[:-10])
-    with faulty(says("nothing after"), row=2):
+    with faulty(says("broken JSON at line"), row=2):
         prepare(tiny_tokenizer, tmp_path / "rows.json", on_bad_rows="skip")
 
 
@@ -272,7 +271,7 @@ def test_small_files_are_read_once(tmp_path: Path, tiny_tokenizer, monkeypatch) 
     made = prepare(tiny_tokenizer, path)
     train, held_out = dataset.read_conversations(config(path))
     assert len(made.train) + len(made.eval) == len(train) + len(held_out) == 300
-    assert len(read) <= count + 100  # the beginning, which decides the format
+    assert len(read) <= count
     write_jsonl(path, questions(299))  # another file is another question
     assert len(prepare(tiny_tokenizer, path, val_size=0).train) == 299
 
@@ -281,7 +280,7 @@ def test_large_files_are_streamed_with_the_same_result(tmp_path: Path, tiny_toke
     rows = [*questions(700), {"instruction": "q", "output": None}, {"instruction": "{{name}}", "output": "a"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     kept = prepare(tiny_tokenizer, path, on_bad_rows="skip")
-    monkeypatch.setattr(reading, "SMALL", 0)
+    monkeypatch.setattr(dataset, "SMALL", 0)
     streamed = prepare(tiny_tokenizer, path, on_bad_rows="skip", overwrite_cache=True)
     assert streamed.train.data.table.equals(kept.train.data.table) and streamed.report == kept.report
 

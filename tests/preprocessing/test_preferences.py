@@ -107,7 +107,7 @@ def test_rows_of_no_known_form_are_shown_forms_that_the_stage_can_read(tmp_path:
         ({"prompt": "q", "chosen": "good", "rejected": " "}, says("{where} is empty")),
         ({"prompt": "q", "chosen": [Q], "rejected": [B]}, says("is a message of")),
         ({"chosen": [Q, A], "rejected": [{**Q, "content": "other"}, B]}, says("before their")),
-        ({"prompt": [Q, A], "chosen": [A], "rejected": [B]}, says("ends with an")),
+        ({"prompt": [Q, A], "chosen": [A], "rejected": [B]}, says("follows one of")),
         ({"instruction": "q", "output": "a"}, says("rejected; it")),
     ],
 )

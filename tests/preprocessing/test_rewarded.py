@@ -6,26 +6,19 @@ import json
 
 import pytest
 from conftest import says, write_jsonl
+from rows import conversations
 
 import common
-from preprocessing.conversations import convert_rows, layout_of
 from preprocessing.encode import encode
 from preprocessing.encode_prompts import encode_prompt
-from preprocessing.registry import find_entries
-from preprocessing.sources import open_source
 from preprocessing.template import load_template
 
 USER = {"role": "user", "content": "two?"}
 
 
 def prompts_of(tmp_path, *rows: dict, **settings) -> list[dict]:
-    """The conversations of rows without registry, and no fault."""
-    file = write_jsonl(tmp_path / "rows.jsonl", list(rows))
-    (entry,) = find_entries([str(file)], str(tmp_path), "grpo")
-    source = open_source(entry, hashed=False)
-    batch = convert_rows(source.read(), layout_of(source), common.Config(stage="grpo", **settings))
-    assert batch.faults == []
-    return batch.conversations
+    """The conversations of rows without registry."""
+    return conversations(write_jsonl(tmp_path / "rows.jsonl", list(rows)), stage="grpo", val_size=0, **settings)
 
 
 @pytest.mark.parametrize(

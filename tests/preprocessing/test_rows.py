@@ -247,7 +247,12 @@ def test_a_column_that_another_name_takes_is_not_read_twice(tmp_path: Path) -> N
 def test_a_misspelt_column_of_the_registry_is_an_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "inputs": "i", "output": "a"}])
     folder = register(tmp_path, rows={"file_name": "rows.jsonl", "columns": {"query": "inptus"}})
-    with user_error("': dataset_info.json", kind="query", column="inptus", near="inputs"):
+    with user_error(
+        "no row has the column '{column}' that dataset_info.json names as {kind}{near",
+        kind="query",
+        column="inptus",
+        near="inputs",
+    ):
         conversations("rows", dataset_dir=folder)
 
 
@@ -269,10 +274,7 @@ def test_missing_system_tag_loses_nothing_and_openai_gets_no_system_prompt(tmp_p
     ]
     made = prepare(tiny_tokenizer, "rows", "open", dataset_dir=folder)
     assert notes(made) == [
-        Message(
-            "tags name no system_tag; messages of the role 'system' are system messages all the same "
-            "(LLaMA-Factory would leave out their rows)"
-        )
+        Message("tags name no system_tag; messages of the role 'system' are read (LLaMA-Factory drops their rows)")
     ]
     assert notes(made, number=1) == [
         Message("no 'detailed thinking off' is put into the system message (LLaMA-Factory does for openai data)")
@@ -413,7 +415,7 @@ def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_token
     assert [m["content"] for m in first["messages"]] == ["Be Ada.", "Who is Ada?", "Ada by Bo, {{other}}"]
     assert second["messages"][0]["content"] == "own"
     assert Message(
-        "{mark} becomes '{value}' in {rows:,} row{rows:plural} ({setting}: \"\" would leave it)",
+        "{mark} becomes '{value}' in {rows:,} row{rows:plural} (unless {setting}: \"\")",
         mark="{{name}}",
         setting="name",
         value="Ada",

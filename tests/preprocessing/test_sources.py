@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,45 +70,31 @@ def test_folder_of_one_type_is_read_in_order_and_of_several_refused(tmp_path: Pa
     assert [c["messages"][0]["content"] for c in conversations("parts", dataset_dir=registry)] == ["q1", "q2"]
     (folder / "3.csv").write_text("instruction,output\nq,a\n")
     assert fault_of(folder) == Message(
-        "is the folder {folder}, which holds files of several types ({types}); name one file, or keep one type there",
+        "is the folder {folder}, with files of several types ({types}); name one file",
         folder=folder,
         types=["csv", "json"],
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
-def test_json_list_is_streamed_in_chunks(tmp_path: Path, chunk: int) -> None:
+def test_a_json_list_is_read_row_by_row(tmp_path: Path) -> None:
     rows = [{"instruction": 'héllo 你好 😀 \\ " ]},', "n": number, "output": "x" * number} for number in range(40)]
     path = tmp_path / "rows.json"
     path.write_text(" \n" + json.dumps(rows, ensure_ascii=False, indent=1) + "\n ", encoding="utf-8")
-    assert [row for _, row in sources._list_rows(path, chunk)] == rows
+    assert [row for _, row in sources.read_rows(path)] == rows
 
 
-@pytest.mark.parametrize("chunk", [3, 1 << 20])
 @pytest.mark.parametrize("damage", ['"a\n', "[1,]", "nul", '"open'])
-def test_broken_json_list_names_line_and_column_as_python_does(tmp_path: Path, chunk: int, damage: str) -> None:
+def test_broken_json_list_names_line_and_column_as_python_does(tmp_path: Path, damage: str) -> None:
     text = json.dumps([GOOD] * 3, indent=1).replace('"A kit."', damage, 2).replace(damage, '"A kit."', 1)
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
-    *good, (number, fault) = sources._list_rows(path, chunk)
+    *good, (number, fault) = sources.read_rows(path)
     with pytest.raises(json.JSONDecodeError) as expected:
         json.loads(text)
     assert good == [(1, GOOD)] and number == 2 and fault.final
-    assert fault.message.sentence == says("nothing after")
+    assert fault.message.sentence == says("broken JSON at line")
     at = fault.message.fields
     assert (at["line"], at["column"]) == (expected.value.lineno, expected.value.colno)
-
-
-def test_long_json_list_needs_little_memory(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    with open(path, "w") as file:
-        file.write("[" + ",\n".join([json.dumps({"instruction": "q" * 1000, "output": "a" * 1000})] * 5_000) + "]")
-    assert path.stat().st_size > 10e6
-    tracemalloc.start()
-    assert sum(1 for _ in sources.read_rows(path)) == 5_000
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 6e6
 
 
 @pytest.mark.parametrize(
@@ -137,33 +122,33 @@ def test_long_json_list_needs_little_memory(tmp_path: Path) -> None:
             says("line {line}: broken CSV ({problem})"),
             {"row": 2, "line": 3},
         ),
-        ("a.csv", b"instruction;output\nq;a\n", says("be separated"), {"separator": ";"}),
-        ("a.csv", b"instruction\toutput\nq\ta\n", says("be separated"), {"separator": "tab"}),
+        ("a.csv", b"instruction;output\nq;a\n", says("save the file with commas"), {"separator": ";"}),
+        ("a.csv", b"instruction\toutput\nq\ta\n", says("save the file with commas"), {"separator": "tab"}),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"},]',
-            says("nothing after"),
+            says("broken JSON at line"),
             {"row": 2, "line": 1, "column": 38},
         ),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"}',
-            says("nothing after"),
+            says("broken JSON at line"),
             {"row": 2, "line": 1, "column": 37, "problem": "Expecting ',' or ']'"},
         ),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"}] x',
-            says("nothing after"),
-            {"row": 2, "problem": "text after the end of the list"},
+            says("broken JSON at line"),
+            {"row": 2, "problem": Message("text after the end of the list")},
         ),
-        ("a.json", b"[] x", says("nothing after"), {"problem": "text after the end of the list"}),
-        ("a.json", b"[" + b"1" * 5000 + b"]", says("nothing after"), {"line": 1}),
+        ("a.json", b"[] x", says("broken JSON at line"), {"problem": Message("text after the end of the list")}),
+        ("a.json", b"[" + b"1" * 5000 + b"]", says("broken JSON at line"), {"line": 1}),
         ("a.jsonl", b"1" * 5000, says("broken JSON at line {line}, column {column}: {problem}"), {"line": 1}),
         (
             "a.json",
             b"[" + json.dumps(GOOD).encode() + b",\n]",
-            says("nothing after"),
+            says("broken JSON at line"),
             {"row": 2, "problem": Message("a comma too many stands before the closing bracket")},
         ),
         (
@@ -217,8 +202,7 @@ def test_a_pipe_or_a_device_ends_at_once(tmp_path: Path) -> None:
     folder = register(tmp_path, pipe={"file_name": "rows.jsonl"})
     for name, path in (("pipe", "rows.jsonl"), (tmp_path / "null.json", "null.json")):
         assert fault_of(name, folder) == Message(
-            "is in {file}, which is no regular file (a pipe or a device); write its rows into a file first",
-            file=tmp_path / path,
+            "is in {file}, a pipe or a device; write its rows into a file first", file=tmp_path / path
         )
     (tmp_path / "dataset_info.json").unlink()
     os.mkfifo(tmp_path / "dataset_info.json")
@@ -284,11 +268,11 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
         "pairs": Message("is preference data (chosen and rejected answers), which only stage: dpo trains on"),
         "judged": Message("is preference data (answers marked as good or bad), which only stage: kto trains on"),
         "scripted": Message(
-            "is only at a {key}, which this kit does not read; download its files and name them with file_name",
+            "is only at a {key}, which this kit does not read; download it and name it with file_name",
             key="script_url",
         ),
         "cloud": Message(
-            "is only at a {key}, which this kit does not read; download its files and name them with file_name",
+            "is only at a {key}, which this kit does not read; download it and name it with file_name",
             key="cloud_file_name",
         ),
         "gone": Message(
@@ -319,7 +303,7 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
             near=tmp_path / "rows.jsonl",
         ),
         "rows，a、b": Message(
-            "'{name}' has the Chinese comma; separate datasets with an ASCII comma: {meant}",
+            "'{name}' has a Chinese comma; separate datasets with ASCII commas: {meant}",
             name="rows，a、b",
             meant="rows,a,b",
         ),
@@ -394,7 +378,7 @@ def test_how_to_name_a_dataset_of_a_hub(tmp_path: Path) -> None:
     folder = register(tmp_path, rows={"file_name": "rows.jsonl"})
     fault = fault_of("me/rows", folder)
     assert fault == Message(
-        "there is no file '{name}'; to read a dataset of this name from Hugging Face, give it an entry in {registry}:\n"
+        "there is no file '{name}'; to read a dataset of this name from Hugging Face, add it to {registry}:\n"
         '"NAME": {{"hf_hub_url": "{name}"}}, and use dataset=NAME',
         name="me/rows",
         registry=tmp_path / "dataset_info.json",
@@ -403,7 +387,7 @@ def test_how_to_name_a_dataset_of_a_hub(tmp_path: Path) -> None:
     with user_error("the datasets", dataset_dir="ONLINE"):
         find_entries(["me/rows"], "ONLINE")
     assert fault_of("rows", str(tmp_path / "gone")) == Message(
-        "dataset '{name}': the folder dataset_dir={folder} does not exist, and there is no such file",
+        "dataset '{name}': there is no folder dataset_dir={folder}, and no such file",
         name="rows",
         folder=tmp_path / "gone",
     )

@@ -1,0 +1,239 @@
+"""Conversations → samples: tokenized by several threads, written as they come, and counted."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import Config, Message
+from preprocessing.encode_stages import COLUMNS, count_learned, count_tokens, encode_batch, no_sample
+from preprocessing.faults import RowFault, TooLong
+from preprocessing.rows import ReadRow
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from preprocessing.template import ChatTemplate
+
+# What is known of each sample, beside its columns; lengths are tokens.
+FACTS = [
+    ("length", "i4"),  # of a pair that of both sequences
+    ("whole_length", "i4"),  # before it was cut, or dropped
+    ("learned", "i4"),
+    ("chosen", "i4"),
+    ("rejected", "i4"),
+    ("truncated", "?"),
+    ("content", "i8"),  # the fingerprint of its conversation
+    ("first", "?"),  # whether it is the first of its conversation: a document may give several
+]
+MANY_CUT = 0.05  # the share of cut samples from which on a warning names a longer cutoff_len
+
+
+@dataclass
+class Chunk:
+    """Tokenized rows: one entry a sample, of length 0 where its conversation was dropped."""
+
+    columns: dict[str, list[Any]]  # of COLUMNS[stage], a value each
+    facts: np.ndarray  # of FACTS
+    left_out: Counter[str]  # what the template leaves out of answers → answers
+    faults: list[RowFault]
+    rows: int
+
+
+def encode_chunk(rows: list[ReadRow], config: Config, template: ChatTemplate, tokenizer: Any) -> Chunk:
+    """Rows as samples."""
+    import numpy as np
+
+    stage = config.stage
+    found = encode_batch(stage, [row.conversation for row in rows], config, template, tokenizer)
+    kept: list[dict[str, Any]] = []
+    facts: list[tuple[Any, ...]] = []
+    left_out: Counter[str] = Counter()
+    faults: list[RowFault] = []
+    for row, samples in zip(rows, found, strict=True):
+        if isinstance(samples, Message):
+            dropped = config.overlong == "drop" and isinstance(samples, TooLong)
+            faults += [] if dropped else [RowFault(row.file, row.row, samples)]
+            samples = [no_sample(stage, samples.fields["tokens"] if dropped else 0)]
+        for number, sample in enumerate(samples):
+            answers = [len(sample.get(name, ())) for name in ("chosen_ids", "rejected_ids")]
+            tokens = (count_tokens(stage, sample), sample["whole_length"], count_learned(stage, sample))
+            kept.append(sample)
+            facts.append((*tokens, *answers, sample["truncated"], row.content, number == 0))
+            left_out.update(sample.get("left_out"))
+    columns = {name: [sample[name] for sample in kept] for name in COLUMNS[stage]}
+    return Chunk(columns, np.array(facts, FACTS), left_out, faults, len(rows))
+
+
+def encode_chunks(
+    batches: Iterable[list[ReadRow]], config: Config, template: ChatTemplate, tokenizer: Any, threads: int
+) -> Iterator[Chunk]:
+    """Batches of rows as samples, in order, made by several threads, a copy of the tokenizer each.
+
+    Threads, because two thirds of the work are the tokenizer's, which runs without Python's lock; a process more would
+    cost 600 MB and 6 CPU-seconds for its imports.
+    """
+    if threads == 1:
+        yield from (encode_chunk(batch, config, template, tokenizer) for batch in batches)
+        return
+    idle = [tokenizer, *(copy.deepcopy(tokenizer) for _ in range(threads - 1))]
+
+    def work(batch: list[ReadRow]) -> Chunk:
+        mine = idle.pop()  # there are as many tokenizers as threads
+        try:
+            return encode_chunk(batch, config, template, mine)
+        finally:
+            idle.append(mine)
+
+    waiting: deque[Future[Chunk]] = deque()
+    with _without_own_threads(), ThreadPoolExecutor(threads) as pool:
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(work, batch))
+                if len(waiting) > 2 * threads:  # no more rows in memory than that
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # Ctrl-C and errors do not wait for batches that have not begun
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _without_own_threads() -> Iterator[None]:
+    """Keeps the tokenizers library from spreading each batch over all cores: several threads would be half as fast."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextmanager
+def arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk], None]]:
+    """A function that appends chunks to an Arrow file of the columns of a stage, beside a progress bar."""
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    types = {"label": pa.bool_(), "row": pa.large_string()}
+    schema = pa.schema({column: types.get(column, pa.list_(pa.int32())) for column in COLUMNS[stage]})
+    bar = tqdm(desc=f"tokenizing {name}", unit=" rows", delay=2, leave=False, disable=None)
+    with bar, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+        def write(chunk: Chunk) -> None:
+            writer.write_batch(pa.RecordBatch.from_pydict(chunk.columns, schema=schema))
+            bar.update(chunk.rows)
+
+        yield write
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is said of samples
+
+
+def token_counts(lengths: np.ndarray) -> dict[str, int]:
+    """Samples, tokens, and the median and longest length of those that are not empty."""
+    import numpy as np
+
+    kept = lengths[lengths > 0]
+    return {
+        "samples": len(kept),
+        "tokens": int(kept.sum()),
+        "median": int(np.median(kept)) if len(kept) else 0,
+        "longest": int(kept.max(initial=0)),
+    }
+
+
+def count_facts(facts: np.ndarray) -> dict[str, Any]:
+    """What run.json records of the samples of a dataset."""
+    import numpy as np
+
+    pairs = facts[facts["chosen"] > 0]
+    means = {name: round(float(pairs[name].mean()), 1) for name in ("chosen", "rejected")} if len(pairs) else {}
+    return {
+        "conversations": len(facts),
+        **token_counts(facts["length"]),
+        **means,
+        "learned": int(facts["learned"].sum()),
+        "truncated": int(facts["truncated"].sum()),
+        "dropped": int(_dropped(facts).sum()),
+        "duplicates": int(facts["first"].sum()) - len(np.unique(facts["content"])),
+    }
+
+
+def _dropped(facts: np.ndarray) -> np.ndarray:
+    return (facts["length"] == 0) & (facts["whole_length"] > 0)
+
+
+def notes_on(facts: np.ndarray, left_out: Counter[str], config: Config, template: str) -> Iterator[Message]:
+    """What the template leaves out; where many samples are cut or dropped, the cutoff_len that would keep 95 % whole;
+    and where the answers of pairs differ in length."""
+    import numpy as np
+
+    if count := left_out["thoughts"]:
+        yield Message(
+            "the chat template ({template}) leaves out the thoughts of {answers:,} answer{answers:plural}",
+            template=template,
+            answers=count,
+        )
+    if count := left_out["words_beside_call"]:
+        yield Message(
+            "the chat template ({template}) leaves out the text next to a tool call in {answers:,} "
+            "answer{answers:plural}",
+            template=template,
+            answers=count,
+        )
+    known = facts["whole_length"][facts["whole_length"] > 0]
+    cut, dropped = int((known > config.cutoff_len).sum()), int(_dropped(facts).sum())
+    if cut > MANY_CUT * len(known):
+        enough = int(np.quantile(known, 1 - MANY_CUT, method="higher"))
+        if dropped:
+            yield Message(
+                "{dropped:,} of {total:,} samples are longer than cutoff_len and are left out; cutoff_len={enough} "
+                "would keep 95 %",
+                dropped=dropped,
+                total=len(known),
+                enough=enough,
+            )
+        else:
+            yield Message(
+                "{cut:,} of {total:,} samples are longer than cutoff_len={cutoff_len} and are cut; "
+                "cutoff_len={enough} would keep 95 % whole",
+                cut=cut,
+                total=len(known),
+                cutoff_len=config.cutoff_len,
+                enough=enough,
+            )
+    pairs = facts[facts["chosen"] > 0]
+    if bias := length_bias(pairs["chosen"], pairs["rejected"]):
+        yield bias
+
+
+def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:
+    """A warning where one side of the pairs is longer than the other: the model may learn the length instead.
+
+    `chosen`, `rejected`: tokens of each answer. By the mean difference against its standard error, and 20 % at least.
+    """
+    if len(chosen) < 10:
+        return None
+    difference = chosen - rejected
+    means = float(chosen.mean()), float(rejected.mean())
+    error = float(difference.std()) / len(difference) ** 0.5
+    if abs(difference.mean()) < 3 * error or max(means) < 1.2 * min(means):
+        return None
+    return Message(
+        "chosen answers have {chosen:.0f} tokens on average, rejected ones {rejected:.0f}: the model may learn the "
+        "length rather than what is better",
+        chosen=means[0],
+        rejected=means[1],
+    )
