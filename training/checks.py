@@ -59,33 +59,22 @@ def check_python() -> Iterator[Finding]:
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
         yield Fact("{version}", version=found)
     else:
-        yield Problem(
-            "Python {version}, but the packages need 3.11 to 3.13: make setup PYTHON=python3.12", version=found
-        )
+        yield Problem("Python {version}, not 3.11 to 3.13: make setup PYTHON=python3.12", version=found)
 
 
 def check_processes(config: Config, processes: Processes) -> Iterator[Finding]:
     """Whether the processes that a launcher (torchrun, accelerate launch) has started can train together."""
+    count, cards, here = processes.count, processes.cards, processes.here
     if processes.missing:
         yield Problem(
-            "WORLD_SIZE is {count}, but {missing} are not set: start train.py with torchrun or accelerate launch, or "
-            "unset WORLD_SIZE",
-            count=processes.count,
-            missing=processes.missing,
+            "WORLD_SIZE is {count}, but {missing} not set: use torchrun", count=count, missing=processes.missing
         )
-    elif 0 < processes.cards < processes.here:
-        cards = processes.cards
-        yield Problem(
-            "{count} processes for {cards} GPU{cards:plural}: start one a GPU", count=processes.here, cards=cards
-        )
-    elif processes.count > 1 and config.stage not in SHARED_STAGES:
-        yield Problem(
-            "stage {stage} trains in one process, and {count} were started; use python train.py",
-            count=processes.count,
-            stage=config.stage,
-        )
-    elif processes.count > 1:
-        yield Fact("{count}, each with its part of every step's samples", count=processes.count)
+    elif 0 < cards < here:
+        yield Problem("{count} processes for {cards} GPU{cards:plural}: start one a GPU", count=here, cards=cards)
+    elif count > 1 and config.stage not in SHARED_STAGES:
+        yield Problem("stage {stage} trains in one process, not {count}", count=count, stage=config.stage)
+    elif count > 1:
+        yield Fact("{count}, each with its part of every step's samples", count=count)
 
 
 def check_card(config: Config, gpu: Gpu | None) -> Iterator[Finding]:
@@ -148,12 +137,7 @@ def check_output(folder: Path) -> Iterator[Finding]:
     try:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
-        yield Problem(
-            "output_dir {folder}: {path} cannot be written ({reason}); choose another",
-            folder=folder,
-            path=there,
-            reason=error.strerror,
-        )
+        yield Problem("output_dir: {path} cannot be written ({reason})", path=there, reason=error.strerror)
 
 
 def check_trackers(config: Config) -> Iterator[Finding]:
@@ -179,21 +163,17 @@ def check_model(config: Config, model: ModelSize | None) -> Iterator[Finding]:
             yield Problem("{model} is incomplete, {missing} missing; fetch it again", model=path, missing=missing)
     else:
         fetch = common.command("download.py", hub_name(config.model_name_or_path) or f"ORG/{path.name}")
-        yield Problem(
-            "there is no model {folder}; fetch it ({command}) or set model_name_or_path", folder=path, command=fetch
-        )
-    if model is None:
-        return
-    context = model.settings.get("max_position_embeddings")
+        yield Problem("there is no model {folder}; fetch it: {command}", folder=path, command=fetch)
+    context = model and model.settings.get("max_position_embeddings")
     if context and config.cutoff_len > context:
         yield Problem("cutoff_len: {model} reads at most {context} tokens", model=path, context=context)
-    if model.folder is None:  # the names of its modules are a guess
+    if model is None or model.folder is None:  # the names of its modules are a guess
         return
     quantization = model.settings.get("quantization_config")
     method = quantization.get("quant_method", "?") if quantization else None
     if method not in (None, "bitsandbytes"):
         yield Problem(
-            "{folder} is quantized ({method}); take the 16-bit model, with quantization_bit: 4 to load it in 4 bit",
+            "{folder} is quantized ({method}); use the 16-bit model, in 4 bit with quantization_bit: 4",
             folder=path,
             method=method,
         )
@@ -266,10 +246,7 @@ def check_adapter(loaded: Loaded) -> Iterator[Finding]:
         "pissa_init": config.pissa_init,
     }
     if ignored := [name for name, differ in differs.items() if differ and name in given]:
-        rank = settings["r"]
-        yield Note(
-            "{names} ignored: {folder} is trained on as it is, rank {rank}", names=ignored, folder=folder, rank=rank
-        )
+        yield Note("{names} ignored: {folder} goes on as it is", names=ignored, folder=folder)
 
 
 def check_rewards(config: Config, rewards: Sequence[Reward]) -> Iterator[Finding]:
@@ -309,16 +286,16 @@ def check_inputs(config: Config, resume: ResumePlan, inputs: Inputs) -> Iterator
         return
     recorded = (read_run(folder) or {}).get("inputs")
     changes = find_changes(recorded, inputs) if recorded else []
+    begun = {"folder": folder, "changes": changes}
     if changes and config.resume_from_checkpoint in (None, "true"):
         yield Problem(
             "{folder} was begun with other inputs:\n  {changes:lines}\nrestore them, or start over with "
             "overwrite_output_dir=true, or go on all the same with resume_from_checkpoint={checkpoint}",
-            folder=folder,
-            changes=changes,
             checkpoint=checkpoint,
+            **begun,
         )
     elif changes:
-        yield Note("{folder} was begun with other inputs:\n  {changes:lines}", folder=folder, changes=changes)
+        yield Note("{folder} was begun with other inputs:\n  {changes:lines}", **begun)
 
 
 def check_memory(
@@ -350,14 +327,13 @@ def check_memory(
         yield estimate
         return
     alone = estimate_memory(dataclasses.replace(config, per_device_train_batch_size=1), model, gpu, longest)
+    # without a card never: the system swaps, and the estimate is rougher
     is_certain = gpu is not None and plan is not None and sum(alone.values()) > CLEARLY * have
-    problem = Problem if is_certain else Risk  # without a card never: the system swaps, and the estimate is rougher
-    change = smallest_change(config, model, gpu, longest, have)
-    if change is None:
-        yield problem("memory: {estimate}; no setting makes it fit: take a smaller model", estimate=estimate)
-    else:
+    found = Message("memory: {estimate}; no setting makes it fit: take a smaller model", estimate=estimate)
+    if change := smallest_change(config, model, gpu, longest, have):
         settings = " ".join(f"{name}={value}" for name, value in change.items())
-        yield problem("memory: {estimate}; this would fit: {settings}", estimate=estimate, settings=settings)
+        found = Message("memory: {estimate}; this would fit: {settings}", estimate=estimate, settings=settings)
+    yield (Problem if is_certain else Risk).of(found)
 
 
 def check_disk(config: Config, model: ModelSize, plan: TrainingPlan | None) -> Iterator[Finding]:
@@ -376,9 +352,7 @@ def check_disk(config: Config, model: ModelSize, plan: TrainingPlan | None) -> I
         exports=exports / GB,
     )
     if free < fetched + checkpoints:
-        yield Problem(
-            "disk: {estimate}; free some, lower save_total_limit, or set another output_dir", estimate=estimate
-        )
+        yield Problem("disk: {estimate}; free some, or set another output_dir", estimate=estimate)
     elif free < fetched + checkpoints + exports:
         yield Note("disk: {estimate}: enough to train, not to export", estimate=estimate)
     else:

@@ -11,7 +11,9 @@ Result = TypeVar("Result")
 
 
 class Finding(Message):
-    """What a check has found: one of the four below."""
+    """What a check has found: one of the four below; `label` is what a dry run puts before it."""
+
+    label = "ok"
 
     @classmethod
     def of(cls, message: Message | UserError) -> Self:
@@ -25,9 +27,13 @@ class Fact(Finding):
 class Note(Finding):
     """What is worth knowing, or probably not meant."""
 
+    label = "note"
+
 
 class Problem(Finding):
     """What keeps a training from starting."""
+
+    label = "FAULT"
 
 
 class Risk(Problem):

@@ -6,7 +6,6 @@ run.json records them; a run that goes on compares them with what is there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,21 +53,13 @@ def hash_file(file: Path) -> str:
 
 def find_changes(then: Inputs, now: Inputs) -> list[Message]:
     """The inputs that differ from those that a run was begun with."""
-    kinds = [kind for kind in now if kind != "conversations"]
-    changes = [change for kind in kinds for change in _changes_of(kind, then.get(kind, {}), now[kind])]
+    changes = []
+    for kind in [kind for kind in now if kind != "conversations"]:
+        before, after = then.get(kind, {}), now[kind]
+        if kind == "data" and sorted(before.values()) == sorted(after.values()):  # a file may have moved
+            continue
+        differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        changes += [Message("{kind}: {name} has changed", kind=kind, name=name) for name in differing]
     if not changes and then.get("conversations", {}) != now["conversations"]:  # no file says why they differ
         changes = [Message("the same files give other conversations; has dataset_info.json changed?")]
     return changes
-
-
-def _changes_of(kind: str, then: dict[str, str], now: dict[str, str]) -> Iterator[Message]:
-    if kind == "data" and sorted(then.values()) == sorted(now.values()):  # a file may have moved
-        return
-    for name in sorted(then.keys() | now.keys()):
-        before, after = then.get(name), now.get(name)
-        if before is None:
-            yield Message("{kind}: {name} is new", kind=kind, name=name)
-        elif after is None:
-            yield Message("{kind}: {name} is gone", kind=kind, name=name)
-        elif before != after:
-            yield Message("{kind}: {name} has changed", kind=kind, name=name)

@@ -97,7 +97,7 @@ def look(loaded: Loaded, processes: Processes, found: Findings, *, online: bool 
     asked, model = ask_hub(config) if online and model is None else (None, model)
     found.add("model", checks.check_model(config, model))
     found.add("model", [asked] if asked else [])
-    rewards = found.attempt("rewards", find_rewards, config) or []
+    rewards = (found.attempt("rewards", find_rewards, config) if config.stage == "grpo" else None) or []
     found.add("rewards", checks.check_rewards(config, rewards))
     found.attempt("data", dataset.check, config)
     return dataclasses.replace(start, model=model, rewards=rewards)
@@ -130,7 +130,7 @@ def ask_hub(config: Config) -> tuple[Finding | None, ModelSize | None]:
 def make_missing_model(start: Start) -> Start:
     """With the embedded model, which is made by the first run that names it."""
     config = start.loaded.config
-    if not checks.is_embedded_missing(config) and start.has_model:
+    if start.has_model:
         return start
     make_embedded(Path(config.model_name_or_path))
     found, model = Findings(), find_model_size(config)
@@ -180,7 +180,7 @@ def check_room(start: Start, config: Config, plan: TrainingPlan | None, found: F
 def dry_run(loaded: Loaded, processes: Processes) -> int:
     """Makes all checks and prints what they find; returns the exit status, 0 or 2."""
     print(Message("will {recipe} run here?", recipe=loaded.recipe or Message("the default recipe")))
-    found = Findings(lambda topic, finding: print(f"  {label(finding)}  {topic:<10}{finding}"))
+    found = Findings(lambda topic, finding: print(f"  {finding.label:<7}{topic:<10}{finding}"))
     start = look(loaded, processes, found, online=True)
     config = loaded.config
     if not start.resume.finished:
@@ -194,7 +194,3 @@ def dry_run(loaded: Loaded, processes: Processes) -> int:
     faults = found.of(Problem)
     print(Message("no: {count} fault{count:plural}, see above", count=len(faults)) if faults else Message("yes"))
     return 2 if faults else 0
-
-
-def label(finding: Finding) -> str:
-    return "FAULT" if isinstance(finding, Problem) else "note " if isinstance(finding, Note) else "ok   "

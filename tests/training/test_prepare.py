@@ -258,8 +258,8 @@ LAUNCHED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 @pytest.mark.parametrize(
     ("settings", "environment", "code"),
     [
-        (["stage=grpo", "reward_funcs=length"], LAUNCHED, says("in one process")),
-        ([], {"WORLD_SIZE": "2"}, says("are not set")),
+        (["stage=grpo", "reward_funcs=length"], LAUNCHED, says("trains in one process")),
+        ([], {"WORLD_SIZE": "2"}, says("not set")),
     ],
 )
 def test_processes_that_cannot_train_together_are_refused(tiny_model, tmp_path, settings, environment, code):
@@ -302,7 +302,7 @@ def test_a_model_that_is_nowhere(tmp_path):
         settings = ["--dry-run", f"dataset={rows}", f"model_name_or_path={model}"]
         result = run("train.py", *settings, cwd=tmp_path, env=environment)
         assert result.returncode == 2
-        assert f"there is no model {model}; fetch it (python {ROOT / 'download.py'} {fetched})" in result.stdout
+        assert f"there is no model {model}; fetch it: python {ROOT / 'download.py'} {fetched}" in result.stdout
         asked = "http://127.0.0.1:9 cannot be reached; set HF_ENDPOINT to a mirror" in result.stdout
         assert asked == (model == "org/name")
 

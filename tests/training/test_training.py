@@ -527,7 +527,7 @@ def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tiny_
         return list(checks.check_adapter(load_config(given)))
 
     (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
-    assert note == Message(says("is trained on"), names=["lora_rank", "lora_target"], folder=tmp_path, rank=4)
+    assert note == Message(says("goes on as it is"), names=["lora_rank", "lora_target"], folder=tmp_path)
     assert found("lora_rank=4", "lora_target=all") == []
 
 
