@@ -294,7 +294,7 @@ class Recipes:
         before = sorted(folder.rglob("*"))
         loaded = resume.locate_model(load_config(["recipe.yaml", *typed]))
         check_training_asked_for(loaded)
-        no_imports = mock.patch.object(checks, "check_imports", lambda _: iter(()))  # Unsloth: takes ten seconds
+        no_imports = mock.patch.object(checks, "check_imports", lambda: iter(()))  # Unsloth: takes ten seconds
         with no_imports, contextlib.redirect_stdout(io.StringIO()):
             status = prepare.dry_run(loaded, ALONE)
         assert sorted(folder.rglob("*")) == before, "a dry run wrote into the working directory"

@@ -272,7 +272,7 @@ def test_processes_that_cannot_train_together_are_refused(tiny_model, tmp_path, 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_first_of_several_processes_makes_the_dry_run(tiny_model, tmp_path, monkeypatch, capsys, rank):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"a{n}", "output": "b"} for n in range(64)])
-    monkeypatch.setattr(checks, "check_imports", lambda _: ())
+    monkeypatch.setattr(checks, "check_imports", lambda: ())
     for name, value in (LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="0"):

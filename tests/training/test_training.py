@@ -494,7 +494,7 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(script.trainer, "import_unsloth", lambda _: None)
+    monkeypatch.setattr(script.trainer, "import_unsloth", lambda: None)
     monkeypatch.setattr(script, "prepare_data", lambda s: SimpleNamespace(start=s, config=s.loaded.config))
     monkeypatch.setattr(script.trainer, "choose_precision", lambda _: SimpleNamespace(note=None))
     monkeypatch.setattr(script.trainer, "load_model", out_of_memory)
