@@ -46,11 +46,6 @@ class TrainingPlan:
     saves_evaluated: bool
     first_eval: float = 0.0  # no evaluation is due before this step
 
-    @property
-    def rows(self) -> int:
-        """Samples, or packed rows of several, that an epoch goes through."""
-        return self.samples if self.packed_rows is None else len(self.packed_rows)
-
     def evaluates_at(self, step: int) -> bool:
         """Whether an evaluation is due after a step."""
         return step >= self.first_eval and _is_due(self, step, self.eval_strategy, self.eval_steps)
@@ -75,11 +70,7 @@ class TrainingPlan:
 
 
 def _is_due(plan: TrainingPlan, step: int, strategy: str, every: int | None) -> bool:
-    if strategy == "no":
-        return False
-    if strategy == "steps":
-        return step % every == 0 or step == plan.steps
-    return step % plan.epoch_steps == 0 or step == plan.steps
+    return strategy != "no" and (step % (every or plan.epoch_steps) == 0 or step == plan.steps)
 
 
 def make_plan(config: Config, data: TrainingData) -> TrainingPlan:
@@ -88,8 +79,9 @@ def make_plan(config: Config, data: TrainingData) -> TrainingPlan:
     packed_rows = packing.pack(lengths, config.cutoff_len) if config.packing else None
     rows = len(lengths) if packed_rows is None else len(packed_rows)
     epoch_steps, steps = packing.epoch_steps(config, rows), packing.total_steps(config, rows)
+    tokens = int(lengths.sum())
     eval_strategy, eval_steps, eval_samples = plan_evaluations(
-        config, steps, epoch_steps, int(lengths.sum()), data.eval_lengths
+        config, steps, epoch_steps, tokens / epoch_steps, data.eval_lengths
     )
     first_eval = config.eval_delay * (epoch_steps if eval_strategy == "epoch" else 1)
     if first_eval > steps:
@@ -97,7 +89,7 @@ def make_plan(config: Config, data: TrainingData) -> TrainingPlan:
     save_steps = whole_steps(config.save_steps, steps) if config.save_strategy == "steps" else None
     return TrainingPlan(
         samples=len(lengths),
-        tokens=int(lengths.sum()),
+        tokens=tokens,
         longest=int(lengths.max()),
         packed_rows=packed_rows,
         epoch_steps=epoch_steps,
@@ -119,11 +111,11 @@ def whole_steps(steps: float, total: int) -> int:
 
 
 def plan_evaluations(
-    config: Config, steps: int, epoch_steps: int, train_tokens: int, eval_lengths: np.ndarray | None
+    config: Config, steps: int, epoch_steps: int, step_tokens: float, eval_lengths: np.ndarray | None
 ) -> tuple[str, int | None, int]:
     """Strategy ("no", "steps", "epoch"), steps between evaluations, and held-out samples that each takes.
 
-    `train_tokens` are those of one epoch. Raises UserError where evaluations are wanted and nothing is held out.
+    `step_tokens` are those that a step trains. Raises UserError where evaluations are wanted and nothing is held out.
     """
     strategy = config.eval_strategy
     if strategy == "auto":
@@ -135,7 +127,7 @@ def plan_evaluations(
     if strategy == "epoch":
         return "epoch", None, len(eval_lengths)
     if config.eval_steps is None:
-        return "steps", *cheap_evaluations(steps, epoch_steps, train_tokens / epoch_steps, eval_lengths)
+        return "steps", *cheap_evaluations(steps, epoch_steps, step_tokens, eval_lengths)
     return "steps", whole_steps(config.eval_steps, steps), len(eval_lengths)
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import ROOT, ok, refused, run, says, user_error, write_hollow_weights, write_jsonl
+from conftest import ROOT, ok, refused, run, says, user_error, write_jsonl
 from stand_in import Handler, StandIn, serving
 
 import common
@@ -30,68 +30,47 @@ LLAMA3_8B = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def llama3_8b(tmp_path_factory) -> Path:
-    """The shapes of Llama-3-8B without its weights: config.json and the header of a safetensors file."""
-    folder = tmp_path_factory.mktemp("llama3-8b")
-    hidden, inner = LLAMA3_8B["hidden_size"], LLAMA3_8B["intermediate_size"]
-    vocabulary, layers = LLAMA3_8B["vocab_size"], LLAMA3_8B["num_hidden_layers"]
-    shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "lm_head.weight": [vocabulary, hidden]}
-    for layer in range(layers):
-        for name, rows, columns in (
-            ("self_attn.q_proj", hidden, hidden),
-            ("self_attn.k_proj", 1024, hidden),
-            ("self_attn.v_proj", 1024, hidden),
-            ("self_attn.o_proj", hidden, hidden),
-            ("mlp.gate_proj", inner, hidden),
-            ("mlp.up_proj", inner, hidden),
-            ("mlp.down_proj", hidden, inner),
-        ):
-            shapes[f"model.layers.{layer}.{name}.weight"] = [rows, columns]
-        shapes[f"model.layers.{layer}.input_layernorm.weight"] = [hidden]
-    write_hollow_weights(folder / "model.safetensors", shapes)  # 16 GB
-    (folder / "config.json").write_text(json.dumps(LLAMA3_8B))
-    return folder
+LLAMA3 = replace(memory.model_like(LLAMA3_8B), folder=Path("models/llama3"))
 
 
-def test_an_adapter_of_the_8b_shape_has_the_known_number_of_parameters(llama3_8b):
-    shapes = memory.tensor_shapes(llama3_8b)
+def test_an_adapter_of_the_8b_shape_has_the_known_number_of_parameters():
     # rank 8 on all projections of Llama-3-8B: the number that PEFT and LLaMA-Factory print
-    assert memory.adapter_parameters(load_config(["lora_rank=8"]).config, shapes) == 20_971_520
-    assert memory.adapter_parameters(load_config(["lora_target=q_proj,v_proj"]).config, shapes) == 3_407_872
+    assert memory.adapter_parameters(load_config(["lora_rank=8"]).config, LLAMA3.shapes) == 20_971_520
+    assert memory.adapter_parameters(load_config(["lora_target=q_proj,v_proj"]).config, LLAMA3.shapes) == 3_407_872
+    assert LLAMA3.parameters == 8_030_261_248 - 65 * 4096  # without the norms
 
 
 def card_of(gigabytes: float) -> common.Gpu:
     return common.Gpu("RTX", "580.65", (13, 0), (8, 9), int(gigabytes * GB), int(gigabytes * GB))
 
 
-def estimate(model: Path, gpu: common.Gpu | None, longest: int, *settings: str) -> dict[str, float]:
-    return memory.estimate_memory(load_config(list(settings)).config, memory.read_model(model), gpu, longest)
+def estimate(gpu: common.Gpu | None, longest: int | None, *settings: str) -> dict[str, float]:
+    return memory.estimate_memory(load_config(list(settings)).config, LLAMA3, gpu, longest)
 
 
-def test_the_second_tutorial_file_is_estimated_to_fit_24_gb(llama3_8b):
+def test_the_second_tutorial_file_is_estimated_to_fit_24_gb():
     given = ("cutoff_len=4096", "per_device_train_batch_size=2")
-    parts = estimate(llama3_8b, card_of(24), 4096, *given)
+    parts = estimate(card_of(24), 4096, *given)
     assert parts["weights"] == pytest.approx(16.06 * GB, rel=0.001)
     assert 18.5 * GB < sum(parts.values()) < 19.5 * GB  # an independent count: 19
-    parts = estimate(llama3_8b, card_of(24), 4096, *given, "quantization_bit=4")
+    parts = estimate(card_of(24), 4096, *given, "quantization_bit=4")
     assert 8.4 * GB < sum(parts.values()) < 9.2 * GB  # an independent count: 8.7
 
 
 @pytest.mark.parametrize("gpu", [None, card_of(24)])
-def test_a_pair_has_two_sequences(llama3_8b, gpu):
+def test_a_pair_has_two_sequences(gpu):
     """A batch of dpo has as many tokens as the pairs' two sequences have, also where no length is known yet."""
-    one = estimate(llama3_8b, gpu, 2000, "cutoff_len=2000")
-    assert estimate(llama3_8b, gpu, 2000, "cutoff_len=1000", "stage=dpo") == one
-    assert estimate(llama3_8b, gpu, None, "cutoff_len=1000", "stage=dpo") == one
-    assert estimate(llama3_8b, gpu, 5000, "cutoff_len=1000", "stage=dpo") == one
-    assert estimate(llama3_8b, gpu, 5, "cutoff_len=2000", "packing=true") == one
-    assert one["activations"] == pytest.approx(2 * estimate(llama3_8b, gpu, 1000)["activations"])
+    one = estimate(gpu, 2000, "cutoff_len=2000")
+    assert estimate(gpu, 2000, "cutoff_len=1000", "stage=dpo") == one
+    assert estimate(gpu, None, "cutoff_len=1000", "stage=dpo") == one
+    assert estimate(gpu, 5000, "cutoff_len=1000", "stage=dpo") == one
+    assert estimate(gpu, 5, "cutoff_len=2000", "packing=true") == one
+    assert one["activations"] == pytest.approx(2 * estimate(gpu, 1000)["activations"])
 
 
-def test_nothing_recomputed_keeps_every_layer(llama3_8b):
+def test_nothing_recomputed_keeps_every_layer():
     per_layer = (7.6 * 4096 + 2 * 14336) * 2 * 1024
-    found = estimate(llama3_8b, card_of(24), 1024, "gradient_checkpointing=false", "per_device_train_batch_size=1")
+    found = estimate(card_of(24), 1024, "gradient_checkpointing=false", "per_device_train_batch_size=1")
     assert found["activations"] == pytest.approx(32 * per_layer, rel=0.05)
 
 
@@ -101,9 +80,9 @@ def test_the_logits_are_computed_in_unsloths_pieces(tokens, rows):
     assert memory.loss_memory(tokens, 4096, 128256) - 6 * tokens * 4096 == 4 * rows * 128256
 
 
-def test_a_dense_mask_is_counted_where_it_is_built(llama3_8b):
+def test_a_dense_mask_is_counted_where_it_is_built():
     for settings, expected in (([], 0), (["quantization_bit=8"], 4096**2)):
-        assert estimate(llama3_8b, card_of(24), 2048, *settings)["attention"] == expected
+        assert estimate(card_of(24), 2048, *settings)["attention"] == expected
 
 
 @pytest.mark.parametrize(
@@ -116,16 +95,16 @@ def test_a_dense_mask_is_counted_where_it_is_built(llama3_8b):
         (5, None),
     ],
 )
-def test_what_does_not_fit_comes_with_the_smallest_change(llama3_8b, free: float, change: str | None):
+def test_what_does_not_fit_comes_with_the_smallest_change(free: float, change: str | None):
     config = load_config(["cutoff_len=4096", "per_device_train_batch_size=4"]).config
-    (found,) = checks.check_memory(config, memory.read_model(llama3_8b), card_of(free), None)
+    (found,) = checks.check_memory(config, LLAMA3, card_of(free), None)
     assert isinstance(found, Risk) and found.fields["estimate"].fields["have"] == free
     assert found.sentence == (says("this would fit") if change else says("setting makes"))
     assert found.fields.get("settings") == change
 
 
-def test_a_start_that_cannot_fit_ends_before_the_model_is_loaded(llama3_8b):
-    config, model = load_config(["per_device_train_batch_size=8"]).config, memory.read_model(llama3_8b)
+def test_a_start_that_cannot_fit_ends_before_the_model_is_loaded():
+    config, model = load_config(["per_device_train_batch_size=8"]).config, LLAMA3
     plan = SimpleNamespace(longest=2048)
     for free, begins in ((24, True), (17, True), (14, False)):  # 17: it may just fit, a sample at a time
         found = Findings()
@@ -344,12 +323,11 @@ def test_a_model_that_cannot_be_estimated_yet_is_said_to_be(tmp_path):
     assert memory.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
 
 
-def test_the_shapes_of_a_config_json_are_those_of_its_model(llama3_8b, embedded_model):
-    for folder, settings in ((llama3_8b, LLAMA3_8B), (embedded_model, memory.EMBEDDED_SHAPE)):
-        matrices = {name: shape for name, shape in memory.tensor_shapes(folder).items() if len(shape) == 2}
-        assert memory.model_like(settings).shapes == matrices
-        own = json.loads((folder / "config.json").read_text())
-        assert {name: own[name] for name in settings} == settings
+def test_the_shapes_of_a_config_json_are_those_of_its_model(embedded_model):
+    settings, own = memory.EMBEDDED_SHAPE, json.loads((embedded_model / "config.json").read_text())
+    matrices = {name: shape for name, shape in memory.tensor_shapes(embedded_model).items() if len(shape) == 2}
+    assert memory.model_like(settings).shapes == matrices
+    assert {name: own[name] for name in settings} == settings
 
 
 def test_a_chip_that_shares_the_main_memory(tmp_path, monkeypatch):
