@@ -140,7 +140,7 @@ def conclude(prepared: Prepared, trained: Any, early: EarlyStopping) -> None:
         record.complete_record(folder, "interrupted", **facts)
         # which deletes nothing, whatever the recipe says
         again = common.command("train.py", folder / "config.yaml", launcher=prepared.start.processes.launcher)
-        print("\n", Message("stopped at step {step:,} of {steps:,}; to go on: {command}", command=again, **at), sep="")
+        print("\n", Message("stopped at step {step:,} of {steps:,}; to resume: {command}", command=again, **at), sep="")
         sys.exit(130)
     trainer.save_adapter(trained, prepared.template, folder)
     record.complete_record(folder, "finished", **facts)

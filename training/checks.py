@@ -47,7 +47,7 @@ from training.rewards import Reward
 
 # Packages without which nothing trains; another one of requirements.txt may be missing.
 NEEDED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo")
-CLEARLY = 1.2  # an estimate of memory that is so many times what is free is taken at its word
+CLEARLY = 1.2  # times the free memory: above this, an estimate is taken at its word
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def hub_name(name: str) -> str | None:
 
 
 def check_adapter(loaded: Loaded) -> Iterator[Finding]:
-    """The adapter to go on with: a complete LoRA adapter; settings that it does not follow are noted."""
+    """The adapter to train further: a complete LoRA adapter; settings that it ignores are noted."""
     config, given = loaded.config, loaded.given
     if config.adapter_name_or_path is None:
         return
@@ -246,7 +246,7 @@ def check_adapter(loaded: Loaded) -> Iterator[Finding]:
         "pissa_init": config.pissa_init,
     }
     if ignored := [name for name, differ in differs.items() if differ and name in given]:
-        yield Note("{names} ignored: {folder} goes on as it is", names=ignored, folder=folder)
+        yield Note("{names} ignored: {folder} keeps its own", names=ignored, folder=folder)
 
 
 def check_rewards(config: Config, rewards: Sequence[Reward]) -> Iterator[Finding]:
@@ -277,7 +277,7 @@ def check_untokenized(config: Config, processes: Processes) -> Iterator[Finding]
 
 
 def check_inputs(config: Config, resume: ResumePlan, inputs: Inputs) -> Iterator[Finding]:
-    """Whether an interrupted run goes on with the data, model, tokenizer and template that it was begun with.
+    """Whether an interrupted run is resumed with the data, model, tokenizer and template that it was begun with.
 
     Others are accepted where the checkpoint is named: whoever names it has read what differs.
     """
@@ -290,7 +290,7 @@ def check_inputs(config: Config, resume: ResumePlan, inputs: Inputs) -> Iterator
     if changes and config.resume_from_checkpoint in (None, "true"):
         yield Problem(
             "{folder} was begun with other inputs:\n  {changes:lines}\nrestore them, or start over with "
-            "overwrite_output_dir=true, or go on all the same with resume_from_checkpoint={checkpoint}",
+            "overwrite_output_dir=true, or resume anyway with resume_from_checkpoint={checkpoint}",
             checkpoint=checkpoint,
             **begun,
         )
@@ -337,7 +337,7 @@ def check_memory(
 
 
 def check_disk(config: Config, model: ModelSize, plan: TrainingPlan | None) -> Iterator[Finding]:
-    """Whether the checkpoints of the whole run have space, and what is made of it after."""
+    """Whether all checkpoints of the run have space, and its exports."""
     folder = existing_folder(Path(config.output_dir))
     free, fetched = shutil.disk_usage(folder).free, 0 if model.folder else model.bytes
     checkpoints = checkpoint_bytes(config, model) * checkpoints_at_once(config, plan)

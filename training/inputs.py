@@ -1,6 +1,6 @@
 """Hashes of what a training is made of besides its settings: data, model, tokenizer, chat template.
 
-run.json records them; a run that goes on compares them with what is there.
+run.json records them; a resumed run compares them with what is there.
 """
 
 from __future__ import annotations

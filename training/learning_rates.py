@@ -1,4 +1,4 @@
-"""Learning rates of their own for parts of a model: LoRA+, and embeddings that learn whole."""
+"""Learning rates for parts of a model: LoRA+, and embeddings trained in full."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def split_learning_rates(
 ) -> None:
     """Splits an optimizer's parameter groups by learning rate, in place; `names` has each parameter's name.
 
-    LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices of LoRA, and vectors, learn at `ratio` times the rate of
-    the others, as in PEFT's create_loraplus_optimizer. Embedding and output layer that learn whole (modules_to_save)
-    learn at `embedding_rate`. The groups of the other parameters stay in front: their rate is logged.
+    LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices of LoRA, and vectors, get `ratio` times the rate of the
+    others, as in PEFT's create_loraplus_optimizer. Embedding and output layer in modules_to_save get
+    `embedding_rate`. The groups of the other parameters stay in front: their rate is logged.
     """
     usual: list[dict[str, Any]] = []
     own: list[dict[str, Any]] = []
@@ -30,6 +30,6 @@ def split_learning_rates(
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a parameter is the embedding or the output layer, learning whole."""
+    """Whether a parameter is the embedding or the output layer, trained in full."""
     module, found, _ = name.partition(".modules_to_save.")
     return bool(found) and module.endswith(("embed_tokens", "lm_head"))

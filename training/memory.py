@@ -232,7 +232,7 @@ def saved_by_layer(settings: dict[str, Any]) -> int:
 
 
 def working_in_layer(settings: dict[str, Any]) -> int:
-    """Numbers a token that a layer's backward pass needs besides: gradients of the MLP or of the attention.
+    """Numbers a token that a layer's backward pass needs in addition: gradients of the MLP or of the attention.
 
     From the source of unsloth/kernels/fast_lora.py, which writes most gradients over what it no longer needs.
     """

@@ -25,7 +25,7 @@ FEW_STEPS, MANY_EPOCHS = 30, 30  # below and above which a warning is due
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training does. Evaluations and saves come every so many steps, or after each epoch where that is None.
+    """What a training does. Evaluations and saves come every `..._steps` steps, after each epoch where that is None.
 
     `eval_strategy` and `save_strategy` are "no", "steps" or "epoch"; `saves_evaluated` tells that there also is a
     checkpoint of every step that is evaluated, so that the best one can be kept.
@@ -57,8 +57,8 @@ class TrainingPlan:
         )
 
     def count_saves(self) -> int:
-        """How many checkpoints are written in all, were none deleted. Counted without a loop over the steps, of which
-        a recipe may ask for a trillion."""
+        """How many checkpoints are written, deleted ones included. No loop over the steps: a recipe may ask for a
+        trillion."""
         if self.save_strategy == "no":
             return 0
         before_last, saved = self.steps - 1, self.save_steps or self.epoch_steps
@@ -210,7 +210,7 @@ def describe_evaluations(config: Config, plan: TrainingPlan) -> Fact:
 
 
 def check_plan(config: Config, plan: TrainingPlan) -> Iterator[Note]:
-    """What of a plan is probably not meant: nothing changes, or the data is learned by heart."""
+    """What of a plan is probably not meant: nothing changes, or the data is memorized."""
     warmup = config.warmup_steps or config.warmup_ratio
     if config.learning_rate == 0:
         yield Note("learning_rate: 0 trains nothing; 1e-4 is usual")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """A training to come, as far as it is known before anything heavy is imported."""
+    """What is known of a training before anything heavy is imported."""
 
     loaded: Loaded
     processes: Processes
@@ -70,7 +70,7 @@ class Prepared:
 
 
 def look(loaded: Loaded, processes: Processes, found: Findings, *, online: bool = False) -> Start:
-    """What is known of a training at once; what is to be said of it is added to `found`.
+    """Looks at what needs no heavy imports; what there is to say is added to `found`.
 
     `online`: a model that is not on the disk is looked up on the hub. Of a finished run no more is looked at.
     """

@@ -61,14 +61,14 @@ def begin_record(prepared: Prepared) -> None:
 
 
 def repeatable(config: Config) -> Config:
-    """What config.yaml holds: that file is to train the same again, and to delete nothing."""
+    """What config.yaml holds: it trains the same again, and deletes nothing."""
     return dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None, overwrite_cache=False)
 
 
 def write_fingerprints(folder: Path, data: TrainingData, resumed: Path | None) -> None:
     """Writes the fingerprints of the conversations that are trained on: evaluate.py never measures on them.
 
-    They are kept because data files change. A run that goes on keeps those of its beginning, too.
+    They are kept because data files change. A resumed run keeps those of its beginning, too.
     """
     import numpy as np
 

@@ -29,7 +29,7 @@ class ResumePlan:
     """Where a training begins, and what is told of that."""
 
     notes: tuple[Note, ...] = ()
-    checkpoint: Path | None = None  # to go on from
+    checkpoint: Path | None = None  # to resume from
     finished: bool = False  # nothing is left to do
     overwrite: bool = False  # what the folder holds of an earlier run is deleted
 
@@ -38,7 +38,7 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     """Looks at what an earlier run has left in `folder`, and changes nothing. `processes` are those that would train.
 
     A recipe that says overwrite_output_dir (nearly every file of LLaMA-Factory does) means the runs before this one:
-    started again after an interruption it goes on. Only the command line starts an interrupted run over. Raises
+    started again after an interruption it is resumed. Only the command line starts an interrupted run over. Raises
     UserError where the folder holds something that is neither to be continued nor to be overwritten.
     """
     config, overwrite = loaded.config, loaded.config.overwrite_output_dir
@@ -47,8 +47,8 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     refuse_running(folder)
     left = left_by_run(folder)
     is_typed = "overwrite_output_dir" in loaded.typed
-    goes_on = within or (not is_typed and named is None and is_interrupted(config, folder))
-    if overwrite and not goes_on:
+    resumes = within or (not is_typed and named is None and is_interrupted(config, folder))
+    if overwrite and not resumes:
         note = Note("{folder} is started over: what is there is deleted when the training begins", folder=folder)
         return ResumePlan((note,) if left else (), named, overwrite=True)
     run = read_run(folder)
@@ -59,7 +59,7 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
             file=left[0].name,
         )
     if run is None:
-        return ResumePlan((Note("going on from {checkpoint}", checkpoint=named),) if named else (), named)
+        return ResumePlan((Note("resuming from {checkpoint}", checkpoint=named),) if named else (), named)
     refuse_changed_settings(config, folder, run, within, processes)
     if run["status"] == "finished":
         note = Note("{folder} is finished; to train it again: overwrite_output_dir=true", folder=folder)
@@ -70,12 +70,12 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
         return ResumePlan((*notes, Note("{folder} starts at step 0: it has no complete checkpoint", folder=folder)))
     if overwrite:
         note = Note(
-            "going on from {checkpoint}; to start over: overwrite_output_dir=true on the command line, without "
+            "resuming from {checkpoint}; to start over: overwrite_output_dir=true on the command line, without "
             "resume_from_checkpoint",
             checkpoint=newest,
         )
     else:
-        note = Note("going on from {checkpoint}", checkpoint=newest)
+        note = Note("resuming from {checkpoint}", checkpoint=newest)
     return ResumePlan((*notes, note), newest)
 
 
@@ -103,10 +103,10 @@ def refuse_running(folder: Path) -> None:
 
 
 def is_interrupted(config: Config, folder: Path) -> bool:
-    """Whether `folder` holds an interrupted run that is to go on from a checkpoint."""
+    """Whether `folder` holds an interrupted run that can be resumed from a checkpoint."""
     try:
         run = read_run(folder)
-    except UserError:  # broken: nothing to go on from
+    except UserError:  # broken: nothing to resume from
         return False
     wanted = config.resume_from_checkpoint != "false"
     return wanted and run is not None and run["status"] != "finished" and bool(checkpoints.all_checkpoints(folder))
@@ -123,7 +123,7 @@ def refuse_changed_settings(
     if is_longer and (newest := checkpoints.newest_whole(config, folder)[0]):
         raise UserError(
             "{folder} is finished ({changed}); with another output_dir, train the adapter further with "
-            "adapter_name_or_path={folder}, or go on with its optimizer with resume_from_checkpoint={checkpoint}",
+            "adapter_name_or_path={folder}, or resume it with its optimizer: resume_from_checkpoint={checkpoint}",
             folder=folder,
             changed=changed,
             checkpoint=newest,

@@ -201,7 +201,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(finished, uninterrupted
     out, _ = process.communicate(timeout=120)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        again = out.rpartition("to go on: python ")[2]
+        again = out.rpartition("to resume: python ")[2]
         command = f"'{sys.executable}' {again}"
         state = read_run(folder)
         assert state["status"] == "interrupted"
@@ -211,7 +211,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(finished, uninterrupted
         assert read_run(folder)["status"] == "running"  # nobody was left to write it
     assert not (folder / "adapter_model.safetensors").exists()
     result = ok(subprocess.run(command, shell=True, capture_output=True, text=True, cwd=rows.parent))
-    assert "going on from" in result.stdout
+    assert "resuming from" in result.stdout
     assert read_run(folder)["status"] == "finished"
     assert losses(folder) == pytest.approx(losses(uninterrupted), rel=1e-4)
     assert read_run(folder)["train_loss"] == pytest.approx(read_run(uninterrupted)["train_loss"], rel=1e-4)
@@ -527,7 +527,7 @@ def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tiny_
         return list(checks.check_adapter(load_config(given)))
 
     (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
-    assert note == Message(says("goes on as it is"), names=["lora_rank", "lora_target"], folder=tmp_path)
+    assert note == Message(says("keeps its own"), names=["lora_rank", "lora_target"], folder=tmp_path)
     assert found("lora_rank=4", "lora_target=all") == []
 
 
