@@ -25,8 +25,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the other worker has a core, too
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from command_server import CommandServer  # noqa: E402
+
 from common import Config, Message, UserError  # noqa: E402
 from runs.configuration import load_config  # noqa: E402
+
+STARTED_WITH = dict(os.environ)
+VARYING = dict.fromkeys(("ONECARD_ERROR_FILE", "PYTEST_CURRENT_TEST"))  # what a command server does not depend on
+IS_SLOW = {"now": False}  # whether the test that runs is a slow one
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    IS_SLOW["now"] = item.get_closest_marker("slow") is not None
 
 
 def pytest_sessionstart() -> None:
@@ -65,19 +75,45 @@ class Finished(subprocess.CompletedProcess[str]):
     error: Message | None = None
 
 
+SERVERS: dict[str, CommandServer] = {}  # of this session: by what they have imported
+
+
+def pytest_sessionfinish() -> None:
+    for server in SERVERS.values():
+        server.close()
+
+
 def run(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None, **kwargs) -> Finished:
-    """Runs a command of the kit as a user does: `run("train.py", "recipe.yaml")`."""
+    """Runs a command of the kit as a user does: `run("train.py", "recipe.yaml")`.
+
+    In a slow test a fork of a process that has imported the packages runs it, unless the command has an environment of
+    its own.
+    """
     command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
     with tempfile.TemporaryDirectory() as folder:
         told = Path(folder) / "error.json"
         environment = {**(os.environ if env is None else env), "ONECARD_ERROR_FILE": str(told)}
-        done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", **kwargs
-        )
+        if IS_SLOW["now"] and not kwargs and {**environment, **VARYING} == {**STARTED_WITH, **VARYING}:
+            done = served(command, cwd, environment, Path(folder))
+        else:
+            done = subprocess.run(
+                command, cwd=cwd, env=environment, capture_output=True, text=True, encoding="utf-8", **kwargs
+            )
         finished = Finished(done.args, done.returncode, done.stdout, done.stderr)
         if told.exists():
             finished.error = Message.from_json(json.loads(told.read_text(encoding="utf-8")))
     return finished
+
+
+def served(command: list[str], cwd: Path, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
+    """The command as a fork of the server that has its packages."""
+    packages = "unsloth" if command[1].endswith("/train.py") else "transformers"
+    if packages not in SERVERS:
+        SERVERS[packages] = CommandServer(packages, Path(tempfile.mkdtemp(prefix="commands-")))
+    with open(folder / "out", "w+b") as out, open(folder / "err", "w+b") as err, open(os.devnull) as nothing:
+        status = SERVERS[packages].run(command[1:], cwd, env, [nothing.fileno(), out.fileno(), err.fileno()])
+        said = [(out.seek(0), out.read().decode())[1] for out in (out, err)]
+    return subprocess.CompletedProcess(command, status, *said)
 
 
 def ok(done: subprocess.CompletedProcess) -> Any:
