@@ -15,6 +15,12 @@ from preprocessing.tokens import Marker, TextEncoder
 Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 
 
+def _uncertain() -> Fault:
+    return Fault(
+        "its answers cannot be told for certain in the tokenizer's own chat template; set template to one that fits"
+    )
+
+
 def find_answers(
     text: str, conversation: Conversation, rendered: str, encoder: TextEncoder, thinking: bool
 ) -> list[Span]:
@@ -40,24 +46,15 @@ def find_answers(
     for i, start, following in zip(order, starts, [*starts[1:], len(rendered)], strict=True):
         end = places[i][-1] + 1
         if start < before:
-            raise Fault(
-                "its answers cannot be told for certain in the tokenizer's own chat template; set template to one "
-                "that fits"
-            )
+            raise _uncertain()
         if messages[i]["role"] == "assistant":
             opening = shape.openings.get(messages[i - 1]["role"]) if i > 0 else None
             if opening is None or (previous != i - 1 and marker.has_text(messages[i - 1])):
-                raise Fault(
-                    "its answers cannot be told for certain in the tokenizer's own chat template; set template to "
-                    "one that fits"
-                )
+                raise _uncertain()
             first = _answer_start(rendered, (before, start), opening, previous == i - 1, encoder)
             closing = rendered.find(shape.closing, end, following)
             if closing < 0:
-                raise Fault(
-                    "its answers cannot be told for certain in the tokenizer's own chat template; set template to "
-                    "one that fits"
-                )
+                raise _uncertain()
             end = closing + len(shape.closing)
             spans.append((first, end))
         else:
@@ -76,9 +73,7 @@ def _marked_places(rendered: str, marked: str) -> dict[int, list[int]]:
             places.setdefault(number, []).append(at)
             last = at + 1
     if not same or marked[last:] != rendered[last:]:
-        raise Fault(
-            "its answers cannot be told for certain in the tokenizer's own chat template; set template to one that fits"
-        )
+        raise _uncertain()
     return places
 
 
@@ -93,16 +88,11 @@ def _answer_start(rendered: str, between: Span, opening: str, adjoining: bool, e
     if not adjoining:
         at = rendered.rfind(opening, before, first_letter)
         if at < 0 or not opening.strip():
-            raise Fault(
-                "its answers cannot be told for certain in the tokenizer's own chat template; set template to one "
-                "that fits"
-            )
+            raise _uncertain()
         return at + len(opening)
     common = _common_start(opening, rendered[before:first_letter], encoder.marker)
     if encoder.control.search(opening, len(common)) or (opening.strip() and not common.strip()):
-        raise Fault(
-            "its answers cannot be told for certain in the tokenizer's own chat template; set template to one that fits"
-        )
+        raise _uncertain()
     return before + len(common)
 
 

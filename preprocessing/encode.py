@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from common import Config, Message
@@ -11,11 +12,95 @@ from preprocessing.faults import Fault, TooLong
 from preprocessing.rendering import Conversation
 from preprocessing.template import ChatTemplate, Rendered, plain_conversation, render_conversation
 from preprocessing.tokens import NONCHARACTERS, TextEncoder, encoder_of
-from preprocessing.truncation import shorten
+from preprocessing.truncation import Messages, no_space, shorten
 
 # {"input_ids": list[int], "labels": list[int], "truncated": bool, "whole_length": int, "left_out": Counter}
 Sample = dict[str, Any]
-Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as text and as tokens."""
+
+    rendered: Rendered
+    encoding: Any  # of the tokenizers library
+    encoder: TextEncoder
+
+    def __len__(self) -> int:
+        return len(self.encoding)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Where the answers stand in the text."""
+        return self.rendered.spans
+
+    def ids(self) -> list[int]:
+        """The token ids; raises Fault where text that looks like a control token became one."""
+        return self.encoder.ids(self.encoding, self.rendered.text, self.rendered.escaped)
+
+    def tokens(self, start: int, stop: int) -> Span:
+        """The tokens [first, end) that hold characters [start, stop); one that straddles `start` is inside.
+
+        Nothing straddles `stop`: a control token ends there.
+        """
+        first = self._token_from(start, stop)
+        return first, max(first, self._token_from(stop, len(self.rendered.text)))
+
+    def _token_from(self, position: int, stop: int) -> int:
+        """The first token that holds a character of [position, stop); where there is none, the one after it."""
+        for at in range(position, stop):  # a character without a token is rare: some normalizers drop some
+            token = self.encoding.char_to_token(at)
+            if token is not None:
+                return token
+        return len(self)
+
+    def end_of_turn(self, span: Span) -> Span:
+        """The tokens of the control token that ends an answer."""
+        start, stop = span
+        answer = self.rendered.text[start:stop]
+        if self.rendered.escaped:
+            end = max((match.start() for match in NONCHARACTERS.finditer(answer)), default=None)
+        else:
+            end = self.encoder.last_control(answer)
+        return self.tokens(stop if end is None else start + end, stop)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes conversations with one template and tokenizer."""
+
+    template: ChatTemplate
+    encoder: TextEncoder
+    thinking: bool
+
+    def write(self, conversation: Conversation) -> Written:
+        """One conversation; raises Fault where the template refuses it."""
+        rendered = render_conversation(self.template, conversation, self.encoder, self.thinking)
+        return Written(rendered, self.encoder.encode([rendered.text], rendered.escaped)[0], self.encoder)
+
+    def write_all(self, conversations: list[Conversation]) -> list[Written | Message]:
+        """Conversations, or why the template refuses them; tokenized together, which is faster."""
+        results: list[Any] = []
+        for conversation in conversations:
+            try:
+                results.append(render_conversation(self.template, conversation, self.encoder, self.thinking))
+            except Fault as fault:
+                results.append(fault.message)
+        for escaped in (False, True):
+            chosen = [i for i, r in enumerate(results) if isinstance(r, Rendered) and r.escaped is escaped]
+            encodings = self.encoder.encode([results[i].text for i in chosen], escaped) if chosen else []
+            for i, encoding in zip(chosen, encodings, strict=True):
+                results[i] = Written(results[i], encoding, self.encoder)
+        return results
+
+
+def writer_of(template: ChatTemplate, tokenizer: Any, config: Config) -> Writer:
+    return Writer(template, encoder_of(tokenizer, template.text), config.enable_thinking)
+
+
+def too_long(tokens: int, cutoff_len: int) -> TooLong:
+    """Why a sample is none."""
+    return TooLong("it has {tokens:,} tokens, more than cutoff_len={cutoff_len}", tokens=tokens, cutoff_len=cutoff_len)
 
 
 def encode(
@@ -28,25 +113,46 @@ def encode(
     longer than cutoff_len tokens is cut (overlong "truncate", see truncation.py) or becomes a reason. `left_out` of a
     sample counts its answers of which the template renders a part only: "thoughts", "words_beside_call".
     """
-    encoder = encoder_of(tokenizer, template.text)
-    results: list[Any] = []
-    for conversation in conversations:
+    writer = writer_of(template, tokenizer, config)
+    results: list[Sample | Message] = []
+    for conversation, written in zip(conversations, writer.write_all(conversations), strict=True):
         try:
-            results.append(render_conversation(template, conversation, encoder, config.enable_thinking))
+            results.append(written if isinstance(written, Message) else _sample(conversation, written, writer, config))
         except Fault as fault:
             results.append(fault.message)
-    for escaped in (False, True):
-        chosen = [i for i, r in enumerate(results) if isinstance(r, Rendered) and r.escaped is escaped]
-        if chosen:
-            encodings = encoder.encode([results[i].text for i in chosen], escaped)
-            for i, encoding in zip(chosen, encodings, strict=True):
-                try:
-                    left_out = _left_out(conversations[i]["messages"], results[i])
-                    results[i] = _sample(conversations[i], template, encoder, config, results[i], encoding)
-                    results[i]["left_out"] = left_out
-                except Fault as fault:
-                    results[i] = fault.message
     return results
+
+
+def _sample(conversation: Conversation, written: Written, writer: Writer, config: Config) -> Sample:
+    """The sample of one conversation, cut if it is too long."""
+    messages, whole = conversation["messages"], written
+    cut: list[int] = []
+    if len(whole) > config.cutoff_len:
+        if config.overlong != "truncate":
+            raise Fault(too_long(len(whole), config.cutoff_len))
+        messages, written, cut = _shortened(plain_conversation(conversation), writer, config.cutoff_len)
+    ids = written.ids()
+    labels = list(ids) if config.train_on_prompt else [-100] * len(ids)
+
+    def learn(tokens: Span, learned: bool) -> None:
+        first, end = tokens
+        labels[first:end] = ids[first:end] if learned else [-100] * (end - first)
+
+    for span in written.spans[-1:] if config.mask_history else written.spans:
+        learn(written.tokens(*span), True)
+    for span in _masked_spans(messages, written):
+        learn(written.tokens(*span), False)
+    for number in cut:  # a cut answer must not teach to stop there
+        learn(written.end_of_turn(written.spans[number]), False)
+    if max(labels, default=-100) == -100:
+        raise no_space(config.cutoff_len, len(ids)) if written is not whole else no_answer()
+    left_out = _left_out(conversation["messages"], whole.rendered)
+    facts = {"truncated": written is not whole, "whole_length": len(whole), "left_out": left_out}
+    return {"input_ids": ids, "labels": labels, **facts}
+
+
+def no_answer() -> Fault:
+    return Fault("nothing of it would be learned: it has no answer")
 
 
 def _left_out(messages: Messages, rendered: Rendered) -> Counter[str]:
@@ -66,116 +172,41 @@ def _left_out(messages: Messages, rendered: Rendered) -> Counter[str]:
     return +left_out
 
 
-def _sample(
-    conversation: Conversation,
-    template: ChatTemplate,
-    encoder: TextEncoder,
-    config: Config,
-    rendered: Rendered,
-    encoding: Any,
-) -> Sample:
-    """The sample of one rendered and encoded conversation, cut if it is too long."""
-    truncated, cut, whole_length, messages = False, frozenset(), len(encoding), conversation["messages"]
-    if whole_length > config.cutoff_len:
-        if config.overlong != "truncate":
-            raise Fault(
-                TooLong(
-                    "it has {tokens:,} tokens, more than cutoff_len={cutoff_len}",
-                    tokens=len(encoding),
-                    cutoff_len=config.cutoff_len,
-                )
-            )
-        truncated = True
-        messages, rendered, encoding, cut = _shortened(plain_conversation(conversation), template, encoder, config)
-    ids = encoder.ids(encoding, rendered.text, rendered.escaped)
-    labels = list(ids) if config.train_on_prompt else [-100] * len(ids)
-
-    def learn(start: int, stop: int, learned: bool) -> None:
-        first, end = token_span(encoding, start, stop, len(rendered.text))
-        labels[first:end] = ids[first:end] if learned else [-100] * (end - first)
-
-    for start, stop in rendered.spans[-1:] if config.mask_history else rendered.spans:
-        learn(start, stop, True)
-    for start, stop in _masked_spans(messages, rendered):
-        learn(start, stop, False)
-    for number in cut:  # a cut answer must not teach to stop there
-        start, stop = rendered.spans[number]
-        learn(end_of_turn(rendered, start, stop, encoder), stop, False)
-    if max(labels, default=-100) == -100:
-        if truncated:
-            raise Fault(
-                "cutoff_len={cutoff_len} leaves no space for its answer: the template, the tools and the beginning "
-                "of the question alone take {tokens} tokens; raise cutoff_len",
-                cutoff_len=config.cutoff_len,
-                tokens=len(ids),
-            )
-        raise Fault("nothing of it would be learned: it has no answer")
-    return {"input_ids": ids, "labels": labels, "truncated": truncated, "whole_length": whole_length}
-
-
-def _masked_spans(messages: Messages, rendered: Rendered) -> list[Span]:
+def _masked_spans(messages: Messages, written: Written) -> list[Span]:
     """The spans of the answers that the data marks with "learned": False (a weight of 0)."""
     learned = [message.get("learned", True) for message in messages if message["role"] == "assistant"]
     if all(learned):
         return []
-    if len(learned) != len(rendered.spans):
+    _check_count(written, len(learned))
+    return [span for span, is_learned in zip(written.spans, learned, strict=True) if not is_learned]
+
+
+def _check_count(written: Written, answers: int) -> None:
+    """Raises Fault where the template does not show a part for each answer."""
+    if len(written.spans) != answers:
         raise Fault(
             "it must be cut or has an answer of weight 0, and the chat template does not show which part belongs "
             "to which answer; set template to one that fits"
         )
-    return [span for span, is_learned in zip(rendered.spans, learned, strict=True) if not is_learned]
 
 
-def token_span(encoding: Any, start: int, stop: int, length: int) -> Span:
-    """The tokens [first, end) that hold characters [start, stop); one that straddles `start` is inside.
+def _shortened(conversation: Conversation, writer: Writer, cutoff_len: int) -> tuple[Messages, Written, list[int]]:
+    """The messages that are kept, what is written of them in `cutoff_len` tokens, and the cut answers' numbers."""
 
-    Nothing straddles `stop`: a control token ends there.
-    """
-    first = _token_from(encoding, start, stop)
-    return first, max(first, _token_from(encoding, stop, length))
+    def write(messages: Messages) -> Written:
+        return writer.write({**conversation, "messages": messages})
 
-
-def _token_from(encoding: Any, position: int, stop: int) -> int:
-    """The first token that holds a character of [position, stop); where there is none, the one after it."""
-    for at in range(position, stop):  # a character without a token is rare: some normalizers drop some
-        token = encoding.char_to_token(at)
-        if token is not None:
-            return token
-    return len(encoding)
+    whole, kept, written = shorten(conversation["messages"], write, writer.encoder.token_starts, cutoff_len)
+    answers = [(old, new) for old, new in zip(whole, kept, strict=True) if old["role"] == "assistant"]
+    for old, new in answers:
+        check_thoughts(old, new, writer.template)
+    cut = [number for number, (old, new) in enumerate(answers) if new is not old]
+    if cut:
+        _check_count(written, len(answers))
+    return whole, written, cut
 
 
-def end_of_turn(rendered: Rendered, start: int, stop: int, encoder: TextEncoder) -> int:
-    """Where the control token that ends the answer [start, stop) starts."""
-    answer = rendered.text[start:stop]
-    if rendered.escaped:
-        names = [m.start() for m in NONCHARACTERS.finditer(answer)]
-        return start + names[-1] if names else stop
-    end = encoder.last_control(answer)
-    return stop if end is None else start + end
-
-
-def _shortened(
-    conversation: Conversation, template: ChatTemplate, encoder: TextEncoder, config: Config
-) -> tuple[Messages, Rendered, Any, frozenset[int]]:
-    """The messages that are kept, rendered and encoded in `cutoff_len` tokens, and the numbers of the cut answers."""
-
-    def measure(messages: Messages) -> tuple[Rendered, Any]:
-        rendered = render_conversation(
-            template, {**conversation, "messages": messages}, encoder, config.enable_thinking
-        )
-        return rendered, encoder.encode([rendered.text], rendered.escaped)[0]
-
-    whole, kept, rendered, encoding = shorten(
-        conversation["messages"], measure, encoder.token_starts, config.cutoff_len
-    )
-    answers = [i for i, message in enumerate(whole) if message["role"] == "assistant"]
-    cut = frozenset(number for number, i in enumerate(answers) if kept[i] is not whole[i])
-    open_ended = any("</think>" in whole[i]["content"] and "</think>" not in kept[i]["content"] for i in answers)
-    if open_ended and not template.tagged:
+def check_thoughts(whole: dict[str, Any], cut: dict[str, Any], template: ChatTemplate) -> None:
+    """Raises Fault where an answer is cut in its thoughts and the template cannot write such a part."""
+    if "</think>" in whole["content"] and "</think>" not in cut["content"] and not template.tagged:
         raise Fault("its thoughts alone are too long, and the tokenizer's own chat template cannot show a part of them")
-    if cut and len(rendered.spans) != len(answers):
-        raise Fault(
-            "it must be cut or has an answer of weight 0, and the chat template does not show which part belongs "
-            "to which answer; set template to one that fits"
-        )
-    return whole, rendered, encoding, cut

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import Config, Message
-from preprocessing.encode_stages import COLUMNS, count_learned, count_tokens, encode_batch, no_sample
+from preprocessing.encode_stages import COLUMNS, Sample, encode_batch
 from preprocessing.faults import RowFault, TooLong
 from preprocessing.rows import ReadRow
 
@@ -33,6 +33,7 @@ FACTS = [
     ("content", "i8"),  # the fingerprint of its conversation
     ("first", "?"),  # whether it is the first of its conversation: a document may give several
 ]
+EMPTY = {"label": False, "row": ""}  # what stands for no value where that is no list
 MANY_CUT = 0.05  # the share of cut samples from which on a warning names a longer cutoff_len
 
 
@@ -53,7 +54,7 @@ def encode_chunk(rows: list[ReadRow], config: Config, template: ChatTemplate, to
 
     stage = config.stage
     found = encode_batch(stage, [row.conversation for row in rows], config, template, tokenizer)
-    kept: list[dict[str, Any]] = []
+    kept: list[Sample] = []
     facts: list[tuple[Any, ...]] = []
     left_out: Counter[str] = Counter()
     faults: list[RowFault] = []
@@ -61,15 +62,26 @@ def encode_chunk(rows: list[ReadRow], config: Config, template: ChatTemplate, to
         if isinstance(samples, Message):
             dropped = config.overlong == "drop" and isinstance(samples, TooLong)
             faults += [] if dropped else [RowFault(row.file, row.row, samples)]
-            samples = [no_sample(stage, samples.fields["tokens"] if dropped else 0)]
+            empty = {name: EMPTY.get(name, []) for name in COLUMNS[stage]}
+            samples = [empty | {"truncated": False, "whole_length": samples.fields["tokens"] if dropped else 0}]
         for number, sample in enumerate(samples):
-            answers = [len(sample.get(name, ())) for name in ("chosen_ids", "rejected_ids")]
-            tokens = (count_tokens(stage, sample), sample["whole_length"], count_learned(stage, sample))
             kept.append(sample)
-            facts.append((*tokens, *answers, sample["truncated"], row.content, number == 0))
+            facts.append((*_count(stage, sample), sample["truncated"], row.content, number == 0))
             left_out.update(sample.get("left_out"))
     columns = {name: [sample[name] for sample in kept] for name in COLUMNS[stage]}
     return Chunk(columns, np.array(facts, FACTS), left_out, faults, len(rows))
+
+
+def _count(stage: str, sample: Sample) -> tuple[int, int, int, int, int]:
+    """The lengths in FACTS."""
+    lengths = {name: len(sample[name]) for name in COLUMNS[stage] if name not in ("label", "row")}
+    if stage in ("sft", "pt"):
+        tokens, learned = lengths["input_ids"], lengths["labels"] - sample["labels"].count(-100)
+    else:
+        prompt = lengths["prompt_ids"]
+        learned = sum(lengths.values()) - prompt
+        tokens = prompt + learned + (prompt if stage == "dpo" and learned else 0)
+    return tokens, sample["whole_length"], learned, lengths.get("chosen_ids", 0), lengths.get("rejected_ids", 0)
 
 
 def encode_chunks(

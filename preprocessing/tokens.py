@@ -29,6 +29,10 @@ _KINDS = 14  # different first characters that fit into each of these two ranges
 TURNS = [{"role": role, "content": f"{role} text {i}"} for i in (1, 2) for role in ("user", "assistant")]
 
 
+def _noncharacters() -> Fault:
+    return Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
+
+
 def backend_of(tokenizer: Any) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer; raises UserError where it has none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -71,7 +75,7 @@ class TextEncoder:
         found = False
         for text in _texts(conversation):
             if LEARNED in text:
-                raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
+                raise _noncharacters()
             if not found:
                 found = any(prefix in text for prefix in self.prefixes) and self.control.search(text) is not None
         return found
@@ -81,7 +85,7 @@ class TextEncoder:
         if len(self.firsts) > _KINDS:
             raise Fault("it contains a control token of a tokenizer that has too many kinds of them; change that text")
         if any(NONCHARACTERS.search(text) for text in _texts(conversation)):
-            raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
+            raise _noncharacters()
         replace = functools.partial(self.control.sub, lambda m: chr(_TEXT + self.firsts.index(m[0][0])) + m[0][1:])
         return {
             **conversation,
@@ -126,6 +130,15 @@ class TextEncoder:
         """Where each token of a message's content starts: the places at which it may be cut."""
         escaped = self.has_lookalikes({"messages": [{"content": content}]})
         return [start for start, _ in self.encode([content], escaped)[0].offsets]
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of plain text, in which nothing is a control token; raises Fault where there is none."""
+        if not text.strip():
+            raise Fault("it has no text")
+        escaped = self.has_lookalikes({"messages": [{"content": text}]})
+        if escaped and NONCHARACTERS.search(text):
+            raise _noncharacters()
+        return self.ids(self.encode([text], escaped)[0], text, escaped)
 
     def ids(self, encoding: Any, text: str, escaped: bool) -> list[int]:
         """The real token ids of `text`; raises Fault if a look-alike became a control token all the same."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from conftest import CONTROL_TOKENS, says, user_error
-from test_template import CALL, assistant, b, byte_tokenizer, for_template, one, talk, user
+from test_template import CALL, assistant, b, byte_tokenizer, for_template, one, talk
 
 from common import Config, Message
-from preprocessing.encode_pairs import encode_documents, encode_pair
+from preprocessing.encode_pairs import encode_pair
+from preprocessing.encode_stages import encode_documents
 from preprocessing.prompts import prompt_ids
 from preprocessing.template import load_template, template_names
 from preprocessing.tokenizer import load_tokenizer
@@ -90,18 +91,9 @@ def test_a_pair_that_is_cut_fits_and_stays_different(name: str):
     assert same.sentence == says("to cutoff_len=")
 
 
-def test_pairs_that_teach_nothing_are_refused(tiny_tokenizer):
+def test_equal_answers_are_refused_and_a_call_is_an_answer(tiny_tokenizer):
     template = load_template("chatml", tiny_tokenizer)
-    for chosen, rejected, reason in (
-        ("a", "a", Message("chosen and rejected are the same answer")),
-        (" ", "a", Message("{kind} is empty", kind="chosen")),
-        ("a", "", Message("{kind} is empty", kind="rejected")),
-    ):
-        assert pair_of(talk("q"), chosen, rejected, template, tiny_tokenizer) == reason
-    swapped = {**talk("q"), "chosen": assistant("a"), "rejected": user("b")}
-    assert encode_pair(swapped, template, tiny_tokenizer, Config()) == Message(
-        "{kind} is a message of the {role}, not of the assistant", kind="rejected", role="user"
-    )
+    assert pair_of(talk("q"), "a", "a", template, tiny_tokenizer) == Message("chosen and rejected are the same answer")
     call = {**talk("q"), "chosen": assistant("", tool_calls=[CALL]), "rejected": assistant("b")}
     assert encode_pair(call, load_template("qwen", tiny_tokenizer), tiny_tokenizer, Config())["rejected_ids"]
 

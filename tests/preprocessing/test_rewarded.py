@@ -6,11 +6,11 @@ import json
 
 import pytest
 from conftest import says, write_jsonl
-from rows import conversations
+from example_rows import conversations
 
 import common
 from preprocessing.encode import encode
-from preprocessing.encode_prompts import encode_prompt
+from preprocessing.encode_stages import encode_prompt
 from preprocessing.template import load_template
 
 USER = {"role": "user", "content": "two?"}
