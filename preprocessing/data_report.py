@@ -8,7 +8,7 @@ import sys
 from typing import Any
 from unicodedata import east_asian_width
 
-from common import Message
+from common import Message, user_language
 from preprocessing.faults import fault_messages
 
 COUNTS = ("rows", "samples", "tokens", "median", "longest", "learned", "truncated", "dropped", "duplicates", "skipped")
@@ -48,12 +48,11 @@ def notes_of(report: dict[str, Any]) -> list[Message]:
     ]
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """The report of `dataset.prepare` as an aligned table, with its notes and the rows that were skipped."""
+def report_table(report: dict[str, Any], language: str) -> list[list[str]]:
+    """The report of `dataset.prepare` as rows of cells, the head first."""
     every = report["datasets"] + report["eval_datasets"]
-    table = [
-        table_head(Message("dataset|rows|samples|tokens|median|longest|learned|truncated|dropped|duplicates|skipped"))
-    ]
+    head = Message("dataset|rows|samples|tokens|median|longest|learned|truncated|dropped|duplicates|skipped")
+    table = [head.text(language).split("|")]
     for item in every:
         cells = {name: f"{item[name]:,}" for name in COUNTS}
         cells["learned"] = f"{item['learned'] / max(1, item['tokens']):.1%}"
@@ -61,8 +60,13 @@ def format_report(report: dict[str, Any]) -> str:
     for part, label in (("train", Message("= train")), ("eval", Message("= held out"))):
         if part in report and (len(every) > 1 or "eval" in report):
             cells = [f"{report[part][name]:,}" if name in report[part] else "" for name in COUNTS]
-            table.append([str(label), *cells])
-    return "\n".join([format_table(table), *map(str, notes_of(report))])
+            table.append([label.text(language), *cells])
+    return table
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of `dataset.prepare` as an aligned table, with its notes and the rows that were skipped."""
+    return "\n".join([format_table(report_table(report, user_language())), *map(str, notes_of(report))])
 
 
 def show_sample(tokenizer: Any, sample: dict[str, list[int]]) -> str:

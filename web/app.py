@@ -16,15 +16,14 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from common import LANGUAGES, Config, Message
+from common import LANGUAGES, Message
 from inference.api.guard import TimedProtocol
 from runs import report
 from runs.target import Target
 from runs.texts import Translator
-from web import fields, theme, widgets
-from web.imports import import_gradio
+from web import widgets
 from web.security import NOT_FRAMED, language_of, protect
-from web.theme import static
+from web.theme import gradio_theme, static
 
 LOCALES = {"en": "en", "zh": "zh-CN"}
 MAX_UPLOAD = "4gb"  # of a data file; a larger one is named by its path
@@ -38,7 +37,6 @@ def build(source: Target | None, password: str | None, host: str, names: Collect
 
     `source`: only the chat page, for this model. `names`: see `security.protect`.
     """
-    import_gradio()
     import gradio as gr
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -48,8 +46,7 @@ def build(source: Target | None, password: str | None, host: str, names: Collect
     css = static("page.css") + static("chat.css")
     css += report.css() + static("board.css") if source is None else ""
     for language in LANGUAGES:
-        t = Translator(language)
-        blocks = chat_blocks(t, source) if source else board_blocks(t)
+        blocks = pages(Translator(language), source)
         blocks.state_session_capacity = MAX_SESSIONS
         gr.mount_gradio_app(
             app,
@@ -60,7 +57,7 @@ def build(source: Target | None, password: str | None, host: str, names: Collect
             allowed_paths=[],
             max_file_size=MAX_UPLOAD,
             ssr_mode=False,
-            theme=theme.gradio_theme(),
+            theme=gradio_theme(),
             css=css,
         )
         app.routes[-1].app.add_exception_handler(KeyError, no_such_function)
@@ -74,26 +71,27 @@ def no_such_function(*_: Any) -> Response:
     return PlainTextResponse("this page has no such function\n", 404)
 
 
-def board_blocks(t: Translator) -> Any:
-    """Every page of the board, each in its tab."""
+def pages(t: Translator, source: Target | None) -> Any:
+    """The gr.Blocks of the board, or of the chat with `source` alone."""
     import gradio as gr
-    from gradio.context import Context
 
     from web.pages import chat
 
-    with gr.Blocks(title="onecard", analytics_enabled=False) as blocks:
-        widgets.header(t, "onecard", t("Fine-tune a language model on one card"))
-        with gr.Tabs():
-            place_tabs(t)
-        # see static/page.js
-        open_tab = "() => document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click()"
-        Context.root_block.load(js=open_tab)
+    title = t("Chat with {name}", name=source.name) if source else "onecard"
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+        widgets.header(t, title, "" if source else t("Fine-tune a language model on one card"))
+        if source:
+            chat.ChatPage(t, source).connect(blocks)
+        else:
+            place_tabs(t, blocks)
+            # see static/page.js
+            blocks.load(js="() => document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click()")
         blocks.unload(chat.stop)
     return blocks
 
 
-def place_tabs(t: Translator) -> None:
-    """The tabs of the board, inside an open gr.Tabs."""
+def place_tabs(t: Translator, blocks: Any) -> None:
+    """The pages of the board, each in its tab."""
     import gradio as gr
 
     from web.pages.chat import ChatPage
@@ -103,40 +101,20 @@ def place_tabs(t: Translator) -> None:
     from web.pages.train import TrainPage
 
     options: dict[str, Any] = {}  # the name of a setting → the component that holds it, on whatever page it stands
-
-    def read(*values: Any) -> Config:
-        return fields.read_settings(dict(zip(options, values, strict=True)), "checked").config
-
-    def tab(name: str, title: str) -> Any:
-        return gr.Tab(title, id=name, elem_id=f"tab-{name}", elem_classes="board" if name != "chat" else None)
-
-    pages: list[tuple[Any, Any]] = []
-    with tab("data", t("Model and data")) as opened:
-        pages.append((opened, DataPage(t, options, read)))
-    with tab("train", t("Train")) as opened:
-        pages.append((opened, TrainPage(t, options)))
-    with tab("evaluate", t("Evaluate")) as opened:
-        pages.append((opened, EvaluatePage(t)))
-    with tab("chat", t("Chat")) as opened:
-        ChatPage(t, None, opened)
-    with tab("export", t("Export")) as opened:
-        pages.append((opened, ExportPage(t)))
-    for opened, page in pages:  # once every option has its field
-        page.connect(opened)
-
-
-def chat_blocks(t: Translator, source: Target) -> Any:
-    """Only the chat, with one target."""
-    import gradio as gr
-
-    from web.pages import chat
-
-    title = t("Chat with {name}", name=source.name)
-    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
-        widgets.header(t, title)
-        chat.ChatPage(t, source)
-        blocks.unload(chat.stop)
-    return blocks
+    tabs = {
+        "data": (t("Model and data"), lambda: DataPage(t, options)),
+        "train": (t("Train"), lambda: TrainPage(t, options)),
+        "evaluate": (t("Evaluate"), lambda: EvaluatePage(t)),
+        "chat": (t("Chat"), lambda: ChatPage(t)),
+        "export": (t("Export"), lambda: ExportPage(t)),
+    }
+    placed = []
+    with gr.Tabs():
+        for name, (title, make) in tabs.items():
+            with gr.Tab(title, id=name, elem_id=f"tab-{name}", elem_classes="board" if name != "chat" else None) as tab:
+                placed.append((make(), tab))
+        for page, tab in placed:  # once every option has its field
+            page.connect(blocks, tab)
 
 
 class PageScript(BaseHTTPMiddleware):

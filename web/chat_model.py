@@ -21,13 +21,13 @@ from inference.load import load
 from inference.reply import Reply
 from runs.folder import run_folders
 from runs.target import Target
-from web.imports import import_libraries
 
 PAINT_SECONDS = 0.08  # between two updates of the page: as smooth as eyes need, and cheap
 
 busy = threading.Lock()  # held while a model is loaded or answers
 _loaded: tuple[object, Engine] | None = None
 requests: dict[str, Request] = {}  # by the browser's session
+_importing = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -43,6 +43,14 @@ class Request:
         self.stopped = True
         if self.reply:
             self.reply.cancel()
+
+
+def import_libraries() -> None:
+    """Imports transformers and torch, which take seconds: once a page needs them, and one thread at a time."""
+    with _importing:
+        import transformers
+
+        assert transformers.AutoTokenizer and transformers.AutoModelForCausalLM  # imported when they are asked for
 
 
 def free() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import signal
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -13,9 +11,11 @@ from typing import Any
 
 import psutil
 import yaml
+from filelock import FileLock
 
 import common
 from common import Config, Message, UserError
+from runs import files
 from runs import folder as folders
 from runs.configuration import defaults_of
 from runs.files import write_text
@@ -48,11 +48,7 @@ def is_below(path: Path, folder: Path) -> bool:
 def run_folder(name: str) -> Path:
     """The folder of a run; raises UserError for what cannot be the name of one."""
     if not is_valid_name(name):
-        raise UserError(
-            "{name} cannot be the name of a run: it is empty, longer than 66 Chinese or 200 Latin letters, has a "
-            "backslash, leads out of saves/, or a part of it begins with a dot or is uploads; choose another",
-            name=repr(name),
-        )
+        raise UserError("{name} cannot be a run's name; use letters, digits, - and _ (200 bytes)", name=repr(name))
     return common.SAVES.joinpath(*Path(name.strip()).parts)
 
 
@@ -64,27 +60,20 @@ def job_folder(folder: Path, kind: str = "train") -> Path:
     return folder / BOARD / kind
 
 
-def _begun_runs() -> list[str]:
-    """The runs below saves/ that have a run.json, newest first."""
-    return [name for name in map(name_of, run_folders()) if is_valid_name(name)]
-
-
 def run_names() -> list[str]:
-    """The runs below saves/ with those that the board has only just started, newest first."""
-    started = {name_of(path.parents[2]) for path in common.SAVES.rglob(f"{BOARD}/train/job.json")}
-
-    def born(name: str) -> float:
-        folder = run_folder(name)
-        found = [path for path in (folder / "run.json", job_folder(folder) / "job.json") if path.exists()]
-        return max((path.stat().st_mtime for path in found), default=0.0)
-
-    return sorted({*_begun_runs(), *filter(is_valid_name, started)}, key=born, reverse=True)
+    """The runs below saves/, with those that the board has only just started, newest first."""
+    begun = [(folder / "run.json", folder) for folder in run_folders()]
+    begun += [(path, path.parents[2]) for path in common.SAVES.rglob(f"{BOARD}/train/job.json")]
+    newest: dict[str, float] = {}
+    for file, folder in begun:
+        newest[name_of(folder)] = max(newest.get(name_of(folder), 0.0), file.stat().st_mtime)
+    return sorted(filter(is_valid_name, newest), key=newest.__getitem__, reverse=True)
 
 
 def choose_trained(name: str | None) -> tuple[list[str], str | None]:
     """The runs that have an adapter, newest first, and the one that is looked at: `name`, or the newest."""
-    files = ("adapter_config.json", "adapter_model.safetensors")
-    names = [run for run in _begun_runs() if all((run_folder(run) / file).is_file() for file in files)]
+    adapter = ("adapter_config.json", "adapter_model.safetensors")
+    names = [run for run in run_names() if all((run_folder(run) / file).is_file() for file in adapter)]
     return names, name if name in names else next(iter(names), None)
 
 
@@ -94,12 +83,12 @@ def exists(name: str) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A record that a command has left, or nothing where there is none yet."""
+    """A record that a command has left, or nothing where there is none yet or it is broken."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+        found = files.read_json(path, {})
+    except UserError:
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,36 +106,24 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def is_training(run: dict[str, Any] | None) -> bool:
-    """Whether the process that run.json names is at work; another program that has its id by now is not it."""
-    if not run or run["status"] != "running" or not jobs.is_alive(run.get("pid", 0), run.get("created")):
-        return False
-    try:
-        return any("train.py" in part for part in psutil.Process(run["pid"]).cmdline())
-    except psutil.Error:
-        return False
+    """Whether the process that run.json names is at work; another program that has its number by now is not it."""
+    return bool(run and run["status"] == "running" and jobs.is_alive(run.get("pid", 0), run.get("created", 0)))
 
 
 def run_state(folder: Path) -> str:
     """`running`, `starting`, `finished`, `interrupted`, `failed`, `killed`, `aborted`, or `none`: never started."""
-    state = _run_state(folder)
-    return "aborted" if state == "killed" and was_aborted(folder) else state
-
-
-def _run_state(folder: Path) -> str:
     run, job = read_run(folder), jobs.find(job_folder(folder))
     if is_training(run):
         return "running"
-    state = jobs.state(job) if job else "none"
-    latest = job and run and datetime.fromisoformat(run["started"]).timestamp() >= job.created - 2
-    if latest and state == "running":
-        return "running"  # it has written how it ended, and is about to
-    if run and (latest or not job or state == "done"):
-        return "killed" if run["status"] == "running" else run["status"]
-    if state == "running":
-        return "starting"
+    if jobs.is_running(job):  # it has written how it ended and is about to end, or is not as far as its run.json
+        return (
+            "running" if run and datetime.fromisoformat(run["started"]).timestamp() >= job.created - 2 else "starting"
+        )
     if run:
-        return "killed" if run["status"] == "running" else run["status"]
-    return {"stopped": "interrupted", "done": "none"}.get(state, state)
+        state = "killed" if run["status"] == "running" else run["status"]
+    else:
+        state = {"stopped": "interrupted", "done": "none"}.get(ended := jobs.state(job), ended) if job else "none"
+    return "aborted" if state == "killed" and was_aborted(folder) else state
 
 
 def was_aborted(folder: Path) -> bool:
@@ -166,23 +143,13 @@ def training_now() -> str | None:
 
 def device_user() -> Message | None:
     """What uses the device's memory now: a training, also one of a terminal, or a command that a page started."""
-    for path in common.SAVES.rglob(f"{BOARD}/*/job.json"):
-        job = jobs.find(path.parent)
-        if jobs.is_running(job):
-            if path.parent.name == "train":
-                return Message(
-                    "{name} is training; one run at a time: wait for it, pause it or abort it",
-                    name=name_of(path.parents[2]),
-                )
-            return Message("{command} is still running; wait for it, or stop it", command=job.shell_line)
-    running = (name for name in _begun_runs() if is_training(read_run(run_folder(name))))
-    return next(
-        (
-            Message("{name} is training; one run at a time: wait for it, pause it or abort it", name=name)
-            for name in running
-        ),
-        None,
-    )
+    started = (jobs.find(path.parent) for path in common.SAVES.rglob(f"{BOARD}/*/job.json"))
+    for job in started:
+        if jobs.is_running(job) and job.folder.name != "train":
+            return jobs.still_running(job)
+    if name := training_now():
+        return Message("{name} is training; one run at a time: wait for it, pause it or abort it", name=name)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,8 +163,7 @@ def _device() -> Iterator[None]:
     One board at a time may look and start (there may be two on one folder), and the chat's model gives its memory back.
     """
     (common.SAVES / BOARD).mkdir(parents=True, exist_ok=True)
-    with open(common.SAVES / BOARD / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(common.SAVES / BOARD / "lock"):
         if user := device_user():
             raise UserError.from_message(user)
         chat_model.stop_and_free()
@@ -234,9 +200,7 @@ def start_run(config: Config, overwrite: bool, language: str) -> Path:
     """Writes the recipe into the run folder and starts train.py with it; raises UserError where it cannot be."""
     folder = Path(config.output_dir)
     if left_by_training(folder) and not overwrite:
-        raise UserError(
-            "{folder} holds a run already; choose another name, let it go on, or tick start over", folder=folder
-        )
+        raise UserError("{folder} holds a run; choose another name, resume it, or tick start over", folder=folder)
     with _device():
         recipe = folder / BOARD / "recipe.yaml"  # in the board's own folder: saves/NAME/recipe.yaml may be the user's
         recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +214,7 @@ def go_on(folder: Path, language: str) -> None:
     """Starts an interrupted run again, which goes on from its newest checkpoint."""
     recipe = next((folder / n for n in ("config.yaml", f"{BOARD}/recipe.yaml") if (folder / n).exists()), None)
     if recipe is None:
-        raise UserError("{folder} has no recipe to go on with; start a new run", folder=folder)
+        raise UserError("{folder} has no recipe to resume with; start a new run", folder=folder)
     start_command(job_folder(folder), ["train.py", str(recipe), "overwrite_output_dir=false"], language)
 
 

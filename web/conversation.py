@@ -161,7 +161,6 @@ def find_message(turns: list[Turn], voice: str, index: int) -> tuple[int, int | 
 # ---------------------------------------------------------------------------------------------------------------------
 # What becomes training data
 
-COLUMNS = {"messages": "messages", "tools": "tools"}
 TAGS = {
     "role_tag": "role",
     "content_tag": "content",
@@ -199,18 +198,8 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
 
 def entry(file_name: str, tools: bool = False) -> dict[str, Any]:
     """What dataset_info.json says of a file of such rows; complete, so that LLaMA-Factory reads it too."""
-    columns = {key: column for key, column in COLUMNS.items() if key != "tools" or tools}
+    columns = {"messages": "messages", "tools": "tools"} if tools else {"messages": "messages"}
     return {"file_name": file_name, "formatting": "openai", "columns": columns, "tags": TAGS}
-
-
-def file_text(rows: list[dict[str, Any]]) -> str:
-    """The text of a data file."""
-    return json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
-
-
-def registry_line(name: str, tools: bool) -> str:
-    """The line of dataset_info.json for NAME.json, as it is written there."""
-    return f"{json.dumps(name)}: {json.dumps(entry(f'{name}.json', tools), ensure_ascii=False)}"
 
 
 def add_to_data(made: dict[str, Any], name: str, folder: Path) -> int:

@@ -21,47 +21,46 @@ from training import memory
 from web import control
 from web.theme import static
 
-# The settings that decide over a run, in the order of the page; all others are folded by their groups.
-FIRST = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-FIRST += ("cutoff_len", "lora_rank", "quantization_bit", "val_size", "name", "author", "packing")
 NOT_TRAINING = ("chat", "export", "evaluation")  # groups of options that a training does not read
 DECIDED_BY_PAGE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "use_unsloth")
 QUICKSTART = common.ROOT / "configs" / "quickstart.yaml"
 SMALL = 10**9  # parameters below which a model needs the high learning rate of QUICKSTART
 PRESET = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 PRESET += ("cutoff_len", "lora_rank", "warmup_steps", "template")
-TRUE_FALSE = ("true", "false")
+
+
+def first_labels(t: Translator) -> dict[str, str]:
+    """The settings that decide over a run, in the order of the page; all others are folded by their groups."""
+    return {
+        "num_train_epochs": t("Passes over the data"),
+        "learning_rate": t("Learning rate"),
+        "per_device_train_batch_size": t("Batch size"),
+        "gradient_accumulation_steps": t("Batches per step"),
+        "cutoff_len": t("Longest sample, in tokens"),
+        "lora_rank": t("LoRA rank"),
+        "quantization_bit": t("Base model in 4 or 8 bit"),
+        "val_size": t("Held out (share or number)"),
+        "name": t("The model's name"),
+        "author": t("Its author"),
+        "packing": t("Pack several samples into a row"),
+    }
 
 
 @functools.cache
-def groups() -> dict[str, list[str]]:
-    """The titles of the groups of Config with the names of their options, in the order of `--help`."""
+def folded_groups() -> dict[str, list[str]]:
+    """The titles and names of a training's options, without those of one choice or that the page decides."""
     found: dict[str, list[str]] = {}
     title = ""
-    for field in dataclasses.fields(Config):
-        title = field.metadata.get("group", title)
-        if "help" in field.metadata:
-            found.setdefault(title, []).append(field.name)
+    for option in dataclasses.fields(Config):
+        title = option.metadata.get("group", title)
+        hidden = option.name in DECIDED_BY_PAGE or len(option.metadata.get("choices", ())) == 1
+        if "help" in option.metadata and title not in NOT_TRAINING and not hidden:
+            found.setdefault(title, []).append(option.name)
     return found
-
-
-def options_of(*titles: str) -> list[str]:
-    """The names of the options in some groups."""
-    return [name for title in titles for name in groups()[title]]
 
 
 def choices_of(name: str) -> list[str]:
     return [str(choice) for choice in OPTIONS[name].metadata["choices"]]
-
-
-def folded_groups() -> dict[str, list[str]]:
-    """The groups of a training's options, without those of one choice or that the page decides."""
-    shown = {
-        title: [n for n in names if n not in DECIDED_BY_PAGE and len(choices_of(n)) != 1]
-        for title, names in groups().items()
-        if title not in NOT_TRAINING
-    }
-    return {title: names for title, names in shown.items() if names}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,31 +87,20 @@ def field_value(name: str, value: Any) -> Any:
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-def group_title(text: str, t: Translator) -> str:
-    title = t.message(Message(text))
-    return title[:1].upper() + title[1:]
-
-
-def help_text(name: str, t: Translator) -> str:
-    text = OPTIONS[name].metadata["help"]
-    return t.message(Message(text))
-
-
-def make_field(name: str, label: str, help: str | None, t: Translator, *, filled: bool = False) -> Any:
-    """The Gradio component of an option: `filled` shows the quickstart's value, otherwise empty means the default."""
+def make_field(name: str, t: Translator, label: str | None = None) -> Any:
+    """The Gradio component of an option: with a `label` it shows the quickstart's value, else empty is the default."""
     import gradio as gr
 
-    option = OPTIONS[name]
+    option, text = OPTIONS[name], OPTIONS[name].metadata["help"]
     default = field_value(name, option.default)
-    first = preset(small=True).get(name, default if filled else "")
-    common_part = {"label": label, "info": help, "elem_id": f"option-{name}"}
+    shown = {"label": label or name, "info": None if label else t.message(Message(text)), "elem_id": f"option-{name}"}
     if option.type == "bool":
-        return gr.Checkbox(default, **common_part)
+        return gr.Checkbox(default, **shown)
     if not is_text(name):
-        unset = [(t("no") if filled else t("unset"), "")] if option.default is None else []
-        return gr.Dropdown([*unset, *(choices_of(name) or TRUE_FALSE)], value=default, **common_part)
-    placeholder = default or (t("automatic") if filled else t("unset"))
-    return gr.Textbox(first, max_lines=1, placeholder=placeholder, **common_part)
+        unset = [(t("no") if name == "quantization_bit" else t("unset"), "")] if option.default is None else []
+        return gr.Dropdown([*unset, *(choices_of(name) or ("true", "false"))], value=default, **shown)
+    placeholder = default or (t("automatic") if label else t("unset"))
+    return gr.Textbox(preset(True).get(name, default if label else ""), max_lines=1, placeholder=placeholder, **shown)
 
 
 def storage_scripts(options: dict[str, Any]) -> tuple[str, str]:
@@ -144,8 +132,8 @@ def read_settings(fields: dict[str, Any], name: str, others: dict[str, str] | No
         text = ",".join(value) if isinstance(value, list) else value
         if text not in (None, "", field_value(option, OPTIONS[option].default)):
             arguments.append(f"{option}={text}")
-        elif text in (None, "") and option == "dataset":
-            faults.append(Message("no dataset is chosen; choose one on the page Model and data"))
+    if fields.get("dataset") == []:
+        faults.append(Message("no dataset is chosen; choose one on the page Model and data"))
     try:
         loaded = load_config(arguments)
     except UserError as error:
@@ -163,10 +151,8 @@ def _on_this_page(fault: Message) -> Message:
 
 
 def fields_of(loaded: Loaded, names: Sequence[str]) -> dict[str, Any]:
-    """What the fields must hold for a loaded recipe; a folded one that has its default stays empty."""
-    values = {name: field_value(name, getattr(loaded.config, name)) for name in names}
-    folded = {n for n in names if is_text(n) and n not in (*FIRST, "model_name_or_path", "dataset")}
-    return {n: "" if n in folded and v == field_value(n, OPTIONS[n].default) else v for n, v in values.items()}
+    """What the fields must hold for a loaded recipe."""
+    return {name: field_value(name, getattr(loaded.config, name)) for name in names}
 
 
 def without_field(loaded: Loaded, names: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,32 +70,30 @@ def start(folder: Path, command: list[str], language: str = "en") -> Job:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # of two boards on one folder, one starts it
-        earlier = find(folder)
-        if earlier and state(earlier) == "running":
-            raise UserError("{command} is still running; wait for it, or stop it", command=earlier.shell_line)
-        return _start(folder, command, language)
-
-
-def _start(folder: Path, command: list[str], language: str) -> Job:
-    status, error = folder / "status", folder / ERROR
-    for old in (status, error, folder / ABORTED):
-        old.unlink(missing_ok=True)
-    environment = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "ONECARD_LANG": language}
-    environment["ONECARD_ERROR_FILE"] = str(error.absolute())
-    script = [sys.executable, str(common.ROOT / command[0]), *command[1:]]
-    with open(folder / "log", "wb") as log:
-        child = subprocess.Popen(
-            ["/bin/sh", "-c", _WAIT, str(status.absolute()), sys.executable, "-ISc", _DEFAULT_SIGNALS, *script],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    job = Job(folder, tuple(command), child.pid, psutil.Process(child.pid).create_time())
-    record = {"command": command, "process": job.process, "created": job.created, "started": time.time()}
-    write_json(folder / "job.json", record)
+        if is_running(earlier := find(folder)):
+            raise UserError.from_message(still_running(earlier))
+        status, error = folder / "status", folder / ERROR
+        for old in (status, error, folder / ABORTED):
+            old.unlink(missing_ok=True)
+        environment = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "ONECARD_LANG": language}
+        environment["ONECARD_ERROR_FILE"] = str(error.absolute())
+        script = [sys.executable, str(common.ROOT / command[0]), *command[1:]]
+        with open(folder / "log", "wb") as log:
+            child = subprocess.Popen(
+                ["/bin/sh", "-c", _WAIT, str(status.absolute()), sys.executable, "-ISc", _DEFAULT_SIGNALS, *script],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        job = Job(folder, tuple(command), child.pid, psutil.Process(child.pid).create_time())
+        write_json(folder / "job.json", {"command": command, "process": job.process, "created": job.created})
     return job
+
+
+def still_running(job: Job) -> Message:
+    return Message("{command} is still running; wait for it, or stop it", command=job.shell_line)
 
 
 def find(folder: Path) -> Job | None:
@@ -123,7 +120,7 @@ def is_running(job: Job | None) -> bool:
 
 def send_signal(job: Job, number: signal.Signals = signal.SIGINT) -> None:
     """Sends a job and all its children what Ctrl-C sends in a terminal, or SIGKILL, which ends them at once."""
-    if state(job) == "running":
+    if is_running(job):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.process, number)
 
@@ -170,11 +167,8 @@ def error(job: Job) -> Message | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return Message.from_json(json.loads((job.folder / ERROR).read_text(encoding="utf-8")))
     if ended == "killed":
-        return Message(
-            "{command} was ended from outside (killed, out of memory, or the machine was switched off)",
-            command=job.shell_line,
-        )
+        return Message("{command} was killed, ran out of memory, or the machine went down", command=job.shell_line)
     printed = [line for line in lines(job.log) if line.strip() and not _BAR.match(line)]
     if not printed:
         return Message("{command} failed and printed nothing", command=job.shell_line)
-    return Message("{command} failed: {line}; see its output below", command=job.shell_line, line=printed[-1])
+    return Message("{command} failed: {line}", command=job.shell_line, line=printed[-1])

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import gradio as gr
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 
 import common
 from common import Message, UserError
 from runs.texts import Translator
-from web import control, jobs
+from web import jobs
 
 # What of a run folder the board hands out; nothing else on this machine is.
 SERVED = (".html", ".png", ".svg", ".gguf", ".Modelfile", ".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".md")
@@ -50,8 +51,6 @@ def heading(text: str, below: str = "") -> str:
 
 def header(t: Translator, title: str, line: str = "") -> None:
     """The top of a page: its title, a line below, and the switches for the language and for light and dark."""
-    import gradio as gr
-
     other, name = {"en": ("zh", "中文"), "zh": ("en", "English")}[t.language]
     gr.HTML(
         f'<div class="top"><div><h1>{escape(title)}</h1><p>{escape(line)}</p></div><nav>'
@@ -194,27 +193,13 @@ def changes(shown: dict[Any, Any], now: dict[Any, Any], held: dict[Any, Any] | N
     return sent
 
 
-def outdated(shown: dict[Any, Any], *faults: Any) -> dict[Any, Any]:
-    """Clears the components of refusals once the device is no longer used."""
-    user = control.device_user()
-    before, shown["device_user"] = shown.get("device_user"), user
-    return dict.fromkeys(faults, "") if before and user is None else {}
-
-
-def turn_to(page: int, total: int, size: int) -> tuple[int, int, range]:
-    """The number of a page (from 0; beyond the end it is the last one), how many there are, and what stands on it."""
-    pages = max(1, -(-total // size))
-    page = min(max(page, 0), pages - 1)
-    return page, pages, range(page * size, min(total, (page + 1) * size))
-
-
-def run_now(function: Any, t: Translator, *arguments: Any) -> tuple[str, float]:
-    """For a button: calls `function` and gives the HTML of its UserError, or nothing, and the time.
+def attempt(t: Translator, function: Callable[..., Any], *arguments: Any) -> float:
+    """For a button: calls `function`; its UserError is shown for half a minute.
 
     The time is new at each call: a page that shows the runs looks again where it changes.
     """
     try:
         function(*arguments)
     except UserError as error:
-        return fault(error, t), time.time()
-    return "", time.time()
+        gr.Warning(escape(t.message(error)), duration=30, title=t("Not started"))
+    return time.time()

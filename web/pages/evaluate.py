@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import Context
 
 from common import UserError
 from runs import report
@@ -76,7 +75,6 @@ class EvaluatePage:
     def __init__(self, t: Translator) -> None:
         self.t = t
         self.place_start()
-        self.fault = gr.HTML(elem_id="eval-fault", padding=False)
         self.job = gr.HTML(elem_id="eval-state", padding=False)
         self.results = gr.HTML(elem_id="eval-results", padding=False)
         with gr.Accordion(t("Predictions"), open=False, visible=False, elem_id="predictions") as self.fold:
@@ -127,19 +125,18 @@ class EvaluatePage:
             self.predictions: gr.update(value=rows),
             self.stop: gr.update(visible=jobs.is_running(job)),
         }
-        sent = widgets.changes(shown, now, {self.run: name, self.which: held})
-        return {**sent, **widgets.outdated(shown, self.fault), self.seen: shown}
+        return {**widgets.changes(shown, now, {self.run: name, self.which: held}), self.seen: shown}
 
-    def begin(self, name: str | None, data: list[str] | None, base: bool) -> tuple[str, float]:
-        return widgets.run_now(start, self.t, name, data or [], base, self.t)
+    def begin(self, name: str | None, data: list[str] | None, base: bool) -> float:
+        return widgets.attempt(self.t, start, name, data or [], base, self.t)
 
-    def connect(self, tab: Any) -> None:
+    def connect(self, blocks: gr.Blocks, tab: gr.Tab) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
-        self.go.click(self.begin, [self.run, self.data, self.base], [self.fault, self.acted], **QUIET)
+        self.go.click(self.begin, [self.run, self.data, self.base], self.acted, **QUIET)
         self.stop.click(lambda name: control.stop_newest(name, ("evaluate",)), self.run, **QUIET)
-        watched = [self.run, self.data, self.fault, self.job, self.results, self.fold, self.which, self.predictions]
+        watched = [self.run, self.data, self.job, self.results, self.fold, self.which, self.predictions]
         watched += [self.stop, self.seen]
         # one event for all: of two at a time the older answer could come last
-        moments = [Context.root_block.load, tab.select, self.timer.tick]
+        moments = [blocks.load, tab.select, self.timer.tick]
         moments += [self.run.change, self.which.change, self.acted.change]
         gr.on(moments, self.watch, [self.run, self.which, self.seen], watched, trigger_mode="always_last", **QUIET)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.context import Context
 
 import common
 from common import UserError
@@ -153,7 +152,6 @@ class ExportPage:
             with gr.Column(scale=5, min_width=330):
                 self.place_start()
             with gr.Column(scale=7, min_width=330):
-                self.fault = gr.HTML(elem_id="export-fault", padding=False)
                 self.files = gr.HTML(elem_id="export-files", padding=False)
                 self.job = gr.HTML(elem_id="export-state", padding=False)
                 self.proof = gr.HTML(elem_id="export-proof", padding=False)
@@ -189,22 +187,20 @@ class ExportPage:
             self.modelfile: text,
             self.stop: gr.update(visible=jobs.is_running(job)),
         }
-        sent = widgets.changes(shown, now, {self.run: name})
-        return {**sent, **widgets.outdated(shown, self.fault), self.seen: shown}
+        return {**widgets.changes(shown, now, {self.run: name}), self.seen: shown}
 
-    def begin(self, kind: str, *chosen: Any) -> tuple[str, float]:
-        """What the button does that starts merge.py or quantize.py; `chosen` are run, types, overwrite and verify."""
-        name, *options = chosen
-        return widgets.run_now(start_export, self.t, name, kind, *options, self.t.language)
+    def begin(self, kind: str, name: str | None, types: list[str], overwrite: bool, verify: bool) -> float:
+        """What the button does that starts merge.py or quantize.py."""
+        return widgets.attempt(self.t, start_export, name, kind, types, overwrite, verify, self.t.language)
 
-    def connect(self, tab: Any) -> None:
+    def connect(self, blocks: gr.Blocks, tab: gr.Tab) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
         chosen = [self.run, self.types, self.overwrite, self.verify]
         for button, kind in ((self.merge, "merge"), (self.quantize, "quantize")):
-            button.click(functools.partial(self.begin, kind), chosen, [self.fault, self.acted], **QUIET)
+            button.click(functools.partial(self.begin, kind), chosen, self.acted, **QUIET)
         self.stop.click(lambda name: control.stop_newest(name, ("merge", "quantize")), self.run, **QUIET)
-        watched = [self.run, self.fault, self.types, self.files, self.job, self.proof, self.fold, self.modelfile]
+        watched = [self.run, self.types, self.files, self.job, self.proof, self.fold, self.modelfile]
         watched += [self.stop, self.seen]
         # one event for all: of two at a time the older answer could come last
-        moments = [Context.root_block.load, tab.select, self.timer.tick, self.run.change, self.acted.change]
+        moments = [blocks.load, tab.select, self.timer.tick, self.run.change, self.acted.change]
         gr.on(moments, self.watch, [self.run, self.seen], watched, trigger_mode="always_last", **QUIET)

@@ -11,10 +11,9 @@ from typing import Any
 
 import gradio as gr
 import psutil
-from gradio.context import Context
 
 import common
-from common import Config, UserError
+from common import Config, Message, UserError
 from runs import charts
 from runs import log as run_log
 from runs.configuration import Loaded, load_config
@@ -246,36 +245,19 @@ class TrainPage:
         # of a recipe, without a field
         self.others = gr.BrowserState({}, storage_key="onecard-kept", secret="onecard")
 
-    def labels(self) -> dict[str, str]:
-        t = self.t
-        return {
-            "stage": t("Kind of training"),
-            "num_train_epochs": t("Passes over the data"),
-            "learning_rate": t("Learning rate"),
-            "per_device_train_batch_size": t("Batch size"),
-            "gradient_accumulation_steps": t("Batches per step"),
-            "cutoff_len": t("Longest sample, in tokens"),
-            "lora_rank": t("LoRA rank"),
-            "quantization_bit": t("Base model in 4 or 8 bit"),
-            "val_size": t("Held out (share or number)"),
-            "name": t("The model's name"),
-            "author": t("Its author"),
-            "packing": t("Pack several samples into a row"),
-        }
-
     def place_first_settings(self) -> None:
-        t, labels = self.t, self.labels()
+        t = self.t
         with gr.Group(elem_classes="tight"):
             with gr.Row():
                 self.run_name = gr.Textbox(label=t("Name of the run"), max_lines=1, elem_id="run-name")
                 recipes = [(path.stem, str(path)) for path in sorted((common.ROOT / "configs").glob("*.yaml"))]
                 self.recipe = gr.Dropdown(recipes, value=None, label=t("Start from a recipe"), elem_id="recipe-choice")
-            self.options["stage"] = fields.make_field("stage", labels["stage"], None, t)
-            for pair in zip(fields.FIRST[:-1:2], fields.FIRST[1::2], strict=True):
+            self.options["stage"] = fields.make_field("stage", t, t("Kind of training"))
+            labels = list(fields.first_labels(t).items())
+            for pair in (labels[i : i + 2] for i in range(0, len(labels), 2)):
                 with gr.Row():
-                    for name in pair:
-                        self.options[name] = fields.make_field(name, labels[name], None, t, filled=True)
-            self.options["packing"] = fields.make_field("packing", labels["packing"], None, t)
+                    for name, label in pair:
+                        self.options[name] = fields.make_field(name, t, label)
 
     def place_start(self) -> None:
         t = self.t
@@ -284,18 +266,17 @@ class TrainPage:
         label = t("start over where the run exists")
         self.overwrite = gr.Checkbox(False, label=label, visible=False, elem_id="start-over")
         self.start = gr.Button(t("Start"), variant="primary", elem_id="train-start")
-        self.refused = gr.HTML(elem_id="start-fault", padding=False)
 
     def place_other_settings(self) -> None:
         """Every other option of a training, folded by its group."""
         t = self.t
         with gr.Accordion(t("All other settings"), open=False, elem_id="all-settings"):
-            for title, names in fields.folded_groups().items():
+            for text, names in fields.folded_groups().items():
                 rest = [name for name in names if name not in self.options]
                 if rest:
-                    with gr.Accordion(fields.group_title(title, t), open=False):
+                    with gr.Accordion(t.message(Message(text)).capitalize(), open=False):
                         for name in rest:
-                            self.options[name] = fields.make_field(name, name, fields.help_text(name, t), t)
+                            self.options[name] = fields.make_field(name, t)
 
     def place_recipe(self) -> None:
         t = self.t
@@ -320,7 +301,6 @@ class TrainPage:
             self.pause = gr.Button(t("Pause"), elem_id="train-pause", visible=False)
             self.go_on = gr.Button(t("Go on"), variant="primary", elem_id="train-go-on", visible=False)
             self.abort = gr.Button(t("Abort"), variant="stop", elem_id="train-abort", visible=False)
-        self.action_fault = gr.HTML(elem_id="watch-fault", padding=False)
         self.plots = gr.HTML(elem_id="plots", elem_classes="when-run", padding=False)
         with gr.Accordion(t("Log"), open=True, elem_classes="when-run"):
             self.log = gr.HTML(elem_id="train-log", padding=False)
@@ -332,17 +312,17 @@ class TrainPage:
         return fields.read_settings(dict(zip(self.options, values, strict=True)), name, others)
 
     def show_settings(self, name: str, others: dict[str, str], *values: Any) -> list[Any]:
-        """Faults or notes, memory, command, recipe, whether the run is there, and no refusal."""
+        """Faults or notes, memory, command, recipe, and whether the run is there."""
         t, there = self.t, gr.update(visible=control.exists(name))
         try:
             loaded = self.read(name, others, *values)
         except UserError as error:
-            return [fault(error, t), "", "", "", there, ""]
+            return [fault(error, t), "", "", "", there]
         listed = ", ".join(f"{option}={text}" for option, text in others.items())
         kept = [t("Of the recipe, without a field here: {settings}", settings=listed)] if others else []
         notes = "".join(note(t.message(text)) for text in [*kept, *loaded.notes])
         line = jobs.shell_line(control.train_command(loaded.config))
-        return [notes, memory_html(loaded.config, t), line, control.recipe_text(loaded.config), there, ""]
+        return [notes, memory_html(loaded.config, t), line, control.recipe_text(loaded.config), there]
 
     def fill(self, path: str | None) -> list[Any]:
         """The fields of a recipe that was uploaded or chosen: a note, the run's name, the others, all options."""
@@ -370,15 +350,18 @@ class TrainPage:
     # ---- the run
 
     def begin(self, over: bool, name: str, others: dict[str, str], *values: Any) -> list[Any]:
-        try:
-            folder = control.start_run(self.read(name, others, *values).config, over, self.t.language)
-        except UserError as error:
-            return [fault(error, self.t), gr.update(visible=control.exists(name)), gr.skip()]
-        return ["", False, gr.update(choices=control.run_names(), value=control.name_of(folder))]
+        """Starts a run: whether to start over, the run that is looked at, and the time."""
+        language = self.t.language
+        acted = widgets.attempt(
+            self.t, lambda: control.start_run(self.read(name, others, *values).config, over, language)
+        )
+        started = control.training_now() == name.strip()
+        box = gr.update(visible=control.exists(name), **({"value": False} if started else {}))
+        return [box, gr.update(choices=control.run_names(), **({"value": name.strip()} if started else {})), acted]
 
-    def act(self, action: Callable[[Path], None], name: str | None) -> tuple[str, float]:
+    def act(self, action: Callable[[Path], None], name: str | None) -> float:
         """What a button does with the run that is looked at."""
-        return widgets.run_now(lambda: action(run_folder(name)) if name else None, self.t)
+        return widgets.attempt(self.t, action, run_folder(name)) if name else 0.0
 
     def watch(self, name: str | None, others: list[str], shown: dict[str, Any]) -> dict[Any, Any]:
         """What has changed of the runs."""
@@ -399,15 +382,14 @@ class TrainPage:
             self.go_on: gr.update(visible=state in ("interrupted", "killed", "aborted", "failed")),
             self.abort: at_work,
         }
-        sent = widgets.changes(shown, now, {self.run: name})
-        return {**sent, **widgets.outdated(shown, self.action_fault, self.refused), self.seen: shown}
+        return {**widgets.changes(shown, now, {self.run: name}), self.seen: shown}
 
     # ---- events
 
-    def connect(self, tab: Any) -> None:
+    def connect(self, blocks: gr.Blocks, tab: gr.Tab) -> None:
         """Connects the events; the page looks at the run every two seconds and when `tab` is opened."""
         values = [self.run_name, self.others, *self.options.values()]
-        outcome = [self.fault, self.memory, self.command, self.yaml, self.overwrite, self.refused]
+        outcome = [self.fault, self.memory, self.command, self.yaml, self.overwrite]
         changed = [*(component.change for component in values), tab.select]
         gr.on(changed, self.show_settings, values, outcome, trigger_mode="always_last", **QUIET)
         for event, source in ((self.load.upload, self.load), (self.recipe.input, self.recipe)):
@@ -415,20 +397,15 @@ class TrainPage:
         model, fitted = self.options["model_name_or_path"], [self.options[name] for name in fields.PRESET]
         model.input(self.fit_model, [model, *fitted], fitted, **QUIET)
         stored, (restore, keep) = [self.run_name, *self.options.values()], fields.storage_scripts(self.options)
-        Context.root_block.load(None, None, stored, js=restore)  # their change calls `show_settings`
+        blocks.load(None, None, stored, js=restore)  # their change calls `show_settings`
         gr.on([component.change for component in stored], None, stored, None, js=keep)
-        self.start.click(self.begin, [self.overwrite, *values], [self.refused, self.overwrite, self.run], **QUIET)
-        self.connect_run(tab)
-
-    def connect_run(self, tab: Any) -> None:
+        self.start.click(self.begin, [self.overwrite, *values], [self.overwrite, self.run, self.acted], **QUIET)
         language = self.t.language
         actions = ((self.pause, control.pause), (self.abort, control.abort))
         for button, action in (*actions, (self.go_on, lambda folder: control.go_on(folder, language))):
-            act = functools.partial(self.act, action)
-            button.click(act, self.run, [self.action_fault, self.acted], **QUIET)
+            button.click(functools.partial(self.act, action), self.run, self.acted, **QUIET)
         watched = [self.run, self.compare, self.status, self.plots, self.log, self.all_runs]
-        watched += [self.pause, self.go_on, self.abort, self.action_fault, self.refused, self.seen]
+        watched += [self.pause, self.go_on, self.abort, self.seen]
         # one event for all: of two at a time the older answer could come last
-        moments = [Context.root_block.load, tab.select, self.timer.tick]
-        moments += [self.run.change, self.compare.change, self.acted.change]
+        moments = [blocks.load, tab.select, self.timer.tick, self.run.change, self.compare.change, self.acted.change]
         gr.on(moments, self.watch, [self.run, self.compare, self.seen], watched, trigger_mode="always_last", **QUIET)
