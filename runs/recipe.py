@@ -1,64 +1,47 @@
-"""The file of a recipe, and the ways to type settings on a command line."""
+"""The file of a recipe: YAML or JSON, read with an error that names the line."""
 
 from __future__ import annotations
 
 import re
-import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from common import OPTIONS, TYPES, Message, UserError, load_yaml, nearest_path
-from runs.compatibility import compatibility
-from runs.option_values import as_text
+from common import Message, UserError, load_yaml, nearest_path
 
-
-def join_settings(arguments: list[str]) -> list[str]:
-    """The arguments of a command line with the usual ways to write settings brought into one form.
-
-    `--key value`, `--key=value` and `--key` (of a boolean) become `key=value`; `--config FILE` becomes `FILE`; the
-    underscores of other flags become dashes.
-    """
-    joined: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        key = name.replace("-", "_")
-        if not argument.startswith("--") or not name:
-            joined.append(argument)
-        elif key == "config" and (equals or rest):
-            joined.append(value if equals else rest.pop(0))
-        elif not (key in OPTIONS or compatibility().knows(key)):
-            joined.append(f"--{name.replace('_', '-')}{equals}{value}")
-        elif equals:
-            joined.append(f"{key}={value}")
-        elif _is_boolean(key) and not (rest and as_text(rest[0]) in ("true", "false", "yes", "no", "1", "0")):
-            joined.append(f"{key}=true")
-        elif rest:
-            joined.append(f"{key}={rest.pop(0)}")
-        else:
-            joined.append(argument)
-    return joined
-
-
-def _is_boolean(key: str) -> bool:
-    known = compatibility()
-    if key in OPTIONS:
-        return bool in (TYPES[key], *typing.get_args(TYPES[key]))
-    defaults, _ = known.noted.get(key) or known.refused.get(key) or ([known.no_effect.get(key)], "")
-    return key in known.means or isinstance(defaults[0], bool)
+DATA_SUFFIXES = (".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a YAML or JSON recipe; raises UserError when it cannot be read, with line and column."""
-    if path.suffix in (".jsonl", ".csv", ".parquet", ".arrow", ".txt") and path.exists():
-        raise UserError(
-            "{file} holds rows, not settings; give it as dataset={file}, with a recipe of configs/ before it", file=path
-        )
+    """The keys and values of a recipe; raises UserError where it is none."""
+    if path.suffix in DATA_SUFFIXES and path.exists():
+        raise _holds_rows(path)
+    text = _read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        faults = _keys_twice(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        content = load_yaml(text)
+    except yaml.YAMLError as error:
+        faults, content = [_mistyped_line(text) or _syntax_fault(error)], None
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        raise _holds_rows(path)
+    is_mapping = isinstance(content, dict)
+    if content is not None and not (is_mapping and all(str(key).isprintable() for key in content)):
+        faults += filter(None, [_mistyped_line(text)])
+    if faults:
+        raise UserError("{recipe}, {faults}", recipe=path, faults=faults)
+    if content is not None and not is_mapping:
+        raise UserError("{recipe} holds no settings; write one `key: value` a line", recipe=path)
+    return {str(key): value for key, value in (content or {}).items()}
+
+
+def _holds_rows(path: Path) -> UserError:
+    return UserError("{file} holds rows, not settings; give it as dataset={file}, with a recipe of configs/", file=path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         there = (p for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json"))
         raise UserError(
@@ -67,72 +50,32 @@ def read_recipe(path: Path) -> dict[str, Any]:
             near=nearest_path(path, there),
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            "{recipe} cannot be read as text ({problem}); a recipe is a YAML file in UTF-8",
-            recipe=path,
-            problem=str(error),
-        ) from None
-    try:
-        twice = _keys_twice(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-        content = load_yaml(text)
-    except yaml.YAMLError as error:
-        if fault := _mistyped_line(text):
-            raise UserError("{recipe}, {faults}", recipe=path, faults=[fault]) from None
-        if getattr(error, "context", None) == "while scanning a quoted scalar":
-            fault = Message(
-                "line {line}: a quotation mark that opens here is not closed", line=error.context_mark.line + 1
-            )
-            raise UserError("{recipe}, {faults}", recipe=path, faults=[fault]) from None
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        if mark is None:
-            raise UserError(
-                "{recipe} is not YAML ({problem}); write one `key: value` a line", recipe=path, problem=problem
-            ) from None
-        fault = Message(
-            "line {line}, column {column}: {problem}; write one `key: value` a line",
-            line=mark.line + 1,
-            column=mark.column + 1,
-            problem=problem,
-        )
-        raise UserError("{recipe}, {faults}", recipe=path, faults=[fault]) from None
-    if twice:
-        raise UserError("{recipe}, {faults}", recipe=path, faults=twice)
-    if content is None:
-        return {}
-    is_mapping = isinstance(content, dict)
-    if (not is_mapping or any(not str(key).isprintable() for key in content)) and (fault := _mistyped_line(text)):
-        raise UserError("{recipe}, {faults}", recipe=path, faults=[fault])
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        raise UserError(
-            "{file} holds rows, not settings; give it as dataset={file}, with a recipe of configs/ before it", file=path
-        )
-    if not is_mapping:
-        raise UserError("{recipe} holds no settings; write one `key: value` a line", recipe=path)
-    return {str(key): value for key, value in content.items()}
+        problem = str(error)
+        raise UserError("{recipe} cannot be read as UTF-8 text ({problem})", recipe=path, problem=problem) from None
+
+
+def _syntax_fault(error: yaml.YAMLError) -> Message:
+    if getattr(error, "context", None) == "while scanning a quoted scalar":
+        return Message("line {line}: a quotation mark that opens here is not closed", line=error.context_mark.line + 1)
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+    if mark is None:  # a character that YAML does not allow
+        return Message("not YAML ({problem}); write one `key: value` a line", problem=problem)
+    text = "line {line}, column {column}: {problem}; write one `key: value` a line"
+    return Message(text, line=mark.line + 1, column=mark.column + 1, problem=problem)
 
 
 def _mistyped_line(text: str) -> Message | None:
-    """The first line of a recipe that misses what makes it `key: value` but looks like one."""
+    """The first line of a recipe that is nearly `key: value`."""
     for number, line in enumerate(text.splitlines(), 1):
+        shown = line.strip()
         if re.match(r"\s*[\w.-]+\s*：", line):
             return Message(
-                "line {line}: `{text}` has the Chinese colon `：`; write `key: value` with an ASCII colon and a "
-                "space after it",
-                line=number,
-                text=line.strip(),
+                "line {line}: `{text}` has the Chinese colon `：`; write `key: value`", line=number, text=shown
             )
         if re.match("[ \t]*[\u00a0\u3000\u200b\ufeff]|[ \t]*[\\w.-]+[ \t]*:[\u00a0\u3000\u200b]", line):
-            return Message(
-                "line {line}: `{text}` has a no-break or other special space; delete it and type a normal space",
-                line=number,
-                text=line.strip(),
-            )
+            return Message("line {line}: `{text}` has a no-break space; type a normal space", line=number, text=shown)
         if re.match(r"[A-Za-z_]\w*:[^\s/\\]", line):
-            return Message(
-                "line {line}: `{text}` lacks the space after the colon; write `key: value`",
-                line=number,
-                text=line.strip(),
-            )
+            return Message("line {line}: `{text}` lacks the space after the colon", line=number, text=shown)
     return None
 
 

@@ -505,7 +505,7 @@ def test_a_folder_that_cannot_be_made(hub, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     refuses(says("made or written"), "org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "file/model")
     refuses(says("made or written"), "--local-dir", "file/model", folder="file/model")
-    refuses(says("name of more"), "--local-dir", "x" * 300, most=255)
+    refuses(says("has a name longer"), "--local-dir", "x" * 300, most=255)
 
     def refuse(path: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))

@@ -41,6 +41,21 @@ def is_sentence_of_another(given: ast.expr | None) -> bool:
     )
 
 
+def written_before(tree: ast.Module) -> dict[int, ast.expr]:
+    """For calls with a sentence that stands in the line before, `text = "..."`: the sentence, by the call's id."""
+    found = {}
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        inside = list(ast.walk(function))
+        texts = [n for n in inside if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "text"]
+        texts = [n for n in texts if isinstance(n.value, ast.Constant)]
+        for call in (
+            n for n in inside if isinstance(n, ast.Call) and n.args and getattr(n.args[0], "id", "") == "text"
+        ):
+            if before := [one for one in texts if one.lineno < call.lineno]:
+                found[id(call)] = max(before, key=lambda one: one.lineno).value
+    return found
+
+
 def called(call: ast.Call) -> str | None:
     """The name of what is called: t for `t(...)` and `page.t(...)`."""
     return getattr(call.func, "id", None) or getattr(call.func, "attr", None)
@@ -51,13 +66,14 @@ def said() -> Iterator[tuple[str, str, set[str]]]:
     files = {file: ast.parse(file.read_text(encoding="utf-8")) for file in python_files("tests", "bench")}
     known = makers(list(files.values())) | PAGE_TEXT
     for file, tree in files.items():
+        before = written_before(tree)
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or (name := called(node)) not in known:
                 continue
             place = f"{file.relative_to(ROOT)}:{node.lineno}"
             if name in PAGE_TEXT and not node.args:  # tensor.t()
                 continue
-            given = node.args[0] if node.args else None
+            given = before.get(id(node), node.args[0] if node.args else None)
             if isinstance(given, ast.Constant):
                 yield place, given.value, {k.arg or "**" for k in node.keywords} - NOT_FIELDS
             else:

@@ -50,7 +50,7 @@ def read(file: Path) -> list[dict]:
     [
         (["nobody"], "there is no model"),
         (["a", "b"], says("targets; give")),
-        (["--bse"], says("key=value or")),
+        (["--bse"], says("see --help")),
         (["--val_size", "0.5"], says("data instead")),
         (["--compare", "a", "b"], says("folder; python")),
         (["--runs"], says("is no run in")),

@@ -30,8 +30,8 @@ def faults_of(*settings: str) -> list[str]:
         ((), says("length, regex")),
         (("reward_funcs=length,json_valid", "reward_weights=1"), says("reward_weights has")),
         (("reward_funcs=length", "num_generations=3"), says("num_generations")),
-        (("reward_funcs=length", "cutoff_len=200", "max_completion_length=200"), says("which counts")),
-        (("reward_funcs=length", "temperature=0"), says("that nothing")),
+        (("reward_funcs=length", "cutoff_len=200", "max_completion_length=200"), says("leaves no room")),
+        (("reward_funcs=length", "temperature=0"), says("so nothing is learned")),
     ],
 )
 def test_settings_that_do_not_go_together(settings, code):

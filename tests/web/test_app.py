@@ -146,7 +146,7 @@ def test_a_turn_without_an_answer_is_no_training_data() -> None:
         (["--host", "0.0.0.0"], says("others reach")),
         (["--port", "x"], says("a port; give")),
         (["learning_rate=1"], says("board, where")),
-        (["--prot", "9000"], says("key=value or")),
+        (["--prot", "9000"], says("see --help")),
         (["--host", "256.1.1.1", "--password"], says("cannot listen")),
     ],
 )
