@@ -79,9 +79,11 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
     if repo:
         hub.check_access(repo, job.config.overwrite_output_dir)
     with on_disk_full(job.output, plan.size), appearing(job.output) as folder:
-        write_shards(plan, folder, job.config.export_size * 10**9)
+        survival = write_shards(plan, folder, job.config.export_size * 10**9)
         write_small_files(job, plan, template, folder)
-        record = make_record(job, adapter, plan, template) | {"seconds": round(time.monotonic() - started, 2)}
+        record = make_record(job, adapter, plan, template, survival.share) | {
+            "seconds": round(time.monotonic() - started, 2)
+        }
         write_json(folder / RECORD, record)
         announce_survival(record)
         if verifying:
@@ -311,11 +313,12 @@ def write_config(job: MergeJob, plan: Plan, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def make_record(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTemplate | None) -> dict[str, Any]:
+def make_record(
+    job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTemplate | None, share: float | None
+) -> dict[str, Any]:
     """merge.json: what was merged into what, and what of it quantize.py goes on with."""
     changed = {tensor.dtype for tensor in plan.tensors if tensor.update}
     coarsest = next((dtype for dtype in ("BF16", "F16") if dtype in changed), "F32")
-    share = plan.survival.share
     return {
         "base": str(job.base.resolve()),
         "base_name": hub_name(job),
@@ -326,7 +329,6 @@ def make_record(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTe
         "dtype": next(name for name, stored in DTYPES.items() if stored == coarsest),
         "cast": job.config.export_dtype is not None,
         "adapter_tensors": len(adapter.tensors),
-        "adapter_tensors_used_once": sum(count == 1 for count in adapter.used.values()),
         "adapter_share": None if share is None else round(share, 4),
         "base_tensors_changed": sum(tensor.update is not None for tensor in plan.tensors),
         "tensors": len(plan.tensors),

@@ -9,16 +9,8 @@ from typing import Any
 
 from runs.adapter import HEADS, Adapter, find_places, language_config
 from runs.files import read_object
+from runs.updates import ExpertPart
 from runs.weights import Tensor, read_tensors
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """Which part of an update of all experts is a tensor's own: its expert's, from row `first` on."""
-
-    expert: int
-    first: int
-
 
 # Experts stand one by one on the disk and as one tensor in memory, where an adapter is trained.
 # (see transformers/conversion_mapping.py: "qwen2_moe" and what is like it, and "mixtral")
@@ -73,7 +65,7 @@ def check_fits(adapter_folder: Path, base_folder: Path) -> None:
     have other names on the disk than in memory (multimodal ones).
     """
     adapter, config = Adapter(adapter_folder), read_object(base_folder / "config.json")
-    if not adapter.is_plain() or "quantization_config" in config or language_config(config) is not config:
+    if adapter.unsupported or "quantization_config" in config or language_config(config) is not config:
         return
     base = read_tensors(base_folder)
     find_places(adapter, view_as_in_memory(base, adapter).shapes, tied=is_tied(base, config), merging=False)

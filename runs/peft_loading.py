@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -11,27 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError
-from runs.adapter import Adapter, find_places
+from runs.adapter import Adapter, Places, find_places
 from runs.files import read_object, write_json
+from runs.weights import read_tensor
 
 
-def check_against_model(adapter: Adapter, model: Any) -> int | None:
-    """Checks every tensor of an adapter against a loaded base; returns the rows of the embedding with the adapter.
+def find_places_in_model(adapter: Adapter, model: Any) -> Places | None:
+    """The place of every tensor of an adapter in a loaded base; None for a kind of adapter that only PEFT knows.
 
-    None, and nothing is checked, for a kind of adapter that only peft knows.
+    Raises UserError where one has none.
     """
-    if not adapter.is_plain():
+    if adapter.unsupported:
         return None
     shapes = {}
     for name, weight in model.state_dict(keep_vars=True).items():
         state = getattr(weight, "quant_state", None)  # of bitsandbytes: the weight itself is packed
         shapes[name] = tuple(state.shape if state is not None else weight.shape)
     tied = bool(model.config.get_text_config().tie_word_embeddings)
-    return find_places(adapter, shapes, tied=tied, merging=False).vocabulary
+    return find_places(adapter, shapes, tied=tied, merging=False)
 
 
-def resize_embedding(model: Any, rows: int | None) -> None:
+def resize_embedding(model: Any, places: Places | None) -> None:
     """Makes the embedding as long as the adapter's, which was trained with new tokens."""
+    rows = places.vocabulary if places else None
     if rows and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -45,7 +46,7 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
 
     adapter = Adapter(folder)
     warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # merge.py says it where it matters
-    resize_embedding(model, check_against_model(adapter, model))
+    resize_embedding(model, find_places_in_model(adapter, model))
     with _readable_by_peft(adapter) as readable:
         try:
             config = PeftConfig.from_pretrained(readable)
@@ -55,20 +56,15 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                "peft cannot load {folder} into this base: {reason}; give model_name_or_path=the model it was "
-                "trained on",
-                folder=folder,
-                reason=reason,
+                "PEFT cannot load {folder} ({reason}); set model_name_or_path to its base", folder=folder, reason=reason
             ) from None
     # a grown and trained embedding is saved three times, of which peft reads one: find_places has looked at all
-    names = [*result.missing_keys, *([] if adapter.is_plain() else result.unexpected_keys)]
+    names = [*result.missing_keys, *(result.unexpected_keys if adapter.unsupported else [])]
     if names:
         raise UserError(
-            "{folder} does not fit this base: {count} of the adapter's tensors have no counterpart, such as "
-            "{tensor}; give model_name_or_path=the model it was trained on",
+            "{folder} does not fit the base ({tensor}); set model_name_or_path to its base",
             folder=folder,
             tensor=names[0],
-            count=len(names),
         )
     return loaded
 
@@ -76,7 +72,8 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
 @contextlib.contextmanager
 def _readable_by_peft(adapter: Adapter) -> Iterator[Path]:
     """The adapter's folder; where peft would not know its names or settings, a copy with those it knows."""
-    if not adapter.renamed and read_object(adapter.folder / "adapter_config.json") == adapter.settings:
+    renamed = any(name != tensor.name for name, tensor in adapter.tensors.items())
+    if not renamed and read_object(adapter.folder / "adapter_config.json") == adapter.settings:
         yield adapter.folder
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -85,13 +82,8 @@ def _readable_by_peft(adapter: Adapter) -> Iterator[Path]:
 
 
 def write_readable(adapter: Adapter, folder: Path, **settings: Any) -> None:
-    """A copy of an adapter under the names and with the settings that peft knows, and `settings` changed."""
-    if adapter.renamed:
-        from safetensors.torch import load_file, save_file
+    """A copy of an adapter under the names and with the settings that PEFT knows, and `settings` changed."""
+    from safetensors.torch import save_file
 
-        stored = load_file(adapter.file)
-        tensors = {name: stored[adapter.renamed.get(name, name)] for name in adapter.tensors}
-        save_file(tensors, folder / adapter.file.name)
-    else:
-        shutil.copy(adapter.file, folder)
+    save_file({name: read_tensor(tensor) for name, tensor in adapter.tensors.items()}, folder / adapter.file.name)
     write_json(folder / "adapter_config.json", {**adapter.settings, **settings})

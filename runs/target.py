@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 import common
 from common import ROOT, SAVES, Config, Message, UserError, nearest_path
+from runs.adapter import adapter_settings
 from runs.configuration import Loaded, asks_for_training, load_config
 from runs.files import read_object
 from runs.folder import is_run, newest_run, read_run, run_config, run_of
@@ -226,17 +227,6 @@ def _refuse_without_adapter(path: Path) -> NoReturn:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter that PEFT saved."""
     return (folder / "adapter_config.json").is_file()
-
-
-def adapter_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a complete adapter."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            "{folder} lacks adapter_model.safetensors, the only format read here; copy the whole folder, or save the "
-            "adapter again with peft",
-            folder=folder,
-        )
-    return read_object(folder / "adapter_config.json")
 
 
 def _check_gguf(path: Path) -> None:

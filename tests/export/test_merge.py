@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT, ok, refused, run, says, user_error, write_jsonl
 from test_hub import Hub, hub_environment, standin
@@ -179,7 +178,7 @@ def test_equals_peft(kind: str, models: dict[str, Path], tmp_path: Path) -> None
     assert rows <= {settings.get("grow_to", 263)}
     assert model.config.vocab_size == settings.get("grow_to", 263)
     record = json.loads((folder / "merged" / "merge.json").read_text())
-    assert record["adapter_tensors"] == record["adapter_tensors_used_once"] == len(values(folder))
+    assert record["adapter_tensors"] == len(values(folder))
 
 
 @pytest.fixture(scope="session")
@@ -226,33 +225,6 @@ def test_computed_in_float32_and_cast_once(dtype: str, lora: Path, models: dict[
         assert ((result[name].double() - exact).abs() <= half_a_unit * 1.001).all()
     untouched = "model.embed_tokens.weight"
     assert torch.equal(result[untouched], weights[untouched])
-
-
-def test_all_float16_values_are_read_and_written_as_numpy_does(tmp_path: Path) -> None:
-    half = np.arange(65536, dtype=np.uint16).view(np.float16)
-    half = half[np.isfinite(half)]
-    half.tofile(tmp_path / "half")
-    wide = weights.read_rows(weights.Tensor(tmp_path / "half", "F16", half.shape, 0))[:, 0]
-    assert np.array_equal(wide.view(np.uint32), half.astype(np.float32).view(np.uint32))
-    assert np.array_equal(weights.pack(wide, "F16"), half.view(np.uint16))
-    between = (wide[1:30000] + wide[:29999]) / 2  # ties
-    noise = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
-    for numbers in (between, noise, noise * 1e-6, noise * 1e-4, -noise * 1e4):
-        assert np.array_equal(weights.pack(numbers, "F16"), numbers.astype(np.float16).view(np.uint16))
-
-
-def test_bfloat16_rounds_to_even(tmp_path: Path) -> None:
-    import torch
-
-    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
-    bits[:65536] = (np.arange(65536, dtype=np.uint32) << 16) | 0x8000  # every tie
-    numbers = bits.view(np.float32)
-    numbers = numbers[np.isfinite(numbers)]
-    expected = torch.from_numpy(numbers.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(weights.pack(numbers, "BF16"), expected)
-    expected.tofile(tmp_path / "brain")
-    wide = weights.read_rows(weights.Tensor(tmp_path / "brain", "BF16", expected.shape, 0))[:, 0]
-    assert np.array_equal(wide.view(np.uint32) >> 16, expected)
 
 
 def test_export_dtype_casts_everything(lora: Path) -> None:
@@ -424,27 +396,27 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
 @pytest.mark.parametrize(
     ("setting", "code", "fields"),
     [
-        ({"peft_type": "IA3"}, says("and merge.py"), {"kind": "IA3"}),
+        ({"peft_type": "IA3"}, says("be merged here"), {"reasons": ["peft_type: 'IA3'"]}),
         (
             {"init_lora_weights": "pissa_niter_4"},
-            says("what merge.py"),
-            {"settings": ["init_lora_weights: 'pissa_niter_4'"]},
+            says("be merged here"),
+            {"reasons": ["init_lora_weights: 'pissa_niter_4'"]},
         ),
         (
             {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
-            says("what merge.py"),
-            {"settings": ["loftq_config: {'loftq_bits': 4}", "init_lora_weights: 'loftq'"]},
+            says("be merged here"),
+            {"reasons": ["loftq_config: {'loftq_bits': 4}", "init_lora_weights: 'loftq'"]},
         ),
-        ({"trainable_token_indices": [1, 2]}, says("what merge.py"), {}),
-        ({"layer_replication": [[0, 2], [1, 2]]}, says("what merge.py"), {}),
-        ({"alora_invocation_tokens": [5]}, says("what merge.py"), {}),
-        ({"use_qalora": True}, says("what merge.py"), {"settings": ["use_qalora: True"]}),
-        ({"a_setting_of_tomorrow": 3}, says("what merge.py"), {"settings": ["a_setting_of_tomorrow: 3"]}),
+        ({"trainable_token_indices": [1, 2]}, says("be merged here"), {}),
+        ({"layer_replication": [[0, 2], [1, 2]]}, says("be merged here"), {}),
+        ({"alora_invocation_tokens": [5]}, says("be merged here"), {}),
+        ({"use_qalora": True}, says("be merged here"), {"reasons": ["use_qalora: True"]}),
+        ({"a_setting_of_tomorrow": 3}, says("be merged here"), {"reasons": ["a_setting_of_tomorrow: 3"]}),
         ({"r": 5}, says("adapter_config.json says"), {"rank": 4, "configured": 5}),
         ({"r": None}, says("valid number"), {"key": "r"}),
         ({"r": 0}, says("valid number"), {"key": "r"}),
         ({"lora_alpha": None}, says("valid number"), {"key": "lora_alpha"}),
-        ({"use_dora": True}, says("and use_dora"), {}),
+        ({"use_dora": True}, says("contradicts use_dora"), {}),
     ],
 )
 def test_refused_by_name(setting: dict, code: str, fields: dict, lora: Path) -> None:
@@ -466,19 +438,14 @@ def rename(folder: Path, old: str, new: str | None) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "code", "fields"),
     [
-        ("layers.1.mlp.up_proj.lora_A", None, says("damaged: copy"), {"part": "lora_A"}),
-        (
-            "layers.1.mlp",
-            "layers.9.mlp",
-            says("the base does"),
-            {"what": {"sentence": says("give model_name_or_path=the model it was trained on"), "fields": {}}},
-        ),
-        ("mlp.up_proj", "mlp.down_proj2", says("the base does"), {}),
-        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", says("merge; merge"), {}),
+        ("layers.1.mlp.up_proj.lora_A", None, says("copy it again"), {"part": "lora_A"}),
+        ("layers.1.mlp", "layers.9.mlp", says("the base lacks"), {}),
+        ("mlp.up_proj", "mlp.down_proj2", says("the base lacks"), {}),
+        ("self_attn.q_proj.lora_A", "self_attn.q_proj.lora_diag", says("be merged here"), {}),
         (
             "layers.0.mlp.gate_proj.lora_A",
             "layers.0.extra",
-            says("the base does"),
+            says("the base lacks"),
             {"tensor": "model.layers.0.extra.weight"},
         ),
     ],
@@ -501,7 +468,7 @@ def test_types_that_cannot_be_computed_with_are_refused(dtype: str, stored: str,
 
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in values(lora).items()}
     save_file(tensors, lora / "adapter_model.safetensors")
-    with user_error("again in one", dtype=stored, known=["float32", "float16", "bfloat16"]):
+    with user_error("save it in", dtype=stored, known=["float32", "float16", "bfloat16"]):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -514,7 +481,7 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: d
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 1}, lora / "adapter_model.safetensors")
     assert distance(values(merged(lora))["model.embed_tokens.weight"], ends + 1) == 0
     save_file({**trained, names[0]: ends + 1, names[1]: ends + 2}, lora / "adapter_model.safetensors")
-    with user_error("values, which", head="lm_head.weight"):
+    with user_error("the base ties", head="lm_head.weight"):
         merge.main([str(lora), "--no-verify"])
 
 
@@ -523,7 +490,7 @@ def test_a_multimodal_base_is_told_from_a_wrong_one(lora: Path, models: dict[str
     config = json.loads((base / "config.json").read_text())
     write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
     rename(lora, "base_model.model.model", "base_model.model.model.language_model")
-    with user_error("the base does", what=common.Message(says("a multimodal"))):
+    with user_error("a multimodal base"):
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
 
 
@@ -542,18 +509,18 @@ def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path
     with user_error("safetensors file", file=file):
         merge.main([str(lora), f"model_name_or_path={base}"])
     file.rename(base / "pytorch_model.bin")
-    with user_error("pickle, which", folder=base):
+    with user_error("pytorch_model.bin", folder=base):
         merge.main([str(lora), f"model_name_or_path={base}"])
     with user_error("quantized; give"):
         merge.main([str(lora), f"model_name_or_path={base}.gguf"])
     broken = values(models["tied"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(broken, file)
-    with user_error("or too large", tensor="model.layers.0.mlp.up_proj.weight"):
+    with user_error("would hold NaN", tensor="model.layers.0.mlp.up_proj.weight"):
         merge.main([str(lora), f"model_name_or_path={base}", "--no-verify"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = 70000.0
     save_file(broken, file)
-    with user_error("or too large", dtype="F16"):
+    with user_error("would hold NaN", dtype="float16"):
         merge.main([str(lora), f"model_name_or_path={base}", "export_dtype=float16", "--no-verify"])
     assert list(lora.glob("*merged*")) == []
 
@@ -772,21 +739,14 @@ def rescale_outputs(folder: Path, factor: float) -> None:
 # Crashes, a full disk, links
 
 
-@pytest.mark.parametrize("left", [0, 4096, 100_000])
-def test_a_disk_that_fills_up_meanwhile_is_one_sentence(left: int, lora: Path, monkeypatch) -> None:
+def test_a_disk_that_fills_up_meanwhile_is_one_sentence(lora: Path, monkeypatch) -> None:
     """As where another program fills the disk: the earlier merge stays, and it goes on once there is space."""
     before = (merged(lora) / "model.safetensors").read_bytes()
-    written, write = 0, os.pwrite
 
-    def fill(file: int, data: bytes, start: int) -> int:
-        nonlocal written
-        if written >= left:
-            raise OSError(28, "No space left on device")
-        part = min(len(data), left - written)  # a nearly full disk takes a part
-        written += part
-        return write(file, data[:part], start)
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", fill)
+    monkeypatch.setattr(os, "fsync", full)
     with user_error("of free disk", folder=lora / "merged") as error:
         merged(lora, "--overwrite")
     assert error.value.fields["needed"] > 0
@@ -835,14 +795,14 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_is_not(lora: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
 
-    kill("pwrite", 9)
+    kill("fsync", 1)
     (left,) = lora.glob(".merged.*")
     assert {file.name for file in left.iterdir()} == {"model.safetensors"} and not (lora / "merged").exists()
     whole = sha256(merged(lora) / "model.safetensors")
     assert not left.exists()
     for name, call, stays in (
         ("rmdir", 1, True),  # while the earlier merge is removed
-        ("pwrite", 9, True),
+        ("fsync", 1, True),
         ("replace", 1, True),  # the first small file
         ("rename", 2, True),  # before the earlier merge is moved away
         ("rename", 3, False),  # before the new one takes its place

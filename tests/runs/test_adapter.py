@@ -79,17 +79,17 @@ def test_an_adapter_of_another_base_does_not_answer(with_base: bool, adapter: Pa
     with user_error("weight of shape"):
         load(str(adapter), QUIET, with_base=with_base)
     change(adapter, rename=lambda name: name.replace("layers.1.", "layers.7."))
-    with user_error("the base does"):
+    with user_error("the base lacks"):
         load(str(adapter), QUIET, with_base=with_base)
 
 
 def test_a_kind_that_only_peft_knows_is_loaded_whole_or_not(tiny_model: Path, tmp_path: Path) -> None:
     """trainable_token_indices: peft loads it; a tensor that has no place is an error here, where peft only warns."""
     folder = save_adapter(tiny_model, tmp_path / "tokens", trainable_token_indices=[5, 6])
-    assert not Adapter(folder).is_plain()
+    assert Adapter(folder).unsupported
     assert load(str(folder), QUIET).model is not None
     change(folder, rename=lambda name: name.replace("layers.1.", "layers.7."))
-    with user_error("not fit this"):
+    with user_error("not fit the base"):
         load(str(folder), QUIET)
 
 

@@ -15,7 +15,7 @@ from conftest import save_adapter, says, user_error
 from common import UserError
 from runs.adapter import Adapter
 from runs.target import missing_from_model
-from runs.weights import read_header, read_rows, weight_files
+from runs.weights import read_header, read_tensor, weight_files
 
 HEADER_FAULTS = [
     b"",
@@ -46,7 +46,7 @@ def test_a_header_that_is_none(header: bytes, tmp_path: Path) -> None:
 
 
 def test_damaged_headers_are_a_clear_error_or_right(tiny_model: Path, tmp_path: Path) -> None:
-    """100 files with bytes of the header changed, inserted or lost: an error, or every tensor lies within the file."""
+    """100 files with bytes of the header changed, inserted or lost: an error, or every tensor can be read."""
     adapter = save_adapter(tiny_model, tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     whole, draw = file.read_bytes(), random.Random(0)
@@ -69,14 +69,13 @@ def test_damaged_headers_are_a_clear_error_or_right(tiny_model: Path, tmp_path: 
         started = time.process_time()
         try:
             for tensor in Adapter(adapter).tensors.values():
-                assert tensor.start + tensor.size <= len(damaged)
-                read_rows(tensor)
+                read_tensor(tensor)
         except UserError as error:
             assert error.sentence in (
                 says("safetensors file"),
-                says("again in one"),
+                says("save it in"),
                 says("as DeepSpeed"),
-                says("prefix; save"),
+                says("under two names"),
             )
             errors += 1
         assert time.process_time() - started < 10
@@ -115,7 +114,7 @@ def test_a_broken_description_of_an_adapter(settings: str, tiny_model: Path, tmp
     (adapter / "adapter_config.json").write_text(settings, encoding="latin-1")
     with pytest.raises(UserError) as error:
         merge.main([str(adapter), "--no-verify", f"model_name_or_path={tiny_model}"])
-    assert error.value.sentence in (says("read as JSON"), says("and merge.py"), says("valid number"))
+    assert error.value.sentence in (says("read as JSON"), says("be merged here"), says("valid number"))
 
 
 @pytest.mark.slow

@@ -383,7 +383,7 @@ class Safetensors:
 
     def case(self, draw: random.Random, folder: Path) -> None:
         from runs.adapter import Adapter
-        from runs.weights import read_rows
+        from runs.weights import read_tensor
 
         changed = bytearray(self.whole)
         for _ in range(draw.randint(1, 4)):
@@ -391,8 +391,7 @@ class Safetensors:
         (folder / "adapter_config.json").write_bytes(damaged(self.settings, draw))
         (folder / "adapter_model.safetensors").write_bytes(changed)
         for tensor in Adapter(folder).tensors.values():
-            assert tensor.start + tensor.size <= len(changed), "a tensor reaches beyond the file"
-            read_rows(tensor)
+            read_tensor(tensor)
 
 
 class GgufHeaders:

@@ -569,7 +569,7 @@ def test_exported_files_stand_with_their_sizes_and_what_was_verified() -> None:
     measured |= {"tokens_equal": True, "tokens_per_second": 36.1, "verified": True, "type": "q8_0", "bytes": 5_000_000}
     write_json(folder / "gguf" / "gguf.json", {"files": {"mine-q8_0.gguf": measured}})
     proof = {"prompts": 8, "difference": 0.0023, "rounding": 0.0022, "same_first_choice": 1.0}
-    merged = {"adapter_tensors": 420, "adapter_tensors_used_once": 420, "dtype": "float16", "proof": proof}
+    merged = {"adapter_tensors": 420, "dtype": "float16", "proof": proof}
     (folder / "merged").mkdir()
     write_json(folder / "merged" / "merge.json", merged)
     files = export_page.files_html("mine", t)

@@ -88,8 +88,7 @@ def merge_html(merge: dict[str, Any], t: Translator) -> str:
     """What merge.json says of the merged model."""
     if not merge:
         return ""
-    used = f"{merge['adapter_tensors_used_once']} / {merge['adapter_tensors']}"
-    rows = [[t("tensors of the adapter, each used exactly once"), used]]
+    rows = [[t("tensors of the adapter, each used exactly once"), f"{merge['adapter_tensors']}"]]
     rows.append([t("type of the weights"), escape(merge["dtype"])])
     if proof := merge.get("proof"):
         rows += [
