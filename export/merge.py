@@ -5,6 +5,7 @@ No model is loaded: the base's files are read while the merged ones are written,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -13,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import UserError
-from runs.adapter import Adapter, Places, find_places, language_config
-from runs.base_tensors import is_tied, view_as_in_memory
+from runs.adapter import Adapter, Places, Update, find_places, language_config
+from runs.base_tensors import ExpertPart, is_tied, view_as_in_memory
 from runs.files import write_json
-from runs.updates import ExpertPart, Update, add_update
 from runs.weights import DTYPES, SIZES, Tensor, read_tensor, same_values
 
 if TYPE_CHECKING:
@@ -159,6 +159,42 @@ def merged_values(tensor: OutputTensor, survival: Survival) -> torch.Tensor:
     if tensor.update and rounded.dtype != torch.float32:
         survival.add(before, exact[::SAMPLED], rounded[::SAMPLED])
     return rounded
+
+
+def add_update(weight: torch.Tensor, update: Update, part: ExpertPart | None = None) -> None:
+    """Adds an update to a float32 weight in place. `part`: the weight is this part of a tensor of all experts."""
+    if update.experts:
+        for expert in range(update.experts) if part is None else (part.expert,):
+            b, a = _expert_factors(update, expert)
+            rows, first = (weight, part.first) if part else (weight[expert], 0)
+            rows.addmm_(b[first : first + len(rows)], a, alpha=update.scale)
+        return
+    b = read_tensor(update.b).float()
+    if update.a is None:
+        weight.add_(b, alpha=update.scale)
+        return
+    a = read_tensor(update.a).float()
+    weight.addmm_(*((a.T, b.T) if update.transposed else (b, a)), alpha=update.scale)
+    if update.magnitude is not None:
+        magnitude = read_tensor(update.magnitude).float().flatten()
+        inputs = 0 if update.transposed else 1
+        weight.mul_((magnitude / weight.norm(dim=inputs)).unsqueeze(inputs))
+
+
+def _expert_factors(update: Update, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of one expert's update, in the order in which its weight is stored."""
+    a, b = _all_expert_factors(update)
+    return (a[expert].T, b[expert].T) if update.transposed else (b[expert], a[expert])
+
+
+@functools.lru_cache(maxsize=4)  # experts that are stored one by one ask for it again and again
+def _all_expert_factors(update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    """`a` as (experts, rank, inputs), `b` as (experts, outputs, rank); in the file a rank's experts are neighbours."""
+    a, b = read_tensor(update.a).float(), read_tensor(update.b).float()
+    return (
+        a.reshape(update.experts, -1, a.shape[1]),
+        b.reshape(b.shape[0], -1, update.experts).permute(2, 0, 1).contiguous(),
+    )
 
 
 def write_shards(plan: Plan, folder: Path, largest: int) -> Survival:

@@ -16,7 +16,6 @@ from typing import Any
 
 from common import UserError
 from runs.files import read_object
-from runs.updates import Update
 from runs.weights import DTYPES, Tensor, read_header, same_values
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
@@ -36,6 +35,24 @@ PART = re.compile(r"(.+)\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)(
 WHOLE = re.compile(r"(.+?)(?:\.(base_layer|original_module|modules_to_save))?(?:\.default)?\.(weight|bias)")
 # What torch.compile, FSDP and activation checkpointing put around a module, and DDP in front of the model.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to a weight: `b @ a * scale`; for DoRA each output's weights get the length `magnitude` then.
+
+    `a` is (rank, inputs) and `b` (outputs, rank). Without `a`, for a bias, `b` (outputs) itself is added. With
+    `experts` the weight is (experts, outputs, inputs), `a` (experts * rank, inputs), `b` (outputs, rank * experts).
+    """
+
+    a: Tensor | None
+    b: Tensor
+    scale: float
+    transposed: bool = (
+        False  # the weight is stored as (inputs, outputs): an embedding, GPT-2's Conv1D, gpt-oss's experts
+    )
+    magnitude: Tensor | None = None
+    experts: int = 0
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:

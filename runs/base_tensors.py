@@ -9,8 +9,16 @@ from typing import Any
 
 from runs.adapter import HEADS, Adapter, find_places, language_config
 from runs.files import read_object
-from runs.updates import ExpertPart
 from runs.weights import Tensor, read_tensors
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Where experts are stored one by one: the expert of a weight, and its first row in the tensor of all experts."""
+
+    expert: int
+    first: int
+
 
 # Experts stand one by one on the disk and as one tensor in memory, where an adapter is trained.
 # (see transformers/conversion_mapping.py: "qwen2_moe" and what is like it, and "mixtral")

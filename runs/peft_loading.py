@@ -10,31 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError
-from runs.adapter import Adapter, Places, find_places
+from runs.adapter import Adapter, find_places
 from runs.files import read_object, write_json
 from runs.weights import read_tensor
-
-
-def find_places_in_model(adapter: Adapter, model: Any) -> Places | None:
-    """The place of every tensor of an adapter in a loaded base; None for a kind of adapter that only PEFT knows.
-
-    Raises UserError where one has none.
-    """
-    if adapter.unsupported:
-        return None
-    shapes = {}
-    for name, weight in model.state_dict(keep_vars=True).items():
-        state = getattr(weight, "quant_state", None)  # of bitsandbytes: the weight itself is packed
-        shapes[name] = tuple(state.shape if state is not None else weight.shape)
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    return find_places(adapter, shapes, tied=tied, merging=False)
-
-
-def resize_embedding(model: Any, places: Places | None) -> None:
-    """Makes the embedding as long as the adapter's, which was trained with new tokens."""
-    rows = places.vocabulary if places else None
-    if rows and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
@@ -46,7 +24,8 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
 
     adapter = Adapter(folder)
     warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")  # merge.py says it where it matters
-    resize_embedding(model, find_places_in_model(adapter, model))
+    if not adapter.unsupported:
+        _check_places(adapter, model)
     with _readable_by_peft(adapter) as readable:
         try:
             config = PeftConfig.from_pretrained(readable)
@@ -58,7 +37,7 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
             raise UserError(
                 "PEFT cannot load {folder} ({reason}); set model_name_or_path to its base", folder=folder, reason=reason
             ) from None
-    # a grown and trained embedding is saved three times, of which peft reads one: find_places has looked at all
+    # a grown and trained embedding is saved three times, of which PEFT reads one: find_places has looked at all
     names = [*result.missing_keys, *(result.unexpected_keys if adapter.unsupported else [])]
     if names:
         raise UserError(
@@ -67,6 +46,18 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
             tensor=names[0],
         )
     return loaded
+
+
+def _check_places(adapter: Adapter, model: Any) -> None:
+    """Raises UserError where a tensor of the adapter has no place; makes the embedding as long as the adapter's."""
+    shapes = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        state = getattr(weight, "quant_state", None)  # of bitsandbytes: the weight itself is packed
+        shapes[name] = tuple(state.shape if state is not None else weight.shape)
+    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    rows = find_places(adapter, shapes, tied=tied, merging=False).vocabulary
+    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 @contextlib.contextmanager

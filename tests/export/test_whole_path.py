@@ -71,10 +71,10 @@ def test_train_answer_merge_quantize(architecture: str, kind: str, bases, tmp_pa
     engine = load_engine(str(folder), ["infer_dtype=float32"])
     assert distance(logits(engine.model), expected) < 1e-4
     both = load_engine(str(folder), ["infer_dtype=float32"], with_base=True)
-    with both._switch.set_to(True):
-        assert distance(logits(both.model), expected) < 1e-4
-    with both._switch.set_to(False):
-        assert distance(logits(both.model), logits(load(base))) < 1e-4
+    both._switch.turn(True)
+    assert distance(logits(both.model), expected) < 1e-4
+    both._switch.turn(False)
+    assert distance(logits(both.model), logits(load(base))) < 1e-4
 
     model = merged(folder)
     assert distance(logits(load(model)), expected) < 1e-4
