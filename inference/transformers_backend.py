@@ -8,18 +8,21 @@ other as `generate` does, for a single reply and for models that do not allow th
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from typing import Any
 
 import psutil
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from inference.backend import Backend, Sequence
 
+PACKED_ROWS = 64  # rows up to which packed weights are used: each number of rows costs oneDNN a kernel of its own
 ATTENTION = "onecard_rows"  # the name under which transformers knows flat_attention
 
 
@@ -44,10 +47,10 @@ class TransformersBackend(Backend):
         super().__init__(slots)
         self.engine, self.model = engine, engine.model
 
-    def can_crop(self, cache: DynamicCache) -> bool:
+    def can_crop(self, cache: Cache) -> bool:
         return cache.is_croppable
 
-    def copy_cache(self, cache: DynamicCache) -> DynamicCache:
+    def copy_cache(self, cache: Cache) -> Cache:
         with torch.inference_mode():
             return copy.deepcopy(cache)
 
@@ -83,6 +86,30 @@ class SerialBackend(TransformersBackend):
             return output.logits[0, -1].float()
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values in buffers that grow by a quarter: a new token is no copy of all that were before it."""
+
+    buffers: tuple[Any, Any] = (None, None)
+
+    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+        """Appends keys and values (1 x heads x new tokens x d); returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if self.buffers[0] is None or self.buffers[0].shape[2] < end:
+            before, capacity = (self.keys, self.values), (end * 5 // 4 // 128 + 1) * 128
+            self.buffers = tuple(
+                new.new_empty(*new.shape[:2], capacity, new.shape[3]) for new in (key_states, value_states)
+            )
+            for buffer, old in zip(self.buffers, before if start else (), strict=False):
+                buffer[:, :, :start] = old
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+
 class FlatBackend(TransformersBackend):
     """All sequences of a step as one flat row without padding; each attends to its own keys and values only."""
 
@@ -92,9 +119,10 @@ class FlatBackend(TransformersBackend):
         AttentionMaskInterface.register(ATTENTION, _no_mask)
         self.model.set_attn_implementation(ATTENTION)
         self._memory = free_memory(self.model.device)
+        _pack_weights(self.model, self._memory // 2)
 
-    def new_cache(self) -> DynamicCache:
-        return DynamicCache()
+    def new_cache(self) -> Cache:
+        return Cache(layer_class_to_replicate=GrowingLayer)
 
     def close(self, sequence: Sequence) -> None:
         if sequence.ids:
@@ -133,6 +161,27 @@ class FlatBackend(TransformersBackend):
             sequence.ids += tokens
         found = iter(logits)
         return [next(found) if wanted else None for _, _, wanted in work]
+
+
+def _pack_weights(model: Any, limit: int) -> None:
+    """On a CPU, a second copy (`limit`: bytes at most) of the linear layers' weights as oneDNN likes them.
+
+    PyTorch's own product of few rows with a float32 weight packs the weight anew each time: a step of 8 rows takes
+    half as long again. The two operations are what torch.compile makes of a linear layer.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear and "forward" not in vars(layer)]
+    able = model.device.type == "cpu" and model.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if not able or sum(layer.weight.nbytes for layer in layers) > limit:
+        return
+    for layer in layers:
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 8)
+        layer.forward = functools.partial(_packed_forward, layer.forward, weight, layer.bias)
+
+
+def _packed_forward(plain: Any, weight: Any, bias: Any, rows: Any) -> Any:
+    if getattr(_forward_pass, "segments", None) is None or not 1 < rows.shape[:-1].numel() <= PACKED_ROWS:
+        return plain(rows)
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 def free_memory(device: Any) -> int:
