@@ -32,38 +32,20 @@ def is_downloaded(folder: Path, model: str, revision: str | None) -> bool:
         if folder.is_mount():
             raise UserError("{folder} is the root of a disk; name a folder inside it with --local-dir", folder=folder)
         return False
-    record = _read_record(folder)
-    if not record:
-        raise UserError(
-            "{folder} holds something else already; name another folder with --local-dir, or delete it", folder=folder
-        )
+    record = read_json(folder / RECORD, {}) if folder.is_dir() else {}
+    text = "{folder} holds {held} already; name another folder with --local-dir, or delete it"
+    if not (isinstance(record, dict) and {"model", "revision", "asked"} <= record.keys()):
+        raise UserError(text, folder=folder, held=Message("something else"))
     if record["model"] != model or revision not in (None, record["revision"], record["asked"]):
-        raise UserError(
-            "{folder} holds {model} at {revision} already; name another folder with --local-dir, or delete it",
-            folder=folder,
-            model=record["model"],
-            revision=record["revision"],
-        )
+        raise UserError(text, folder=folder, held=f"{record['model']} ({record['revision']})")
     if missing := missing_from_model(folder):
-        raise UserError(
-            "{folder} has lost {missing}; delete it, and the same command fetches it again",
-            folder=folder,
-            missing=missing,
-        )
+        text = "{folder} has lost {missing}; delete it, and the same command fetches it again"
+        raise UserError(text, folder=folder, missing=missing)
     return True
 
 
-def _read_record(folder: Path) -> dict[str, str]:
-    """download.json of a finished folder, or nothing."""
-    if not (folder / RECORD).is_file():
-        return {}
-    record = read_json(folder / RECORD)
-    return record if isinstance(record, dict) and {"model", "revision", "asked"} <= record.keys() else {}
-
-
 def write_record(folder: Path, model: str, source: str, revision: str, asked: str | None) -> None:
-    record = {"model": model, "source": source, "revision": revision, "asked": asked}
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, {"model": model, "source": source, "revision": revision, "asked": asked})
 
 
 @dataclass(frozen=True)
@@ -97,16 +79,8 @@ def download(
         partial = folder.parent / f".{model.replace('/', '--')}.partial"
         partial.mkdir(parents=True, exist_ok=True)
         total, here = sum(file.size for file in files), sum(path.stat().st_size for path in partial.iterdir())
-        print(
-            Message(
-                "{model} at {revision}: {files} file{files:plural}, {size}, from {source}",
-                model=model,
-                revision=found,
-                files=len(files),
-                size=human(total),
-                source=source,
-            )
-        )
+        text = "{model} at {revision}: {files} file{files:plural}, {size}, from {source}"
+        print(Message(text, model=model, revision=found, files=len(files), size=human(total), source=source))
         if here:
             print(Message("{size} have arrived earlier: going on", size=human(here)))
         check_free_space(folder, total - here)
@@ -139,13 +113,8 @@ def hub_files(source: str, model: str, revision: str | None) -> Listing:
     except GatedRepoError:
         raise
     except RepositoryNotFoundError:
-        near = nearest_model(api, model)
-        raise UserError(
-            "there is no model {model} at {source}, or it is private{near:suggestion}",
-            model=model,
-            source=source,
-            near=near,
-        ) from None
+        text = "there is no model {model} at {source}, or it is private{near:suggestion}"
+        raise UserError(text, model=model, source=source, near=nearest_model(api, model)) from None
     files = []
     for file in info.siblings:
         url = hf_hub_url(model, file.rfilename, revision=info.sha, endpoint=source)
@@ -178,8 +147,8 @@ def modelscope_files(source: str, model: str, revision: str | None) -> Listing:
     response = get_session().get(f"{base}/files", params=query, headers=headers, timeout=30)
     if response.status_code in (401, 403, 404):
         raise UserError(
-            "there is no model {model} (revision {revision}) at {source}, or it is not open to you; names there "
-            "can differ from the hub's: look it up on the site, and set MODELSCOPE_API_TOKEN for a private one",
+            "{source} has no model {model} (revision {revision}) for you; names can differ from the hub's, and a "
+            "private model needs MODELSCOPE_API_TOKEN",
             model=model,
             revision=revision,
             source=source,
@@ -202,14 +171,11 @@ def choose_files(files: list[RemoteFile], model: str) -> list[RemoteFile]:
     weights = plain or [file for file in tensors if not file.name.startswith("consolidated")]
     names = {file.name for file in files}
     if "adapter_config.json" in names and "config.json" not in names:
-        raise UserError("{model} is an adapter, not a model; download the model that it belongs to", model=model)
+        raise UserError("{model} is an adapter; download the base model that it belongs to", model=model)
     if not weights:
         kinds = sorted({Path(name).suffix for name in names} & {".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"})
         raise UserError(
-            "{model} has no safetensors weights (it has: {kinds}); look for a copy that has, for pickled weights "
-            "can run code and quantized ones cannot be trained here",
-            model=model,
-            kinds=kinds,
+            "{model} has no safetensors weights (only: {kinds}); look for a copy that has", model=model, kinds=kinds
         )
     rest = re.compile(r".*\.(json|model|tiktoken|txt|jinja|py|md)|(LICENSE|NOTICE|USE_POLICY).*")
     other_index = re.compile(r"(?!model\.safetensors).*\.index\.json")
@@ -251,16 +217,12 @@ def fetch(file: RemoteFile, headers: dict[str, str], folder: Path, bar: Any) -> 
             return
         bar.update(-part.stat().st_size)
         part.unlink()
-    raise UserError(
-        "{file} arrives damaged: its size or hash differs; try again later, or another mirror", file=file.name
-    )
+    raise UserError("{file} arrives damaged (its size or hash differs); try later, or another mirror", file=file.name)
 
 
 def _matches(path: Path, checksum: tuple[str, str] | None) -> bool:
-    if checksum is None:
-        return True
-    kind, expected = checksum
-    return (sha256(path) if kind == "sha256" else git_hash(path)) == expected
+    kind, expected = checksum or (None, None)
+    return kind is None or (sha256(path) if kind == "sha256" else _git_hash(path)) == expected
 
 
 def fetch_part(file: RemoteFile, headers: dict[str, str], part: Path, bar: Any) -> None:
@@ -282,7 +244,7 @@ def fetch_part(file: RemoteFile, headers: dict[str, str], part: Path, bar: Any) 
                 have = sink.tell()
 
 
-def git_hash(path: Path) -> str:
+def _git_hash(path: Path) -> str:
     """The SHA-1 by which git names a file's content, as hex digits."""
     started = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
@@ -320,26 +282,20 @@ def hub_errors(model: str, source: str) -> Iterator[None]:
         raise UserError("HF_HUB_OFFLINE forbids to download; unset it") from None
     except GatedRepoError:
         raise UserError(
-            "{model} is gated and this account has no access: accept its terms on {source}/{model}, then log in "
-            "with `hf auth login` (or set HF_TOKEN) and try again",
+            "{model} is gated: accept its terms on {source}/{model}, log in with `hf auth login` (or set HF_TOKEN), "
+            "and try again",
             model=model,
             source=source,
         ) from None
     except RevisionNotFoundError:
         raise UserError("{model} has no such revision; leave --revision out for the newest", model=model) from None
     except HfHubHTTPError as error:
-        advice = {
-            401: Message("log in again with `hf auth login`"),
-            403: Message("your token may not read it"),
-            404: Message("check the address"),
-        }
-        status = error.response.status_code
+        answer = error.response
         raise UserError(
-            "{source} answered {status} for {model}; {advice}",
+            "{source} answered {status} for {model}; check the address and your token, or try again later",
             source=source,
-            status=f"{status} {error.response.reason_phrase}",
+            status=f"{answer.status_code} {answer.reason_phrase}",
             model=model,
-            advice=advice.get(status, Message("try again later")),
         ) from None
     except (httpx.RequestError, httpx.InvalidURL) as error:
         raise UserError(
@@ -349,9 +305,8 @@ def hub_errors(model: str, source: str) -> Iterator[None]:
             problem=str(error) or type(error).__name__,
         ) from None
     except ValueError as error:
-        raise UserError(
-            "{source} does not answer like a hub ({problem}); check the address", source=source, problem=str(error)
-        ) from None
+        text = "{source} does not answer like a hub ({problem}); check the address"
+        raise UserError(text, source=source, problem=str(error)) from None
 
 
 @contextmanager
@@ -360,10 +315,7 @@ def folder_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise UserError(
-                "{folder} cannot be made or written ({problem}); name another folder with --local-dir",
-                folder=folder,
-                problem=error.strerror,
-            ) from None
-        raise
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise
+        text = "{folder} cannot be made or written ({problem}); name another with --local-dir"
+        raise UserError(text, folder=folder, problem=error.strerror) from None

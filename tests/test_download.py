@@ -407,7 +407,7 @@ def test_a_damaged_file_is_fetched_once_more_and_then_refused(hub, repository, t
     assert_whole(tmp_path / "models/Tiny-Chat", repository)
     hub.corrupt["config.json"] = 2
     arguments = ("org/Tiny-Chat", "--mirror", hub.url, "--local-dir", "other")
-    refuses(says("damaged: its"), *arguments, file="config.json")
+    refuses(says("arrives damaged"), *arguments, file="config.json")
     assert not Path("other").exists()
 
 
@@ -428,7 +428,7 @@ def test_modelscope(hub, repository, tmp_path, monkeypatch):
     download.main(["org/Tiny-Chat", "--modelscope"])
     assert_whole(tmp_path / "models/Tiny-Chat", repository)
     assert (name, "bytes=10485760-") in hub.requests
-    refuses(says("set MODELSCOPE_API_TOKEN"), "org/Other", "--modelscope", model="org/Other", revision="master")
+    refuses(says("needs MODELSCOPE_API_TOKEN"), "org/Other", "--modelscope", model="org/Other", revision="master")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:1")
     refuses(says("try --mirror"), "org/Other", "--modelscope", source="http://127.0.0.1:1")
 
@@ -449,7 +449,7 @@ def test_a_pasted_address(hub, repository, tmp_path):
 @pytest.mark.parametrize("status", [401, 403])
 def test_gated(hub, status):
     hub.gated = status
-    refuses(says("this account"), "org/Tiny-Chat", "--mirror", hub.url, model="org/Tiny-Chat")
+    refuses(says("is gated"), "org/Tiny-Chat", "--mirror", hub.url, model="org/Tiny-Chat")
     assert not Path("models/Tiny-Chat").exists()
 
 
@@ -465,7 +465,7 @@ def test_no_network_ends_with_one_sentence(tmp_path):
 
 def test_no_hub_behind_the_address(hub):
     refuses(
-        says("{source} answered {status} for {model}; {advice}"),
+        says("{source} answered"),
         "org/Tiny-Chat",
         "--mirror",
         f"{hub.url}/nothing",
@@ -485,20 +485,14 @@ def test_nothing_is_overwritten(hub, tmp_path):
     mine = tmp_path / "models/Tiny-Chat"
     mine.mkdir(parents=True)
     (mine / "thesis.txt").write_text("mine")
-    refuses(says("else already"), "org/Tiny-Chat", "--mirror", hub.url)
-    refuses(says("else already"), "--local-dir", str(mine))
-    refuses(says("else already"), "--local-dir", str(mine / "thesis.txt"))
+    refuses(says("{held} already"), "org/Tiny-Chat", "--mirror", hub.url)
+    refuses(says("{held} already"), "--local-dir", str(mine))
+    refuses(says("{held} already"), "--local-dir", str(mine / "thesis.txt"))
     shutil.rmtree(mine)
     download.main(["org/Tiny-Chat", "--mirror", hub.url])
     hub.models["other/Tiny-Chat"] = hub.models["org/Tiny-Chat"]
-    held = {"model": "org/Tiny-Chat", "revision": COMMIT}
-    refuses(
-        says("{folder} holds {model} at {revision} already; name another folder with --local-dir, or delete it"),
-        "other/Tiny-Chat",
-        "--mirror",
-        hub.url,
-        **held,
-    )
+    held = f"org/Tiny-Chat ({COMMIT})"
+    refuses(says("{held} already"), "other/Tiny-Chat", "--mirror", hub.url, held=held)
 
 
 def test_a_folder_that_cannot_be_made(hub, tmp_path, monkeypatch):
@@ -515,44 +509,27 @@ def test_a_folder_that_cannot_be_made(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "code"),
+    ("variable", "value"),
     [
-        (
-            "ALL_PROXY",
-            "socks4://localhost:1080",
-            says("the environment variable {variable} names the proxy {proxy}; use one of {schemes}, or unset it"),
-        ),
-        (
-            "all_proxy",
-            "ftp://localhost",
-            says("the environment variable {variable} names the proxy {proxy}; use one of {schemes}, or unset it"),
-        ),
-        ("HTTPS_PROXY", "http://", says("address like")),
-        ("HTTP_PROXY", "http://localhost:port", says("address like")),
-        ("ALL_PROXY", "socks5://localhost:1080", says("missing; run")),
-        ("SSL_CERT_FILE", "/no/such/file.pem", says("whose certificates")),
-        ("SSL_CERT_FILE", __file__, says("whose certificates")),
-        ("SSL_CERT_DIR", "/no/such/folder", says("whose certificates")),
-        ("HF_TOKEN", "hf_令牌", says("spaces; copy")),
-        ("HF_TOKEN", "hf_a hf_b", says("spaces; copy")),
-        ("MODELSCOPE_API_TOKEN", "“x”", says("spaces; copy")),
+        ("ALL_PROXY", "socks4://localhost:1080"),
+        ("all_proxy", "ftp://localhost"),
+        ("HTTP_PROXY", "http://localhost:port"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
+        ("SSL_CERT_FILE", __file__),
     ],
 )
-def test_a_variable_that_makes_every_connection_impossible_is_named(hub, monkeypatch, variable, value, code):
-    monkeypatch.setattr(network.importlib.util, "find_spec", lambda _: None)
-    for name in (*network.PROXIES, *map(str.lower, network.PROXIES), *network.TOKENS, "SSL_CERT_FILE", "SSL_CERT_DIR"):
+def test_a_variable_that_makes_every_connection_impossible_is_named(hub, monkeypatch, variable, value):
+    for name in (*network.CLIENT_VARIABLES, *map(str.lower, network.CLIENT_VARIABLES)):
         monkeypatch.delenv(name, raising=False)
     network.check_environment()
     monkeypatch.setenv(variable, value)
-    refuses(code, "org/Tiny-Chat", "--mirror", hub.url, variable=variable)
+    refuses(says("no connection can"), "org/Tiny-Chat", "--mirror", hub.url, variables=[variable])
 
 
-def test_what_only_httpx_finds_wrong_names_the_variables(monkeypatch):
-    monkeypatch.setenv("ALL_PROXY", "http://localhost:1080")
-    monkeypatch.setenv("NO_PROXY", "::1/128")
-    with user_error("no connection") as raised:
-        network.check_environment()
-    assert {"ALL_PROXY", "NO_PROXY"} <= set(raised.value.fields["variables"])
+@pytest.mark.parametrize("token", ["hf_令牌", "hf_a hf_b"])
+def test_what_is_no_token_is_told(hub, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    refuses(says("not a token"), "org/Tiny-Chat", "--mirror", hub.url, variable="HF_TOKEN")
 
 
 def test_repositories_without_a_model_to_train(hub, tmp_path):
@@ -561,9 +538,9 @@ def test_repositories_without_a_model_to_train(hub, tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text("{}")
         hub.models[f"org/{path.parent.name}"] = path.parent
-    refuses(says("and quantized"), "org/pickle", "--mirror", hub.url, kinds=[".bin"])
-    refuses(says("and quantized"), "org/quantized", "--mirror", hub.url, kinds=[".gguf"])
-    refuses(says("adapter, not"), "org/lora", "--mirror", hub.url)
+    refuses(says("has no safetensors"), "org/pickle", "--mirror", hub.url, kinds=[".bin"])
+    refuses(says("has no safetensors"), "org/quantized", "--mirror", hub.url, kinds=[".gguf"])
+    refuses(says("is an adapter"), "org/lora", "--mirror", hub.url)
 
 
 def test_an_index_with_a_file_that_the_repository_lacks(hub, repository, tmp_path):
