@@ -293,4 +293,4 @@ def test_a_dry_run_says_what_is_held_out_and_warns(tiny_model, tmp_path):
     settings = [f"model_name_or_path={tiny_model}", f"dataset={rows}", "num_train_epochs=100"]
     said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
     assert "25 samples evaluated every" in said and "val_size: 0 would train on them" in said
-    assert "100 passes over 225 samples" in said
+    assert "100 epochs of 225 samples" in said

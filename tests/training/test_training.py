@@ -358,7 +358,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tiny_model, data, tmp_path
     folder = tmp_path / "run"
     (folder / "checkpoint-99").mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    refused(train(tiny_model, data, folder), "run.json, so")
+    refused(train(tiny_model, data, folder), "but no run.json")
     ok(train(tiny_model, data, folder, "overwrite_output_dir=true", "max_steps=1", "use_dora=true"))
     assert not (folder / "checkpoint-99").exists()
     assert (folder / "notes.txt").read_text() == "mine"
