@@ -41,25 +41,16 @@ SAVES = Path("saves")
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
 
 
-def python() -> str:
-    """How to call this interpreter in a command to type: `python` only where the shell takes it for this one."""
-    venv = ROOT / ".venv"
-    if not venv.exists() or not os.path.samefile(sys.prefix, venv):
-        return "python"
-    active = os.environ.get("VIRTUAL_ENV")
-    if active and Path(active).exists() and os.path.samefile(active, venv):
-        return "python"
-    return str((Path() if _in_kit_folder() else ROOT) / ".venv" / "bin" / "python")
-
-
 def command(script: str, *arguments: object, launcher: tuple[str, ...] = ()) -> str:
-    """A command that runs a script of this kit, as a line for the shell in the working directory."""
-    place = script if _in_kit_folder() else str(ROOT / script)
-    return shlex.join([python(), *launcher, place, *map(str, arguments)])
+    """A command that runs a script of this kit, as a line for the shell in the working directory.
 
-
-def _in_kit_folder() -> bool:
-    return Path.cwd() == ROOT
+    `python` only where the shell takes it for this interpreter.
+    """
+    home = Path() if Path.cwd() == ROOT else ROOT
+    venv, active = ROOT / ".venv", Path(os.environ.get("VIRTUAL_ENV") or "/nowhere")
+    is_other = not venv.exists() or not venv.samefile(sys.prefix)
+    python = "python" if is_other or (active.exists() and venv.samefile(active)) else home / ".venv/bin/python"
+    return shlex.join(map(str, [python, *launcher, home / script, *arguments]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,21 +514,26 @@ def dump_config(config: Config) -> str:
 
 def help_text(usage: str, groups: tuple[str, ...] = ()) -> str:
     """The text of `--help`: `usage`, then every option (of `groups`, if given) with default and meaning, in groups."""
-    lines = [usage.strip(), "", "Settings: `key: value` in a recipe, `key=value` on the command line (which wins)."]
+    head = Message("Settings: `key: value` in a recipe, `key=value` on the command line (which wins).")
+    lines = [usage.strip(), "", str(head)]
     width = max(map(len, OPTIONS)) + 2
-    title = ""
+    shown = False
     for f in dataclasses.fields(Config):
-        title = f.metadata.get("group", title)
-        if groups and title not in groups:
-            continue
+        text = f.metadata.get("group") or f.metadata["help"]
         if "group" in f.metadata:
-            lines += ["", f"{title}:"]
-            continue
-        default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        default = "unset" if default in (None, "") else str(default).lower() if isinstance(default, bool) else default
-        choices = f" [{'|'.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
-        lines.append(f"  {f.name:<{width}}{f.metadata['help']}{choices} (default: {default})")
+            shown = not groups or text in groups
+            lines += ["", f"{Message(text)}:"] if shown else []
+        elif shown:
+            choices = f" [{'|'.join(map(str, f.metadata['choices']))}]" if f.metadata["choices"] else ""
+            lines.append(f"  {f.name:<{width}}{Message(text)}{choices} ({_default_text(f.default)})")
     return "\n".join(lines)
+
+
+def _default_text(default: Any) -> Message:
+    if default in (None, (), ""):
+        return Message("default: unset")
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return Message("default: {value}", value=text.lower() if isinstance(default, bool) else text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,18 +546,8 @@ def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace:
     if not isinstance(error, ModuleNotFoundError) or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
         sys.__excepthook__(kind, error, trace)
         return
-    print(
-        Message(
-            "error: {error}",
-            error=Message(
-                "{python} lacks {package}, which this kit needs; run make setup, then .venv/bin/python",
-                python=sys.executable,
-                package=package,
-            ),
-        ),
-        file=sys.stderr,
-    )
-    sys.exit(2)
+    text = "{python} lacks {package}, which this kit needs; run make setup, then .venv/bin/python"
+    _end_with(Message(text, python=sys.executable, package=package))
 
 
 sys.excepthook = _say_what_is_missing  # from the first line on: commands import some packages before they run
@@ -600,13 +586,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = {path: shutil.disk_usage(path).free for path in (Path.cwd(), ROOT, Path(tempfile.gettempdir()))}
-        _end_with(
-            Message(
-                "no space is left on the disk of {place}; make room and give the command again: what was finished "
-                "before is kept",
-                place=error.filename or min(free, key=lambda path: free[path]),
-            )
-        )
+        text = "no space is left on the disk of {place}; free some and run the command again (finished work is kept)"
+        _end_with(Message(text, place=error.filename or min(free, key=free.get)))
 
 
 def _end_with(error: Message) -> NoReturn:
