@@ -223,10 +223,10 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
 
     Raises UserError where the tokenizer has more tokens than the merged embedding has rows.
     """
-    from preprocessing.tokenizer import load_light_tokenizer
+    from preprocessing.tokenizer import load_tokenizer
 
-    tokenizer = load_light_tokenizer(job.tokenizer)
-    known = tokenizer.backend.get_vocab_size()
+    tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=job.config.trust_remote_code)
+    known = len(tokenizer)
     if plan.vocabulary and known > plan.vocabulary:
         raise UserError(
             "the tokenizer of {folder} has {tokens} tokens, the embedding {rows} rows; the adapter was saved "
@@ -247,7 +247,7 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
         template = load_template(job.config.template, tokenizer, job.config.stage)
         name = Message("the tokenizer's own") if template.name == OWN else template.name
         text, stop = template.saved, template.stop
-    return TrainedTemplate(name, text, list(stop), [tokenizer.backend.token_to_id(token) for token in stop])
+    return TrainedTemplate(name, text, list(stop), tokenizer.convert_tokens_to_ids(list(stop)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from preprocessing.faults import Fault
-from preprocessing.rendering import Conversation, render
+from preprocessing.rendering import Conversation, Span, render
 from preprocessing.tokens import Marker, TextEncoder
-
-Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 
 
 def _uncertain() -> Fault:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import Config, UserError
-from preprocessing.sources import Source
+from preprocessing.registry import Entry
 from runs.files import remove_leftovers, unfinished
 
 if TYPE_CHECKING:
@@ -27,22 +27,24 @@ SETTINGS = ("cutoff_len", "overlong", "mask_history", "train_on_prompt", "enable
 SETTINGS += ("author", "max_samples")
 
 
-def cache_folder(source: Source, config: Config, template: ChatTemplate, tokenizer: Any) -> Path:
+def cache_folder(
+    entry: Entry, content: list[dict[str, Any]], config: Config, template: ChatTemplate, tokenizer: Any
+) -> Path:
     """Where the samples of a dataset are kept: named by content, registry, template, tokenizer and settings."""
     import tokenizers
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    settings = (*SETTINGS, "max_completion_length") if source.entry.stage == "grpo" else SETTINGS
+    settings = (*SETTINGS, "max_completion_length") if entry.stage == "grpo" else SETTINGS
     facts = [
         FORMAT,
-        source.content,
-        {name: str(value) for name, value in dataclasses.asdict(source.entry).items()},
+        content,
+        {name: str(value) for name, value in dataclasses.asdict(entry).items()},
         template.text,
         hashlib.sha256(vocabulary.encode()).hexdigest(),
         {name: getattr(config, name) for name in settings},
-        config.seed if source.entry.num_samples else None,
+        config.seed if entry.num_samples else None,
         [tokenizers.__version__, transformers.__version__],
     ]
     return common.CACHE / "data" / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -6,25 +6,18 @@ encode_stages.py (token ids and labels, cut by truncation.py) → samples.py, ca
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import os
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import Config, Message, UserError
 from preprocessing.cache import cache_folder, is_whole, written
-from preprocessing.faults import Fault, FaultReport, RowFault
-from preprocessing.layout import Layout, find_layout
-from preprocessing.registry import Entry, find_entries
-from preprocessing.rows import Conversation, ReadRow
-from preprocessing.rows import read_conversations as read_each
-from preprocessing.samples import FACTS, arrow_writer, count_facts, encode_chunks, notes_on, token_counts
-from preprocessing.sources import BATCH, Source, chosen_rows, open_source, parse_row
-from runs.files import read_json, write_json
+from preprocessing.faults import FaultReport
+from preprocessing.registry import entries_of
+from preprocessing.rows import Conversation, ReadRow, is_small, read_dataset
+from preprocessing.samples import keep_good, token_counts, write_samples
+from preprocessing.sources import open_source
+from runs.files import read_json
 
 if TYPE_CHECKING:
     import datasets
@@ -33,8 +26,6 @@ if TYPE_CHECKING:
     from preprocessing.template import ChatTemplate
 
 SPLIT_FROM, SPLIT_AT_MOST = 200, 200  # conversations from which on a tenth is held out by default, and its limit
-SMALL = 16 << 20  # bytes of data that are checked before anything heavy is imported, and kept
-PARALLEL = 1 << 20  # bytes of data above which several threads tokenize
 
 
 def check(config: Config) -> None:
@@ -43,9 +34,9 @@ def check(config: Config) -> None:
     Only rows of small local datasets are looked at; `prepare` looks at the others as it tokenizes them.
     """
     faults = FaultReport()
-    for entry in _entries(config):
-        if _is_small(entry):
-            _keep_good(_rows_of(open_source(entry), config)[1], faults)
+    for entry in entries_of(config):
+        if is_small(entry):
+            keep_good(read_dataset(open_source(entry), config)[1], faults)
     faults.raise_if_any(config.on_bad_rows)
 
 
@@ -56,9 +47,9 @@ def read_conversations(config: Config) -> tuple[list[Conversation], list[Convers
     """
     faults = FaultReport()
     parts: tuple[list[ReadRow], list[ReadRow]] = ([], [])
-    for number, entry in enumerate(_entries(config)):
+    for number, entry in enumerate(entries_of(config)):
         part = parts[number >= len(config.dataset)]
-        part += _keep_good(_rows_of(open_source(entry), config)[1], faults)
+        part += keep_good(read_dataset(open_source(entry), config)[1], faults)
     faults.raise_if_any(config.on_bad_rows)
     train, held_out = parts
     if val_size := held_out_size(config, len(train)):
@@ -92,7 +83,18 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> TrainingD
     import numpy as np
 
     faults = FaultReport()
-    made = [_samples_of(open_source(entry), config, tokenizer, template, faults) for entry in _entries(config)]
+    made: list[Path] = []
+    for entry in entries_of(config):
+        source = open_source(entry)
+        content = source.content
+        folder = cache_folder(entry, content, config, template, tokenizer)
+        if is_whole(folder) and not config.overwrite_cache:
+            faults.add_json(read_json(folder / "report.json")["faults"])
+        else:
+            layout, rows = read_dataset(source, config)
+            with written(folder) as beside:
+                write_samples(beside, content, layout, rows, config, tokenizer, template, faults)
+        made.append(folder)
     faults.raise_if_any(config.on_bad_rows)
     reports = [read_json(folder / "report.json") for folder in made]
     for report in reports:
@@ -136,22 +138,6 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> TrainingD
     )
 
 
-def _entries(config: Config) -> list[Entry]:
-    """What the registry says of dataset, then of eval_dataset."""
-    return find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir, config.stage)
-
-
-def _keep_good(rows: Iterable[ReadRow | RowFault], faults: FaultReport) -> list[ReadRow]:
-    """The rows that can be used; adds the others to `faults`."""
-    good = []
-    for row in rows:
-        if isinstance(row, RowFault):
-            faults.add(row)
-        else:
-            good.append(row)
-    return good
-
-
 def _facts(folders: list[Path]) -> np.ndarray:
     """What is known of the samples of all cache folders (samples.FACTS)."""
     import numpy as np
@@ -163,120 +149,6 @@ def _table(folders: list[Path]) -> datasets.Dataset:
     import datasets
 
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f / "samples.arrow")) for f in folders])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One dataset
-
-
-def _is_small(entry: Entry) -> bool:
-    return bool(entry.files) and entry.size <= SMALL
-
-
-_kept: OrderedDict[str, tuple[int, Layout, list[ReadRow | RowFault]]] = OrderedDict()  # by what was read; with its size
-
-
-def _rows_of(source: Source, config: Config) -> tuple[Layout, Iterable[ReadRow | RowFault]]:
-    """The rows of a dataset as conversations; of small files they are kept as long as these do not change."""
-    entry = source.entry
-    if not _is_small(entry):
-        return _read(source, config)
-    stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in entry.files]
-    settings = (config.default_system, config.name, config.author, config.max_samples, config.train_on_prompt)
-    key = repr((entry, stamps, settings, config.seed if entry.num_samples else None))
-    if key not in _kept:
-        layout, rows = _read(source, config)
-        _kept[key] = entry.size, layout, list(rows)
-    _kept.move_to_end(key)
-    while sum(size for size, *_ in _kept.values()) > SMALL:
-        _kept.popitem(last=False)
-    return _kept[key][1:]
-
-
-def _read(source: Source, config: Config) -> tuple[Layout, Iterator[ReadRow | RowFault]]:
-    """The layout of a dataset, and its rows."""
-    layout = find_layout(source.entry, _first_rows(source))
-    return layout, _all_rows(source, layout, config)
-
-
-def _all_rows(source: Source, layout: Layout, config: Config) -> Iterator[ReadRow | RowFault]:
-    """The rows of a dataset; raises UserError at their end where there are none, or none has a column."""
-    count = 0
-    for row in read_each(chosen_rows(source, config, layout.notes), layout, config):
-        count += 1
-        yield row
-    if not count:
-        raise UserError("dataset '{name}' holds no rows; give it some, or leave it out", name=source.entry.name)
-    layout.check_columns(source.entry.name)
-
-
-def _first_rows(source: Source) -> Iterator[Any]:
-    for _, number, row in itertools.islice(source.read(), 100):
-        with contextlib.suppress(Fault):
-            yield parse_row(row, number)
-
-
-def _samples_of(source: Source, config: Config, tokenizer: Any, template: ChatTemplate, faults: FaultReport) -> Path:
-    """The cache folder of a dataset's samples (samples.arrow, facts.npy, report.json), made if needed.
-
-    Where there are faults that end the run nothing is made: there may be no such folder.
-    """
-    folder = cache_folder(source, config, template, tokenizer)
-    if is_whole(folder) and not config.overwrite_cache:
-        faults.add_json(read_json(folder / "report.json")["faults"])
-    else:
-        with written(folder) as beside:
-            _write_samples(beside, source, config, tokenizer, template, faults)
-    return folder
-
-
-def _write_samples(
-    folder: Path, source: Source, config: Config, tokenizer: Any, template: ChatTemplate, faults: FaultReport
-) -> None:
-    """Tokenizes a dataset into `folder`; without a report where faults end the run."""
-    import numpy as np
-
-    layout, found = _rows_of(source, config)
-    rows = iter(found)
-    files, name, own_faults = source.content, source.entry.name, FaultReport()
-    facts, left_out, count = [np.empty(0, FACTS)], Counter(), 0
-
-    def batches() -> Iterator[list[ReadRow]]:
-        nonlocal count
-        while some := list(itertools.islice(rows, BATCH)):
-            count += len(some)
-            good = _keep_good(some, own_faults)
-            if good and (config.on_bad_rows == "skip" or not (faults.count or own_faults.count)):
-                yield good
-
-    with arrow_writer(folder / "samples.arrow", name, config.stage) as write:
-        threads = _threads(config, sum(file["bytes"] for file in files))
-        for chunk in encode_chunks(batches(), config, template, tokenizer, threads):
-            write(chunk)
-            facts.append(chunk.facts)
-            left_out += chunk.left_out
-            for fault in chunk.faults:
-                own_faults.add(fault)
-    faults.add_json(own_faults.to_json())
-    faults.final |= own_faults.final
-    if faults.ends_run(config.on_bad_rows):
-        return
-    all_facts = np.concatenate(facts)
-    np.save(folder / "facts.npy", all_facts)
-    notes = [*layout.all_notes(config), *notes_on(all_facts, left_out, config, template.name)]
-    report = {"rows": count, **count_facts(all_facts), "skipped": own_faults.count, "faults": own_faults.to_json()}
-    report |= {"name": name, "files": files, "format": layout.formatting, "notes": [note.to_json() for note in notes]}
-    write_json(folder / "report.json", report)
-
-
-def _threads(config: Config, size: int) -> int:
-    """Threads that tokenize `size` bytes of data."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, config.preprocessing_num_workers or cores) if size > PARALLEL else 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is held out, and the order of the others
 
 
 def held_out_size(config: Config, conversations: int) -> float:

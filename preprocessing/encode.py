@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import Config, Message
-from preprocessing.answer_spans import Span
 from preprocessing.faults import Fault, TooLong
-from preprocessing.rendering import Conversation
+from preprocessing.rendering import Conversation, Span
 from preprocessing.template import ChatTemplate, Rendered, plain_conversation, render_conversation
 from preprocessing.tokens import NONCHARACTERS, TextEncoder, encoder_of
 from preprocessing.truncation import Messages, no_space, shorten

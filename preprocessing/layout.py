@@ -10,7 +10,7 @@ from typing import Any
 
 from common import Config, Message, UserError, nearest_word
 from preprocessing.faults import Fault
-from preprocessing.registry import MEDIA, PAIRS, TEXT_COLUMNS, Entry, refuse_other_data
+from preprocessing.registry import PAIRS, TEXT_COLUMNS, Entry, refuse_row
 
 Row = dict[str, Any]
 Shape = tuple[str, dict[str, str | None]]  # a formatting, and what is read → the column it stands in
@@ -59,6 +59,7 @@ TEXTS = ("text", "prompt", "instruction", "content")  # the columns in which doc
 class Layout:
     """How the rows of one dataset are laid out, and what was noticed while they were read (from `notes` on)."""
 
+    name: str  # of the dataset
     stage: str
     formatting: str  # alpaca, sharegpt, openai; text (pt)
     columns: dict[str, str | None]  # what is read → the column it stands in
@@ -78,7 +79,7 @@ class Layout:
             raise Fault("is {value}, not an object with columns", value=json.dumps(row, ensure_ascii=False)[:40])
         self.seen.update(row)
         if not self.named:  # else the registry says which columns are meant
-            refuse_other_data(_kinds_of(row), self.stage)
+            refuse_row(row, self.stage)
         fields = Fields(self, row)
         for kind, column in self.columns.items():
             if column in row:
@@ -101,7 +102,7 @@ class Layout:
             )
         )
 
-    def check_columns(self, name: str) -> None:
+    def check_columns(self) -> None:
         """Called when all rows were read: notes columns that are missing or not used.
 
         Raises UserError for a column of the registry that no row has and that is probably misspelt.
@@ -113,7 +114,7 @@ class Layout:
                     raise UserError(
                         "dataset '{name}': no row has the column '{column}' that dataset_info.json names as "
                         "{kind}{near:suggestion}; correct it there",
-                        name=name,
+                        name=self.name,
                         column=column,
                         kind=kind,
                         near=near,
@@ -181,7 +182,7 @@ def find_layout(entry: Entry, rows: Iterable[Any]) -> Layout:
         formatting, columns = _formatting(entry, first, notes)
         columns = _all_columns(formatting, columns, first, entry.stage)
     roles = ROLES | {entry.tags[tag]: role for tag, role in TAGGED.items() if entry.tags.get(tag)}
-    return Layout(entry.stage, formatting, columns, named, entry.registered, entry.tags, roles, notes)
+    return Layout(entry.name, entry.stage, formatting, columns, named, entry.registered, entry.tags, roles, notes)
 
 
 def shape_of(row: Row, stage: str) -> Shape | None:
@@ -264,7 +265,7 @@ def _all_columns(formatting: str, columns: dict[str, str | None], first: Row, st
 def _unknown_shape(name: str, row: Row, stage: str) -> UserError:
     """What the rows of a file are, if that can be told, else their columns."""
     try:
-        refuse_other_data(_kinds_of(row), stage)
+        refuse_row(row, stage)
     except Fault as fault:
         return UserError("dataset '{name}' {reason}", name=name, reason=fault.message)
     have = [str(column) for column in row]
@@ -286,12 +287,3 @@ def _unknown_shape(name: str, row: Row, stage: str) -> UserError:
         stage=stage,
         shapes=list(SHAPES_SHOWN[stage]),
     )
-
-
-def _kinds_of(row: Row) -> Iterable[str]:
-    """What of other kinds of data than questions and answers a row holds, as refuse_other_data takes it."""
-    yield from (kind for kind in MEDIA if row.get(kind))
-    if all(name in row for name in PAIRS) or all(f"{name}_messages" in row for name in PAIRS):
-        yield from PAIRS
-    if isinstance(row.get("kto_tag"), bool) or ("completion" in row and isinstance(row.get("label"), bool)):
-        yield "kto_tag"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common import Message, UserError, nearest_path, nearest_word
+from common import Config, Message, UserError, nearest_path, nearest_word
 from preprocessing.faults import Fault, json_problem
 
 REGISTRY = "dataset_info.json"
@@ -59,10 +59,10 @@ class Entry:
     registered: bool = True
     notes: tuple[Message, ...] = ()
 
-    @property
-    def size(self) -> int:
-        """Bytes on the disk; 0 for a dataset of a hub."""
-        return sum(file.stat().st_size for file in self.files)
+
+def entries_of(config: Config) -> list[Entry]:
+    """The entries of a configuration's dataset, then those of its eval_dataset."""
+    return find_entries((*config.dataset, *config.eval_dataset), config.dataset_dir, config.stage)
 
 
 def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> list[Entry]:
@@ -221,6 +221,17 @@ def _check_types(description: dict[str, Any]) -> tuple[Message, ...]:
     if count is not None and (type(count) is not int or not 1 <= count <= MOST_SAMPLES):
         raise Fault("has num_samples {value}; it must be a whole number from 1 to 100 million", value=json.dumps(count))
     return tuple(notes)
+
+
+def refuse_row(row: dict[str, Any], stage: str) -> None:
+    """Raises Fault where a row without registry is of a kind that `stage` cannot use."""
+    kinds = {kind for kind in MEDIA if row.get(kind)}
+    if all(name in row for name in PAIRS) or all(f"{name}_messages" in row for name in PAIRS):
+        kinds.update(PAIRS)
+    if isinstance(row.get("kto_tag"), bool) or ("completion" in row and isinstance(row.get("label"), bool)):
+        kinds.add("kto_tag")
+    if kinds:
+        refuse_other_data(kinds, stage)
 
 
 def refuse_other_data(kinds: Iterable[str], stage: str) -> None:

@@ -23,6 +23,7 @@ from preprocessing.faults import Fault
 
 Conversation = dict[str, Any]  # {"messages": [{"role", "content", "tool_calls"?, "learned"?}], "tools"?: [...]}
 
+Span = tuple[int, int]  # characters [start, stop) of a rendered conversation
 LEARNED = "\ufdd0"  # stands before and after what is learned; a noncharacter, which no text may contain
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
@@ -77,6 +78,26 @@ def render(
             enable_thinking=thinking,
             **names,
         )
+
+
+def render_marked(
+    text: str, conversation: Conversation, names: dict[str, str], thinking: bool, endings: tuple[str, ...]
+) -> tuple[str, list[Span] | None]:
+    """A conversation, and the spans that the template marks, without spaces after the end of a turn (`endings`).
+
+    None for the spans of a template without generation tags.
+    """
+    marked = render(text, conversation, names, thinking=thinking)
+    if not has_generation_tags(text):
+        return marked, None
+    pieces = marked.split(LEARNED)
+    spans, position = [], 0
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            trimmed = piece.rstrip()
+            spans.append((position, position + len(trimmed if trimmed.endswith(endings) else piece)))
+        position += len(piece)
+    return "".join(pieces), spans
 
 
 @contextmanager

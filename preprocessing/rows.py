@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from common import Config
+from common import Config, UserError
 from preprocessing.faults import Fault, RowFault
-from preprocessing.layout import Fields, Layout, Row
+from preprocessing.layout import Fields, Layout, Row, find_layout
 from preprocessing.messages import (
     alpaca_prompt,
     complete,
@@ -28,11 +28,13 @@ from preprocessing.messages import (
     read_message,
     read_messages,
 )
-from preprocessing.registry import PAIRS
-from preprocessing.sources import NumberedRow, parse_row
+from preprocessing.registry import PAIRS, Entry
+from preprocessing.sources import Source
 
 Conversation = dict[str, Any]
 
+SMALL = 16 << 20  # bytes
+KEPT = 6  # small data sets
 HH_TURN = re.compile(r"\n\n(Human|Assistant):[ ]?")  # how Anthropic's HH data writes turns
 # Names that TRL gives to a reward function itself.
 GIVEN = ("prompt", "completions", "completion_ids", "prompt_ids", "trainer_state", "log_extra", "log_metric")
@@ -47,21 +49,47 @@ class ReadRow(NamedTuple):
     content: int  # its fingerprint
 
 
-def read_conversations(rows: Iterable[NumberedRow], layout: Layout, config: Config) -> Iterator[ReadRow | RowFault]:
-    """What is read of each row, or why nothing is."""
-    for file, number, row in rows:
+def is_small(entry: Entry) -> bool:
+    """Whether the rows of an entry are checked before anything heavy is imported, and kept."""
+    return bool(entry.files) and sum(file.stat().st_size for file in entry.files) <= SMALL
+
+
+_kept: dict[str, tuple[Layout, list[ReadRow | RowFault]]] = {}  # by what was read of small files
+
+
+def read_dataset(source: Source, config: Config) -> tuple[Layout, Iterable[ReadRow | RowFault]]:
+    """The layout of a dataset, and what is read of each row, or why nothing is; do not change it: it may be kept.
+
+    Raises UserError, at the end of the rows, where there are none, or none has a column that the registry names.
+    """
+    if not is_small(source.entry):
+        layout = find_layout(source.entry, source.first_rows())
+        return layout, _read_rows(source, layout, config)
+    stamps = [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in source.entry.files]
+    settings = (config.default_system, config.name, config.author, config.max_samples, config.train_on_prompt)
+    key = repr((source.entry, stamps, settings, config.seed if source.entry.num_samples else None))
+    if key not in _kept:
+        layout = find_layout(source.entry, source.first_rows())
+        while len(_kept) >= KEPT:
+            del _kept[next(iter(_kept))]  # the oldest
+        _kept[key] = layout, list(_read_rows(source, layout, config))
+    return _kept[key]
+
+
+def _read_rows(source: Source, layout: Layout, config: Config) -> Iterator[ReadRow | RowFault]:
+    read = False
+    for file, number, row in source.chosen_rows(config, layout.notes):
+        read = True
         try:
             if isinstance(row, Fault):
                 raise row
-            conversation = to_conversation(parse_row(row, number), layout, config)
+            conversation = _STAGES[layout.stage](layout.pick(row), layout, config)
             yield ReadRow(file, number, conversation, fingerprint(conversation))
         except Fault as fault:
             yield RowFault(file, number, fault.message, fault.final)
-
-
-def to_conversation(row: Any, layout: Layout, config: Config) -> Conversation:
-    """A row as its stage takes it, with {{name}} and {{author}} filled in; raises Fault with what is wrong."""
-    return _STAGES[layout.stage](layout.pick(row), layout, config)
+    if not read:
+        raise UserError("dataset '{name}' holds no rows; give it some, or leave it out", name=source.entry.name)
+    layout.check_columns()
 
 
 def fingerprint(conversation: Conversation) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from common import Config, Message
 from preprocessing.encode_stages import COLUMNS, Sample, encode_batch
-from preprocessing.faults import RowFault, TooLong
+from preprocessing.faults import FaultReport, RowFault, TooLong
+from preprocessing.layout import Layout
 from preprocessing.rows import ReadRow
+from preprocessing.sources import BATCH
+from runs.files import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +38,7 @@ FACTS = [
     ("first", "?"),  # whether it is the first of its conversation: a document may give several
 ]
 EMPTY = {"label": False, "row": ""}  # what stands for no value where that is no list
+PARALLEL = 1 << 20  # bytes of data above which several threads tokenize
 MANY_CUT = 0.05  # the share of cut samples from which on a warning names a longer cutoff_len
 
 
@@ -48,7 +53,77 @@ class Chunk:
     rows: int
 
 
-def encode_chunk(rows: list[ReadRow], config: Config, template: ChatTemplate, tokenizer: Any) -> Chunk:
+def keep_good(rows: Iterable[ReadRow | RowFault], faults: FaultReport) -> list[ReadRow]:
+    """The rows that can be used; adds the others to `faults`."""
+    good = []
+    for row in rows:
+        if isinstance(row, RowFault):
+            faults.add(row)
+        else:
+            good.append(row)
+    return good
+
+
+def write_samples(
+    folder: Path,
+    files: list[dict[str, Any]],
+    layout: Layout,
+    found: Iterable[ReadRow | RowFault],
+    config: Config,
+    tokenizer: Any,
+    template: ChatTemplate,
+    faults: FaultReport,
+) -> None:
+    """Tokenizes the rows of a dataset into `folder` (samples.arrow, facts.npy, report.json).
+
+    Adds to `faults`; where these end the run there is no report.
+    """
+    import numpy as np
+
+    rows, own_faults = iter(found), FaultReport()
+    facts, left_out, count = [np.empty(0, FACTS)], Counter(), 0
+
+    def batches() -> Iterator[list[ReadRow]]:
+        nonlocal count
+        while some := list(itertools.islice(rows, BATCH)):
+            count += len(some)
+            good = keep_good(some, own_faults)
+            if good and (config.on_bad_rows == "skip" or not (faults.count or own_faults.count)):
+                yield good
+
+    with _arrow_writer(folder / "samples.arrow", layout) as write:
+        threads = _threads(config, sum(file["bytes"] for file in files))
+        for chunk in _encode_chunks(batches(), config, template, tokenizer, threads):
+            write(chunk)
+            facts.append(chunk.facts)
+            left_out += chunk.left_out
+            for fault in chunk.faults:
+                own_faults.add(fault)
+    all_facts = np.concatenate(facts)
+    notes = [*_notes_on(all_facts, left_out, config, template.name)]
+    report = {
+        "rows": count,
+        **_count_facts(all_facts),
+        "name": layout.name,
+        "files": files,
+        "format": layout.formatting,
+    }
+    report |= {"notes": [note.to_json() for note in [*layout.all_notes(config), *notes]]}
+    report |= {"skipped": own_faults.count, "faults": own_faults.to_json()}
+    faults.add_json(report["faults"])
+    faults.final |= own_faults.final
+    if not faults.ends_run(config.on_bad_rows):
+        np.save(folder / "facts.npy", all_facts)
+        write_json(folder / "report.json", report)
+
+
+def _threads(config: Config, size: int) -> int:
+    """Threads that tokenize `size` bytes of data."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, config.preprocessing_num_workers or cores) if size > PARALLEL else 1
+
+
+def _encode_chunk(rows: list[ReadRow], config: Config, template: ChatTemplate, tokenizer: Any) -> Chunk:
     """Rows as samples."""
     import numpy as np
 
@@ -84,7 +159,7 @@ def _count(stage: str, sample: Sample) -> tuple[int, int, int, int, int]:
     return tokens, sample["whole_length"], learned, lengths.get("chosen_ids", 0), lengths.get("rejected_ids", 0)
 
 
-def encode_chunks(
+def _encode_chunks(
     batches: Iterable[list[ReadRow]], config: Config, template: ChatTemplate, tokenizer: Any, threads: int
 ) -> Iterator[Chunk]:
     """Batches of rows as samples, in order, made by several threads, a copy of the tokenizer each.
@@ -93,19 +168,20 @@ def encode_chunks(
     cost 600 MB and 6 CPU-seconds for its imports.
     """
     if threads == 1:
-        yield from (encode_chunk(batch, config, template, tokenizer) for batch in batches)
+        yield from (_encode_chunk(batch, config, template, tokenizer) for batch in batches)
         return
     idle = [tokenizer, *(copy.deepcopy(tokenizer) for _ in range(threads - 1))]
 
     def work(batch: list[ReadRow]) -> Chunk:
         mine = idle.pop()  # there are as many tokenizers as threads
         try:
-            return encode_chunk(batch, config, template, mine)
+            return _encode_chunk(batch, config, template, mine)
         finally:
             idle.append(mine)
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a batch spread over all cores in each thread: half as fast
     waiting: deque[Future[Chunk]] = deque()
-    with _without_own_threads(), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for batch in batches:
                 waiting.append(pool.submit(work, batch))
@@ -118,28 +194,14 @@ def encode_chunks(
 
 
 @contextmanager
-def _without_own_threads() -> Iterator[None]:
-    """Keeps the tokenizers library from spreading each batch over all cores: several threads would be half as fast."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
-
-
-@contextmanager
-def arrow_writer(path: Path, name: str, stage: str) -> Iterator[Callable[[Chunk], None]]:
+def _arrow_writer(path: Path, layout: Layout) -> Iterator[Callable[[Chunk], None]]:
     """A function that appends chunks to an Arrow file of the columns of a stage, beside a progress bar."""
     import pyarrow as pa
     from tqdm import tqdm
 
     types = {"label": pa.bool_(), "row": pa.large_string()}
-    schema = pa.schema({column: types.get(column, pa.list_(pa.int32())) for column in COLUMNS[stage]})
-    bar = tqdm(desc=f"tokenizing {name}", unit=" rows", delay=2, leave=False, disable=None)
+    schema = pa.schema({column: types.get(column, pa.list_(pa.int32())) for column in COLUMNS[layout.stage]})
+    bar = tqdm(desc=f"tokenizing {layout.name}", unit=" rows", delay=2, leave=False, disable=None)
     with bar, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
 
         def write(chunk: Chunk) -> None:
@@ -166,7 +228,7 @@ def token_counts(lengths: np.ndarray) -> dict[str, int]:
     }
 
 
-def count_facts(facts: np.ndarray) -> dict[str, Any]:
+def _count_facts(facts: np.ndarray) -> dict[str, Any]:
     """What run.json records of the samples of a dataset."""
     import numpy as np
 
@@ -187,7 +249,7 @@ def _dropped(facts: np.ndarray) -> np.ndarray:
     return (facts["length"] == 0) & (facts["whole_length"] > 0)
 
 
-def notes_on(facts: np.ndarray, left_out: Counter[str], config: Config, template: str) -> Iterator[Message]:
+def _notes_on(facts: np.ndarray, left_out: Counter[str], config: Config, template: str) -> Iterator[Message]:
     """What the template leaves out; where many samples are cut or dropped, the cutoff_len that would keep 95 % whole;
     and where the answers of pairs differ in length."""
     import numpy as np
@@ -209,29 +271,20 @@ def notes_on(facts: np.ndarray, left_out: Counter[str], config: Config, template
     cut, dropped = int((known > config.cutoff_len).sum()), int(_dropped(facts).sum())
     if cut > MANY_CUT * len(known):
         enough = int(np.quantile(known, 1 - MANY_CUT, method="higher"))
-        if dropped:
-            yield Message(
-                "{dropped:,} of {total:,} samples are longer than cutoff_len and are left out; cutoff_len={enough} "
-                "would keep 95 %",
-                dropped=dropped,
-                total=len(known),
-                enough=enough,
-            )
-        else:
-            yield Message(
-                "{cut:,} of {total:,} samples are longer than cutoff_len={cutoff_len} and are cut; "
-                "cutoff_len={enough} would keep 95 % whole",
-                cut=cut,
-                total=len(known),
-                cutoff_len=config.cutoff_len,
-                enough=enough,
-            )
+        yield Message(
+            "{count:,} of {total:,} samples are longer than cutoff_len and are {done}; cutoff_len={enough} would keep "
+            "95 % whole",
+            count=dropped or cut,
+            total=len(known),
+            done=Message("left out") if dropped else Message("cut"),
+            enough=enough,
+        )
     pairs = facts[facts["chosen"] > 0]
-    if bias := length_bias(pairs["chosen"], pairs["rejected"]):
+    if bias := _length_bias(pairs["chosen"], pairs["rejected"]):
         yield bias
 
 
-def length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:
+def _length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:
     """A warning where one side of the pairs is longer than the other: the model may learn the length instead.
 
     `chosen`, `rejected`: tokens of each answer. By the mean difference against its standard error, and 20 % at least.

@@ -1,6 +1,6 @@
 """The rows of a dataset, from files of several types or from a hub; nothing heavy is imported for JSON and CSV.
 
-A row is a dict, the bytes of a line of JSON, or a Fault; rows are numbered from 1 in each file. A new file type is one
+A row is a dict, or a Fault where it cannot be read; rows are numbered from 1 in each file. A new file type is one
 function and one line in READERS.
 """
 
@@ -53,11 +53,26 @@ class Source:
         return [{"path": self.entry.repository, **facts}]
 
     def read(self) -> Iterator[NumberedRow]:
-        """All rows, as read_rows gives them."""
+        """All rows; in place of one that cannot be read a Fault."""
         if self.table is None:
             return ((str(file), *row) for file in self.entry.files for row in read_rows(file, self.entry.stage))
         batches = self.table.with_format("arrow").iter(batch_size=BATCH)
         return ((self.entry.repository, *row) for row in _numbered(batches))
+
+    def first_rows(self) -> list[Any]:
+        return [row for _, _, row in itertools.islice(self.read(), 100)]
+
+    def chosen_rows(self, config: Config, notes: set[Message]) -> Iterator[NumberedRow]:
+        """The rows that num_samples (drawn at random, again where there are too few) and max_samples leave."""
+        rows = self.read()
+        if self.entry.num_samples:
+            wanted = _drawn(sum(1 for _ in self.read()), self.entry.num_samples, config.seed, notes)
+            rows = (row for index, row in enumerate(rows) for _ in range(wanted[index]))
+        for count, row in enumerate(rows):
+            if config.max_samples and count == config.max_samples:
+                notes.add(Message("max_samples: only the first {rows:,} rows are used", rows=config.max_samples))
+                return
+            yield row
 
 
 def open_source(entry: Entry) -> Source:
@@ -96,19 +111,6 @@ def _fetch(entry: Entry) -> datasets.Dataset:
         ) from None
 
 
-def chosen_rows(source: Source, config: Config, notes: set[Message]) -> Iterator[NumberedRow]:
-    """The rows that num_samples (drawn at random, again where there are too few) and max_samples leave."""
-    rows = source.read()
-    if source.entry.num_samples:
-        wanted = _drawn(sum(1 for _ in source.read()), source.entry.num_samples, config.seed, notes)
-        rows = (row for index, row in enumerate(source.read()) for _ in range(wanted[index]))
-    for count, row in enumerate(rows):
-        if config.max_samples and count == config.max_samples:
-            notes.add(Message("max_samples: only the first {rows:,} rows are used", rows=config.max_samples))
-            return
-        yield row
-
-
 def _drawn(total: int, asked: int, seed: int, notes: set[Message]) -> list[int]:
     """How often each of `total` rows is used."""
     import numpy as np
@@ -133,7 +135,7 @@ def _drawn(total: int, asked: int, seed: int, notes: set[Message]) -> list[int]:
 
 
 def read_rows(path: Path, stage: str = "sft") -> RowsOfFile:
-    """The rows of a file one by one. Rows of JSON lines are numbered by line and still bytes (see parse_row)."""
+    """The rows of a file one by one; rows of JSON lines are numbered by line."""
     try:
         with open(path, "rb") as file:
             start = file.read(4096)
@@ -182,13 +184,13 @@ def _text_rows(path: Path) -> RowsOfFile:
 
 
 def _lines(path: Path) -> RowsOfFile:
-    """The lines of a file of JSON lines, as bytes."""
+    """The rows of a file of JSON lines."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not line or line.isspace():
-                continue
-            yield number, line
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line and not line.isspace():
+                yield number, _parse_line(line, number)
 
 
 def _spreads_objects(path: Path) -> bool:
@@ -201,24 +203,20 @@ def _spreads_objects(path: Path) -> bool:
         return text.partition("\n")[0].strip() == "{"
 
 
-def parse_row(row: Any, number: int) -> Any:
-    """The row, read as JSON where it is a line of bytes; raises Fault with line and column."""
-    if not isinstance(row, bytes):
-        return row
+def _parse_line(line: bytes, number: int) -> Any:
+    """The row of a line of JSON, or a Fault with line and column."""
     try:
-        return json.loads(row.decode("utf-8").rstrip())  # else a fault at the end would lie on a line of its own
+        return json.loads(line.decode("utf-8").rstrip())  # else a fault at the end would lie on a line of its own
     except UnicodeDecodeError as error:
-        raise Fault(
-            "line {line}, byte {byte} is not UTF-8; save the file as UTF-8", line=number, byte=error.start + 1
-        ) from None
+        return Fault("line {line}, byte {byte} is not UTF-8; save the file as UTF-8", line=number, byte=error.start + 1)
     except json.JSONDecodeError as error:
-        if row.startswith(codecs.BOM_UTF8):
-            raise Fault("line {line} starts with a byte-order mark (BOM); delete it", line=number) from None
-        raise _broken(number, error.colno, json_problem(error)) from None
+        if line.startswith(codecs.BOM_UTF8):
+            return Fault("line {line} starts with a byte-order mark (BOM); delete it", line=number)
+        return _broken(number, error.colno, json_problem(error))
     except RecursionError:
-        raise Fault("is nested too deeply") from None
+        return Fault("is nested too deeply")
     except ValueError as error:  # a number of more digits than Python reads
-        raise _broken(number, 1, str(error)) from None
+        return _broken(number, 1, str(error))
 
 
 def _broken(line: int, column: int, problem: str | Message, *, final: bool = False) -> Fault:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common import ROOT, Message, UserError, nearest_word
-from preprocessing.answer_spans import Span, find_answers
+from preprocessing.answer_spans import find_answers
 from preprocessing.faults import Fault
 from preprocessing.rendering import (
-    LEARNED,
     Conversation,
+    Span,
     has_generation_tags,
-    render,
+    render_marked,
     template_variables,
     without_generation_tags,
 )
@@ -185,10 +185,8 @@ def render_conversation(
     escaped = encoder.has_lookalikes(conversation)
     if escaped:
         conversation = encoder.escape(conversation)
-    text = render(template.text, conversation, encoder.names, thinking=thinking)
-    if template.tagged:
-        text, spans = _split_at_marks(text, encoder)
-    else:
+    text, spans = render_marked(template.text, conversation, encoder.names, thinking, encoder.endings)
+    if spans is None:
         spans = find_answers(template.text, conversation, text, encoder, thinking)
     return Rendered(encoder.unescape(text) if escaped else text, spans, escaped)
 
@@ -220,15 +218,3 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
             raise Fault("the arguments of a tool call are no JSON ({reason})", reason=str(error)) from None
     identity = {"id": call["id"]} if "id" in call else {}
     return {**identity, "type": "function", "function": function}
-
-
-def _split_at_marks(marked: str, encoder: TextEncoder) -> tuple[str, list[Span]]:
-    """The text without marks, and the spans between them, without spaces after the end of a turn."""
-    pieces = marked.split(LEARNED)
-    spans, position = [], 0
-    for i, piece in enumerate(pieces):
-        if i % 2:
-            trimmed = piece.rstrip()
-            spans.append((position, position + len(trimmed if trimmed.endswith(encoder.endings) else piece)))
-        position += len(piece)
-    return "".join(pieces), spans

@@ -7,12 +7,10 @@ get lost without an error. Here `tokenizer.json` decides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import Config, UserError
-from runs.files import read_object
 from runs.target import find_model
 
 # Texts on which kinds of tokenizers differ: spaces, line ends, accents in both forms, contractions, digits, code,
@@ -50,12 +48,7 @@ def load_tokenizer(place: Path | str, *, trust_remote_code: bool = False) -> Any
     if tokenizer is not None and (not file.is_file() or _is_custom(tokenizer)):
         return tokenizer
     if not file.is_file():
-        raise UserError(
-            "the tokenizer of {model} is not on the disk, or cannot be read ({reason}); fetch the model: python "
-            "download.py",
-            model=place,
-            reason=_first_line(failure),
-        ) from None
+        raise _not_there(place, failure) from None
     if type(tokenizer) is PreTrainedTokenizerFast and "add_prefix_space" not in tokenizer.init_kwargs:
         return tokenizer  # it has read the file itself: reading it once more to compare takes up to a second
     expected = _probe(read_backend(file))
@@ -93,23 +86,24 @@ def _by_the_file(folder: Path, expected: list[tuple[list[int], str]]) -> Any:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            "the tokenizer of {model} is not on the disk, or cannot be read ({reason}); fetch the model: python "
-            "download.py",
-            model=folder,
-            reason=_first_line(error),
-        ) from None
+        raise _not_there(folder, error) from None
     for text, found, wanted in zip(PROBES, _probe(tokenizer.backend_tokenizer), expected, strict=True):
         if found != wanted:
             raise UserError(
-                "the tokenizer that transformers builds in {folder} does not encode {text} as its tokenizer.json "
-                "does;\n"
-                "a setting in tokenizer_config.json contradicts that file: fetch both files again from where the "
-                "model was published",
+                "the tokenizer that transformers builds in {folder} encodes {text} otherwise than its tokenizer.json;\n"
+                "tokenizer_config.json contradicts that file: fetch both again from where the model was published",
                 folder=folder,
                 text=repr(text),
             )
     return tokenizer
+
+
+def _not_there(model: Path | str, error: Exception | None) -> UserError:
+    return UserError(
+        "the tokenizer of {model} is not on the disk, or cannot be read ({reason}); fetch it: python download.py",
+        model=model,
+        reason=_first_line(error),
+    )
 
 
 def _is_custom(tokenizer: Any) -> bool:
@@ -127,49 +121,3 @@ def _probe(backend: Any) -> list[tuple[list[int], str]]:
 
 def _first_line(error: Exception | None) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Without transformers
-
-
-@dataclass(eq=False)
-class LightTokenizer:
-    """As much of a transformers tokenizer as `load_template` needs, without importing it (6 CPU seconds)."""
-
-    backend: Any  # tokenizers.Tokenizer
-    special_tokens_map: dict[str, str]
-    chat_template: str | list[dict[str, str]] | None
-
-    @property
-    def backend_tokenizer(self) -> Any:  # as transformers calls it
-        return self.backend
-
-    @property
-    def unk_token(self) -> str | None:
-        return self.special_tokens_map.get("unk_token")
-
-    def get_chat_template(self) -> str:
-        """The template; ValueError where there are several and none is the default, as in transformers."""
-        if isinstance(self.chat_template, str):
-            return self.chat_template
-        for entry in self.chat_template or ():
-            if entry["name"] == "default":
-                return entry["template"]
-        raise ValueError("no default")
-
-
-def load_light_tokenizer(folder: Path) -> LightTokenizer:
-    """The tokenizer of a folder; raises UserError where it has no tokenizer.json."""
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(
-            "{folder} has no tokenizer.json; load its tokenizer with transformers and save it again", folder=folder
-        )
-    settings = read_object(folder / "tokenizer_config.json")
-    jinja = folder / "chat_template.jinja"
-    names = {key: settings[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token") if settings.get(key)}
-    return LightTokenizer(
-        read_backend(folder / "tokenizer.json"),
-        {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()},
-        jinja.read_text(encoding="utf-8") if jinja.exists() else settings.get("chat_template"),
-    )

@@ -106,11 +106,10 @@ def test_several_threads_make_the_same_samples_in_order(tmp_path: Path, tiny_tok
         tmp_path / "rows.jsonl", [*questions(2000), {"instruction": "<|im_end|>", "output": "<|im_start|>"}]
     )
     one = prepare(tiny_tokenizer, path)
-    monkeypatch.setattr("preprocessing.dataset.PARALLEL", 0)
+    monkeypatch.setattr("preprocessing.samples.PARALLEL", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     several = prepare(tiny_tokenizer, path, overwrite_cache=True)
     assert several.train.data.table.equals(one.train.data.table) and several.report == one.report
-    assert os.environ.get("TOKENIZERS_PARALLELISM") != "false"
 
 
 def test_overlong_rows_are_truncated_dropped_or_faults(tmp_path: Path, tiny_tokenizer) -> None:
@@ -131,21 +130,16 @@ def test_many_cut_samples_are_warned_of_with_a_cutoff_len_that_keeps_95_percent_
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     made = prepare(tiny_tokenizer, path)
     (note,) = notes(made)
-    assert note.sentence == says("cut; cutoff_len=") and (note.fields["total"], note.fields["cutoff_len"]) == (100, 256)
-    assert note.fields["cut"] == made.report["datasets"][0]["truncated"] == 77
-    assert all("a" in tiny_tokenizer.decode(row["input_ids"]) for row in made.train)
+    assert note.sentence == says("would keep 95")
     enough = note.fields["enough"]
+    assert note.fields == {"count": 77, "total": 100, "done": Message("cut"), "enough": enough}
+    assert made.report["datasets"][0]["truncated"] == 77
+    assert all("a" in tiny_tokenizer.decode(row["input_ids"]) for row in made.train)
     fitting = prepare(tiny_tokenizer, path, cutoff_len=enough)
     assert (fitting.report["datasets"][0]["truncated"], notes(fitting)) == (4, [])
     assert prepare(tiny_tokenizer, path, cutoff_len=enough - 1).report["datasets"][0]["truncated"] == 5
     (note,) = notes(prepare(tiny_tokenizer, path, overlong="drop"))
-    assert note == Message(
-        "{dropped:,} of {total:,} samples are longer than cutoff_len and are left out; "
-        "cutoff_len={enough} would keep 95 %",
-        dropped=77,
-        total=100,
-        enough=enough,
-    )
+    assert note.fields == {"count": 77, "total": 100, "done": Message("left out"), "enough": enough}
 
 
 def test_tools_are_a_fault_where_the_template_has_none(tmp_path: Path, tiny_tokenizer) -> None:
@@ -280,7 +274,7 @@ def test_large_files_are_streamed_with_the_same_result(tmp_path: Path, tiny_toke
     rows = [*questions(700), {"instruction": "q", "output": None}, {"instruction": "{{name}}", "output": "a"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     kept = prepare(tiny_tokenizer, path, on_bad_rows="skip")
-    monkeypatch.setattr(dataset, "SMALL", 0)
+    monkeypatch.setattr("preprocessing.rows.SMALL", 0)
     streamed = prepare(tiny_tokenizer, path, on_bad_rows="skip", overwrite_cache=True)
     assert streamed.train.data.table.equals(kept.train.data.table) and streamed.report == kept.report
 

@@ -10,10 +10,10 @@ import pytest
 from conftest import ok, run, user_error
 from test_template import pieces_tokenizer
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from common import Config
-from preprocessing.tokenizer import PROBES, load_base_tokenizer, load_light_tokenizer, load_tokenizer
+from preprocessing.tokenizer import PROBES, load_base_tokenizer, load_tokenizer
 from runs.folder import for_transformers_4
 
 TEXTS = [*PROBES, "The French café, 你好 🙂 42\n\n  return x", "<|im_start|>user\n  two<|im_end|>\n"]
@@ -107,8 +107,6 @@ def test_a_tokenizer_that_cannot_be_loaded(embedded_model: Path, tmp_path: Path)
     (folder / "tokenizer.json").unlink()
     with user_error("the disk, or", model=folder):
         load_tokenizer(folder)
-    with user_error("tokenizer with", folder=folder):
-        load_light_tokenizer(folder)
     with user_error("the disk, or", model="org/nowhere"):
         load_base_tokenizer(Config(model_name_or_path="org/nowhere"))
 
@@ -122,11 +120,3 @@ def test_preview_of_a_relabelled_model(embedded_model: Path, tmp_path: Path):
         return result.stdout
 
     assert shown(relabelled(embedded_model, tmp_path / "model", "LlamaTokenizerFast")) == shown(embedded_model)
-
-
-def test_the_light_tokenizer_knows_what_transformers_knows(embedded_model: Path):
-    light, full = load_light_tokenizer(embedded_model), load_tokenizer(embedded_model)
-    assert isinstance(full, PreTrainedTokenizerFast)
-    assert light.special_tokens_map == full.special_tokens_map
-    assert light.get_chat_template() == full.get_chat_template()
-    assert light.backend_tokenizer.get_vocab_size() == len(full)
