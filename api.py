@@ -17,8 +17,7 @@ from __future__ import annotations
 import os
 import sys
 
-import common
-from common import Message
+from common import Message, print_notes
 from inference.api.options import ServerOptions
 from inference.load import load
 from runs.configuration import run_command
@@ -27,14 +26,10 @@ from runs.target import find_target, read_arguments
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(common.help_text(__doc__, ("model", "chat")))
-        return
     target, settings = read_arguments(argv)
     options = ServerOptions.from_environment(os.environ)
     source = find_target(target, settings)
-    for note in source.notes:
-        print(Message("note: {text}", text=note), file=sys.stderr)
+    print_notes(source.notes, file=sys.stderr)
     with listen(options.host, options.port, Message("set API_HOST, API_PORT")) as listener:
         print(Message("loading {name} ...", name=source.name), file=sys.stderr, flush=True)
         model = load(source)
@@ -44,4 +39,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, ("model", "chat"))

@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 
-import common
 from common import Message, UserError
 from inference.load import load
 from inference.request import Settings
@@ -29,9 +28,6 @@ from runs.target import find_target, read_arguments
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(common.help_text(__doc__, ("model", "chat")))
-        return
     args, settings = parse(argv)
     if sys.stdout is None:
         raise UserError("standard output is closed, so no reply can be shown; open it, or send it to a file (> FILE)")
@@ -124,4 +120,4 @@ def make_prompt(texts: list[str], piped: str) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, ("model", "chat"))

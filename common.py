@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TextIO
 
 try:
     import yaml
@@ -121,6 +121,11 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return str(self.message)
+
+
+def print_notes(notes: Iterable[Message], file: TextIO | None = None) -> None:
+    for note in notes:
+        print(Message("note: {text}", text=note), file=file)
 
 
 def user_language() -> str:

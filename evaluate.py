@@ -19,8 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import common
-from common import Message
+from common import Message, print_notes
 from evaluation import llamafactory
 from evaluation.compare import describe_two_runs, runs_table
 from evaluation.job import describe, find_job
@@ -33,9 +32,6 @@ from runs.target import read_arguments
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(common.help_text(__doc__, ("model", "data", "evaluation")))
-        return
     flags, target, settings = parse(argv)
     if flags.runs:
         print(format_table(runs_table()))
@@ -47,8 +43,7 @@ def main(argv: list[str]) -> None:
 
 def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str]) -> None:
     job = find_job(target, settings, only_base=flags.base, no_base=flags.no_base)
-    for note in job.notes:
-        print(Message("note: {text}", text=note))
+    print_notes(job.notes)
     print(describe(job))
     with only_evaluation(job):
         for model in job.models:
@@ -76,4 +71,4 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, ("model", "data", "evaluation"))

@@ -15,23 +15,19 @@ import argparse
 from pathlib import Path
 
 import common
-from common import Message, UserError
+from common import Message, UserError, print_notes
 from export import hub, merged_model, verify
 from runs.configuration import run_command
 from runs.target import read_arguments
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(common.help_text(__doc__))
-        return
     flags, target, settings = parse(argv)
     if flags.check:
         verify.verify_merged(Path(flags.check))
         return
     job = merged_model.find_job(target, settings)
-    for note in job.notes:
-        print(Message("note: {text}", text=note))
+    print_notes(job.notes)
     if flags.push and merged_model.is_verified(job):  # its upload failed
         hub.check_access(flags.push, job.config.overwrite_output_dir)
     else:
@@ -57,4 +53,4 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import common
 from common import Message
 from preprocessing import dataset
 from preprocessing.data_report import format_report, show_sample
@@ -19,9 +18,6 @@ from training.prepare import prepare_data
 
 def main(argv: list[str]) -> None:
     """Prints the report of DATASETS and a few samples."""
-    if "--help" in argv or "-h" in argv:
-        print(common.help_text(__doc__, ("model", "data")))
-        return
     config = load_config(name_datasets(argv)).config
     dataset.check(config)
     tokenizer, _, data = prepare_data(config)
@@ -42,4 +38,4 @@ def name_datasets(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, ("model", "data"))

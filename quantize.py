@@ -19,7 +19,7 @@ import shlex
 from typing import Any
 
 import common
-from common import Message
+from common import Message, print_notes
 from export import gguf_files
 from export.gguf_files import TYPES, GgufJob
 from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS
@@ -30,14 +30,10 @@ from runs.target import read_arguments
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(common.help_text(__doc__.format(types=", ".join(TYPES))))
-        return
     flags, target, settings = parse(argv)
     logging.disable(logging.WARNING)  # what transformers says on import is not about this
     job = gguf_files.find_job(flags.type, target, settings)
-    for note in job.notes:
-        print(Message("note: {text}", text=note))
+    print_notes(job.notes)
     proving = not flags.no_verify and gguf_files.can_prove(job)
     if flags.push:
         gguf_files.check_push(flags.push, job, proving)
@@ -125,4 +121,4 @@ def reference_line(result: dict[str, Any], count: int, bits: float) -> list[str]
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__.format(types=", ".join(TYPES)))

@@ -12,12 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from common import Message, UserError
+from common import Message, UserError, print_notes
 from runs.configuration import check_training_asked_for, load_config, run_command
 from runs.disk import on_disk_full
 from runs.lock import locked
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(common.help_text(__doc__))
-        return
     processes = Processes.of_launcher()
     with processes.one_voice():
         start(arguments, processes)
@@ -192,14 +188,9 @@ def predict(folder: Path) -> None:
     os.execv(sys.executable, [sys.executable, str(common.ROOT / "evaluate.py"), *arguments])
 
 
-def print_notes(notes: Sequence[Message]) -> None:
-    for note in notes:
-        print(Message("note: {text}", text=note))
-
-
 def print_next(folder: Path) -> None:
     print(Message("talk to it: {command}", command=common.command("chat.py", folder)))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__)

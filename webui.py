@@ -19,17 +19,13 @@ import os
 import sys
 from pathlib import Path
 
-import common
-from common import Message, UserError
+from common import Message, UserError, print_notes
 from runs import network
 from runs.configuration import load_config, run_command
 from runs.target import find_target
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(common.help_text(__doc__, ("model", "chat")))
-        return
     args = parse(argv)
     network.check_environment()  # Gradio asks its own server through httpx
     password = read_password(args)
@@ -39,8 +35,7 @@ def main(argv: list[str]) -> None:
         int(args.port),
         Message("choose another port: --port {other}, or leave --host out", other=int(args.port) + 1),
     )
-    for note in source.notes if source else ():
-        print(Message("note: {text}", text=note), file=sys.stderr)
+    print_notes(source.notes if source else (), file=sys.stderr)
     names = [name.strip().lower() for name in args.allow_host.split(",") if name.strip()]
     from web import app  # what is wrong is told before this takes its seconds
 
@@ -87,4 +82,4 @@ def read_password(args: argparse.Namespace) -> str | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, __doc__, ("model", "chat"))

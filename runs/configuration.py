@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from common import OPTIONS, ROOT, SAVES, Config, Message, UserError, command, nearest_word, run_script
+from common import OPTIONS, ROOT, SAVES, Config, Message, UserError, command, help_text, nearest_word, run_script
 from runs.compatibility import check_foreign, compatibility, push_notes, rename
 from runs.option_values import as_text, coerce, is_left_empty
 from runs.recipe import read_recipe
@@ -234,9 +234,20 @@ def check_training_asked_for(loaded: Loaded) -> list[Message]:
     return []
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
-    """`common.run_script` for a command that takes settings, in all the forms of `join_settings`."""
-    run_script(lambda arguments: main(_without_command_word(join_settings(arguments))))
+def run_command(main: Callable[[list[str]], None], usage: str, groups: tuple[str, ...] = ()) -> None:
+    """`common.run_script` for a command that takes settings, in all the forms of `join_settings`.
+
+    `--help` prints `usage` and the options (of `groups`).
+    """
+
+    def run(argv: list[str]) -> None:
+        arguments = _without_command_word(join_settings(argv))
+        if {"-h", "--help"} & set(arguments):
+            print(help_text(usage, groups))
+        else:
+            main(arguments)
+
+    run_script(run)
 
 
 def _without_command_word(arguments: list[str]) -> list[str]:
