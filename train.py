@@ -21,13 +21,14 @@ from runs.configuration import check_training_asked_for, load_config, run_comman
 from runs.disk import on_disk_full
 from runs.lock import locked
 from runs.process import interruptible
-from training import plan, prepare, record, resume, trainer
+from training import model, plan, prepare, record, resume
+from training.arguments import choose_precision
 from training.findings import Findings
 from training.prepare import Prepared, Start
 from training.processes import Processes
 
 if TYPE_CHECKING:
-    from training.callbacks import EarlyStopping
+    from training.trainer import RunTrainer
 
 
 def main(arguments: list[str]) -> None:
@@ -53,7 +54,7 @@ def start(arguments: list[str], processes: Processes) -> None:
         with processes.in_turn():
             started = prepare.make_missing_model(started)
         with interruptible():
-            trainer.import_unsloth()  # takes seconds: told before is what can be
+            model.import_unsloth()  # takes seconds: told before is what can be
         with processes.in_turn():
             prepared = prepare_data(started)
         train(prepared)
@@ -75,25 +76,24 @@ def prepare_data(started: Start) -> Prepared:
 
 def train(prepared: Prepared) -> None:
     """Loads the model, trains it, and leaves the adapter in the run folder."""
-    processes, folder, resumed = prepared.start.processes, prepared.start.folder, prepared.start.resume.checkpoint
-    config = processes.as_one(prepared.config)
-    precision = trainer.choose_precision(config)
+    from training.stages import make_trainer
+
+    folder, resumed = prepared.start.folder, prepared.start.resume.checkpoint
+    precision = choose_precision(prepared.config)
     print_notes([precision.note] if precision.note else [])
     with interruptible():
-        model = trainer.load_model(config, precision, processes)
-        made = (prepared.tokenizer, prepared.data, prepared.plan, prepared.rewards, prepared.template.stop)
-        trained, early = trainer.make_trainer(config, precision, model, *made, processes)
-    processes.wait()
-    if not processes.is_first:
-        trained.train_from(resumed)
+        trainer = make_trainer(prepared, model.load_model(prepared.config, precision), precision)
+    trainer.accelerator.wait_for_everyone()
+    if not prepared.start.processes.is_first:
+        trainer.train_from(resumed)
         return
     resume.clear_old_run(prepared.start.resume, folder)  # only now, when all that could be wrong was tried
     record.begin_record(prepared)
     try:
-        announce(prepared, trained.model)
-        with on_disk_full(folder, trained.checkpoint_bytes()):
-            trained.train_from(resumed)
-            conclude(prepared, trained, early)
+        announce(prepared, trainer.model)
+        with on_disk_full(folder, trainer.checkpoint_bytes()):
+            trainer.train_from(resumed)
+            conclude(prepared, trainer)
     except (Exception, KeyboardInterrupt) as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         reason = error.message.to_json() if isinstance(error, UserError) else str(error)
@@ -102,17 +102,17 @@ def train(prepared: Prepared) -> None:
         raise
 
 
-def announce(prepared: Prepared, model: Any) -> None:
+def announce(prepared: Prepared, trained: Any) -> None:
     """Says what will be done, and shows a sample as it will be learned."""
     from preprocessing.data_report import show_sample
-    from training.sft_trainer import count_trainable
+    from training.trainer import count_trainable
 
     config, planned = prepared.config, prepared.plan
     named = Message(
         "{model}: {total:,} parameters, {trained:,} trained",
         model=config.model_name_or_path,
         total=prepared.start.model.parameters,
-        trained=count_trainable(model),
+        trained=count_trainable(trained),
     )
     print(
         Message(
@@ -126,23 +126,24 @@ def announce(prepared: Prepared, model: Any) -> None:
     print(show_sample(prepared.tokenizer, prepared.data.train[0]))
 
 
-def conclude(prepared: Prepared, trained: Any, early: EarlyStopping) -> None:
+def conclude(prepared: Prepared, trainer: RunTrainer) -> None:
     """Leaves the best adapter in the run folder, completes run.json and says what came of it."""
     from runs import report
 
-    facts, folder = record.facts_of(trained, prepared, early.reason), prepared.start.folder
+    early, folder = trainer.early.reason, prepared.start.folder
+    facts = record.facts_of(trainer, prepared, early)
     at = {"step": facts["steps"], "steps": facts["total_steps"]}
-    if trained.misses_evaluation or (facts["steps"] < facts["total_steps"] and not early.reason):
+    if trainer.misses_evaluation or (facts["steps"] < facts["total_steps"] and not early):
         record.complete_record(folder, "interrupted", **facts)
         # which deletes nothing, whatever the recipe says
         again = common.command("train.py", folder / "config.yaml", launcher=prepared.start.processes.launcher)
         print("\n", Message("stopped at step {step:,} of {steps:,}; to resume: {command}", command=again, **at), sep="")
         sys.exit(130)
-    trainer.save_adapter(trained, prepared.template, folder)
+    trainer.save_adapter(prepared.template)
     record.complete_record(folder, "finished", **facts)
     print()
-    if early.reason:
-        print(Message("stopped at step {step:,} of {steps:,}: {reason}", reason=early.reason, **at))
+    if early:
+        print(Message("stopped at step {step:,} of {steps:,}: {reason}", reason=early, **at))
     print_result(facts, report.write(folder))
     if facts["eval_loss"] is not None:
         print(Message("measure it: {command}", command=common.command("evaluate.py", folder)))

@@ -215,7 +215,7 @@ def full_length(at: Place) -> int:
 
 def trained(at: Place, name: str, *more: str, model: Path | None = None) -> str:
     """Runs train.py in this process, which is held to the limit, and reads its run folder."""
-    from training.trainer import import_unsloth
+    from training.model import import_unsloth
 
     avoid_fused_loss()
     import_unsloth()

@@ -63,25 +63,25 @@ def kinds_of_weights(model: Any) -> dict[str, int]:
 
 def watch(found: dict[str, Any]) -> None:
     """Has the next training in this process fill `found`: loaded weights, the estimate of memory, a step's kernels."""
-    from training import memory, trainer
-    from training.plan import TrainingPlan
+    from training import memory, model, stages
 
-    load, make = trainer.load_model, trainer.make_trainer
+    load, make = model.load_model, stages.make_trainer
 
     def load_model(*given: Any) -> Any:
-        model = load(*given)
-        found["loaded"] = kinds_of_weights(model)
-        return model
+        loaded = load(*given)
+        found["loaded"] = kinds_of_weights(loaded)
+        return loaded
 
-    def make_trainer(config: common.Config, *given: Any) -> Any:
-        plan = next(one for one in given if isinstance(one, TrainingPlan))
+    def make_trainer(prepared: Any, *given: Any) -> Any:
+        config = prepared.config
         size = memory.read_model(Path(config.model_name_or_path))
-        found["estimate"] = sum(memory.estimate_memory(config, size, common.find_gpu(), plan.longest).values())
-        made, early = make(config, *given)
+        estimate = memory.estimate_memory(config, size, common.find_gpu(), prepared.plan.longest)
+        found["estimate"] = sum(estimate.values())
+        made = make(prepared, *given)
         made.add_callback(step_watcher(found))
-        return made, early
+        return made
 
-    trainer.load_model, trainer.make_trainer = load_model, make_trainer
+    model.load_model, stages.make_trainer = load_model, make_trainer
 
 
 def step_watcher(found: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ def import_packages(packages: str) -> None:
 
     common.configure_openmp()
     if packages == "unsloth":
-        from training.trainer import import_unsloth
+        from training.model import import_unsloth
 
         import_unsloth()
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common import Config, Message, UserError
@@ -19,10 +20,8 @@ from runs.charts import draw_loss
 from runs.folder import SAMPLES
 from runs.log import LOG, append_line, keep_lines, read_log
 from training import early_stopping
-from training.grpo import logged_rewards
+from training.arguments import logged_rewards
 from training.plan import TrainingPlan
-from training.preference_losses import REWARDS
-from training.processes import Processes
 
 PICTURE = "training_loss.png"
 DRAW_EVERY = 15  # seconds; a picture costs a third of a second
@@ -92,8 +91,7 @@ class Progress(TrainerCallback):
             "total_steps": state.max_steps,
             "epoch": round(state.epoch or 0.0, 4),
             **{key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs},
-            **rewards_of(logs),
-            **(logged_rewards(logs) if "reward" in logs or "eval_reward" in logs else {}),
+            **logged_rewards(logs),
             "tokens": int(tokens),
             "tokens_per_second": round((tokens - self.first_tokens) / seconds, 1),
             "elapsed": round(self.earlier_seconds + seconds, 1),
@@ -111,25 +109,25 @@ class Progress(TrainerCallback):
         self.drawn_at = time.monotonic()
 
 
-def rewards_of(logs: dict[str, float]) -> dict[str, float]:
-    """What TRL's preference trainers log of rewards, by the names of trainer_log.jsonl."""
-    names = {f"{part}{name}": f"{part}{its}" for part in ("", "eval_") for name, its in REWARDS.items()}
-    return {name: round(logs[its], 6) for name, its in names.items() if its in logs}
-
-
 class Interruption(TrainerCallback):
     """The first Ctrl-C (or SIGTERM) saves a checkpoint after the step and stops; the second ends at once.
 
-    An evaluation is given up where it stands, and repeated when the run goes on.
+    An evaluation is given up where it stands, and repeated when the run goes on. Several processes stop together: each
+    asks the others at every step.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
         self.asked = False  # this process
         self.agreed = False  # all of them, which save at the same step
 
     def _agree(self) -> bool:
-        self.agreed = self.processes.agree(self.asked)
+        if self.accelerator.num_processes == 1:
+            self.agreed = self.asked
+        else:
+            if self.asked:
+                self.accelerator.set_trigger()
+            self.agreed = self.agreed or self.accelerator.check_trigger()
         return self.agreed
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -210,32 +208,21 @@ class EarlyStopping(TrainerCallback):
 class FiniteNumbers(TrainerCallback):
     """Ends a run whose loss is no number, and before a gradient that is none reaches the weights, whatever the loss is.
 
-    `last_norm` gives the gradients' norm of this step. With float16's loss scaling an overflow is expected now and
-    then, and the scaler leaves that step out: there the weights are looked at, after each step.
+    With float16's loss scaling an overflow is expected now and then, and the scaler leaves that step out: there the
+    weights are looked at, after each step.
     """
-
-    def __init__(self, last_norm: Callable[[], float]) -> None:
-        self.last_norm = last_norm
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for key in ("loss", "eval_loss"):
             if not math.isfinite(value := kwargs["logs"].get(key, 0.0)):
-                raise UserError(
-                    "the {what} became {value} at step {step}; start over with a lower learning_rate (a tenth), "
-                    "overwrite_output_dir=true",
-                    what=key,
-                    value=str(value),
-                    step=state.global_step,
-                )
+                raise diverged(key, value, state.global_step)
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not args.fp16 and not math.isfinite(norm := self.last_norm()):
-            raise UserError(
-                "the gradient became {value} at step {step}, before it reached the weights; start over with a "
-                "lower learning_rate (a tenth), overwrite_output_dir=true",
-                value=str(norm),
-                step=state.global_step + 1,
-            )
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not math.isfinite(norm := get_total_norm(gradients).item()):
+            raise diverged("gradient", norm, state.global_step + 1)
 
     def on_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -248,9 +235,15 @@ def check_finite_weights(model: Any, step: int) -> None:
     """Raises UserError where a trained weight is no number."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            raise UserError(
-                "{name} is no longer a finite number after step {step}, and is not saved; start over with a lower "
-                "learning_rate (a tenth), overwrite_output_dir=true",
-                name=name,
-                step=step,
-            )
+            raise diverged(name, math.nan, step)
+
+
+def diverged(what: str, value: float, step: int) -> UserError:
+    """The end of a run in which this became a number that is not finite."""
+    return UserError(
+        "{what} became {value} at step {step}, which is not saved; start over with a lower learning_rate (a tenth), "
+        "overwrite_output_dir=true",
+        what=what,
+        value=str(value),
+        step=step,
+    )

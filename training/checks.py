@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import common
-from common import Config, Gpu, Message
+from common import Config, Gpu, Message, visible_cards
 from runs.adapter import Adapter
 from runs.base_tensors import check_fits
 from runs.configuration import Loaded
@@ -25,8 +25,8 @@ from runs.disk import existing_folder
 from runs.folder import read_run
 from runs.target import missing_from_model
 from training import hardware, packing, whole_modules
+from training.arguments import uses_vllm
 from training.findings import Fact, Finding, Note, Problem, Risk
-from training.grpo import uses_vllm
 from training.inputs import Inputs, find_changes
 from training.memory import (
     EXPERTS,
@@ -41,7 +41,7 @@ from training.memory import (
     smallest_change,
 )
 from training.plan import TrainingPlan, count_processes
-from training.processes import SHARED_STAGES, Processes
+from training.processes import STAGES, Processes
 from training.resume import ResumePlan
 from training.rewards import Reward
 
@@ -64,14 +64,11 @@ def check_python() -> Iterator[Finding]:
 
 def check_processes(config: Config, processes: Processes) -> Iterator[Finding]:
     """Whether the processes that a launcher (torchrun, accelerate launch) has started can train together."""
-    count, cards, here = processes.count, processes.cards, processes.here
-    if processes.missing:
-        yield Problem(
-            "WORLD_SIZE is {count}, but {missing} not set: use torchrun", count=count, missing=processes.missing
-        )
-    elif 0 < cards < here:
+    count, here = processes.count, processes.here
+    cards = len(visible_cards()) if count > 1 else 0
+    if 0 < cards < here:
         yield Problem("{count} processes for {cards} GPU{cards:plural}: start one a GPU", count=here, cards=cards)
-    elif count > 1 and config.stage not in SHARED_STAGES:
+    elif count > 1 and config.stage not in STAGES:
         yield Problem("stage {stage} trains in one process, not {count}", count=count, stage=config.stage)
     elif count > 1:
         yield Fact("{count}, each with its part of every step's samples", count=count)
@@ -120,7 +117,7 @@ def pinned_packages(device: str) -> dict[str, str]:
 
 def check_imports() -> Iterator[Finding]:
     """Imports Unsloth as the training will, in a process of its own: it takes seconds and may end the process."""
-    code = "from training.trainer import import_unsloth; import_unsloth()"
+    code = "from training.model import import_unsloth; import_unsloth()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=common.ROOT)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]

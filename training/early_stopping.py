@@ -1,13 +1,15 @@
-"""When a training stops before its last step: held-out loss no longer falls, or the data is known by heart."""
+"""When a training stops before its last step: held-out loss no longer falls, or the data is known by heart; and which
+checkpoint of preferences is the best."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 from common import Config, Message
-from training.preference_losses import REWARDS
+from training.arguments import REWARDS
 
 ACCURACY = f"eval_{REWARDS['reward_accuracy']}"
 MEMORIZED = 0.05  # a mean loss, in nats a token, below which there is nothing left to learn
@@ -92,3 +94,17 @@ def stop_reason(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int)
     if not evaluations and has_memorized(losses, epoch_steps):
         return Message("the training loss is flat and near zero: the data is known by heart")
     return None
+
+
+def preference_error(accuracy: float, comparisons: int, loss: float) -> float:
+    """The share of held-out comparisons that come out wrong; of equal ones the one of the lower loss is lower.
+
+    The loss, which is never negative, outweighs no comparison.
+    """
+    return 1 - accuracy + loss / (1 + loss) / comparisons
+
+
+def ranked_right(chosen: list[float], rejected: list[float]) -> float:
+    """The share of all pairs of a good and a bad answer in which the good one has the higher reward."""
+    ordered = sorted(rejected)
+    return sum(bisect_left(ordered, reward) for reward in chosen) / (len(chosen) * len(rejected))

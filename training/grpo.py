@@ -1,62 +1,113 @@
-"""What stage grpo needs beside TRL's trainer: its arguments, its data, and whether vLLM generates the replies."""
+"""Stage grpo: TRL's GRPOTrainer on the kit's own token ids. To be imported after Unsloth.
+
+Private members of it that are overridden or read: `_get_train_sampler`, whose order a run that goes on must have;
+`_generate_and_score_completions`, `_tokenize_prompts` and `_generate_single_turn`, which would tokenize, and sample in
+evaluations; `_logs`, which has the last replies.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
-import common
-from common import Config, UserError
+import torch
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
-# Names in the log → TRL's; `reward_NAME` and `reward_NAME_std` of each function come on top.
-LOGGED = {
-    "reward": "reward",
-    "reward_std": "reward_std",
-    "groups_alike": "frac_reward_zero_std",
-    "kl": "kl",
-    "entropy": "entropy",
-    "clip_ratio": "clip_ratio/region_mean",
-    "reply_tokens": "completions/mean_length",
-    "reply_tokens_max": "completions/max_length",
-    "replies_cut": "completions/clipped_ratio",
-}
+from runs.files import append_lines
+from runs.folder import SAMPLES
+from training.rewards import Reward, text_of
+from training.trainer import MeansTrainer, remove_reference
+
+SAMPLE_PROMPTS = 2  # prompts of a logged step whose replies are written to samples.jsonl
 
 
-def uses_vllm(config: Config) -> bool:
-    """Whether vLLM generates the replies: on a card, where it is installed, unless use_vllm is false.
+class EpochSampler(RepeatSampler):
+    """TRL's order of prompts, drawn anew from seed and epoch: a run that goes on in a later epoch has the same one."""
 
-    Raises UserError where it is asked for and cannot be had.
-    """
-    if config.stage != "grpo" or config.use_vllm is False:
-        return False
-    there = importlib.util.find_spec("vllm") is not None and common.find_gpu() is not None
-    if config.use_vllm and not there:
-        raise UserError("use_vllm: true needs a card and the package vllm; leave it out to generate by transformers")
-    return there
+    epoch = 0
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
-def loading_settings(config: Config) -> dict[str, Any]:
-    """What Unsloth is to be told so that it loads the weights once for vLLM and for the training."""
-    if not uses_vllm(config):
-        return {}
-    share = config.vllm_gpu_memory_utilization
-    return {"fast_inference": True, "gpu_memory_utilization": share, "max_lora_rank": config.lora_rank}
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
-def grpo_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of TRL's GRPOConfig beside those of every training."""
-    names = ("num_generations", "max_completion_length", "beta", "epsilon", "loss_type", "scale_rewards")
-    return {name: getattr(config, name) for name in names} | {
-        "temperature": 1.0 if config.temperature is None else config.temperature,
-        "num_generations_eval": 1,
-        "include_num_input_tokens_seen": "no",  # TRL counts them
-        "metric_for_best_model": "eval_reward",
-        "greater_is_better": True,
-        "use_vllm": uses_vllm(config),
-        "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-    }
+class GrpoTrainer(MeansTrainer, GRPOTrainer):
+    """GRPOTrainer whose prompts are token ids; evaluations take one greedy reply to each prompt."""
+
+    def __init__(self, prepared: Any, model: Any, precision: Any) -> None:
+        self.prompt_ids: list[list[int]] = []  # of the batch that is being generated
+        end_replies_at(model, prepared.tokenizer.convert_tokens_to_ids(list(prepared.template.stop)))
+        super().__init__(prepared, model, precision, reward_funcs=[named(reward) for reward in prepared.rewards])
+        self.reward_weights = torch.tensor([reward.weight for reward in prepared.rewards])
+        remove_reference(self.model)
+        if not self.use_vllm:
+            self.sampling = self.generation_config
+            self.greedy = copy.deepcopy(self.sampling)
+            self.greedy.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+
+    def rows(self, dataset: Any) -> Any:
+        return with_columns(dataset)
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        theirs = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            theirs.data_source, theirs.mini_repeat_count, theirs.batch_size, theirs.repeat_count, seed=theirs.seed
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self.prompt_ids = [row["prompt_ids"] for row in inputs]
+        with self.accelerator.autocast():
+            return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, _: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self.prompt_ids, None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self.generation_config = self.sampling if self.model.training else self.greedy
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._logs["prompt"]:
+            append_lines(Path(self.args.output_dir) / SAMPLES, self.samples())
+        super().log(logs, *args, **kwargs)
+
+    def samples(self) -> list[dict[str, Any]]:
+        """What samples.jsonl says of the last generated replies: all of the first SAMPLE_PROMPTS prompts."""
+        count = min(SAMPLE_PROMPTS * self.num_generations, len(self._logs["prompt"]))
+        weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+        lines = []
+        for i in range(count):
+            found = {name: values[i] for name, values in self._logs["rewards"].items()}
+            found = {name: None if value != value else round(value, 6) for name, value in found.items()}
+            lines.append(
+                {
+                    "step": self.state.global_step,
+                    "prompt": self._logs["prompt"][i][-1]["content"],
+                    "reply": text_of(self._logs["completion"][i]),
+                    "rewards": found,
+                    "reward": round(sum(weights[name] * (value or 0) for name, value in found.items()), 6),
+                    "advantage": round(self._logs["advantages"][i], 6),
+                }
+            )
+        return lines
+
+
+def named(reward: Reward) -> Any:
+    """The reward as a function of its name, under which TRL logs it."""
+
+    def function(**columns: Any) -> list[float | None]:
+        return reward(**columns)
+
+    function.__name__ = reward.name
+    return function
 
 
 def end_replies_at(model: Any, stop: list[int]) -> None:
@@ -75,14 +126,3 @@ def with_columns(dataset: Any) -> Any:
         return {name: [row.get(name) for row in rows] for name in names} | {"prompt_ids": batch["prompt_ids"]}
 
     return dataset.with_transform(read)
-
-
-def logged_rewards(logs: dict[str, Any]) -> dict[str, float]:
-    """What TRL logs of replies and rewards, by the names of trainer_log.jsonl."""
-    names = {f"{part}{name}": f"{part}{its}" for part in ("", "eval_") for name, its in LOGGED.items()}
-    for key in logs:
-        part, found, name = key.partition("rewards/")
-        if found and name.endswith(("/mean", "/std")):
-            function, _, kind = name.rpartition("/")
-            names[f"{part}reward_{function}{'_std' if kind == 'std' else ''}"] = key
-    return {name: round(logs[its], 6) for name, its in names.items() if logs.get(its) is not None}

@@ -18,8 +18,8 @@ from runs.files import write_json, write_text
 from runs.folder import TRAINED, read_run
 from runs.log import last_value, mean_loss, read_log
 from runs.redaction import typed_command
+from training.arguments import REWARDS
 from training.hardware import peak_memory
-from training.preference_losses import REWARDS
 
 if TYPE_CHECKING:
     from preprocessing.dataset import TrainingData

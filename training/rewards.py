@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Function = Callable[..., Any]
 MAX_LABELS = 20  # of one_of_labels, where the labels are told from the data
 NAMES = ("exact_label", "one_of_labels", "json_valid", "length", "regex: PATTERN")
-NEED_ANSWERS = ("exact_label",)
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,10 @@ def find_function(text: str, config: Config) -> tuple[str, Function]:
     file, _, function = text.rpartition(":")
     if file.endswith(".py"):
         return function.strip(), from_file(Path(file).expanduser(), function.strip())
-    near = nearest_word(text, (*BUILT_IN, "regex"))
     raise UserError(
         "reward_funcs: there is no reward {reward}{near:suggestion}; known are {known}, and FILE.py:function",
         reward=text,
-        near=near,
+        near=nearest_word(text, (*BUILT_IN, "regex")),
         known=list(NAMES),
     )
 
@@ -93,73 +91,54 @@ def from_file(file: Path, name: str) -> Function:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file does
-        raise UserError(
-            "reward_funcs: {file} cannot be run: {problem}", file=file, problem=f"{type(error).__name__}: {error}"
-        ) from error
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError("reward_funcs: {file} cannot be run: {problem}", file=file, problem=problem) from error
     finally:
         sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(
-            "reward_funcs: {file} has no function {name}{near:suggestion}",
-            file=file,
-            name=name,
-            near=nearest_word(name, known),
-        )
+        near = nearest_word(name, known)
+        raise UserError("reward_funcs: {file} has no function {name}{near:suggestion}", file=file, name=name, near=near)
     return function
 
 
 def checked(name: str, found: Any, replies: int) -> list[float | None]:
     """What a reward function returned, if that is a finite number (or None) for each reply; else raises UserError."""
     values = found.tolist() if hasattr(found, "tolist") else found
-    if not isinstance(values, list | tuple):
+    is_list = isinstance(values, list | tuple) and len(values) == replies
+    wrong = [value for value in values if not _is_reward(value)] if is_list else [values]
+    if wrong:
         raise UserError(
-            "the reward function {name} returned {kind} and not a list of {replies} numbers, one a reply",
+            "the reward function {name} must return a list of {replies} finite numbers (or None), one a reply; it "
+            "returned {found}",
             name=name,
-            kind=type(found).__name__,
             replies=replies,
+            found=repr(wrong[0])[:60],
         )
-    if len(values) != replies:
-        raise UserError(
-            "the reward function {name} returned {found} rewards for {replies} replies; it must return one for each",
-            name=name,
-            found=len(values),
-            replies=replies,
-        )
-    for number, value in enumerate(values, 1):
-        if value is not None and not (isinstance(value, numbers.Real) and math.isfinite(value)):
-            raise UserError(
-                "the reward function {name} returned {value} for reply {number}, which is no finite number (None: "
-                "no reward of its own)",
-                name=name,
-                number=number,
-                value=repr(value)[:60],
-            )
     return [None if value is None else float(value) for value in values]
 
 
-def with_answers(config: Config, rewards: Sequence[Reward], data: TrainingData) -> list[Reward]:
-    """The rewards for these rows, the labels of one_of_labels filled in.
+def _is_reward(value: Any) -> bool:
+    return value is None or (isinstance(value, numbers.Real) and math.isfinite(value))
 
-    Raises UserError where rows lack the answer that a reward needs.
-    """
-    names = {text.strip() for text in config.reward_funcs}
-    if not names & set(NEED_ANSWERS) and ("one_of_labels" not in names or config.labels):
-        return list(rewards)
-    parts = [part for part in (data.train, data.eval) if part is not None]
-    answers = [json.loads(text)["answer"] for part in parts for text in part["row"]]
-    return with_labels(config, rewards, answers)
+
+def with_answers(config: Config, rewards: Sequence[Reward], data: TrainingData) -> list[Reward]:
+    """`with_labels` for these rows."""
+    parts = [part for part in (data.train, data.eval) if part is not None and rewards]
+    return with_labels(config, rewards, [json.loads(text)["answer"] for part in parts for text in part["row"]])
 
 
 def with_labels(config: Config, rewards: Sequence[Reward], answers: Sequence[str | None]) -> list[Reward]:
-    """As `with_answers`, of the rows' answers."""
+    """The rewards with the labels of one_of_labels told from the rows' answers.
+
+    Raises UserError where rows lack the answer that exact_label compares replies with.
+    """
     names = {text.strip() for text in config.reward_funcs}
     lacking = sum(answer is None for answer in answers)
-    if lacking and names & set(NEED_ANSWERS):
+    if lacking and "exact_label" in names:
         raise UserError(
-            "the reward {name} compares replies with the rows' answers, but {lacking:,} of {rows:,} rows have none",
-            name="exact_label",
+            "exact_label compares replies with the rows' answers, but {lacking:,} of {rows:,} rows have none",
             lacking=lacking,
             rows=len(answers),
         )
@@ -168,8 +147,8 @@ def with_labels(config: Config, rewards: Sequence[Reward], answers: Sequence[str
     labels = sorted({answer.strip() for answer in answers if answer is not None})
     if not 2 <= len(labels) <= MAX_LABELS:
         raise UserError(
-            "the reward one_of_labels needs 2 to {most} labels, but the rows have {found:,} different answers; "
-            "name the labels: labels: yes,no",
+            "one_of_labels needs 2 to {most} labels, but the rows have {found:,} different answers; name the labels: "
+            "labels: yes,no",
             found=len(labels),
             most=MAX_LABELS,
         )
@@ -225,15 +204,9 @@ def matches(pattern: str) -> Function:
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise UserError(
-            "reward_funcs: the pattern of regex: {pattern} cannot be used: {problem}",
-            pattern=pattern,
-            problem=str(error),
-        ) from None
+        raise UserError("reward_funcs: regex: {pattern}: {problem}", pattern=pattern, problem=str(error)) from None
     if not pattern:
-        raise UserError(
-            "reward_funcs: the pattern of regex: {pattern} cannot be used: {problem}", pattern=pattern, problem="-"
-        )
+        raise UserError("reward_funcs: regex needs a pattern: regex: PATTERN")
 
     def regex(completions: Sequence[Any], **_: Any) -> list[float]:
         return [float(bool(compiled.search(text_of(reply)))) for reply in completions]

@@ -29,18 +29,9 @@ def pieces(batch: dict[str, Any], limit: int) -> list[dict[str, Any]]:
     return [batch] if len(found) == 1 else [_chosen(batch, members) for members in found]
 
 
-def share(batch: dict[str, Any], process: int, count: int) -> dict[str, Any] | None:
-    """The samples of a flat batch that one of `count` processes takes, None where there are too few for all.
-
-    Each takes about as many tokens: the longest sample left goes to the process that has the fewest.
-    """
-    if count == 1:
-        return batch
-    lengths = batch["packed_seq_lengths"].tolist()
-    taken: list[list[int]] = [[] for _ in range(count)]
-    for sample in sorted(range(len(lengths)), key=lambda sample: -lengths[sample]):
-        min(taken, key=lambda samples: sum(lengths[s] for s in samples)).append(sample)
-    return _chosen(batch, sorted(taken[process])) if taken[process] else None
+def whole(batch: dict[str, Any], _: int) -> list[dict[str, Any]]:
+    """A batch of one of several processes, which must all have as many forward passes."""
+    return [batch]
 
 
 def _chosen(batch: dict[str, Any], members: list[int]) -> dict[str, Any]:
@@ -98,25 +89,20 @@ class Splitter:
         if len(smaller) == 1:
             total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
             raise UserError(
-                "out of memory: a single sample of {tokens:,} tokens does not fit into the {total:.1f} GB of this "
-                "card; try, one after the other: {settings}",
+                "out of memory: a batch of {tokens:,} tokens, which cannot be split, does not fit into the {total:.1f} "
+                "GB of this GPU; try, one after the other: {settings}",
                 tokens=tokens,
                 total=total / 1e9,
                 settings=self.settings,
             )
         self.limit = max(part["input_ids"].numel() for part in smaller)
-        tqdm.write(
-            str(
-                Message(
-                    "out of memory: a micro-batch of {tokens:,} tokens does not fit; it is trained in pieces "
-                    "of at most "
-                    "{limit:,} from here on, with the same result",
-                    tokens=tokens,
-                    limit=self.limit,
-                )
-            ),
-            file=sys.stderr,
+        said = Message(
+            "out of memory: a batch of {tokens:,} tokens does not fit; from here on it is split into at most "
+            "{limit:,}, with the same result",
+            tokens=tokens,
+            limit=self.limit,
         )
+        tqdm.write(str(said), file=sys.stderr)
         return smaller
 
 

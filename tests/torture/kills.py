@@ -178,9 +178,9 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 
 def training(model: Path, stage: str = "sft") -> Victim:
     import train
-    from training import trainer
+    from training import model as loading
 
-    trainer.import_unsloth()
+    loading.import_unsloth()
 
     def check(folder: Path) -> None:
         from training.checkpoints import find_damage

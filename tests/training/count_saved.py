@@ -2,7 +2,7 @@
 
     python tests/training/count_saved.py FOLDER      makes tiny models there; prints a list of counts as JSON
 
-Each of SHAPES is loaded with one and with two layers and without checkpointing (through training/trainer.py, on
+Each of SHAPES is loaded with one and with two layers and without checkpointing (through training/model.py, on
 cuda_on_cpu.py's stand-in for a card), and the bytes are counted of all storages that a forward pass saves, the
 weights' left out. The difference is a layer's.
 """
@@ -63,9 +63,10 @@ def count(folder: Path) -> list[dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from runs.configuration import load_config
-    from training import trainer
+    from training import model as training
+    from training.arguments import Precision
 
-    trainer.checkpointing_setting = lambda *_: False
+    training.checkpointing_setting = lambda *_: False
     found = []
     for number, shape in enumerate(SHAPES):
         counts = []
@@ -74,7 +75,7 @@ def count(folder: Path) -> list[dict[str, Any]]:
             (place / "config.json").unlink()
             LlamaForCausalLM(LlamaConfig(**settings_of(shape, layers))).save_pretrained(place)
             config = load_config([f"model_name_or_path={place}", "cutoff_len=64", "lora_rank=2"]).config
-            model = trainer.load_model(config, trainer.Precision(torch.float16, None))
+            model = training.load_model(config, Precision(torch.float16, None))
             counts.append(saved_bytes(model.train()))
         found.append({"shape": settings_of(shape, 2), "bytes_a_layer": counts[1] - counts[0]})
     return found

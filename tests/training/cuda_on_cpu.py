@@ -120,10 +120,10 @@ def pretend() -> None:
     patch_trl()
     import torch
 
-    from training import hardware, trainer
+    from training import arguments, hardware
 
     hardware.on_card = lambda: True
-    trainer.choose_precision = lambda _: trainer.Precision(torch.float16, None)
+    arguments.choose_precision = lambda _: arguments.Precision(torch.float16, None)
 
 
 def count_attention() -> None:

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import kit
 
 from runs.configuration import load_config
-from training import trainer as training
 
 SETTINGS = ["cutoff_len=64", "lora_rank=4", "learning_rate=0.01", "per_device_train_batch_size=2",
             "gradient_accumulation_steps=1", "weight_decay=0.1", "num_train_epochs=4", "early_stopping=no",
@@ -26,38 +25,26 @@ LENGTHS = (9, 31, 17, 40)
 
 
 def make_data(held_out: int = 0) -> Any:
-    import datasets
     import numpy as np
 
     draw = np.random.default_rng(3).integers
     samples = [{"input_ids": (ids := draw(0, 256, n).tolist()), "labels": [-100, -100, *ids[2:]]} for n in LENGTHS]
-    table, lengths = datasets.Dataset.from_list(samples), np.array(LENGTHS)
-    kept = (table.select(range(held_out)), lengths[:held_out]) if held_out else (None, None)
-    return SimpleNamespace(train=table, train_lengths=lengths, eval=kept[0], eval_lengths=kept[1])
+    return kit.table(samples, LENGTHS, held_out)
 
 
-class Kit:
+class Trainers:
     """Makes trainers for one model; each has a folder of its own."""
 
     def __init__(self, model: str, folder: str) -> None:
-        from transformers import AutoTokenizer
-
         self.model, self.folder, self.count = model, Path(folder), 0
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
 
     def trainer(self, *settings: str, held_out: int = 0, folder: Path | None = None) -> Any:
-        import torch
-
-        from training.plan import make_plan
-
         self.count += 1
         place = folder or self.folder / str(self.count)
         place.mkdir(exist_ok=True)
         named = [f"model_name_or_path={self.model}", f"output_dir={place}"]
         config = load_config([*named, *SETTINGS, *settings]).config
-        precision, data = training.Precision(torch.float32, None), make_data(held_out)
-        model = training.load_model(config, precision)
-        return training.make_trainer(config, precision, model, self.tokenizer, data, make_plan(config, data))[0]
+        return kit.make(config, make_data(held_out))
 
     def logits(self, model: Any) -> Any:
         import torch
@@ -75,7 +62,7 @@ class Kit:
         from runs.peft_loading import load_peft_model
 
         folder = Path(trainer.args.output_dir)
-        training.save_adapter(trainer, SimpleNamespace(saved=None), folder)
+        trainer.save_adapter(SimpleNamespace(saved=None))
         base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         before = self.logits(base)
         again = self.logits(load_peft_model(base, folder))
@@ -87,7 +74,7 @@ def rates_of(optimizer: Any, names: dict[Any, str]) -> dict[str, list[float]]:
     return {names[p]: [g["lr"], g["weight_decay"]] for g in optimizer.param_groups for p in g["params"]}
 
 
-def loraplus(kit: Kit) -> dict[str, Any]:
+def loraplus(trainers: Trainers) -> dict[str, Any]:
     """Learning rate and weight decay of each parameter, here and by PEFT's create_loraplus_optimizer."""
     import torch
     from peft.optimizers import create_loraplus_optimizer
@@ -99,13 +86,13 @@ def loraplus(kit: Kit) -> dict[str, Any]:
         "dora": ["use_dora=true"],
         "whole": ["additional_target=embed_tokens,norm"],
     }.items():
-        made = kit.trainer("loraplus_lr_ratio=16", *settings)
+        made = trainers.trainer("loraplus_lr_ratio=16", *settings)
         names = {parameter: name for name, parameter in made.model.named_parameters()}
         theirs = create_loraplus_optimizer(
             made.model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
         )
         found[name] = [rates_of(made.create_optimizer(), names), rates_of(theirs, names)]
-    made = kit.trainer(
+    made = trainers.trainer(
         "additional_target=embed_tokens,lm_head", "embedding_learning_rate=0.001", "loraplus_lr_ratio=16"
     )
     names = {parameter: name for name, parameter in made.model.named_parameters()}
@@ -113,7 +100,7 @@ def loraplus(kit: Kit) -> dict[str, Any]:
     return found
 
 
-def saved(kit: Kit) -> dict[str, Any]:
+def saved(trainers: Trainers) -> dict[str, Any]:
     """What learns, and whether the saved adapter answers as the trained model does."""
     found = {}
     for name, settings in {
@@ -126,25 +113,25 @@ def saved(kit: Kit) -> dict[str, Any]:
         "norms": ["additional_target=input_layernorm,norm"],
         "target": ["lora_target=q_proj,embed_tokens"],
     }.items():
-        made = kit.trainer(*settings, "max_steps=2")
+        made = trainers.trainer(*settings, "max_steps=2")
         before = {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
         made.train_from(None)
         after = dict(made.model.named_parameters())
         moved = [n for n, p in before.items() if not (after[n] == p).all()]
-        apart, change = kit.answers_after_saving(made)
+        apart, change = trainers.answers_after_saving(made)
         found[name] = {"learned": sorted(before), "moved": sorted(moved), "apart": apart, "change": change}
         found[name]["folder"] = made.args.output_dir
     return found
 
 
-def pissa(kit: Kit) -> dict[str, Any]:
+def pissa(trainers: Trainers) -> dict[str, Any]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(kit.model, dtype=torch.float32)
-    plain = kit.logits(base)
-    made = kit.trainer("pissa_init=true", "pissa_iter=-1", "save_steps=3")
+    base = AutoModelForCausalLM.from_pretrained(trainers.model, dtype=torch.float32)
+    plain = trainers.logits(base)
+    made = trainers.trainer("pissa_init=true", "pissa_iter=-1", "save_steps=3")
     targets = list(made.model.peft_config["default"].target_modules)
     theirs = get_peft_model(
         base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights="pissa", task_type="CAUSAL_LM")
@@ -154,33 +141,33 @@ def pissa(kit: Kit) -> dict[str, Any]:
     products = [m[f"{name}.lora_B.default.weight"] @ m[f"{name}.lora_A.default.weight"] for m in (ours, others)]
     rests = [m[f"{name}.base_layer.weight"] for m in (ours, others)]
     found: dict[str, Any] = {
-        "start": (kit.logits(made.model) - plain).abs().max().item(),
+        "start": (trainers.logits(made.model) - plain).abs().max().item(),
         "product": (products[0] - products[1]).abs().max().item(),
         "rest": (rests[0] - rests[1]).abs().max().item(),
         "size": products[1].abs().max().item(),
     }
     made.train_from(None)
     final = {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
-    found["apart"], found["change"] = kit.answers_after_saving(made)
+    found["apart"], found["change"] = trainers.answers_after_saving(made)
     folder = Path(made.args.output_dir)
     found["rank"] = json.loads((folder / "adapter_config.json").read_text())["r"]
     found["folder"] = str(folder)
-    again = kit.trainer("pissa_init=true", "pissa_iter=-1", "save_steps=3", folder=folder)
+    again = trainers.trainer("pissa_init=true", "pissa_iter=-1", "save_steps=3", folder=folder)
     again.train_from(folder / "checkpoint-6")
     now = {n: p.detach() for n, p in again.model.named_parameters() if p.requires_grad}
     found["resumed"] = max((now[n] - p).abs().max().item() for n, p in final.items())
-    fast = kit.trainer("pissa_init=true", "use_rslora=true", "lora_target=q_proj,down_proj", held_out=2)
-    found["start_fast"] = (kit.logits(fast.model) - plain).abs().max().item()
+    fast = trainers.trainer("pissa_init=true", "use_rslora=true", "lora_target=q_proj,down_proj", held_out=2)
+    found["start_fast"] = (trainers.logits(fast.model) - plain).abs().max().item()
     fast.train_from(None)
-    found["apart_fast"], _ = kit.answers_after_saving(fast)
+    found["apart_fast"], _ = trainers.answers_after_saving(fast)
     return found
 
 
-def neftune(kit: Kit) -> dict[str, Any]:
+def neftune(trainers: Trainers) -> dict[str, Any]:
     import torch
 
     alpha, found = 5.0, {}
-    made = kit.trainer(f"neftune_noise_alpha={alpha}", "per_device_train_batch_size=4")
+    made = trainers.trainer(f"neftune_noise_alpha={alpha}", "per_device_train_batch_size=4")
     seen: list[Any] = []
     embedding = made.model.get_input_embeddings()
     embedding.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output.detach())))
@@ -202,7 +189,7 @@ def neftune(kit: Kit) -> dict[str, Any]:
     return found
 
 
-def schedules(kit: Kit) -> dict[str, Any]:
+def schedules(trainers: Trainers) -> dict[str, Any]:
     found = {}
     for name, settings in {
         "restarts": ["lr_scheduler_type=cosine_with_restarts", "lr_scheduler_kwargs={num_cycles: 2}"],
@@ -210,7 +197,7 @@ def schedules(kit: Kit) -> dict[str, Any]:
         "power": ["lr_scheduler_type=polynomial", "lr_scheduler_kwargs={power: 2, lr_end: 1e-4}"],
         "stable": ["lr_scheduler_type=warmup_stable_decay", "lr_scheduler_kwargs={num_decay_steps: 4}"],
     }.items():
-        made = kit.trainer(*settings)
+        made = trainers.trainer(*settings)
         made.create_optimizer_and_scheduler(8)
         rates = []
         for _ in range(8):
@@ -221,7 +208,7 @@ def schedules(kit: Kit) -> dict[str, Any]:
     return found
 
 
-def delays(kit: Kit) -> dict[str, Any]:
+def delays(trainers: Trainers) -> dict[str, Any]:
     """The steps that were evaluated and those that were saved."""
     found = {}
     for name, settings in {
@@ -229,7 +216,7 @@ def delays(kit: Kit) -> dict[str, Any]:
         "epochs": ["eval_strategy=epoch", "eval_delay=3", "save_strategy=epoch"],
         "beyond": ["eval_steps=2", "eval_delay=100", "save_steps=5"],
     }.items():
-        made = kit.trainer(*settings, "save_total_limit=", held_out=2)
+        made = trainers.trainer(*settings, "save_total_limit=", held_out=2)
         made.train_from(None)
         evaluated = [line["step"] for line in made.state.log_history if "eval_loss" in line]
         steps = range(1, 9)
@@ -239,10 +226,10 @@ def delays(kit: Kit) -> dict[str, Any]:
     return found
 
 
-def determinism(kit: Kit) -> dict[str, Any]:
+def determinism(trainers: Trainers) -> dict[str, Any]:
     import torch
 
-    made = kit.trainer("full_determinism=true", "max_steps=1")
+    made = trainers.trainer("full_determinism=true", "max_steps=1")
     made.train_from(None)
     found = {"deterministic": torch.are_deterministic_algorithms_enabled(), "loss": made.state.log_history[0]["loss"]}
     torch.use_deterministic_algorithms(False)
@@ -253,11 +240,11 @@ CASES = {case.__name__: case for case in (loraplus, saved, pissa, neftune, sched
 
 
 def main(argv: list[str]) -> None:
-    training.import_unsloth()
+    kit.import_unsloth()
     with tempfile.TemporaryDirectory() as folder:
-        kit = Kit(argv[0], argv[2] if len(argv) > 2 else folder)
+        trainers = Trainers(argv[0], argv[2] if len(argv) > 2 else folder)
         chosen = argv[1].split(",") if len(argv) > 1 and argv[1] else CASES
-        print(json.dumps({name: CASES[name](kit) for name in chosen}))
+        print(json.dumps({name: CASES[name](trainers) for name in chosen}))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,10 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent.parent)]
-
-from exact_stages import facts  # noqa: E402
+import kit
+from exact_stages import facts
 
 BETA, EACH = 0.3, 4
 PROMPTS = ([9, 8, 7, 6, 5], [40, 41, 42], list(range(60, 90)))
@@ -31,21 +29,12 @@ def reward(ids: list[int]) -> float:
 
 
 def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
-    from training import trainer as training
-
-    training.import_unsloth()
-    import datasets
-    import numpy as np
-    import torch
-    from transformers import AutoTokenizer
-
+    kit.import_unsloth()
     import common
-    from training.plan import make_plan
     from training.rewards import Reward
 
     row = json.dumps({"prompt": [{"role": "user", "content": "-"}], "answer": None})
-    rows = datasets.Dataset.from_list([{"prompt_ids": list(ids), "row": row} for ids in PROMPTS])
-    data = SimpleNamespace(train=rows, eval=None, train_lengths=np.array([9, 9, 9]), eval_lengths=None)
+    data = kit.table([{"prompt_ids": list(ids), "row": row} for ids in PROMPTS], [9, 9, 9])
     with tempfile.TemporaryDirectory() as folder:
         config = common.Config(
             model_name_or_path=model_folder,
@@ -62,12 +51,7 @@ def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
             bf16=False,
         )
         rewards = [Reward("even", 2.0, lambda completion_ids, **_: [reward(ids) for ids in completion_ids])]
-        precision = training.Precision(torch.float32, None)
-        model = training.load_model(config, precision)
-        tokenizer = AutoTokenizer.from_pretrained(model_folder)
-        trainer, _ = training.make_trainer(
-            config, precision, model, tokenizer, data, make_plan(config, data), rewards, ["<|im_end|>"]
-        )
+        trainer = kit.make(config, data, rewards=rewards, stop=["<|im_end|>"])
         assert list(trainer.model.peft_config) == ["default"], "a copy of the adapter"
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1

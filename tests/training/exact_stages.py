@@ -13,11 +13,9 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import kit
 
 BETA, GAMMA, FTX = 0.3, 0.7, 0.2
 LOSSES = {name: {"pref_loss": name} for name in ("sigmoid", "hinge", "ipo", "orpo", "simpo")}
@@ -74,21 +72,13 @@ def facts(model: Any, loss: Any) -> dict[str, Any]:
 
 
 def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
-    from training import trainer as training
-
-    training.import_unsloth()
-    import datasets
-    import numpy as np
-    import torch
-    from transformers import AutoTokenizer
-
+    kit.import_unsloth()
     import common
-    from training.plan import make_plan
 
     found = {}
     for name, settings in RUNS.items():
         make = {"kto": make_judged, "pt": make_documents}.get(settings.get("stage"), make_pairs)
-        rows = datasets.Dataset.from_list(make())
+        rows = make()
         with tempfile.TemporaryDirectory() as folder:
             config = common.Config(
                 **{"model_name_or_path": model_folder, "adapter_name_or_path": adapter, "output_dir": folder},
@@ -101,12 +91,8 @@ def by_kit(model_folder: str, adapter: str) -> dict[str, Any]:
                     **settings,
                 },
             )
-            data = SimpleNamespace(train=rows, eval=None, train_lengths=np.array([20] * len(rows)), eval_lengths=None)
-            precision = training.Precision(torch.float32, None)
-            model = training.load_model(config, precision)
-            tokenizer = AutoTokenizer.from_pretrained(model_folder)
-            made, _ = training.make_trainer(config, precision, model, tokenizer, data, make_plan(config, data))
-            assert list(model.peft_config) == ["default"], "a copy of the adapter"
+            made = kit.make(config, kit.table(rows, [20] * len(rows)))
+            assert list(made.model.peft_config) == ["default"], "a copy of the adapter"
             found[name] = measured(made)
     return found
 

@@ -2,7 +2,7 @@
 
     python tests/training/exact_training.py MODEL      the folder of a model; a small one, as it is trained three times
 
-Through the code that trains: load_model and make_trainer of training/trainer.py, Unsloth's loss, TRL's compute_loss.
+Through the code that trains: load_model and make_trainer, Unsloth's loss, TRL's compute_loss.
 In float32 on a CPU, in the card's own precision on a card. test_training.py runs it in a process of its own: Unsloth
 patches transformers.
 """
@@ -13,15 +13,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import kit
 
-import common
 from runs.configuration import load_config
-from training import hardware
-from training import trainer as training
 
 LENGTHS = ((9, 2), (31, 30), (17, 5), (40, 11))  # tokens, and how many of them are learned
 
@@ -52,39 +47,30 @@ def plain_loss(model_folder: str) -> float:
 
 
 def measure(model_folder: str, folder: str) -> dict[str, float | str]:
-    training.import_unsloth()
-    import datasets
+    kit.import_unsloth()
     import numpy as np
     import torch
-    from transformers import AutoTokenizer
 
     from training import packing
-    from training.plan import make_plan
 
     settings = [f"model_name_or_path={model_folder}", "cutoff_len=64", "lora_rank=4", f"output_dir={folder}/run"]
     settings += ["learning_rate=0.1", "max_steps=1", "max_grad_norm=0", "optim=sgd", "lr_scheduler_type=constant"]
-    samples = make_samples()
-    table = datasets.Dataset.from_list(samples)
-    lengths = np.array([length for length, _ in LENGTHS])
-    data = SimpleNamespace(train=table, train_lengths=lengths, eval=None, eval_lengths=None)
-    on_card = hardware.on_card()
-    precision = training.choose_precision(common.Config()) if on_card else training.Precision(torch.float32, None)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    samples, lengths = make_samples(), np.array([length for length, _ in LENGTHS])
+    data = kit.table(samples, lengths)
 
-    def trainer(*more: str):
-        config = load_config([*settings, *more]).config
-        model = training.load_model(config, precision)
+    def add_noise(model) -> None:
         for name, parameter in sorted(model.named_parameters()):
             if "lora_B" in name:  # PEFT starts it at zero, where most gradients vanish
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
                 parameter.data.copy_(0.02 * noise)
-        return training.make_trainer(config, precision, model, tokenizer, data, make_plan(config, data))[0]
+
+    def trainer(*more: str):
+        return kit.make(load_config([*settings, *more]).config, data, prepare=add_noise)
 
     def loss_of(made, rows: list[dict], items: int):
         count = torch.tensor(items, device=made.args.device)
-        return made.compute_loss(
-            made.model, made._prepare_inputs(dict(packing.collate(rows))), num_items_in_batch=count
-        )
+        batch = {name: tensor.to(made.args.device) for name, tensor in packing.collate(rows).items()}
+        return made.compute_loss(made.model, batch, num_items_in_batch=count)
 
     def loss_and_gradients(made, rows: list[dict], items: int):
         made.model.zero_grad()
@@ -98,7 +84,7 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
     items = sum(label != -100 for sample in samples for label in sample["labels"][1:])
     together, gradients = loss_and_gradients(made, samples, items)
     alone = [loss_and_gradients(made, [sample], items) for sample in samples]
-    row = packing.packed(table, packing.pack(lengths, int(lengths.sum())))[0]
+    row = packing.packed(data.train, packing.pack(lengths, int(lengths.sum())))[0]
     packed, packed_gradients = loss_and_gradients(made, [row], items)
     sums = [sum(parts) for parts in zip(*(one[1] for one in alone), strict=True)]
 

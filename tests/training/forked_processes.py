@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import train
 from common import UserError
 from runs.configuration import run_command
-from training import sft_trainer, trainer
+from training import model, sft
 
 
 def fail(*_: Any) -> None:
     raise UserError(
-        "out of memory: a single sample of {tokens:,} tokens does not fit into the {total:.1f} GB "
-        "of this card; try, one after the other: {settings}",
+        "out of memory: a batch of {tokens:,} tokens, which cannot be split, does not fit into the {total:.1f} "
+        "GB of this GPU; try, one after the other: {settings}",
         tokens=1,
         total=0.0,
         settings=[],
@@ -44,7 +44,7 @@ def run_one(given: dict[str, Any], environment: dict[str, str], log: Path, is_la
     os.dup2(told, 1)
     os.dup2(told, 2)
     if is_last and given.get("fault"):
-        sft_trainer.share = fail
+        sft.Trainer.training_step = fail
     sys.argv = ["train.py", *given["arguments"]]
     run_command(train.main)
 
@@ -94,7 +94,7 @@ def run(given: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    trainer.import_unsloth()
+    model.import_unsloth()
     gc.freeze()  # Unsloth collects garbage often; what the imports have made need not be looked at each time
     results = []
     for given in json.loads(sys.argv[1]):

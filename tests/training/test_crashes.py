@@ -102,8 +102,14 @@ def test_an_interrupted_evaluation_is_repeated(undisturbed, tiny_model, tmp_path
 
 KILL_BEFORE_THE_LAST_SAVE = """
 import os
-from training import trainer
-trainer.save_adapter = lambda *given: os._exit(9)
+import train
+def killed(*given):
+    os._exit(9)
+conclude = train.conclude
+def patched(prepared, trainer):
+    trainer.save_adapter = killed
+    conclude(prepared, trainer)
+train.conclude = patched
 """
 
 
@@ -229,17 +235,17 @@ def test_a_checkpoint_that_brings_code_is_refused_and_runs_none(tiny_model, tmp_
 
 
 NAN_GRADIENT = """
-from training import trainer
+from training import stages
 def poison(made):
     def hook(gradient):
         return gradient * float("nan") if made.state.global_step == 5 else gradient
     next(p for p in made.model.parameters() if p.requires_grad).register_hook(hook)
-make = trainer.make_trainer
+make = stages.make_trainer
 def patched(*given):
-    made, early = make(*given)
+    made = make(*given)
     poison(made)
-    return made, early
-trainer.make_trainer = patched
+    return made
+stages.make_trainer = patched
 """
 
 
@@ -249,8 +255,8 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_reaches_no_adapter(tiny_m
     process = start(tiny_model, folder, *more, patch=NAN_GRADIENT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err, err
-    assert read_run(folder)["error"]["sentence"] == says("the gradient")
-    assert read_run(folder)["error"]["fields"]["step"] == 6
+    assert read_run(folder)["error"]["sentence"] == says("which is not saved")
+    assert read_run(folder)["error"]["fields"] == {"what": "gradient", "value": "nan", "step": 6}
     assert not (folder / "adapter_model.safetensors").exists()
     assert steps_saved(folder) and max(steps_saved(folder)) < 6
 
@@ -258,8 +264,8 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_reaches_no_adapter(tiny_m
 # Unsloth catches an interruption with a bare `except:` in many places.
 CAUGHT_WHILE_LOADING = """
 import time
-from training import trainer
-load = trainer.load_model
+from training import model
+load = model.load_model
 def patched(*given):
     try:
         print("loading", flush=True)
@@ -268,7 +274,7 @@ def patched(*given):
         pass
     time.sleep(100)
     return load(*given)
-trainer.load_model = patched
+model.load_model = patched
 """
 
 
@@ -330,11 +336,11 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(und
 
 HOLD_THE_FOLDER = """
 import time
-from training import trainer
-def hold(quantized):
+from training import model
+def hold():
     print("holding", flush=True)
     time.sleep(300)
-trainer.import_unsloth = hold
+model.import_unsloth = hold
 """
 
 

@@ -16,8 +16,8 @@ from common import Config, Message
 from preprocessing import dataset
 from runs.configuration import load_config
 from training import early_stopping, plan
+from training.early_stopping import preference_error, ranked_right
 from training.plan import TrainingPlan
-from training.preference_losses import preference_error, ranked_right
 
 
 @pytest.mark.parametrize(

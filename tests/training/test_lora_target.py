@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, ok, user_error
 
 from runs.configuration import load_config
-from training import memory, trainer
+from training import memory
+from training import model as training
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -35,7 +36,7 @@ def test_all_is_what_peft_takes_for_all_linear(name: str, tmp_path: Path):
 
     make(name).save_pretrained(tmp_path)
     found = {}
-    for targets in ("all-linear", trainer.find_linear(make(name))):
+    for targets in ("all-linear", training.find_linear(make(name))):
         model = get_peft_model(make(name), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
         found[str(targets)] = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     theirs, ours = found.values()
@@ -46,13 +47,14 @@ def test_all_is_what_peft_takes_for_all_linear(name: str, tmp_path: Path):
 
 WITH_UNSLOTH = """
 import json, sys
-from training import trainer
+from training import model as training
+from training.arguments import choose_precision
 from runs.configuration import load_config
-trainer.import_unsloth()
+training.import_unsloth()
 found = {}
 for folder in sys.argv[1:]:
     config = load_config([f"model_name_or_path={folder}", "cutoff_len=64", "lora_rank=4"]).config
-    model = trainer.load_model(config, trainer.choose_precision(config))
+    model = training.load_model(config, choose_precision(config))
     found[folder] = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 print(json.dumps(found))
 """
@@ -80,19 +82,19 @@ def test_weights_that_were_not_quantized_are_told(tmp_path: Path):
     import torch
 
     model = torch.nn.Linear(2, 2)
-    trainer.check_quantized(model, None, tmp_path / "loading.log")
+    training.check_quantized(model, None, tmp_path / "loading.log")
     for bits, name in ((4, "Params4bit"), (8, "Int8Params")):
         with user_error("weights were", bits=bits):
-            trainer.check_quantized(model, bits, tmp_path / "loading.log")
+            training.check_quantized(model, bits, tmp_path / "loading.log")
         quantized = torch.nn.Module()
         quantized.weight = type(name, (torch.nn.Parameter,), {})(torch.zeros(2))
-        trainer.check_quantized(quantized, bits, tmp_path / "loading.log")
+        training.check_quantized(quantized, bits, tmp_path / "loading.log")
 
 
 def test_what_is_printed_while_loading_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     log = tmp_path / "loading.log"
-    with trainer.quietly(log):
+    with training.quietly(log):
         print("Unsloth: bitsandbytes is not supported here")
     assert "not supported here" in log.read_text() and not capsys.readouterr().out
-    with trainer.quietly(tmp_path / "no-folder" / "loading.log"):
+    with training.quietly(tmp_path / "no-folder" / "loading.log"):
         print("lost")

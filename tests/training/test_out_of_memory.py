@@ -59,9 +59,9 @@ def train(model: Path, folder: Path, *more: str, limit: int = 1 << 30, first: in
     write_jsonl(rows, data or ROWS)
     words = ["train.py", f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}", *SETTINGS, *more]
     patch = PATCH.format(limit=limit, first=first)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}\nfrom training import trainer\n"
-    code += f"real = trainer.import_unsloth\ndef load(*given):\n    real(*given)\n    exec({patch!r}, globals())\n"
-    code += "trainer.import_unsloth = load\nimport common, train; common.run_script(train.main)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {words!r}\nfrom training import model\n"
+    code += f"real = model.import_unsloth\ndef load(*given):\n    real(*given)\n    exec({patch!r}, globals())\n"
+    code += "model.import_unsloth = load\nimport common, train; common.run_script(train.main)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder.parent)
 
 
@@ -83,7 +83,7 @@ def test_a_run_whose_memory_ran_out_learns_the_same(tiny_model, tmp_path, first:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     assert (result := train(tiny_model, undisturbed, *settings)).returncode == 0, result.stderr[-3000:]
     result = ok(train(tiny_model, disturbed, *settings, limit=170, first=first))
-    said = [line for line in result.stderr.splitlines() if "out of memory: a micro-batch" in line]
+    said = [line for line in result.stderr.splitlines() if "out of memory: a batch" in line]
     assert 1 <= len(said) <= 5, said
     (weights, log), (expected, expected_log) = learned(disturbed), learned(undisturbed)
     for name, weight in weights.items():
@@ -102,7 +102,7 @@ def test_preferences_whose_memory_ran_out_learn_the_same(tiny_model, tmp_path, s
     assert (result := train(tiny_model, undisturbed, *settings, data=data)).returncode == 0, result.stderr[-3000:]
     result = train(tiny_model, disturbed, *settings, limit=260, first=2, data=data)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert 1 <= result.stderr.count("out of memory: a micro-batch") <= 5
+    assert 1 <= result.stderr.count("out of memory: a batch") <= 5
     (weights, log), (expected, expected_log) = learned(disturbed), learned(undisturbed)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=ROUNDING, msg=name)
@@ -114,5 +114,5 @@ def test_preferences_whose_memory_ran_out_learn_the_same(tiny_model, tmp_path, s
 def test_a_sample_that_does_not_fit_ends_the_run_with_what_to_change(tiny_model, tmp_path):
     result = train(tiny_model, tmp_path / "run", limit=20)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "out of memory: a single sample of" in result.stderr, result.stderr
+    assert "out of memory: a batch of" in result.stderr, result.stderr
     assert "quantization_bit=4, cutoff_len=" in result.stderr

@@ -382,13 +382,7 @@ def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
 def test_a_loss_that_explodes_ends_the_run(tiny_model, data, tmp_path):
     result = train(tiny_model, data, tmp_path / "run", "learning_rate=1e38", "max_grad_norm=0", "optim=sgd")
     assert result.returncode == 2
-    assert result.error.sentence in (
-        says(
-            "the {what} became {value} at step {step}; start over with a lower learning_rate (a "
-            "tenth), overwrite_output_dir=true"
-        ),
-        says("the gradient"),
-    )
+    assert result.error.sentence == says("which is not saved")
     assert read_run(tmp_path / "run")["status"] == "failed"
     assert not list((tmp_path / "run").rglob("adapter_model.safetensors"))
 
@@ -494,10 +488,10 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(script.trainer, "import_unsloth", lambda: None)
+    monkeypatch.setattr(script.model, "import_unsloth", lambda: None)
     monkeypatch.setattr(script, "prepare_data", lambda s: SimpleNamespace(start=s, config=s.loaded.config))
-    monkeypatch.setattr(script.trainer, "choose_precision", lambda _: SimpleNamespace(note=None))
-    monkeypatch.setattr(script.trainer, "load_model", out_of_memory)
+    monkeypatch.setattr(script, "choose_precision", lambda _: SimpleNamespace(note=None))
+    monkeypatch.setattr(script.model, "load_model", out_of_memory)
     settings = [f"model_name_or_path={tiny_model}", f"dataset={data}", f"output_dir={folder}"]
     with pytest.raises(RuntimeError):
         script.main([*settings, "overwrite_output_dir=true"])

@@ -1,30 +1,29 @@
-"""TRL's DPO and KTO on the kit's own token ids. To be imported after Unsloth, which replaces trl's classes.
+"""Stages dpo and kto: TRL's trainers on the kit's own token ids. To be imported after Unsloth, which replaces trl's.
 
 The reference is the same model with its adapter off, so there is no second copy of it. A batch is padded:
 `input_ids`, `attention_mask` and `completion_mask`, a row an answer; of pairs first all chosen, then all rejected ones.
+Private members of TRL's trainers that are overridden or read: `_prepare_dataset`, which tokenizes, `_compute_loss`,
+which has other losses, and `_metrics`, in which it collects what a logged line has the means of.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import datasets
 import torch
+from accelerate.utils import gather_object
+from torch.nn.functional import logsigmoid, relu
 from trl import DPOTrainer, KTOTrainer
 
 from common import Config
-from training.preference_losses import (
-    BEST_BY,
-    WITHOUT_REFERENCE,
-    judged_losses,
-    pair_losses,
-    preference_error,
-    ranked_right,
-    remove_reference,
-    with_mismatched,
-)
-from training.sft_trainer import MeansTrainer
-from training.splitting import Splitter, with_gradients_apart
+from training.arguments import BEST_BY
+from training.early_stopping import preference_error, ranked_right
+from training.splitting import Splitter, pieces_of_rows, whole, with_gradients_apart
+from training.trainer import MeansTrainer, remove_reference
 
+WITHOUT_REFERENCE = ("orpo", "simpo")
 IDS = ("input_ids", "attention_mask", "completion_mask")
 KINDS = ("rewards/chosen", "rewards/rejected")
 
@@ -32,14 +31,12 @@ KINDS = ("rewards/chosen", "rewards/rejected")
 class PreferenceTrainer(MeansTrainer):
     """What DPO and KTO share: token ids as they are, no copy of the adapter, exact means, batches that are split."""
 
-    train_splitter: Splitter
-    eval_splitter: Splitter
-
-    def __init__(self, *, config: Config, **kwargs: Any) -> None:
-        self.config = config
-        self.losses_of_step: list[torch.Tensor] = []  # so far, of each micro-batch; zero of another process's
-        super().__init__(**kwargs)
+    def __init__(self, prepared: Any, model: Any, precision: Any) -> None:
+        super().__init__(prepared, model, precision)
         remove_reference(self.model)
+        divide = partial(pieces_of_rows, of_pairs=self.config.stage == "dpo")
+        self.train_splitter = Splitter(self.smaller_settings, divide if self.args.world_size == 1 else whole)
+        self.eval_splitter = Splitter(self.smaller_settings, divide)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # of token ids
@@ -57,35 +54,22 @@ class PreferenceTrainer(MeansTrainer):
         return ranked_right(chosen, rejected), len(chosen) * len(rejected)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """In pieces where the micro-batch does not fit into memory; several processes take the micro-batches in turn.
-
-        Returns the loss of the whole optimizer step with its last micro-batch, and zero before.
-        """
-        processes, turn = self.processes, len(self.losses_of_step)
+        """One process splits a batch that does not fit into memory."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train = super().training_step
 
         def step(piece: dict[str, Any]) -> Any:
-            return with_gradients_apart(trained, lambda: train(model, piece, num_items_in_batch))
+            return train(model, piece, num_items_in_batch)
 
         model.train()
-        nothing = torch.zeros((), device=self.args.device)
-        if turn % processes.count == processes.rank:
-            number = self.state.global_step * self.args.gradient_accumulation_steps + turn
-            with processes.own_random_numbers(self.args.seed, number):
-                batch = self.with_reference(self._prepare_inputs(inputs))
-                self.losses_of_step.append(self.train_splitter.run(batch, step))
-        else:
-            self.losses_of_step.append(nothing)
-        if not self.accelerator.sync_gradients:
-            return nothing
-        loss, self.losses_of_step = torch.stack(self.losses_of_step).sum(), []
-        processes.total_gradients(trained)
-        return processes.total(loss)
+        batch = self.with_reference(inputs)
+        if self.args.world_size > 1:
+            return self.train_splitter.run(batch, step)
+        return self.train_splitter.run(batch, lambda piece: with_gradients_apart(trained, lambda: step(piece)))
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         predict = super().prediction_step
-        batch = self.with_reference(self._prepare_inputs(inputs))
+        batch = self.with_reference(inputs)
         loss = self.eval_splitter.run(batch, lambda piece: predict(model, piece, *args, **kwargs)[0])
         return loss, None, None  # prediction_loss_only
 
@@ -102,24 +86,11 @@ class PreferenceTrainer(MeansTrainer):
         return model(**given, use_cache=False, fused_lm_head=True).log_probs.sum(1)
 
     def _note(self, name: str, values: torch.Tensor) -> None:
-        """Adds to what the next logged value of `name` is the mean of."""
-        self._metrics["train" if self.model.training else "eval"][f"rewards/{name}"] += values.detach().tolist()
-
-    def _gather_rewards(self) -> None:
-        """Leaves the first process, which logs and saves them, what all have noted of their micro-batches."""
-        noted = self._metrics["train"]
-        for name in KINDS:
-            gathered = self.processes.gather(noted.pop(name, []))
-            if self.processes.is_first and (values := [value for each in gathered for value in each]):
-                noted[name] = values
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._gather_rewards()
-        super()._save_checkpoint(*args, **kwargs)
+        """Adds to what the next logged value of `name` is the mean of: in training, of all processes."""
+        values, mode = values.detach().tolist(), "train" if self.model.training else "eval"
+        self._metrics[mode][f"rewards/{name}"] += gather_object(values) if mode == "train" else values
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.model.training:
-            self._gather_rewards()
         found, accuracy, comparisons = self._metrics["train" if self.model.training else "eval"], 1.0, 1
         chosen, rejected = (found.pop(name, []) for name in KINDS)
         found |= {name: values for name, values in zip(KINDS, (chosen, rejected), strict=True) if values}
@@ -160,9 +131,9 @@ class DpoTrainer(PreferenceTrainer, DPOTrainer):
 class KtoTrainer(PreferenceTrainer, KTOTrainer):
     """KTO, whose KL is measured on each prompt with the answer to another one, also where a batch is one row."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.loss_type, self.calculate_KL = "kto", True  # see preference_losses.preference_arguments
+    def __init__(self, prepared: Any, model: Any, precision: Any) -> None:
+        super().__init__(prepared, model, precision)
+        self.loss_type, self.calculate_KL = "kto", True  # see arguments.training_arguments
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return with_mismatched(dataset)
@@ -181,3 +152,52 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):
         self._note("chosen", rewards[good])
         self._note("rejected", rewards[~good])
         return losses
+
+
+def with_mismatched(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Judged answers, each with the answer of the row before as `KL_completion_ids`, as KTO measures its KL on."""
+
+    def read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows = [dataset[i] | {"KL_completion_ids": dataset[i - 1]["completion_ids"]} for i in batch["row"]]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    return datasets.Dataset.from_dict({"row": range(len(dataset))}).with_transform(read)
+
+
+def pair_losses(config: Config, logs: Any, reference: Any, tokens: Any) -> tuple[Any, Any]:
+    """DPO's loss of each pair (`pref_loss`, `pref_ftx`), and the rewards of all answers.
+
+    By answer, first all chosen, then all rejected: the log-probabilities by the model and by its reference, and tokens.
+    The losses: https://arxiv.org/abs/2305.18290 (sigmoid), 2305.10425 (hinge), 2310.12036 (ipo), 2403.07691 (orpo),
+    2405.14734 (simpo); smoothed: a share `dpo_label_smoothing` of the pairs is taken to be labelled wrongly.
+    """
+    beta, kind, smoothing = config.pref_beta, config.pref_loss, config.dpo_label_smoothing
+    means = logs / tokens
+    chosen, rejected = means.chunk(2)
+    rewards = beta * (means if kind in WITHOUT_REFERENCE else logs - reference)
+    margin = rewards.chunk(2)[0] - rewards.chunk(2)[1]
+    if kind == "sigmoid":
+        losses = -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+    elif kind == "hinge":
+        losses = relu(1 - margin)
+    elif kind == "ipo":
+        gained = ((logs - reference) / tokens).chunk(2)
+        losses = (gained[0] - gained[1] - 1 / (2 * beta)) ** 2
+    elif kind == "simpo":
+        losses = -logsigmoid(margin - config.simpo_gamma)
+    else:
+        odds = chosen - rejected - torch.log1p(-torch.exp(chosen)) + torch.log1p(-torch.exp(rejected))
+        losses = -chosen - beta * logsigmoid(odds)
+    return losses - config.pref_ftx * chosen, rewards
+
+
+def judged_losses(config: Config, logs: Any, reference: Any, tokens: Any, good: Any, kl: Any) -> tuple[Any, Any]:
+    """KTO's loss (https://arxiv.org/abs/2402.01306) of each answer, and its reward.
+
+    By answer: the log-probability by the model and by its reference, tokens, whether it is a good one, and the KL of
+    model and reference that its reward is compared with.
+    """
+    gained = logs - reference
+    weights = torch.where(good, config.kto_chosen_weight, config.kto_rejected_weight)
+    losses = weights * (1 - torch.sigmoid(config.pref_beta * torch.where(good, gained - kl, kl - gained)))
+    return losses - config.pref_ftx * torch.where(good, logs / tokens, 0.0), config.pref_beta * gained

@@ -1,0 +1,83 @@
+"""Stages sft and pt: TRL's SFTTrainer on flat batches. To be imported after Unsloth, which replaces trl's class."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from trl import SFTTrainer
+
+from training import packing
+from training.neftune import EmbeddingNoise
+from training.splitting import Splitter, pieces, whole, with_gradients_apart
+from training.trainer import RunTrainer
+
+
+class Trainer(RunTrainer, SFTTrainer):
+    """SFTTrainer with micro-batches of equal size, and an exact mean of the evaluation loss.
+
+    One process has a whole optimizer step in one flat batch, which it cuts itself. Each of several has micro-batches of
+    `per_device_train_batch_size` samples: DistributedDataParallel needs as many forward passes of each.
+    """
+
+    share: float = 1.0  # weight of this piece in the batch's mean loss
+
+    def __init__(self, prepared: Any, model: Any, precision: Any) -> None:
+        super().__init__(prepared, model, precision, data_collator=packing.collate)
+        config, plan = self.config, self.plan
+        # else Unsloth goes through the held-out samples, to cut those beyond it: all are cut already
+        self.args.max_length = self.args.max_seq_length = None
+        alone = self.args.world_size == 1
+        limit = packing.micro_batch_tokens(config, plan.longest) if alone else None
+        self.train_splitter = Splitter(self.smaller_settings, pieces if alone else whole, limit)
+        self.eval_splitter = Splitter(self.smaller_settings, pieces)
+        self.noise = EmbeddingNoise(model, config.neftune_noise_alpha) if config.neftune_noise_alpha else None
+        if plan.eval_samples:
+            learned = sum(label != packing.IGNORED for row in self.eval_dataset["labels"] for label in row[1:])
+            self.learned_a_batch = learned / math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        train, learned = super().training_step, count_learned(inputs)
+
+        def step(piece: dict[str, Any]) -> Any:
+            # the loss of a model that takes no count is the piece's mean
+            self.share = 1.0 if num_items_in_batch is not None else count_learned(piece) / max(learned, 1)
+            return train(model, piece, num_items_in_batch)
+
+        if self.args.world_size > 1:
+            return self.train_splitter.run(inputs, step)
+        return self.train_splitter.run(inputs, lambda piece: with_gradients_apart(trained, lambda: step(piece)))
+
+    def summands(self, losses: torch.Tensor) -> torch.Tensor:
+        """Every batch is one summand of the mean: prediction_step weights it."""
+        return losses[:1]
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        """Weights a batch's loss by its learned tokens: the mean over batches is then that over all tokens.
+
+        TRL's own leaves out how many they are.
+        """
+
+        def step(piece: dict[str, Any]) -> Any:
+            learned = count_learned(piece)
+            if not learned:
+                return torch.zeros((), device=self.args.device)
+            self.share, items = learned / self.learned_a_batch, None
+            if self.model_accepts_loss_kwargs:
+                items = torch.tensor(learned, device=self.args.device)
+                self.share /= self.args.world_size  # which compute_loss multiplies by
+            with torch.no_grad(), self.compute_loss_context_manager():
+                return self.compute_loss(model, piece, num_items_in_batch=items).detach()
+
+        return self.eval_splitter.run(inputs, step), None, None  # prediction_loss_only
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.noise:
+            self.noise.lengths = inputs["packed_seq_lengths"]
+        return super().compute_loss(model, inputs, *args, **kwargs) * self.share
+
+
+def count_learned(batch: dict[str, Any]) -> int:
+    return int((batch["labels"] != packing.IGNORED).sum())
