@@ -1,4 +1,4 @@
-"""Children end with their parent."""
+"""Which processes are alive; children end with their parent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -32,3 +33,22 @@ def test_a_killed_parent_takes_its_child_with_it() -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the child is left")
+
+
+def test_a_number_given_to_a_later_process_is_not_the_earlier_one(monkeypatch):
+    me = psutil.Process()
+    assert is_alive(me.pid)
+    assert is_alive(me.pid, me.create_time())
+    assert not is_alive(me.pid, me.create_time() - 60)
+    zombie = subprocess.Popen([sys.executable, "-S", "-c", ""], stdin=subprocess.DEVNULL)
+    while psutil.Process(zombie.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not is_alive(zombie.pid)
+    zombie.wait()
+    assert not is_alive(zombie.pid)
+
+    def refuse(process: int, _: int) -> None:
+        raise PermissionError(process)
+
+    monkeypatch.setattr("os.kill", refuse)
+    assert not is_alive(me.pid), "the number belongs to another user now"

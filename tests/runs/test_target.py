@@ -102,7 +102,7 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
         find_target("saves/mine")
     assert find_target("saves/mine", [f"model_name_or_path={parrot}"]).model == str(parrot)
     (folder / "adapter_model.safetensors").unlink()
-    with user_error("whole folder", folder="saves/mine"):
+    with user_error("has no adapter_model", folder="saves/mine"):
         find_target("saves/mine")
     (folder / "adapter_config.json").unlink()
     (folder / "run.json").write_text('{"status": "running"}')
