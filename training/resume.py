@@ -44,14 +44,20 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
     config, overwrite = loaded.config, loaded.config.overwrite_output_dir
     named = checkpoints.named_checkpoint(config)
     within = named is not None and named.resolve().is_relative_to(folder.resolve())
-    refuse_running(folder)
+    try:
+        run, broken = read_run(folder), None
+    except UserError as error:
+        run, broken = None, error
+    refuse_running(folder, run or {})
     left = left_by_run(folder)
+    can_resume = run and run["status"] != "finished" and config.resume_from_checkpoint != "false"
     is_typed = "overwrite_output_dir" in loaded.typed
-    resumes = within or (not is_typed and named is None and is_interrupted(config, folder))
+    resumes = within or (can_resume and not is_typed and named is None and checkpoints.all_checkpoints(folder))
     if overwrite and not resumes:
         note = Note("{folder} is started over: what is there is deleted when the training begins", folder=folder)
         return ResumePlan((note,) if left else (), named, overwrite=True)
-    run = read_run(folder)
+    if broken:
+        raise broken
     if run is None and left and not within:
         raise UserError(
             "{folder} holds {file} but no run.json; choose another output_dir, or overwrite_output_dir=true",
@@ -85,12 +91,8 @@ def left_by_run(folder: Path) -> list[Path]:
     return [] if {path.name for path in left} in ({TRAINED}, {TRAINED, "config.yaml"}) else left
 
 
-def refuse_running(folder: Path) -> None:
+def refuse_running(folder: Path, run: dict[str, Any]) -> None:
     """Raises UserError where another process of this machine trains in `folder`, as run.json tells."""
-    try:
-        run = read_run(folder) or {}
-    except UserError:  # a broken run.json, which is looked at where it matters
-        return
     host = run.get("host", socket.gethostname())
     is_here = host == socket.gethostname()  # the processes of other machines are unknown: there the lock decides
     if run.get("status") == "running" and is_here and is_alive(run.get("pid", 0), run.get("created")):
@@ -102,19 +104,7 @@ def refuse_running(folder: Path) -> None:
         )
 
 
-def is_interrupted(config: Config, folder: Path) -> bool:
-    """Whether `folder` holds an interrupted run that can be resumed from a checkpoint."""
-    try:
-        run = read_run(folder)
-    except UserError:  # broken: nothing to resume from
-        return False
-    wanted = config.resume_from_checkpoint != "false"
-    return wanted and run is not None and run["status"] != "finished" and bool(checkpoints.all_checkpoints(folder))
-
-
-def refuse_changed_settings(
-    config: Config, folder: Path, run: dict[str, Any], within: bool, processes: int = 1
-) -> None:
+def refuse_changed_settings(config: Config, folder: Path, run: dict[str, Any], within: bool, processes: int) -> None:
     """Raises UserError where settings that change the result differ from those that the run was begun with."""
     changed = changed_settings(config, folder, run, processes)
     if not changed:
@@ -136,7 +126,7 @@ def refuse_changed_settings(
     )
 
 
-def changed_settings(config: Config, folder: Path, run: dict[str, Any], processes: int = 1) -> list[Message]:
+def changed_settings(config: Config, folder: Path, run: dict[str, Any], processes: int) -> list[Message]:
     """The settings, of those that change the result, which the run in `folder` was begun with at another value."""
     begun = locate_model(load_config([str(folder / "config.yaml")])).config
     then = {name: getattr(begun, name) for name in common.OPTIONS} | {"processes": run.get("processes", 1)}

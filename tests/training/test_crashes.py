@@ -203,9 +203,9 @@ def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_
     write_jsonl(tmp_path / "rows.jsonl", [*SAY[:-1], {**SAY[-1], "output": "twelve?"}])
     before = read_run(folder)["inputs"]
     result = train(tiny_model, folder)
-    refused(result, "overwrite_output_dir=true; to")
+    refused(result, "begun with other inputs")
     (change,) = result.error.fields["changes"]
-    assert (change.sentence, change.fields["name"]) == (says("changed (SHA-256"), str(tmp_path / "rows.jsonl"))
+    assert (change.sentence, change.fields["name"]) == (says("has changed"), str(tmp_path / "rows.jsonl"))
     checkpoint = result.error.fields["checkpoint"]
     ok(train(tiny_model, folder, f"resume_from_checkpoint={checkpoint}"))
     assert read_run(folder)["earlier_inputs"] == [before] and read_run(folder)["inputs"] != before
@@ -306,7 +306,7 @@ def small_disk(tmp_path: Path):
 
 def test_space_for_the_checkpoints_of_the_whole_run_is_checked_before_the_start(tiny_model, small_disk):
     result = train(tiny_model, small_disk / "run")
-    refused(result, "space, lower")
+    refused(result, "free some, or set another output_dir")
     estimate = result.error.fields["estimate"].fields
     assert estimate["free"] < 0.05 < estimate["checkpoints"]
     assert not (small_disk / "run").exists()
