@@ -16,13 +16,12 @@ import argparse
 import dataclasses
 import logging
 import shlex
-from typing import Any
 
 import common
 from common import Message, print_notes
-from export import gguf_files
-from export.gguf_files import TYPES, GgufJob
-from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS
+from export import gguf_files, merged_model
+from export.gguf_files import TYPES, GgufFile, GgufJob
+from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS, GgufProof
 from preprocessing.data_report import format_table, table_head
 from runs.configuration import run_command
 from runs.disk import check_free_space
@@ -61,63 +60,49 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:
 
 
 def make(job: GgufJob, proving: bool, max_divergence: float | None) -> None:
-    """Makes the files that are not there yet and prints what was measured."""
+    """Makes the files that are not there yet, the merged model first, and prints what was measured."""
     job = dataclasses.replace(job, types=gguf_files.types_to_make(job, proving))
     gguf_files.remove_leftovers(job)
     needed, _ = gguf_files.space_needed(job)
     check_free_space(job.output, needed)
-    gguf_files.merge_first(job, proving)
+    if job.merge:
+        print(Message("merging first"), flush=True)
+        merged_model.report(job.merge, merged_model.merge(job.merge, proving))
     gguf_files.check_merge(job)
-    if proving or job.needs_matrix:
-        print(
-            Message(
-                "data       {samples} samples, of which at most {tokens} tokens prove it",
-                samples=len(job.samples[0]),
-                tokens=PROOF_TOKENS,
-            )
-        )
+    if proving:
+        samples = len(job.samples)
+        print(Message("data       {samples} samples, at most {tokens} tokens", samples=samples, tokens=PROOF_TOKENS))
     print(table(job, gguf_files.make_files(job, proving, max_divergence, needed)))
 
 
-def table(job: GgufJob, results: dict[str, dict[str, Any]]) -> str:
-    """The results as aligned text: one line a type, the 16-bit model first."""
+def table(job: GgufJob, made: list[GgufFile]) -> str:
+    """The proofs as aligned text: one line a type, the 16-bit model first."""
     count, own = gguf_files.weights_of(job.model)
-    lines = [
-        table_head(Message("type|MB|bits/weight|KL divergence|same first choice|perplexity|tokens/s|prompt tokens/s"))
-    ]
-    for kind, result in results.items():
-        size = [kind, f"{result['bytes'] / 1e6:.0f}", f"{8 * result['bytes'] / count:.2f}"]
-        if "verified" not in result:
-            lines.append([*size, str(Message("not verified")), "", "", "", ""])
-            continue
-        if len(lines) == 1:
-            lines.append(reference_line(result, count, TYPES[own].bits))
-        lines.append(
-            [
-                *size,
-                f"{result['kl_divergence']:.6f}",
-                f"{result['top1_agreement']:.2%}",
-                f"{result['perplexity']:.4f}",
-                f"{result['tokens_per_second']:.1f}",
-                f"{result['prompt_tokens_per_second']:.0f}",
-            ]
-        )
+    head = Message("type|MB|bits/weight|KL divergence|same first choice|perplexity|tokens/s|prompt tokens/s")
+    lines = [table_head(head)]
+    proofs = [file.proof for file in made if file.proof]
+    if proofs:
+        name, bits = Message("16-bit model, in {dtype}", dtype=proofs[0].reference_dtype), TYPES[own].bits
+        perplexity = f"{proofs[0].reference_perplexity:.4f}"
+        lines.append([str(name), f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", perplexity, "", ""])
+    for file in made:
+        size = [file.kind, f"{file.bytes / 1e6:.0f}", f"{8 * file.bytes / count:.2f}"]
+        lines.append(size + (figures(file.proof) if file.proof else [str(Message("not verified")), "", "", "", ""]))
     text = format_table(lines)
-    if noise := max(DTYPE_DIVERGENCE[result.get("reference_dtype", "float32")] for result in results.values()):
-        text += "\n" + str(
-            Message(
-                "(that type alone makes a divergence of about {divergence:g}: three times that is allowed on top)",
-                divergence=noise,
-            )
+    if noise := max((DTYPE_DIVERGENCE[proof.reference_dtype] for proof in proofs), default=0):
+        note = Message(
+            "({dtype} alone makes a divergence of about {divergence:g}; three times that is allowed on top)",
+            dtype=proofs[0].reference_dtype,
+            divergence=noise,
         )
+        text += f"\n{note}"
     return text
 
 
-def reference_line(result: dict[str, Any], count: int, bits: float) -> list[str]:
-    """The line of the 16-bit model, whose perplexity was measured beside a file's."""
-    dtype = result["reference_dtype"]
-    name = str(Message("16-bit model") if dtype == "float32" else Message("16-bit model, in {dtype}", dtype=dtype))
-    return [name, f"{count * bits / 8e6:.0f}", f"{bits:.2f}", "", "", f"{result['reference_perplexity']:.4f}", "", ""]
+def figures(proof: GgufProof) -> list[str]:
+    """What was measured of one file."""
+    speeds = [f"{proof.tokens_per_second:.1f}", f"{proof.prompt_tokens_per_second:.0f}"]
+    return [f"{proof.kl_divergence:.6f}", f"{proof.top1_agreement:.2%}", f"{proof.perplexity:.4f}", *speeds]
 
 
 if __name__ == "__main__":

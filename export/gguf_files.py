@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import common
-from common import SAVES, Config, Message, UserError
-from export import hub, llamacpp
-from export.verify import PROOF_LENGTH, PROOF_TOKENS, GgufProof, own_dtype, spread
+from common import SAVES, Config, Message, UserError, print_notes
+from export import hub, llamacpp, merged_model
+from export.merged_model import MergeJob
+from export.modelfile import modelfile
+from export.verify import PROOF_LENGTH, PROOF_TOKENS, GgufProof, Reference, own_dtype, spread
 from inference import llamacpp_build
 from inference.child_process import run_child
 from runs import files
 from runs.adapter import language_config
 from runs.disk import existing_folder, on_disk_full
 from runs.files import read_json, read_object, sha256, unfinished, write_json, write_text
-from runs.process import end_with_parent
 from runs.target import find_target, is_adapter
 from runs.weights import read_tensors
 
@@ -35,12 +34,11 @@ class GgufType:
     `limits` are mean KL divergences in nats, three times those measured: on Llama 3 8B by llama.cpp's authors
     (tools/perplexity/README.md of the pinned source), and on the embedded model of 135 M weights with quantize.py.
     A small model suffers more, and one whose rows do not divide by 256 gets coarser types; a broken file is off by
-    several nats.
+    several nats. The IQ types that need an importance matrix are not made here: llama.cpp's own tools make them.
     """
 
     bits: float
     limits: tuple[float, float]
-    needs_matrix: bool = False
 
 
 TYPES = {
@@ -55,18 +53,11 @@ TYPES = {
     "q4_0": GgufType(4.7, (0.22, 2.0)),
     "q3_k_m": GgufType(4.0, (0.31, 0.9)),
     "q2_k": GgufType(3.2, (1.4, 2.2)),
-    "iq4_nl": GgufType(4.7, (0.11, 0.7), True),
-    "iq4_xs": GgufType(4.5, (0.11, 0.7), True),
-    "iq3_m": GgufType(3.8, (0.31, 0.9), True),
-    "iq3_s": GgufType(3.7, (0.34, 1.0), True),
-    "iq3_xxs": GgufType(3.3, (0.56, 1.4), True),
-    "iq2_m": GgufType(2.9, (1.0, 1.9), True),
-    "iq2_xs": GgufType(2.6, (1.7, 2.4), True),
-    "iq2_xxs": GgufType(2.4, (2.5, 2.8), True),
+    "iq4_nl": GgufType(4.7, (0.11, 0.7)),
+    "iq4_xs": GgufType(4.5, (0.11, 0.7)),
 }
 LARGE = 10**9  # weights from which on the limits of the 8B model hold
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # the converter writes these itself: no compiler is needed
-MATRIX_TOKENS, MATRIX_LENGTH = 16384, 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,18 +66,14 @@ MATRIX_TOKENS, MATRIX_LENGTH = 16384, 512
 
 @dataclass(frozen=True)
 class GgufJob:
-    """The 16-bit model's folder, the folder it is named after, the types to make.
-
-    Where there is no model yet: the base of the adapter that merge.py merges first, and its arguments.
-    """
+    """The 16-bit model's folder, the folder it is named after, the types to make, and the merge that comes first."""
 
     config: Config
     model: Path
     home: Path
     types: tuple[str, ...]
-    base: Path | None = None
-    merge_arguments: tuple[str, ...] = ()
-    notes: tuple[Message | str, ...] = ()
+    merge: MergeJob | None = None
+    notes: tuple[Message, ...] = ()
 
     @property
     def name(self) -> str:
@@ -95,15 +82,6 @@ class GgufJob:
     @property
     def output(self) -> Path:
         return self.home / "gguf"
-
-    @property
-    def merges_first(self) -> bool:
-        return self.base is not None and not self.model.exists()
-
-    @property
-    def needs_matrix(self) -> bool:
-        """Whether a type weighs its rounding errors by an importance matrix."""
-        return any(TYPES[kind].needs_matrix for kind in self.types)
 
     def file(self, kind: str) -> Path:
         """The GGUF of a type."""
@@ -135,19 +113,19 @@ class GgufJob:
         return tuple(load_template(None, self.tokenizer).stop)
 
     @cached_property
-    def samples(self) -> tuple[Any, Any]:
-        """Token ids of the run's data: (held-out samples, or those trained on; those trained on)."""
+    def samples(self) -> Any:
+        """The run's held-out samples, or those it was trained on."""
         from preprocessing import dataset
         from preprocessing.template import load_template
 
         prepared = dataset.prepare(
             self.config, self.tokenizer, load_template(self.config.template, self.tokenizer, self.config.stage)
         )
-        return prepared.train if prepared.eval is None else prepared.eval, prepared.train
+        return prepared.train if prepared.eval is None else prepared.eval
 
-    def proof(self, work: Path) -> GgufProof:
-        samples = spread(self.samples[0], PROOF_TOKENS, PROOF_LENGTH)
-        return GgufProof(self.model, self.tokenizer, self.stop, samples, self.config.trust_remote_code, work)
+    def reference(self, work: Path) -> Reference:
+        samples = spread(self.samples, PROOF_TOKENS, PROOF_LENGTH)
+        return Reference(self.model, self.tokenizer, self.stop, samples, self.config.trust_remote_code, work)
 
 
 def parse_types(wanted: str) -> tuple[str, ...]:
@@ -173,9 +151,8 @@ def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
         raise UserError("{file} is a GGUF already; give the run or the 16-bit model that it was made of", file=model)
     if target.adapter:
         home = Path(config.export_dir) if target.recipe and config.export_dir else target.adapter
-        base = None if target.merged.exists() else model
-        arguments = (name or target.name, *settings)
-        return GgufJob(config, target.merged, home, types, base, arguments, target.notes)
+        merge = None if target.merged.exists() else merged_model.make_job(target)
+        return GgufJob(config, target.merged, home, types, merge, target.notes)
     home = next((f for f in (model, model.parent) if is_adapter(f)), model)
     home = home if Path(target.name).is_dir() else SAVES / model.name  # not into the hub's cache
     return GgufJob(config, model, home, types, notes=target.notes)
@@ -184,26 +161,11 @@ def find_job(wanted: str, name: str | None, settings: list[str]) -> GgufJob:
 def can_prove(job: GgufJob) -> bool:
     """Whether there is llama.cpp's library, or it can be built; raises UserError where a type cannot be without it."""
     missing = llamacpp_build.missing()
-    by_library = not set(job.types) <= set(CONVERTED) and not llamacpp_build.quantizer()
-    if missing and (by_library or job.needs_matrix):
+    if missing and not set(job.types) <= set(CONVERTED) and not llamacpp_build.quantizer():
         raise UserError.from_message(missing)
     if missing:
-        print(Message("note: {text}", text=Message("the files will not be verified: {reason}", reason=missing)))
+        print_notes([Message("the files will not be verified: {reason}", reason=missing)])
     return not missing
-
-
-def merge_first(job: GgufJob, proving: bool) -> None:
-    """Runs merge.py where there is no merged model yet."""
-    if job.merges_first:
-        print(Message("merging first"), flush=True)
-        command = [
-            sys.executable,
-            str(common.ROOT / "merge.py"),
-            *job.merge_arguments,
-            *([] if proving else ["--no-verify"]),
-        ]
-        if status := subprocess.run(command, preexec_fn=end_with_parent).returncode:
-            raise UserError("merge.py ended with status {status}, see above; nothing was quantized", status=status)
 
 
 def check_merge(job: GgufJob) -> None:
@@ -213,9 +175,7 @@ def check_merge(job: GgufJob) -> None:
     if weights.exists() and record["adapter_sha256"] != sha256(weights):
         command = common.command("merge.py", record["adapter"], "--overwrite")
         raise UserError(
-            "{model} was merged from another state of its adapter; merge again first: {command}",
-            model=job.model,
-            command=command,
+            "{model} was merged from an earlier adapter; merge again: {command}", model=job.model, command=command
         )
 
 
@@ -246,15 +206,10 @@ def types_to_make(job: GgufJob, proving: bool) -> tuple[str, ...]:
     there = [kind for kind in job.types if job.file(kind).exists()]
     made = [kind for kind in there if job.model.exists() and is_made(job, kind, proving)]
     if there and (len(made) == len(job.types) or len(made) < len(there)):
-        raise UserError(
-            "{files} is there already; add --overwrite to replace it", files=[job.file(kind) for kind in there]
-        )
+        raise UserError("{files} exists; add --overwrite to replace it", files=[job.file(kind) for kind in there])
     for kind in made:
-        print(
-            Message(
-                "note: {text}", text=Message("{file} already exists and is up to date; it is kept", file=job.file(kind))
-            )
-        )
+        note = Message("{file} already exists and is up to date; it is kept", file=job.file(kind))
+        print_notes([note])
     return tuple(kind for kind in job.types if kind not in made)
 
 
@@ -262,9 +217,7 @@ def weights_of(folder: Path) -> tuple[int, str]:
     """Count of a model's weights, and the GGUF type that holds most of them as they are; reads headers only."""
     tensors = list(read_tensors(folder).values())
     if not any(tensor.dtype in ("F32", "F16", "BF16") for tensor in tensors):
-        raise UserError(
-            "{folder} has no 16-bit or 32-bit weights; quantize the merged model: python merge.py", folder=folder
-        )
+        raise UserError("{folder} has no 16-bit weights; quantize a merged model: python merge.py", folder=folder)
     types = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
     return sum(tensor.count for tensor in tensors), types[own_dtype(tensors)]
 
@@ -274,7 +227,7 @@ def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
 
     What a type takes beyond its bits a weight (TYPES) is much in a small model only.
     """
-    model = job.base if job.merges_first else job.model
+    model = job.merge.base if job.merge else job.model
     count, own = weights_of(model)
 
     def size(kind: str) -> int:
@@ -284,7 +237,7 @@ def space_needed(job: GgufJob) -> tuple[int, dict[str, int]]:
     sizes = {kind: size(kind) for kind in (*job.types, first_type(job, own))}
     vocabulary = language_config(read_object(model / "config.json")).get("vocab_size", 1 << 18)
     needed = sum(sizes.values()) + 4 * PROOF_TOKENS * vocabulary
-    if job.merges_first and existing_folder(job.output).stat().st_dev == existing_folder(job.model).stat().st_dev:
+    if job.merge and existing_folder(job.output).stat().st_dev == existing_folder(job.model).stat().st_dev:
         needed += size(own)
     sizes = {kind: sizes[kind] for kind in job.types}
     parts = [f"{kind} {size / 1e9:.2f} GB" for kind, size in sizes.items()]
@@ -311,22 +264,29 @@ def remove_leftovers(job: GgufJob) -> None:
 # Making the files
 
 
-def make_files(job: GgufJob, proving: bool, max_divergence: float | None, needed: int) -> dict[str, dict[str, Any]]:
-    """Makes, proves and keeps a file of each type; returns what was measured, by type. `needed`: bytes of disk."""
-    results: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class GgufFile:
+    """A file that was made: its type, its bytes, and its proof."""
+
+    kind: str
+    bytes: int
+    proof: GgufProof | None
+
+
+def make_files(job: GgufJob, proving: bool, max_divergence: float | None, needed: int) -> list[GgufFile]:
+    """Makes, proves and keeps a file of each type. `needed`: bytes of disk."""
+    made = []
     count, own = weights_of(job.model)
     with unfinished(job.output / WORK) as work, on_disk_full(job.output, needed):
-        proof = job.proof(work) if proving else None
+        reference = job.reference(work) if proving else None
         start = convert(job, first_type(job, own), work)
-        matrix = importance_matrix(job, start, work)
         for kind in sorted(job.types, key=lambda kind: kind == start.stem):  # what the others are made of goes last
-            file = make(job, kind, start, matrix, work)
-            results[kind] = {"bytes": file.stat().st_size, "adapter_sha256": job.merge_record.get("adapter_sha256")}
-            if proof:
-                usual = TYPES[kind].limits[count < LARGE]
-                results[kind] |= proof.verify(kind, file, max_divergence, usual)
-            keep(job, kind, file, results[kind])
-    return results
+            file = make(job, kind, start, work)
+            usual = TYPES[kind].limits[count < LARGE]
+            proof = reference.verify(kind, file, max_divergence, usual) if reference else None
+            made.append(GgufFile(kind, file.stat().st_size, proof))
+            keep(job, file, made[-1])
+    return made
 
 
 def first_type(job: GgufJob, own: str) -> str:
@@ -350,46 +310,37 @@ def card(job: GgufJob) -> dict[str, Any]:
     return base | hub.card_head(job.model)
 
 
-def importance_matrix(job: GgufJob, start: Path, work: Path) -> Path | None:
-    """The importance matrix of the training data, where a type needs it."""
-    if not job.needs_matrix:
-        return None
-    target = work / "imatrix.gguf"
-    samples = spread(job.samples[1], MATRIX_TOKENS, MATRIX_LENGTH)
-    doing = f"importance of the weights on {sum(map(len, samples))} tokens"
-    llamacpp.call(llamacpp.importance, doing, file=start, samples=samples, target=target)
-    return target
-
-
-def make(job: GgufJob, kind: str, start: Path, matrix: Path | None, work: Path) -> Path:
+def make(job: GgufJob, kind: str, start: Path, work: Path) -> Path:
     """The file of one type, in the workspace."""
     target = work / f"{kind}.gguf"
     if target == start:
         return target
-    used = str(matrix) if matrix and TYPES[kind].needs_matrix else None
     doing = f"quantizing to {kind}"
     if tool := llamacpp_build.quantizer():
-        run_child([tool, *(["--imatrix", used] if used else []), str(start), str(target), kind.upper()], doing)
+        run_child([tool, str(start), str(target), kind.upper()], doing)
     elif llamacpp_build.missing():
         return convert(job, kind, work)
     else:
-        llamacpp.call(llamacpp.quantize, doing, source=start, target=target, kind=kind, matrix=used)
+        llamacpp.call(llamacpp.quantize, doing, source=start, target=target, kind=kind)
     return target
 
 
-def keep(job: GgufJob, kind: str, file: Path, result: dict[str, Any]) -> None:
+def keep(job: GgufJob, file: Path, made: GgufFile) -> None:
     """Moves a file that is whole (and proven) to its place: last, after its line in gguf.json and its Modelfile."""
-    from export.modelfile import modelfile
-
     with open(file, "rb+") as written:
         os.fsync(written.fileno())
+    entry: dict[str, Any] = {"type": made.kind, "bytes": made.bytes}
+    entry["adapter_sha256"] = job.merge_record.get("adapter_sha256")
+    if made.proof:
+        entry |= asdict(made.proof) | {"tokens_equal": True, "verified": True}
     record = read_record(job)
     record |= {"model": str(job.model.resolve()), "llama-cpp-python": llamacpp_build.VERSION}
-    record.setdefault("files", {})[job.file(kind).name] = {"type": kind, **result}
-    text = modelfile(job.file(kind).name, job.name, job.tokenizer, job.stop, result.get("adds_bos", False))
-    write_text(job.modelfile(kind), text)
+    place = job.file(made.kind)
+    record.setdefault("files", {})[place.name] = entry
+    text = modelfile(place.name, job.name, job.tokenizer, job.stop, bool(made.proof and made.proof.adds_bos))
+    write_text(job.modelfile(made.kind), text)
     write_json(job.output / RECORD, record)
-    os.replace(file, job.file(kind))
+    os.replace(file, place)
 
 
 def read_record(job: GgufJob) -> dict[str, Any]:
@@ -404,7 +355,7 @@ def read_record(job: GgufJob) -> dict[str, Any]:
 def check_push(repo: str, job: GgufJob, proving: bool) -> None:
     """Raises UserError where the hub would refuse the files, or they will not be proven."""
     if not proving:
-        raise UserError("--push uploads only what is proven; leave --no-verify out")
+        raise UserError("--push uploads only verified files; leave --no-verify out")
     hub.check_access(repo, job.config.overwrite_output_dir)
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import common
-from common import Config, Message, UserError
+from common import Config, Message, UserError, print_notes
 from export import hub, verify
 from export.merge import Plan, make_plan, write_shards
 from runs.adapter import Adapter, language_config
 from runs.disk import check_free_space, on_disk_full
 from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text
 from runs.folder import for_transformers_4, read_run, run_config
-from runs.process import end_with_parent
-from runs.target import HUB_NAME, find_target, missing_from_model
+from runs.target import HUB_NAME, Target, missing_from_model
 from runs.weights import DTYPES, read_tensors
 
 RECORD = "merge.json"
@@ -28,45 +25,37 @@ RECORD = "merge.json"
 
 @dataclass(frozen=True)
 class MergeJob:
-    """The folders of the adapter, of the run it belongs to (if any), of the base and of the result."""
+    """What is merged into what: the target, the folder of its 16-bit base and its config.json, and the result's."""
 
-    config: Config
+    target: Target
     adapter: Path
-    run: Path | None
     base: Path
-    base_name: str  # as the recipe or the adapter has it
-    base_config: dict[str, Any]  # its config.json
-    tokenizer: Path  # the folder of the tokenizer that the adapter was trained with
+    base_config: dict[str, Any]
     output: Path
-    notes: tuple[Message | str, ...] = ()
+
+    @property
+    def config(self) -> Config:
+        return self.target.config
+
+    @property
+    def run(self) -> Path | None:
+        """The run that the adapter belongs to."""
+        return self.target.run
 
 
-def find_job(name: str | None, settings: list[str]) -> MergeJob:
-    """What the command line asks for; raises UserError where something of it is not there."""
-    target = find_target(name, settings, "merge")
+def make_job(target: Target) -> MergeJob:
+    """The merge of a target whose `model` is its 16-bit base; raises UserError where its output leads nowhere."""
     base, output = Path(target.model), target.merged
     if output.is_symlink():
         if not output.exists():
             raise UserError(
-                "{output} is a symbolic link to a folder that is not there; remove it, or give export_dir=another "
-                "folder",
-                output=output,
+                "{output} is a symbolic link to a missing folder; remove it, or set another export_dir", output=output
             )
         output = output.resolve()  # what it leads to is replaced, not the link
-    return MergeJob(
-        target.config,
-        target.adapter,
-        target.run,
-        base,
-        target.base,
-        read_object(base / "config.json"),
-        target.tokenizer,
-        output,
-        target.notes,
-    )
+    return MergeJob(target, target.adapter, base, read_object(base / "config.json"), output)
 
 
-def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
+def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> verify.MergeProof | None:
     """Merges, and verifies the result before it takes its place; `repo`, of the hub, is asked for access before."""
     started = time.monotonic()
     adapter = Adapter(job.adapter)
@@ -79,44 +68,43 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> None:
     if repo:
         hub.check_access(repo, job.config.overwrite_output_dir)
     with on_disk_full(job.output, plan.size), appearing(job.output) as folder:
-        survival = write_shards(plan, folder, job.config.export_size * 10**9)
+        share = write_shards(plan, folder, job.config.export_size * 10**9).share
         write_small_files(job, plan, template, folder)
-        record = make_record(job, adapter, plan, template, survival.share) | {
-            "seconds": round(time.monotonic() - started, 2)
-        }
-        write_json(folder / RECORD, record)
-        announce_survival(record)
-        if verifying:
-            verify_in_child(folder)
+        record = make_record(job, adapter, plan, template, share)
+        write_json(folder / RECORD, record | {"seconds": round(time.monotonic() - started, 2)})
+        if share is not None:
+            dtype = record["dtype"]
+            print(
+                Message("rounding   {share:.1%} of the adapter's product remains in {dtype}", share=share, dtype=dtype)
+            )
+        proof = verify.verify_merged(folder) if verifying else None
         write_card(job, folder)
-    print(Message("merged     {output} ({gb:.2f} GB)", output=job.output, gb=plan.size / 1e9))
+    return proof
 
 
-def verify_in_child(folder: Path) -> None:
-    """Compares the models in a process of its own, whose memory is free again afterwards; ends this one if it fails."""
-    command = [sys.executable, str(common.ROOT / "merge.py"), "--check", str(folder)]
-    if status := subprocess.run(command, preexec_fn=end_with_parent).returncode:
-        sys.exit(status)
+def report(job: MergeJob, proof: verify.MergeProof | None) -> None:
+    """Prints what was merged, and its proof."""
+    record = read_object(job.output / RECORD)
+    if proof:
+        print(proof)
+        if proof.adapter_effect < proof.rounding:
+            text = Message(
+                "the adapter changes less than {dtype} can show; try export_dtype=float32", dtype=record["dtype"]
+            )
+            print_notes([text])
+    print(Message("merged     {output} ({gb:.2f} GB)", output=job.output, gb=record["bytes"] / 1e9))
 
 
 def check_output(job: MergeJob, plan: Plan) -> None:
     """Raises UserError where the output may not be replaced, or the disk has not enough space for it."""
     for folder in filter(None, (job.base, job.adapter, job.run)):
         if folder.resolve().is_relative_to(job.output.resolve()):
-            raise UserError(
-                "{output} holds {source}, which is merged; give export_dir=another folder",
-                output=job.output,
-                source=folder,
-            )
+            raise UserError("{output} holds {source}; set another export_dir", output=job.output, source=folder)
     if job.output.is_file() or (job.output.is_dir() and any(job.output.iterdir())):
         if not (job.output / RECORD).exists():
-            raise UserError(
-                "{output} is there already and is no earlier merge; give another export_dir", output=job.output
-            )
+            raise UserError("{output} exists and is not an earlier merge; set another export_dir", output=job.output)
         if not job.config.overwrite_output_dir:
-            raise UserError(
-                "{output} is there already; add --overwrite, or give export_dir=another folder", output=job.output
-            )
+            raise UserError("{output} exists; add --overwrite, or set another export_dir", output=job.output)
     remove_leftovers(job.output)  # they take space
     check_free_space(job.output, plan.size + 10**8)
 
@@ -141,55 +129,26 @@ def announce(job: MergeJob, adapter: Adapter, plan: Plan, template: TrainedTempl
     changed = sum(tensor.update is not None for tensor in plan.tensors)
     dtypes = sorted({tensor.dtype for tensor in plan.tensors if tensor.dtype in DTYPES.values()})
     print(Message("base       {base} ({tensors} tensors)", base=job.base, tensors=len(plan.tensors)))
-    own = len(adapter.tensors)
     print(
         Message(
             "adapter    {adapter} ({kind}, {tensors} tensors, for {changed} of the base's)",
             adapter=job.adapter,
             kind=kind(adapter),
-            tensors=own,
+            tensors=len(adapter.tensors),
             changed=changed,
         )
     )
     print(Message("output     {output} ({gb:.2f} GB, {dtypes})", output=job.output, gb=plan.size / 1e9, dtypes=dtypes))
+    notes = []
     if template:
         print(Message("template   {name}, ends a turn with {stop}", name=template.name, stop=" ".join(template.stop)))
     else:
-        print(
-            Message(
-                "note: {text}",
-                text=Message(
-                    "neither is a template named nor does the tokenizer have one; set template=, see templates/"
-                ),
-            )
-        )
+        notes.append(Message("neither the settings nor the tokenizer name a chat template; set template="))
     if plan.untied:
-        print(
-            Message(
-                "note: {text}",
-                text=Message(
-                    "the adapter changes the embedding and the output layer differently; each gets a tensor of its own"
-                ),
-            )
-        )
+        notes.append(Message("the embedding and the output layer are no longer tied: each gets its own tensor"))
     if dtypes == ["F32"]:
-        print(
-            Message(
-                "note: {text}",
-                text=Message("the base is in float32; export_dtype=bfloat16 makes the result half as large"),
-            )
-        )
-
-
-def announce_survival(record: dict[str, Any]) -> None:
-    if (share := record["adapter_share"]) is not None:
-        print(
-            Message(
-                "rounding   {share:.1%} of the adapter's product arrives in the weights in {dtype}",
-                share=share,
-                dtype=record["dtype"],
-            )
-        )
+        notes.append(Message("the base is in float32; export_dtype=bfloat16 makes the result half as large"))
+    print_notes(notes)
 
 
 def kind(adapter: Adapter) -> str:
@@ -225,13 +184,13 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     """
     from preprocessing.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=job.config.trust_remote_code)
+    tokenizer = load_tokenizer(job.target.tokenizer, trust_remote_code=job.config.trust_remote_code)
     known = len(tokenizer)
     if plan.vocabulary and known > plan.vocabulary:
         raise UserError(
             "the tokenizer of {folder} has {tokens} tokens, the embedding {rows} rows; the adapter was saved "
             "without the embedding of its new tokens: train it with modules_to_save",
-            folder=job.tokenizer,
+            folder=job.target.tokenizer,
             tokens=known,
             rows=plan.vocabulary,
         )
@@ -256,7 +215,7 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
 
 def write_small_files(job: MergeJob, plan: Plan, template: TrainedTemplate | None, folder: Path) -> None:
     """Everything beside the weights that transformers and vLLM read."""
-    for source, patterns in ((job.tokenizer, TOKENIZER), (job.base, FROM_BASE)):
+    for source, patterns in ((job.target.tokenizer, TOKENIZER), (job.base, FROM_BASE)):
         for path in (path for pattern in patterns for path in source.glob(pattern)):
             check_links(path)
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
@@ -279,11 +238,7 @@ def check_links(path: Path) -> None:
         real = file.resolve()
         inside = real.parent.is_relative_to(path.parent.resolve()) or real.parent.name == "blobs"
         if file.is_symlink() and not inside and real.name != file.name:
-            raise UserError(
-                "{link} is a symbolic link to {target}, outside of its folder; put a copy of the file there",
-                link=file,
-                target=real,
-            )
+            raise UserError("{link} is a symbolic link to {target}; put a copy there", link=file, target=real)
 
 
 def write_generation_config(job: MergeJob, template: TrainedTemplate | None, folder: Path) -> None:
@@ -372,6 +327,6 @@ def write_card(job: MergeJob, folder: Path) -> None:
 def hub_name(job: MergeJob) -> str:
     """The base's name on the hub where it is known, else its folder's: never a path of this machine."""
     record = job.base / "download.json"
-    name = read_object(record)["model"] if record.exists() else job.base_name
+    name = read_object(record)["model"] if record.exists() else job.target.base
     is_path = Path(name).exists() or (common.ROOT / name).exists()
     return name if HUB_NAME.fullmatch(name) and not is_path else job.base.name

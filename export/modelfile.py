@@ -10,7 +10,7 @@ import re
 import shlex
 from typing import Any
 
-from common import Message
+from common import Message, print_notes
 
 
 def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_bos: bool) -> str:
@@ -22,7 +22,7 @@ def modelfile(file: str, name: str, tokenizer: Any, stop: tuple[str, ...], adds_
         note = Message(
             "the chat template cannot be written in Ollama's template language; write TEMPLATE into the Modelfile"
         )
-        print(Message("note: {text}", text=note))
+        print_notes([note])
         lines.append(f"# {note}")
     else:
         if adds_bos and tokenizer.bos_token:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import common
-from common import Config, Message, UserError
+from common import Config, Message, UserError, print_notes
+from export import llamacpp
 from runs.files import read_object, write_json
 from runs.folder import run_config
 from runs.weights import DTYPES, SIZES, Tensor, read_tensors
@@ -44,8 +47,7 @@ def choose_device(folder: Path, cuda_memory: int | None) -> tuple[str, str]:
             if needed < available:
                 return device, dtype
     raise UserError(
-        "the proof needs {needed:.0f} GB of memory, {free:.0f} GB are free; free some, or leave the proof out with "
-        "--no-verify",
+        "the proof needs {needed:.0f} GB of memory, {free:.0f} GB are free; free some, or add --no-verify",
         needed=min(needs.values()) / 1e9,
         free=max(free.values()) / 1e9,
     )
@@ -63,6 +65,16 @@ def free_cuda_memory() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
     """A model of transformers in evaluation mode."""
     import torch
@@ -78,87 +90,73 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
 # A merged model
 
 
-def verify_merged(folder: Path) -> None:
-    """Compares logits, prints the numbers and keeps them in merge.json; raises UserError where they differ too much.
+@dataclass(frozen=True)
+class MergeProof:
+    """How far the logits of a merged model are from those of base + adapter (rms over positions and vocabulary)."""
+
+    prompts: int
+    positions: int
+    computed_in: str
+    adapter_effect: float  # how far the adapter moves them
+    difference: float
+    largest_difference: float
+    rounding: float  # how far rounding the weights to the merged type alone moves them
+    same_first_choice: float
+    mean_kl: float  # nats
+
+    def __str__(self) -> str:
+        return str(
+            Message(
+                "proof      {prompts} prompts, {positions} positions, {computed_in}\n"
+                "           adapter moves the logits by {adapter_effect:.2g} (rms); merged model differs from\n"
+                "           base + adapter by {difference:.2g} (at most {largest_difference:.2g}), rounding alone\n"
+                "           explains {rounding:.2g}; same first choice {same_first_choice:.1%}, mean KL {mean_kl:.2g}",
+                **asdict(self),
+            )
+        )
+
+
+def verify_merged(folder: Path) -> MergeProof:
+    """Compares logits and keeps the proof in merge.json; raises UserError where they differ too much.
 
     The yardstick is the rounding itself: how far the logits of base + adapter move when the sum of weight and update is
     rounded to the merged type. Where that sum cannot be formed here (DoRA, tied ends, a model that fits in 16 bit only)
     every twelfth of the changed weights moves by one unit in the last place, which has the variance of rounding.
     """
     if not (folder / "merge.json").is_file():
-        raise UserError(
-            "{folder} has no merge.json, so it is no merged model of this kit; give the folder that merge.py made",
-            folder=folder,
-        )
+        raise UserError("{folder} has no merge.json; give a folder that merge.py made", folder=folder)
     record = read_object(folder / "merge.json")
     for part in ("base", "adapter"):
         if not Path(record[part]).is_dir():
-            raise UserError(
-                "{path}, which {folder} was merged of, is not there; put it back there",
-                folder=folder,
-                path=record[part],
-            )
-    logging.disable(logging.WARNING)
+            raise UserError("{path}, which was merged into {folder}, is missing", folder=folder, path=record[part])
     import torch
 
-    torch.set_grad_enabled(False)
     torch.manual_seed(0)
     device, dtype = choose_device(Path(record["base"]), free_cuda_memory())
     prompts = proof_prompts(folder, record)
-    expected, base, rounded = adapter_logits(record, prompts, device, dtype)
-    merged = logits(load_model(folder, device, dtype, record["trust_remote_code"]), prompts)
-    proof = {
-        "prompts": len(prompts),
-        "positions": len(expected),
-        "computed_in": f"{dtype} on {device}",
-        "adapter_effect": rms(expected - base),
-        "difference": rms(merged - expected),
-        "largest_difference": (merged - expected).abs().max().item(),
-        "rounding": rms(rounded - expected),
-        "same_first_choice": (merged.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-        "mean_kl": divergence(expected, merged),
-    }
-    write_json(folder / "merge.json", {**record, "proof": proof})
-    print_proof(proof, record["dtype"])
-    if not proof["difference"] <= 3 * proof["rounding"] + 1e-6 * rms(expected):
-        raise UserError(
-            "the merged model does not answer as base + adapter: its logits differ by {difference:.3g}, rounding "
-            "explains {rounding:.3g}; nothing was kept. Please report it, with adapter_config.json",
-            difference=proof["difference"],
-            rounding=proof["rounding"],
-        )
-    if proof["adapter_effect"] < proof["rounding"]:
-        print(
-            Message(
-                "note: {text}",
-                text=Message(
-                    "the adapter changes less than {dtype} can show; train longer, or export_dtype=float32",
-                    dtype=record["dtype"],
-                ),
-            )
-        )
-
-
-def print_proof(proof: dict[str, Any], dtype: str) -> None:
-    print(
-        Message(
-            "proof      {prompts} prompts, {positions} positions, {computed_in}\n"
-            "           logits move by {effect:.2g} (rms) through the adapter; merged, they differ from\n"
-            "           base + adapter by {difference:.2g} (at most {largest:.2g}), where\n"
-            "           rounding to {dtype} alone makes {rounding:.2g}; same first choice {same:.1%},\n"
-            "           mean KL divergence {kl:.2g}",
-            prompts=proof["prompts"],
-            positions=proof["positions"],
-            computed_in=proof["computed_in"],
-            effect=proof["adapter_effect"],
-            difference=proof["difference"],
-            largest=proof["largest_difference"],
-            dtype=dtype,
-            rounding=proof["rounding"],
-            same=proof["same_first_choice"],
-            kl=proof["mean_kl"],
-        )
+    with quiet_libraries(), torch.no_grad():
+        expected, base, rounded = adapter_logits(record, prompts, device, dtype)
+        merged = logits(load_model(folder, device, dtype, record["trust_remote_code"]), prompts)
+    proof = MergeProof(
+        prompts=len(prompts),
+        positions=len(expected),
+        computed_in=f"{dtype} on {device}",
+        adapter_effect=rms(expected - base),
+        difference=rms(merged - expected),
+        largest_difference=(merged - expected).abs().max().item(),
+        rounding=rms(rounded - expected),
+        same_first_choice=(merged.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        mean_kl=divergence(expected, merged),
     )
+    write_json(folder / "merge.json", {**record, "proof": asdict(proof)})
+    if not proof.difference <= 3 * proof.rounding + 1e-6 * rms(expected):
+        raise UserError(
+            "the logits of the merged model differ from base + adapter by {difference:.3g}, rounding explains "
+            "{rounding:.3g}; nothing was kept. Please report it, with adapter_config.json",
+            difference=proof.difference,
+            rounding=proof.rounding,
+        )
+    return proof
 
 
 # Asked of models whose training data is not at hand.
@@ -189,15 +187,8 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
             few = dataclasses.replace(config, max_samples=8, val_size=0.0, eval_dataset=(), on_bad_rows="skip")
             stage, rows = config.stage, dataset.read_conversations(few)[0][:8]
         except UserError as error:
-            print(
-                Message(
-                    "note: {text}",
-                    text=Message(
-                        "the run's data cannot be read, so a few general questions are compared instead ({reason})",
-                        reason=error,
-                    ),
-                )
-            )
+            note = Message("the run's data cannot be read, general questions are compared ({reason})", reason=error)
+            print_notes([note])
     tokenizer = load_tokenizer(folder, trust_remote_code=record["trust_remote_code"])
     if not record["stop"]:
         texts = [row.get("text") or row["messages"][-1]["content"] for row in rows]
@@ -307,8 +298,24 @@ TEXTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class GgufProof:
+    """What a GGUF was found to be. llama.cpp splits the texts into the tokenizer's tokens, or there is no proof."""
+
+    kl_divergence: float  # mean, in nats, from the 16-bit model's next-token distributions
+    top1_agreement: float  # share of tokens with the same likeliest successor
+    perplexity: float
+    reference_perplexity: float  # of the 16-bit model
+    tokens: int
+    prompt_tokens_per_second: float
+    tokens_per_second: float
+    texts: int
+    adds_bos: bool  # whether llama.cpp itself begins with the token for it
+    reference_dtype: str
+
+
+@dataclass(frozen=True)
+class Reference:
     """What a GGUF is compared with: the 16-bit model, its tokenizer and the tokens that end a turn, and samples."""
 
     model: Path
@@ -318,49 +325,40 @@ class GgufProof:
     trust_remote_code: bool
     work: Path  # a folder for the logits of the 16-bit model
 
-    def verify(self, kind: str, file: Path, limit: float | None, usual: float) -> dict[str, Any]:
+    def verify(self, kind: str, file: Path, limit: float | None, usual: float) -> GgufProof:
         """Measures a file of a GGUF type; raises UserError where it is not what it should be.
 
         `limit` is the mean KL divergence that is accepted, None: the `usual` one of the type and what the reference's
         type adds to it.
         """
-        from export import llamacpp
-
         seen = self.check_contents(kind, file)
         reference, computed_in = self.reference_logits()
         measured = llamacpp.call(
             llamacpp.measure, f"comparing {kind}", file=file, samples=self.samples, reference=reference
         )
+        proof = GgufProof(**measured, **seen, reference_dtype=computed_in)
         if limit is None:
             limit = usual + 3 * DTYPE_DIVERGENCE[computed_in]
-        if not measured["kl_divergence"] <= limit:
-            if kind in (
-                "f32",
-                "f16",
-                "bf16",
-            ):  # no larger type would help: the file is wrong, or the weights do not fit
-                raise UserError(
-                    "the {type} file answers differently from the model that it was made of: mean KL divergence "
-                    "{divergence:.4f}, above {limit:g}; it has the same weights, so llama.cpp computes this "
-                    "architecture otherwise, or the weights are too large for the type. Try bf16 or f32, or a "
-                    "newer llama.cpp: LLAMA_CPP_DIR=folder",
-                    type=kind,
-                    divergence=measured["kl_divergence"],
-                    limit=limit,
-                )
+        if not proof.kl_divergence <= limit and kind in ("f32", "f16", "bf16"):  # no larger type would help
             raise UserError(
-                "{type} answers differently from the 16-bit model: mean KL divergence {divergence:.4f}, usually it "
-                "stays below {limit:g}; take a larger type, or accept it: --max-divergence X",
+                "{type} diverges from the model it was made of: mean KL {divergence:.4f}, above {limit:g}; the weights "
+                "may be too large for the type, or llama.cpp wrong: try bf16 or f32, or a newer one (LLAMA_CPP_DIR)",
                 type=kind,
-                divergence=measured["kl_divergence"],
+                divergence=proof.kl_divergence,
                 limit=limit,
             )
-        return {**measured, **seen, "reference_dtype": computed_in, "verified": True}
+        if not proof.kl_divergence <= limit:
+            raise UserError(
+                "{type} diverges from the 16-bit model: mean KL {divergence:.4f}, usually below {limit:g}; take a "
+                "larger type, or accept it: --max-divergence X",
+                type=kind,
+                divergence=proof.kl_divergence,
+                limit=limit,
+            )
+        return proof
 
     def check_contents(self, kind: str, file: Path) -> dict[str, Any]:
-        """Token ids, end of turn, template and metadata as llama.cpp reads them; raises UserError for a wrong one."""
-        from export import llamacpp
-
+        """Compares token ids, end of turn and template with what llama.cpp reads; raises UserError for a wrong one."""
         tokenizer = self.tokenizer
         controls = "".join(tokenizer.all_special_tokens)
         turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 4, TEXTS, strict=True)]
@@ -368,21 +366,20 @@ class GgufProof:
         data = [tokenizer.decode(ids) for ids in self.samples]
         texts = [*TEXTS, controls, f"a{controls} b", rendered, *data]
         seen = llamacpp.call(llamacpp.inspect, f"reading {kind}", file=file, texts=texts)
-        for text, ids in zip(texts, seen.pop("ids"), strict=True):
+        for text, ids in zip(texts, seen["ids"], strict=True):
             if ids != tokenizer(text, add_special_tokens=False)["input_ids"]:
                 raise UserError(
-                    "llama.cpp splits {text!r} into other tokens than the model's tokenizer; the file would answer "
-                    "wrongly and was not kept. Try a newer llama.cpp: LLAMA_CPP_DIR=folder",
+                    "llama.cpp splits {text!r} into other tokens than the tokenizer; nothing was kept. Try a newer "
+                    "llama.cpp: LLAMA_CPP_DIR=folder",
                     text=text[:60],
                 )
         ends = tokenizer.convert_tokens_to_ids(list(self.stop))
-        if seen["eos"] != ends[0] or seen["eot"] != ends[0] or not set(ends) <= set(seen.pop("end")):
-            raise UserError(
-                "llama.cpp would not stop at {stop}; nothing was kept. Please report it", stop=" ".join(self.stop)
-            )
-        if seen.pop("template") != tokenizer.chat_template:
+        if (seen["eos"], seen["eot"]) != (ends[0], ends[0]) or not set(ends) <= set(seen["end"]):
+            stop = " ".join(self.stop)
+            raise UserError("llama.cpp would not stop at {stop}; nothing was kept. Please report it", stop=stop)
+        if seen["template"] != tokenizer.chat_template:
             raise UserError("the file does not hold the trained chat template; nothing was kept. Please report it")
-        return {"tokens_equal": True, "texts": len(texts), **seen}
+        return {"texts": len(texts), "adds_bos": seen["adds_bos"]}
 
     def reference_logits(self) -> tuple[Path, str]:
         """Logits of the 16-bit model by transformers, float32 (tokens × vocabulary) in a .npy file; computed once.

@@ -22,6 +22,7 @@ from runs import weights
 from runs.adapter import Adapter
 from runs.configuration import load_config
 from runs.files import sha256, write_json, write_text
+from runs.target import find_target
 
 __all__ = ["standin"]  # a fixture
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -554,12 +555,12 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
 
 def test_nothing_is_overwritten_unasked(lora: Path, models: dict[str, Path]) -> None:
     before = (merged(lora) / "model.safetensors").stat().st_ino
-    with user_error("--overwrite, or give", output=lora / "merged"):
+    with user_error("add --overwrite, or set", output=lora / "merged"):
         merge.main([str(lora), "--no-verify"])
     assert (lora / "merged" / "model.safetensors").stat().st_ino == before
     merged(lora, "--overwrite")
     assert (lora / "merged" / "model.safetensors").stat().st_ino != before
-    with user_error("merged; give"):
+    with user_error("set another export_dir"):
         merge.main([str(lora), "--no-verify", "--overwrite", f"export_dir={models['tied']}"])
 
 
@@ -567,15 +568,15 @@ def test_overwrite_replaces_earlier_merges_only(plain: Path, models: dict[str, P
     folder = make_finished_run(plain, tmp_path / "run", models["tied"], overwrite_output_dir=True)  # of the training
     checkpoint = shutil.copytree(plain, folder / "checkpoint-5")
     for output in (folder, tmp_path, checkpoint):
-        with user_error("merged; give"):
+        with user_error("set another export_dir"):
             merge.main([str(checkpoint), "--no-verify", "--overwrite", f"export_dir={output}"])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_text("")
-    with user_error("earlier merge"):
+    with user_error("not an earlier merge"):
         merge.main([str(folder), "--no-verify", "--overwrite", f"export_dir={tmp_path / 'photos'}"])
     merged(folder)
     for arguments in ([str(folder)], [str(folder / "config.yaml")]):
-        with user_error("--overwrite, or give"):
+        with user_error("add --overwrite, or set"):
             merge.main([*arguments, "--no-verify"])
     merged(folder, "overwrite_output_dir=true")
 
@@ -630,10 +631,10 @@ def test_push_comes_last_and_is_asked_for_first(lora: Path, standin: Hub, tmp_pa
 
 
 def test_only_what_is_proven_is_pushed(lora: Path) -> None:
-    with user_error("uploads only"):
+    with user_error("only verified files"):
         merge.main([str(lora), "--no-verify", "--push", "me/mine"])
     record = merged(lora) / "merge.json"
-    job = merged_model.find_job(str(lora), [])
+    job = merged_model.make_job(find_target(str(lora), [], "merge"))
     assert not merged_model.is_verified(job)
     content = json.loads(record.read_text()) | {"proof": {}}
     write_json(record, content)
@@ -649,7 +650,7 @@ def test_only_what_is_proven_is_pushed(lora: Path) -> None:
 def test_a_run_that_was_moved_is_told(lora: Path, tmp_path: Path) -> None:
     merged(lora)
     lora.rename(tmp_path / "moved")
-    with user_error("was merged of", path=lora, folder=tmp_path / "moved" / "merged"):
+    with user_error("is missing", path=lora, folder=tmp_path / "moved" / "merged"):
         merge.main(["--check", str(tmp_path / "moved" / "merged")])
 
 
@@ -677,7 +678,7 @@ def test_proof_passes_and_is_kept(plain: Path, models: dict[str, Path], tmp_path
     from safetensors.torch import save_file
 
     save_file(weights, folder / "merged" / "model.safetensors")
-    refused(run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path), "adapter: its")
+    refused(run("merge.py", "--check", "saves/proven/merged", cwd=tmp_path), "rounding explains")
 
 
 @pytest.mark.slow
@@ -722,7 +723,7 @@ def test_the_share_of_the_adapter_that_survives_is_told(lora: Path, models, tmp_
                 arrived, wanted = arrived + (moved * update).sum().item(), wanted + update.square().sum().item()
         share = json.loads((lora / "merged" / "merge.json").read_text())["adapter_share"]
         assert share == pytest.approx(arrived / wanted, abs=0.1)
-        assert f"{share:.1%} of the adapter's product arrives in the weights in bfloat16" in capsys.readouterr().out
+        assert f"{share:.1%} of the adapter's product remains in bfloat16" in capsys.readouterr().out
         shares.append(share)
     assert shares[0] > 0.98
     assert shares[1] < 0.9
@@ -821,7 +822,7 @@ def test_links_do_not_lead_out_of_the_folders(lora: Path, models: dict[str, Path
     secret.write_text("a key")
     base = shutil.copytree(models["tied"], tmp_path / "base")
     (base / "LICENSE").symlink_to(secret)
-    with user_error("folder; put a", link=base / "LICENSE", target=secret):
+    with user_error("put a copy there", link=base / "LICENSE", target=secret):
         merged(lora, f"model_name_or_path={base}")
     assert not (lora / "merged").exists()
     (base / "LICENSE").unlink()
@@ -834,7 +835,7 @@ def test_links_do_not_lead_out_of_the_folders(lora: Path, models: dict[str, Path
     assert (elsewhere / "config.json").exists()
     assert (lora / "merged").is_symlink()
     shutil.rmtree(elsewhere)
-    with user_error("there; remove", output=lora / "merged"):
+    with user_error("missing folder", output=lora / "merged"):
         merged(lora, f"model_name_or_path={base}")
 
 
