@@ -83,18 +83,16 @@ class FaultReport:
         """Raises UserError with the first faults and the count where they end the run."""
         if not self.ends_run(on_bad_rows):
             return
-        faults = fault_messages(self.to_json())
+        count, faults = self.count, fault_messages(self.to_json())
         if self.final:
             raise UserError(
-                "{count:,} row{count:plural} of the data cannot be used:\n  {faults:lines}\n"
-                "correct the file; it cannot be read to its end",
-                count=self.count,
+                "{count:,} faulty row{count:plural}:\n  {faults:lines}\ncorrect the file; it cannot be read to its end",
+                count=count,
                 faults=faults,
             )
         raise UserError(
-            "{count:,} row{count:plural} of the data cannot be used:\n  {faults:lines}\n"
-            "correct them, or leave them out with on_bad_rows=skip",
-            count=self.count,
+            "{count:,} faulty row{count:plural}:\n  {faults:lines}\ncorrect them, or skip them with on_bad_rows=skip",
+            count=count,
             faults=faults,
         )
 
@@ -105,17 +103,12 @@ def fault_messages(groups: list[dict[str, Any]]) -> list[Message]:
     for group in groups[:LISTED]:
         (first, *others), more = group["rows"], group["count"] - 1
         place = {"file": group["file"], "row": first, "reason": Message.from_json(group["reason"])}
-        rows = [*map(str, others), *["..."] * (more >= ROWS_NAMED)]
-        messages.append(
-            Message(
-                "{file}, row {row}: {reason} (the same fault in {more:,} more row{more:plural}: {other_rows})",
-                **place,
-                more=more,
-                other_rows=rows,
-            )
-            if more
-            else Message("{file}, row {row}: {reason}", **place)
-        )
+        if more:
+            place |= {"more": more, "rows": [*map(str, others), *["..."] * (more >= ROWS_NAMED)]}
+            message = Message("{file}, row {row}: {reason} (also {more:,} more row{more:plural}: {rows})", **place)
+        else:
+            message = Message("{file}, row {row}: {reason}", **place)
+        messages.append(message)
     if rest := sum(group["count"] for group in groups[LISTED:]):
         messages.append(Message("... and {count:,} row{count:plural} with other faults", count=rest))
     return messages

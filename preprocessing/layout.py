@@ -95,8 +95,8 @@ class Layout:
     def _note_unnamed(self, kind: str, column: str) -> None:
         self.notes.add(
             Message(
-                "column '{column}' is used as {kind}, though dataset_info.json does not name it (LLaMA-Factory "
-                'ignores it then); to ignore it, write "{kind}": null under columns',
+                "column '{column}' is used as {kind}, though dataset_info.json does not name it (unlike in "
+                'LLaMA-Factory); to ignore it, write "{kind}": null under columns',
                 column=column,
                 kind=kind,
             )
@@ -112,11 +112,9 @@ class Layout:
             if column and column not in self.seen:
                 if near := nearest_word(column, map(str, self.seen - self.used)):
                     raise UserError(
-                        "dataset '{name}': no row has the column '{column}' that dataset_info.json names as "
-                        "{kind}{near:suggestion}; correct it there",
+                        "dataset '{name}': no row has the column '{column}' of dataset_info.json{near:suggestion}",
                         name=self.name,
                         column=column,
-                        kind=kind,
                         near=near,
                     )
                 self.notes.add(
@@ -206,10 +204,9 @@ def _text_column(entry: Entry, first: Row) -> str:
     column = entry.columns.get("prompt") or next((name for name in TEXTS if name in first), None)
     if first and column is None:
         raise UserError(
-            "dataset '{name}' has the columns {columns}; stage: pt reads one of {wanted}, or the one that "
+            "dataset '{name}': its documents must be in one of the columns {wanted}, or in the one that "
             "dataset_info.json names as prompt",
             name=entry.name,
-            columns=list(map(str, first)),
             wanted=list(TEXTS),
         )
     return column or TEXTS[0]

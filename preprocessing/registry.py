@@ -145,18 +145,8 @@ def _unknown_name(name: str, registry: dict[str, Any], folder: Path) -> Message:
     near = nearest_word(name, [*registry, *(p.name for p in folder.glob("*") if p.suffix in EXTENSIONS)])
     near = near or nearest_path(Path(name), (p for p in Path(name).parent.glob("*") if p.suffix in EXTENSIONS))
     if near is None and registry:
-        return Message(
-            "there is no dataset '{name}' in {registry} and no such file; it has {known}",
-            name=name,
-            registry=folder / REGISTRY,
-            known=[*registry][:20],
-        )
-    return Message(
-        "there is no dataset '{name}' in {registry} and no such file{near:suggestion}",
-        name=name,
-        registry=folder / REGISTRY,
-        near=near,
-    )
+        return Message("there is no dataset or file '{name}'; registered are {known}", name=name, known=[*registry])
+    return Message("there is no dataset or file '{name}'{near:suggestion}", name=name, near=near)
 
 
 def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> Entry:

@@ -100,15 +100,15 @@ def write_samples(
             for fault in chunk.faults:
                 own_faults.add(fault)
     all_facts = np.concatenate(facts)
-    notes = [*_notes_on(all_facts, left_out, config, template.name)]
     report = {
-        "rows": count,
-        **_count_facts(all_facts),
         "name": layout.name,
         "files": files,
         "format": layout.formatting,
+        "rows": count,
+        **_count_facts(all_facts),
     }
-    report |= {"notes": [note.to_json() for note in [*layout.all_notes(config), *notes]]}
+    notes = [*layout.all_notes(config), *_notes_on(all_facts, left_out, config, template.name)]
+    report |= {"notes": [note.to_json() for note in notes]}
     report |= {"skipped": own_faults.count, "faults": own_faults.to_json()}
     faults.add_json(report["faults"])
     faults.final |= own_faults.final
@@ -250,22 +250,16 @@ def _dropped(facts: np.ndarray) -> np.ndarray:
 
 
 def _notes_on(facts: np.ndarray, left_out: Counter[str], config: Config, template: str) -> Iterator[Message]:
-    """What the template leaves out; where many samples are cut or dropped, the cutoff_len that would keep 95 % whole;
-    and where the answers of pairs differ in length."""
+    """What the template leaves out; where many samples are cut, the cutoff_len that would keep 95 % whole."""
     import numpy as np
 
     if count := left_out["thoughts"]:
         yield Message(
-            "the chat template ({template}) leaves out the thoughts of {answers:,} answer{answers:plural}",
-            template=template,
-            answers=count,
+            "template {name} leaves out the thoughts of {count:,} answer{count:plural}", name=template, count=count
         )
     if count := left_out["words_beside_call"]:
         yield Message(
-            "the chat template ({template}) leaves out the text next to a tool call in {answers:,} "
-            "answer{answers:plural}",
-            template=template,
-            answers=count,
+            "template {name} leaves out the text next to {count:,} tool call{count:plural}", name=template, count=count
         )
     known = facts["whole_length"][facts["whole_length"] > 0]
     cut, dropped = int((known > config.cutoff_len).sum()), int(_dropped(facts).sum())
@@ -279,26 +273,3 @@ def _notes_on(facts: np.ndarray, left_out: Counter[str], config: Config, templat
             done=Message("left out") if dropped else Message("cut"),
             enough=enough,
         )
-    pairs = facts[facts["chosen"] > 0]
-    if bias := _length_bias(pairs["chosen"], pairs["rejected"]):
-        yield bias
-
-
-def _length_bias(chosen: np.ndarray, rejected: np.ndarray) -> Message | None:
-    """A warning where one side of the pairs is longer than the other: the model may learn the length instead.
-
-    `chosen`, `rejected`: tokens of each answer. By the mean difference against its standard error, and 20 % at least.
-    """
-    if len(chosen) < 10:
-        return None
-    difference = chosen - rejected
-    means = float(chosen.mean()), float(rejected.mean())
-    error = float(difference.std()) / len(difference) ** 0.5
-    if abs(difference.mean()) < 3 * error or max(means) < 1.2 * min(means):
-        return None
-    return Message(
-        "chosen answers have {chosen:.0f} tokens on average, rejected ones {rejected:.0f}: the model may learn the "
-        "length rather than what is better",
-        chosen=means[0],
-        rejected=means[1],
-    )

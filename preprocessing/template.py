@@ -86,8 +86,7 @@ def check_name(name: str) -> None:
     """Raises UserError where no file of templates/ has that name."""
     if name not in (names := template_names()):
         raise UserError(
-            "there is no template '{name}'{near:suggestion}; use one of {names}, or leave template out for the "
-            "tokenizer's own",
+            "there is no template '{name}'{near:suggestion}; there are {names}",
             name=name,
             near=nearest_word(name, names),
             names=names,
@@ -114,12 +113,12 @@ def _advice(tokenizer: Any, named: bool = False) -> Message:
     """What to do about a template that does not fit, a `named` one or the tokenizer's own."""
     fitting = [name for name in template_names() if not _lacking_tokens(_file_text(name), tokenizer)]
     if named and tokenizer.chat_template:
-        if not fitting:
-            return Message("Leave template out for the tokenizer's own.")
-        return Message("Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=fitting)
-    if not fitting:
-        return Message("No file of templates/ fits it; write one for it, or use another model.")
-    return Message("Templates that fit it: {names}.", names=fitting)
+        return Message(
+            "Leave template out for the tokenizer's own, or use one that fits: {names}", names=fitting or ["-"]
+        )
+    if fitting:
+        return Message("Use a template that fits: {names}", names=fitting)
+    return Message("No file of templates/ fits it; write one for it, or use another model.")
 
 
 def _lacking_tokens(text: str, tokenizer: Any) -> list[str]:

@@ -38,7 +38,7 @@ def test_faults_of_documents(tmp_path):
     assert raised.value.message.fields["faults"] == [
         Message("{file}, row {row}: {reason}", file=str(path), row=2, reason=reason)
     ]
-    with user_error("pt reads one"):
+    with user_error("its documents must be"):
         dataset.check(config(write_jsonl(tmp_path / "b.jsonl", [{"body": "one"}]), stage="pt"))
 
 
@@ -153,7 +153,6 @@ def test_samples_of_pairs_and_judged_answers(tmp_path, tiny_tokenizer):
     assert made.train_lengths[0] == 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
     report = made.report["datasets"][0]
     assert report["learned"] == sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in made.train)
-    assert says("rejected ones") in json.dumps(report["notes"])
     judged = [
         {"instruction": "q", "output": "good", "kto_tag": True},
         {"instruction": "q", "output": "b", "kto_tag": 0},

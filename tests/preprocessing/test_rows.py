@@ -167,18 +167,18 @@ def test_a_fault_that_repeats_is_told_once_with_its_count_and_first_rows(tmp_pat
     reason = Message("{where} is null", where="output")
     assert raised.value.fields["faults"] == [
         Message(
-            "{file}, row {row}: {reason} (the same fault in {more:,} more row{more:plural}: {other_rows})",
+            "{file}, row {row}: {reason} (also {more:,} more row{more:plural}: {rows})",
             file=str(path),
             row=2,
             reason=reason,
             more=24,
-            other_rows=["3", "4", "5", "6", "..."],
+            rows=["3", "4", "5", "6", "..."],
         )
     ]
     assert str(raised.value).splitlines() == [
-        "25 rows of the data cannot be used:",
-        f"  {path}, row 2: output is null (the same fault in 24 more rows: 3, 4, 5, 6, ...)",
-        "correct them, or leave them out with on_bad_rows=skip",
+        "25 faulty rows:",
+        f"  {path}, row 2: output is null (also 24 more rows: 3, 4, 5, 6, ...)",
+        "correct them, or skip them with on_bad_rows=skip",
     ]
 
 
@@ -205,9 +205,9 @@ def test_faults_are_told_in_time_and_before_heavy_imports(tmp_path: Path) -> Non
     done = run("preview.py", str(path))
     refused(done, "with on_bad_rows=skip")
     assert done.stderr.splitlines() == [
-        "error: 1 row of the data cannot be used:",
+        "error: 1 faulty row:",
         f"  {path}, row 1: output is null",
-        "correct them, or leave them out with on_bad_rows=skip",
+        "correct them, or skip them with on_bad_rows=skip",
     ]
 
 
@@ -247,12 +247,7 @@ def test_a_column_that_another_name_takes_is_not_read_twice(tmp_path: Path) -> N
 def test_a_misspelt_column_of_the_registry_is_an_error(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "inputs": "i", "output": "a"}])
     folder = register(tmp_path, rows={"file_name": "rows.jsonl", "columns": {"query": "inptus"}})
-    with user_error(
-        "no row has the column '{column}' that dataset_info.json names as {kind}{near",
-        kind="query",
-        column="inptus",
-        near="inputs",
-    ):
+    with user_error("of dataset_info.json{near:suggestion}", column="inptus", near="inputs"):
         conversations("rows", dataset_dir=folder)
 
 
@@ -430,11 +425,7 @@ def test_answers_of_which_the_template_leaves_out_a_part_are_counted(tmp_path: P
     thinking = {"messages": [TALK[0], {**TALK[1], "reasoning_content": "Who am I?"}]}
     path = write_jsonl(tmp_path / "rows.jsonl", [thinking, {"messages": TALK}, thinking])
     assert notes(prepare(tiny_tokenizer, path)) == [
-        Message(
-            "the chat template ({template}) leaves out the thoughts of {answers:,} answer{answers:plural}",
-            template="chatml",
-            answers=2,
-        )
+        Message("template {name} leaves out the thoughts of {count:,} answer{count:plural}", name="chatml", count=2)
     ]
 
 

@@ -291,15 +291,13 @@ def test_entries_that_are_not_used_are_not_judged(tmp_path: Path) -> None:
             problem=os.strerror(errno.ENAMETOOLONG),
         ),
         "rwos": Message(
-            "there is no dataset '{name}' in {registry} and no such file{near:suggestion}",
+            "there is no dataset or file '{name}'{near:suggestion}",
             name="rwos",
-            registry=tmp_path / "dataset_info.json",
             near="rows",
         ),
         str(tmp_path / "rwos.jsonl"): Message(
-            "there is no dataset '{name}' in {registry} and no such file{near:suggestion}",
+            "there is no dataset or file '{name}'{near:suggestion}",
             name=str(tmp_path / "rwos.jsonl"),
-            registry=tmp_path / "dataset_info.json",
             near=tmp_path / "rows.jsonl",
         ),
         "rows，a、b": Message(

@@ -412,13 +412,15 @@ def test_lacking_control_tokens_are_named(tiny_tokenizer):
     with user_error("needs control", name="gemma", tokens=lacking) as raised:
         load_template("gemma", tiny_tokenizer)
     assert raised.value.fields["advice"] == Message(
-        "Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=FIT_TINY
+        "Leave template out for the tokenizer's own, or use one that fits: {names}", names=FIT_TINY
     )
     with user_error("no template '", name="lama3", near="llama3", names=template_names()):
         load_template("lama3", tiny_tokenizer)
-    with user_error("template of its", advice=Message("Templates that fit it: {names}.", names=["default"])) as raised:
+    with user_error(
+        "template of its", advice=Message("Use a template that fits: {names}", names=["default"])
+    ) as raised:
         load_template(None, for_template("default"))
-    sentence = "this model's tokenizer has no chat template of its own.\nTemplates that fit it: default."
+    sentence = "this model's tokenizer has no chat template of its own.\nUse a template that fits: default"
     assert str(raised.value) == sentence
 
 
@@ -442,7 +444,7 @@ def test_one_more_template_is_one_more_file(tiny_tokenizer, tmp_path, monkeypatc
     sample = one(talk("Hi", "Yo"), template, tiny_tokenizer)
     assert sample["input_ids"] == [262, *b("Hi"), 257, *b("Yo"), 258]
     assert sample["labels"] == [-100] * 4 + [*b("Yo"), 258]
-    advice = Message("Templates that fit it: {names}, or leave template out for the tokenizer's own.", names=["mine"])
+    advice = Message("Leave template out for the tokenizer's own, or use one that fits: {names}", names=["mine"])
     with user_error("needs control", name="other", tokens=["<|other|>"], advice=advice):
         load_template("other", tiny_tokenizer)
 
@@ -627,7 +629,7 @@ def test_own_template_with_tools():
     ],
 )
 def test_own_template_that_cannot_be_followed_is_refused(tiny_tokenizer, text: str, reason: str):
-    advice = Message("Templates that fit it: {names}.", names=FIT_TINY)
+    advice = Message("Use a template that fits: {names}", names=FIT_TINY)
     with user_error(
         "the chat template ({template}) cannot be used: {reason}.\n{advice}",
         template=Message("the tokenizer's own"),
