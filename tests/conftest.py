@@ -107,7 +107,8 @@ def run(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None, **
 
 def served(command: list[str], cwd: Path, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess:
     """The command as a fork of the server that has its packages."""
-    packages = "unsloth" if command[1].endswith("/train.py") else "transformers"
+    trains = Path(command[1]).name in ("train.py", "exact_training.py", "exact_options.py") or command[2:3] == ["kit"]
+    packages = "unsloth" if trains else "transformers"
     if packages not in SERVERS:
         SERVERS[packages] = CommandServer(packages, Path(tempfile.mkdtemp(prefix="commands-")))
     with open(folder / "out", "w+b") as out, open(folder / "err", "w+b") as err, open(os.devnull) as nothing:

@@ -121,8 +121,6 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
     )
     if config.adapter_name_or_path:
         return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))
-    targets = find_linear(model) if config.lora_target == ("all",) else list(config.lora_target)
-    check_targets(model, targets)
     return FastLanguageModel.get_peft_model(
         model,
         r=config.lora_rank,
@@ -131,7 +129,7 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         bias=config.lora_bias if config.lora_bias in ("all", "lora_only") else "none",
         lora_bias=config.lora_bias == "true",
         **_modules_to_save(model, config.additional_target),
-        target_modules=targets,
+        target_modules=find_linear(model) if config.lora_target == ("all",) else list(config.lora_target),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         use_gradient_checkpointing=checkpointing,
@@ -141,17 +139,6 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         **({} if on_cpu or config.gradient_checkpointing != "auto" else {"checkpoint_skip_layers": "auto"}),
         **_families(model),
     )
-
-
-def check_targets(model: Any, targets: list[str]) -> None:
-    """Raises UserError where no module (of experts: no parameter) has one of these last names, as PEFT matches them."""
-    names = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
-    if not any(f".{name}".endswith(f".{target}") for name in names for target in targets):
-        raise UserError(
-            "lora_target: {targets} names no module of this model; it has {modules}",
-            targets=targets,
-            modules=find_linear(model),
-        )
 
 
 def find_linear(model: Any) -> list[str]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, save_adapter, says, train_on, write_jsonl
+from conftest import ok, run, save_adapter, says, train_on, write_jsonl
 
 from runs.log import read_log
 
@@ -175,10 +173,9 @@ def test_rewards_are_learned_resumed_and_evaluated(tmp_path, loud_model):
 @pytest.mark.slow
 def test_first_loss_and_gradients_are_those_of_plain_pytorch(tmp_path, tiny_model):
     adapter = save_adapter(tiny_model, tmp_path / "adapter", noise=0.05)
-    script, file, found = str(Path(__file__).with_name("exact_rewards.py")), tmp_path / "found.json", []
+    file, found = tmp_path / "found.json", []
     for way in (("kit", str(tiny_model), str(adapter)), ("plain", str(tiny_model), str(adapter), str(file))):
-        done = subprocess.run([sys.executable, script, *way], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr[-3000:]
+        done = ok(run("tests/training/exact_rewards.py", *way))
         file.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
         found.append(json.loads(file.read_text(encoding="utf-8")))
     kit, plain = found

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, run, says, write_jsonl
+from conftest import ok, run, says, write_jsonl
 
 from runs.adapter import Adapter, find_places
 from runs.configuration import load_config
@@ -18,14 +16,11 @@ from runs.weights import read_tensor, read_tensors
 from training import memory, whole_modules
 from training.findings import Note
 
-SCRIPT = ROOT / "tests" / "training" / "exact_options.py"
-
 
 @pytest.fixture(scope="module")
 def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("options")
-    done = subprocess.run([sys.executable, SCRIPT, tiny_model, "", folder], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = ok(run("tests/training/exact_options.py", str(tiny_model), "", str(folder)))
     return json.loads(done.stdout.splitlines()[-1])
 
 

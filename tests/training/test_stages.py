@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok, run, save_adapter, train_on, write_jsonl
+from conftest import ok, run, save_adapter, train_on, write_jsonl
 
 from runs.log import read_log
 
@@ -105,9 +103,7 @@ def test_first_losses_and_gradients_are_those_of_plain_pytorch(tmp_path, tiny_mo
     adapter = save_adapter(tiny_model, tmp_path / "adapter", noise=0.05)
     found = []
     for way in ("kit", "plain"):
-        script = Path(__file__).with_name("exact_stages.py")
-        command = [sys.executable, str(script), way, str(tiny_model), str(adapter)]
-        done = ok(subprocess.run(command, capture_output=True, text=True, cwd=ROOT))
+        done = ok(run("tests/training/exact_stages.py", way, str(tiny_model), str(adapter)))
         found.append(json.loads(done.stdout.splitlines()[-1]))
     kit, plain = found
     for name in plain:

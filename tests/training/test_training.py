@@ -72,8 +72,7 @@ def finished(tiny_model, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_packed_batches_and_micro_batches_train_the_same(tiny_model):
     """Loss and gradients of a flat batch, a packed row and the samples alone; steps cut into micro-batches."""
-    script = [sys.executable, str(ROOT / "tests" / "training" / "exact_training.py"), str(tiny_model)]
-    result = ok(subprocess.run(script, capture_output=True, text=True))
+    result = ok(run("tests/training/exact_training.py", str(tiny_model)))
     report = json.loads(result.stdout.splitlines()[-1])
     exact = report["device"] == "cpu"  # float32; a card computes in bfloat16, with 8 bits of mantissa
     same = {"abs": 1e-5} if exact else {"rel": 1e-3}
