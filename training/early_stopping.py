@@ -55,43 +55,30 @@ def has_memorized(losses: Sequence[tuple[int, float]], epoch_steps: float) -> bo
     return max(means) < MEMORIZED and means[0] - means[1] < MEMORIZED / 5
 
 
-def _reward_stalls(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int) -> Message | None:
-    """The reason to end a training on rewards, whose loss says nothing."""
-    patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
-    evaluations = [(line["step"], -line["eval_reward"]) for line in log if line.get("eval_reward") is not None]
-    if not evaluations or not has_stalled(evaluations, patience, threshold, epoch_steps):
-        return None
-    return Message(
-        "eval_reward has not risen by more than {threshold:g} since step {step:,}",
-        threshold=threshold,
-        step=last_gain(evaluations, threshold)[0],
-    )
-
-
 def stop_reason(log: Sequence[dict[str, Any]], config: Config, epoch_steps: int) -> Message | None:
-    """The reason to end a training after these lines of transformers' log; None: go on."""
+    """The reason to end a training after these lines of transformers' log; None: go on.
+
+    Of stage grpo the held-out reward counts, since its loss says nothing; of preferences both loss and accuracy.
+    """
     if config.early_stopping == "no":
         return None
     patience, threshold = config.early_stopping_patience, config.early_stopping_threshold
-    if config.stage == "grpo":
-        return _reward_stalls(log, config, epoch_steps)
-    evaluations = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
-    wrong = [(line["step"], 1 - line[ACCURACY]) for line in log if ACCURACY in line]
-    measured = [points for points in (evaluations, wrong) if points]
-    if measured and all(has_stalled(points, patience, threshold, epoch_steps) for points in measured):
-        step = max(last_gain(points, threshold)[0] for points in measured)  # the lowest may be later, but not by much
-        if wrong:
-            return Message(
-                "eval_loss and the accuracy of held-out preferences have not improved by more than {threshold:g} "
-                "since step {step:,}",
-                threshold=threshold,
-                step=step,
-            )
+    is_grpo = config.stage == "grpo"
+    keys = {"eval_reward": "eval_reward"} if is_grpo else {"eval_loss": "eval_loss", "eval_reward_accuracy": ACCURACY}
+    measured: dict[str, list[tuple[int, float]]] = {}
+    for name, key in keys.items():
+        sign = 1 if name == "eval_loss" else -1
+        if points := [(line["step"], sign * line[key]) for line in log if line.get(key) is not None]:
+            measured[name] = points
+    if measured and all(has_stalled(points, patience, threshold, epoch_steps) for points in measured.values()):
         return Message(
-            "eval_loss has not improved by more than {threshold:g} since step {step:,}", threshold=threshold, step=step
+            "no improvement of more than {threshold:g} since step {step:,} ({figures})",
+            threshold=threshold,
+            step=max(last_gain(points, threshold)[0] for points in measured.values()),
+            figures=", ".join(measured),
         )
     losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
-    if not evaluations and has_memorized(losses, epoch_steps):
+    if not measured and not is_grpo and has_memorized(losses, epoch_steps):
         return Message("the training loss is flat and near zero: the data is known by heart")
     return None
 

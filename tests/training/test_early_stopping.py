@@ -81,9 +81,7 @@ def test_memorized_needs_three_passes_of_flat_loss_near_zero():
 def test_the_reason_names_the_step_that_is_counted_from():
     log = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([2, 1, 0.9999, 0.9998, 0.9997], 1)]
     reason = early_stopping.stop_reason(log, load_config(["early_stopping_patience=3"]).config, 10)
-    assert reason == Message(
-        "eval_loss has not improved by more than {threshold:g} since step {step:,}", threshold=0.001, step=20
-    )
+    assert reason == Message(says("no improvement"), threshold=0.001, step=20, figures="eval_loss")
 
 
 def test_preferences_stop_when_neither_accuracy_nor_loss_gains():
@@ -94,12 +92,7 @@ def test_preferences_stop_when_neither_accuracy_nor_loss_gains():
 
     assert reason([0.7, 0.6, 0.6, 0.6, 0.6], [0.5, 0.6, 0.7, 0.8, 0.9]) is None
     assert reason([0.7, 0.6, 0.5, 0.4, 0.3], [0.9, 0.9, 0.9, 0.9, 0.9]) is None
-    stopped = Message(
-        "eval_loss and the accuracy of held-out preferences have not improved by more than "
-        "{threshold:g} since step {step:,}",
-        threshold=0.001,
-        step=20,
-    )
+    stopped = Message(says("no improvement"), threshold=0.001, step=20, figures="eval_loss, eval_reward_accuracy")
     assert reason([0.7, 0.6, 0.6, 0.6, 0.6], [0.9, 0.9, 0.9, 0.8, 0.9]) == stopped
 
 

@@ -67,7 +67,9 @@ def test_a_run_stops_when_the_held_out_reward_no_longer_rises():
         {"step": 10 * i, "eval_loss": 0.0, "eval_reward": reward} for i, reward in enumerate((0.1, 0.9, 0.9, 0.8), 1)
     ]
     assert stop_reason(log[:3], config, 5) is None
-    assert stop_reason(log, config, 5) == common.Message(says("eval_reward has"), threshold=0.001, step=20)
+    assert stop_reason(log, config, 5) == common.Message(
+        says("no improvement"), threshold=0.001, step=20, figures="eval_reward"
+    )
 
 
 def test_memory_has_a_place_for_the_replies(tiny_model):
