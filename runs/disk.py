@@ -18,22 +18,24 @@ def existing_folder(path: Path) -> Path:
 
 def check_free_space(path: Path, needed: int) -> None:
     """Raises UserError where the disk of `path` has not `needed` bytes free."""
-    folder = existing_folder(path)
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise disk_full(folder, needed, free)
+    if _free_space(path) < needed:
+        raise _disk_full(path, needed)
 
 
 class ChildFailed(UserError):
     """A program that was started has failed; its disk may be full."""
 
 
-def disk_full(folder: Path, needed: int, free: int) -> UserError:
+def _free_space(path: Path) -> int:
+    return shutil.disk_usage(existing_folder(path)).free
+
+
+def _disk_full(path: Path, needed: int) -> UserError:
     return UserError(
-        "{folder} has {free:.2f} GB of free disk space, {needed:.2f} GB are needed; free some, or name a folder on "
-        "another disk",
-        folder=folder,
+        "{folder} has {free:.2f} GB of free disk space, {needed:.2f} GB are needed; free some, or use another disk",
+        folder=existing_folder(path),
         needed=needed / 1e9,
-        free=free / 1e9,
+        free=_free_space(path) / 1e9,
     )
 
 
@@ -44,16 +46,11 @@ def on_disk_full(path: Path, needed: int) -> Iterator[None]:
 
     try:
         yield
-    except (UserError, RuntimeError, SafetensorError) as error:
-        # a child's full disk comes as its failure; torch and safetensors have words of their own for it
-        folder = existing_folder(path)
-        free = shutil.disk_usage(folder).free
-        other = isinstance(error, UserError) and not isinstance(error, ChildFailed)
-        if other or free > min(needed // 10, 1 << 26):
+    except (ChildFailed, RuntimeError, SafetensorError):  # a child's failure; words of torch and safetensors
+        if _free_space(path) > min(needed // 10, 1 << 26):
             raise
-        raise disk_full(folder, needed, free) from None
+        raise _disk_full(path, needed) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        folder = existing_folder(path)
-        raise disk_full(folder, needed, shutil.disk_usage(folder).free) from None
+        raise _disk_full(path, needed) from None

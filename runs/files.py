@@ -30,29 +30,22 @@ def read_json(path: Path, default: Any = _REQUIRED) -> Any:
     except FileNotFoundError:
         if default is not _REQUIRED:
             return default
-        raise UserError(
-            "there is no {file}; is {folder} complete? Copy it again, or make it again", file=path, folder=path.parent
-        ) from None
+        raise UserError("there is no {file}; copy or make {folder} again", file=path, folder=path.parent) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            "{file} cannot be read as JSON ({problem}); is {folder} complete? Copy it again, or make it again",
-            file=path,
-            problem=str(error),
-            folder=path.parent,
-        ) from None
+        raise _broken(path, str(error)) from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file that has to be there, such as config.json; raises UserError where it is none."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(
-            "{file} cannot be read as JSON ({problem}); is {folder} complete? Copy it again, or make it again",
-            file=path,
-            problem=type(content).__name__,
-            folder=path.parent,
-        )
+        raise _broken(path, type(content).__name__)
     return content
+
+
+def _broken(path: Path, problem: str) -> UserError:
+    text = "{file} cannot be read as JSON ({problem}); copy or make {folder} again"
+    return UserError(text, file=path, problem=problem, folder=path.parent)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

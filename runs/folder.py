@@ -35,22 +35,16 @@ def for_transformers_4(folder: Path) -> None:
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """run.json of a run folder, or None where there is none; raises UserError where it is broken."""
+    file = folder / "run.json"
+    text = "{file} is broken ({problem}); delete it, or train with overwrite_output_dir=true"
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UserError(
-            "{file} is broken ({problem}); delete it, or train with overwrite_output_dir=true",
-            file=folder / "run.json",
-            problem=str(error),
-        ) from None
+        raise UserError(text, file=file, problem=str(error)) from None
     if not isinstance(run, dict) or not isinstance(run.get("status"), str):
-        raise UserError(
-            "{file} is broken ({problem}); delete it, or train with overwrite_output_dir=true",
-            file=folder / "run.json",
-            problem="status",
-        )
+        raise UserError(text, file=file, problem="status")
     return run
 
 

@@ -94,13 +94,9 @@ def _named_by_recipe(loaded: Loaded, use: Use) -> Path:
     if config.adapter_name_or_path:
         return Path(config.adapter_name_or_path)
     if use == "merge" or (trains and loaded.given & {"dataset", "output_dir"}):
-        raise UserError(
-            "{recipe} has not been trained yet: {folder} has no adapter; train it: {command}, or set "
-            "adapter_name_or_path",
-            recipe=loaded.recipe,
-            folder=output,
-            command=common.command("train.py", loaded.recipe),
-        )
+        train = common.command("train.py", loaded.recipe)
+        text = "{recipe} is not trained yet ({folder} has no adapter); train it ({train}), or set adapter_name_or_path"
+        raise UserError(text, recipe=loaded.recipe, folder=output, train=train)
     return Path(config.model_name_or_path)
 
 
@@ -130,20 +126,13 @@ def _adapter_target(folder: Path, loaded: Loaded, use: Use) -> Target:
     if "model_name_or_path" in asked:
         base = config.model_name_or_path
     elif (revision := settings.get("revision")) not in (None, "main"):
-        raise UserError(
-            "{folder} was trained on the revision {revision} of {base}; give model_name_or_path=a folder with that "
-            "revision",
-            folder=folder,
-            revision=revision,
-            base=base,
-        )
+        text = "{folder} was trained on {base} at {revision}; give model_name_or_path=a folder with that revision"
+        raise UserError(text, folder=folder, base=base, revision=revision)
     found = Target(str(folder), config, "", folder, run, base, None, template, tuple(loaded.notes), loaded.recipe)
     if use == "quantize" and found.merged.exists():
         return dataclasses.replace(found, model=str(found.merged), tokenizer=found.merged)
     if not base:
-        raise UserError(
-            "{folder} does not say which model it was trained on; give model_name_or_path=that model", folder=folder
-        )
+        raise UserError("{folder} does not name its base model; give model_name_or_path=that model", folder=folder)
     model, name, notes = _base_to_answer(folder, base) if use == "answer" else _base_to_merge(folder, base)
     tokenizer = next((f for f in (folder, run) if f and (f / "tokenizer_config.json").is_file()), model)
     notes = (*loaded.notes, *notes)
@@ -165,20 +154,15 @@ def _base_to_answer(adapter: Path, base: str) -> tuple[Path, str, list[Message]]
 def _base_to_merge(adapter: Path, base: str) -> tuple[Path, str, list[Message]]:
     """Folder and name of the base, of one in 4 or 8 bit those of the model it was made of; and a note of that."""
     if base.endswith(".gguf"):
-        raise UserError(
-            "{base} is a GGUF, which is quantized; give model_name_or_path=the 16-bit model it was made of", base=base
-        )
+        text = "{base} is a GGUF; merge into its 16-bit original: model_name_or_path=FOLDER"
+        raise UserError(text, base=base)
     plain = QUANTIZED_NAME.sub("", base)
     name = base if find_model(base) and not find_model(plain) else plain
     folder = model_folder(name, adapter)
     if quantization := read_object(folder / "config.json").get("quantization_config"):
-        raise UserError(
-            "{base} is quantized ({method}), and a merge would keep its rounding errors; give model_name_or_path=the "
-            "16-bit model it was made of ({plain})",
-            base=folder,
-            method=quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization,
-            plain=plain,
-        )
+        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else quantization
+        text = "{base} is quantized ({method}); merge into its 16-bit original: model_name_or_path={plain}"
+        raise UserError(text, base=folder, method=method, plain=plain if plain != base else "FOLDER")
     if name == base:
         return folder, name, []
     note = Message("{quantized} is quantized; merging into {base}, which it was made of", quantized=base, base=folder)
@@ -200,25 +184,16 @@ def _refuse_unfinished(folder: Path) -> NoReturn:
     saved = [path for path in folder.glob("checkpoint-*") if is_adapter(path)]
     if saved:
         newest = max(saved, key=lambda path: int(path.name.rpartition("-")[2]))
-        raise UserError(
-            "{folder} has not finished training; name its newest checkpoint: {checkpoint}",
-            folder=folder,
-            checkpoint=newest,
-        )
+        text = "{folder} has not finished training; name its newest checkpoint: {checkpoint}"
+        raise UserError(text, folder=folder, checkpoint=newest)
     status = (read_run(folder) or {}).get("status")
-    raise UserError(
-        "{folder} has no trained adapter (its training is {status}); train it to its end", folder=folder, status=status
-    )
+    raise UserError("{folder} has no adapter (its training is {status}); train it", folder=folder, status=status)
 
 
 def _refuse_without_adapter(path: Path) -> NoReturn:
     if not path.exists():
-        raise UserError(
-            "there is no run, adapter or recipe {path}{near:suggestion}; give saves/NAME, an adapter's folder or a "
-            "recipe",
-            path=path,
-            near=nearest_path(path, _runs_beside(path)),
-        )
+        near = nearest_path(path, _runs_beside(path))
+        raise UserError("there is no run, adapter or recipe {path}{near:suggestion}", path=path, near=near)
     if any(path.glob("checkpoint-*/adapter_config.json")):
         _refuse_unfinished(path)
     raise UserError("{folder} has no adapter_config.json; give a run's folder or a PEFT adapter's", folder=path)
@@ -234,9 +209,7 @@ def _check_gguf(path: Path) -> None:
         raise UserError("there is no file {path}; make one: python quantize.py saves/NAME", path=path)
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(
-                "{path} is not a GGUF file (it does not begin with GGUF); make it again: python quantize.py", path=path
-            )
+            raise UserError("{path} is not a GGUF file; make it again: python quantize.py", path=path)
 
 
 def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -244,10 +217,8 @@ def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
     settings = [word for word in words if word.startswith("--") or ("=" in word and not Path(word).exists())]
     targets = [word for word in words if word not in settings]
     if len(targets) > 1:
-        first, second = targets[:2]
-        raise UserError(
-            "{first} and {second} are two targets; give one, and settings as key=value", first=first, second=second
-        )
+        text = "{first} and {second} are two targets; give one, and settings as key=value"
+        raise UserError(text, first=targets[0], second=targets[1])
     return (targets[0] if targets else None), settings
 
 
@@ -304,40 +275,25 @@ def model_folder(name: str, adapter: Path | None = None) -> Path:
     if folder := find_model(name):
         return folder
     if ggufs := sorted(Path(name).glob("*.gguf")):
-        raise UserError(
-            "{folder} holds {files}; name one: {command}",
-            folder=name,
-            files=[path.name for path in ggufs],
-            command=common.command("chat.py", ggufs[0]),
-        )
+        text = "{folder} holds {files}; name one: {command}"
+        raise UserError(text, folder=name, files=[f.name for f in ggufs], command=common.command("chat.py", ggufs[0]))
     if Path(name).is_dir():
-        raise UserError(
-            "{folder} is neither a run, an adapter nor a model (it has no config.json); name another", folder=name
-        )
+        raise UserError("{folder} is no run, adapter or model (it has no config.json)", folder=name)
     runs = _runs_beside(Path(name)) if "/" in name else []
     if not adapter and (runs or Path(name).parent == SAVES):
-        raise UserError(
-            "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them",
-            folder=name,
-            near=nearest_path(Path(name), runs),
-        )
+        text = "there is no run {folder}{near:suggestion}; python evaluate.py --runs lists them"
+        raise UserError(text, folder=name, near=nearest_path(Path(name), runs))
     plain = QUANTIZED_NAME.sub("", name)
     fetch = common.command("download.py", plain if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", plain) else "ORG/NAME")
     if adapter:
-        raise UserError(
-            "the base model of {adapter}, {base}, is not on this disk; fetch it ({command}), or say where it is: "
-            "model_name_or_path=FOLDER",
-            base=plain,
-            adapter=adapter,
-            command=fetch,
-        )
+        text = "{base}, the base of {adapter}, is not on this disk; fetch it ({command}), or give model_name_or_path="
+        raise UserError(text, base=plain, adapter=adapter, command=fetch)
     raise UserError("there is no model {model}; fetch it ({command}), or name its folder", model=name, command=fetch)
 
 
 def _complete(folder: Path) -> Path:
     """The folder of a model; raises UserError where it lacks something."""
     if missing := missing_from_model(folder):
-        raise UserError(
-            "{model} is not complete: it lacks {missing}; fetch or make it again", model=folder, missing=missing
-        )
+        text = "{model} is not complete: it lacks {missing}; fetch or make it again"
+        raise UserError(text, model=folder, missing=missing)
     return folder

@@ -343,7 +343,7 @@ def test_a_recipe_with_another_output_or_a_first_adapter_finds_its_run(
 def test_the_revision_of_a_base_is_not_passed_over(lora: Path, models: dict[str, Path]) -> None:
     config = json.loads((lora / "adapter_config.json").read_text())
     write_json(lora / "adapter_config.json", {**config, "revision": "v2"})
-    with user_error("the revision", revision="v2"):
+    with user_error("with that revision", revision="v2"):
         merge.main([str(lora), "--no-verify"])
     assert merged(lora, f"model_name_or_path={models['tied']}").exists()
 
@@ -381,13 +381,15 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
     quantized = Path("models/tiny-unsloth-bnb-4bit")
     quantized.mkdir(parents=True)
     write_json(quantized / "config.json", {"quantization_config": {"quant_method": "bitsandbytes"}})
-    with user_error("its rounding", method="bitsandbytes", plain="models/tiny"):
+    with user_error("is quantized ({method}); merge", method="bitsandbytes", plain="models/tiny"):
         merge.main([str(lora), f"model_name_or_path={quantized}", "--no-verify"])
     shutil.copytree(models["tied"], "models/tiny")
     merge.main([str(lora), "model_name_or_path=unsloth/tiny-unsloth-bnb-4bit", "--no-verify"])
     assert "merging into models/tiny" in capsys.readouterr().out
     assert (lora / "merged" / "config.json").exists()
-    with user_error("or say where", base="unsloth/other", command=common.command("download.py", "unsloth/other")):
+    with user_error(
+        "the base of {adapter}, is not", base="unsloth/other", command=common.command("download.py", "unsloth/other")
+    ):
         merge.main([str(lora), "model_name_or_path=unsloth/other-bnb-4bit"])
 
 
@@ -512,7 +514,7 @@ def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path
     file.rename(base / "pytorch_model.bin")
     with user_error("pytorch_model.bin", folder=base):
         merge.main([str(lora), f"model_name_or_path={base}"])
-    with user_error("quantized; give"):
+    with user_error("is a GGUF; merge"):
         merge.main([str(lora), f"model_name_or_path={base}.gguf"])
     broken = values(models["tied"])
     broken["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
@@ -535,7 +537,7 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
         (["nowhere"], says("run, adapter")),
         (["nowhere", "else"], says("targets; give")),
         (["saves/cut"], says("not finished")),
-        ([str(lora), "model_name_or_path=org/missing"], says("or say where")),
+        ([str(lora), "model_name_or_path=org/missing"], says("the base of {adapter}, is not")),
     ):
         used = os.times().children_user
         result = run("merge.py", *arguments, cwd=tmp_path)
@@ -545,8 +547,8 @@ def test_faults_of_the_command_line_come_at_once(lora: Path, tmp_path: Path) -> 
         assert os.times().children_user - used < 1.5
     result = run("merge.py", str(lora), "model_name_or_path=org/missing", cwd=tmp_path)
     assert result.stderr == (
-        f"error: the base model of {lora}, org/missing, is not on this disk; fetch it (python {ROOT / 'download.py'} "
-        "org/missing), or say where it is: model_name_or_path=FOLDER\n"
+        f"error: org/missing, the base of {lora}, is not on this disk; fetch it (python {ROOT / 'download.py'} "
+        "org/missing), or give model_name_or_path=\n"
     )
     help_text = run("merge.py", "--help", cwd=tmp_path)
     assert help_text.returncode == 0

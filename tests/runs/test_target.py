@@ -70,14 +70,14 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
     with user_error("make one: python", path="x.gguf"):
         find_target("x.gguf")
     (tmp_path / "bad.gguf").write_bytes(b"PK and more")
-    with user_error("GGUF file (it", path="bad.gguf"):
+    with user_error("is not a GGUF file", path="bad.gguf"):
         find_target("bad.gguf")
     (tmp_path / "empty").mkdir()
     with user_error("no config.json", folder="empty"):
         find_target("empty")
     recipe = tmp_path / "new.yaml"
     recipe.write_text("dataset: identity\n")
-    with user_error("been trained", command=f"python {ROOT / 'train.py'} new.yaml"):
+    with user_error("is not trained yet", train=f"python {ROOT / 'train.py'} new.yaml"):
         find_target("new.yaml")
 
     half = shutil.copytree(parrot, tmp_path / "half")
@@ -98,7 +98,7 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
         find_target("saves/mien", [], "merge")
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace(str(parrot), "/gone/base"))
-    with user_error("or say where", base="/gone/base", adapter="saves/mine"):
+    with user_error("the base of {adapter}, is not", base="/gone/base", adapter="saves/mine"):
         find_target("saves/mine")
     assert find_target("saves/mine", [f"model_name_or_path={parrot}"]).model == str(parrot)
     (folder / "adapter_model.safetensors").unlink()
@@ -106,7 +106,7 @@ def test_what_is_missing_is_said_in_a_sentence(parrot: Path, tmp_path: Path, mon
         find_target("saves/mine")
     (folder / "adapter_config.json").unlink()
     (folder / "run.json").write_text('{"status": "running"}')
-    with user_error("adapter (its", folder="saves/mine", status="running"):
+    with user_error("has no adapter (its", folder="saves/mine", status="running"):
         find_target("saves/mine")
 
 
