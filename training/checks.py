@@ -67,7 +67,7 @@ def check_processes(config: Config, processes: Processes) -> Iterator[Finding]:
     count, here = processes.count, processes.here
     cards = len(visible_cards()) if count > 1 else 0
     if 0 < cards < here:
-        yield Problem("{count} processes for {cards} GPU{cards:plural}: start one a GPU", count=here, cards=cards)
+        yield Problem("{count} processes for {cards} GPU{cards:plural}: start one per GPU", count=here, cards=cards)
     elif count > 1 and config.stage not in STAGES:
         yield Problem("stage {stage} trains in one process, not {count}", count=count, stage=config.stage)
     elif count > 1:
@@ -163,7 +163,7 @@ def check_model(config: Config, model: ModelSize | None) -> Iterator[Finding]:
         yield Problem("there is no model {folder}; fetch it: {command}", folder=path, command=fetch)
     context = model and model.settings.get("max_position_embeddings")
     if context and config.cutoff_len > context:
-        yield Problem("cutoff_len: {model} reads at most {context} tokens", model=path, context=context)
+        yield Problem("cutoff_len: the context of {model} is {context} tokens", model=path, context=context)
     if model is None or model.folder is None:  # the names of its modules are a guess
         return
     quantization = model.settings.get("quantization_config")

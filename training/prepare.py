@@ -171,7 +171,7 @@ def prepare_data(config: Config) -> tuple[Any, ChatTemplate, TrainingData]:
 def check_room(start: Start, config: Config, plan: TrainingPlan | None, found: Findings) -> None:
     """Whether memory and disk suffice, as far as the model is known."""
     if start.model is None:
-        found.add("memory", [Note("how much memory and disk it takes is told once the model is there")])
+        found.add("memory", [Note("estimated once the model is there")])
         return
     found.add("memory", checks.check_memory(config, start.model, start.gpu, plan, start.processes.here))
     found.add("disk", checks.check_disk(config, start.model, plan))

@@ -64,25 +64,27 @@ def plan_resume(loaded: Loaded, folder: Path, processes: int = 1) -> ResumePlan:
             folder=folder,
             file=left[0].name,
         )
-    if run is None:
-        return ResumePlan((Note("resuming from {checkpoint}", checkpoint=named),) if named else (), named)
-    refuse_changed_settings(config, folder, run, within, processes)
-    if run["status"] == "finished":
-        note = Note("{folder} is finished; to train it again: overwrite_output_dir=true", folder=folder)
-        return ResumePlan((note,), finished=True)
-    newest, damaged = (named, []) if named else checkpoints.newest_whole(config, folder)
-    notes = tuple(map(Note.of, damaged))
-    if newest is None:
-        return ResumePlan((*notes, Note("{folder} starts at step 0: it has no complete checkpoint", folder=folder)))
-    if overwrite:
+    newest, damaged = named, []
+    if run:
+        refuse_changed_settings(config, folder, run, within, processes)
+        if run["status"] == "finished":
+            note = Note("{folder} is finished; to train it again: overwrite_output_dir=true", folder=folder)
+            return ResumePlan((note,), finished=True)
+        if not named:
+            newest, damaged = checkpoints.newest_whole(config, folder)
+    notes = list(map(Note.of, damaged))
+    if newest and overwrite:
         note = Note(
             "resuming from {checkpoint}; to start over: overwrite_output_dir=true on the command line, without "
             "resume_from_checkpoint",
             checkpoint=newest,
         )
-    else:
-        note = Note("resuming from {checkpoint}", checkpoint=newest)
-    return ResumePlan((*notes, note), newest)
+        notes.append(note)
+    elif newest:
+        notes.append(Note("resuming from {checkpoint}", checkpoint=newest))
+    elif run:
+        notes.append(Note("{folder} starts at step 0: it has no complete checkpoint", folder=folder))
+    return ResumePlan(tuple(notes), newest)
 
 
 def left_by_run(folder: Path) -> list[Path]:

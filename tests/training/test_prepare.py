@@ -262,7 +262,7 @@ def test_more_processes_than_cards_are_refused(card, monkeypatch):
     launched = Processes.of_launcher()
     assert launched == Processes(rank=1, count=2, here=2)
     (found,) = checks.check_processes(load_config([]).config, launched)
-    assert found == Message(says("start one a GPU"), count=2, cards=1)
+    assert found == Message(says("start one per GPU"), count=2, cards=1)
 
 
 def test_a_model_that_is_nowhere(tmp_path):
@@ -309,7 +309,7 @@ def test_a_model_that_cannot_be_estimated_yet_is_said_to_be(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 9)
     settings = ["model_name_or_path=org/name", f"dataset={rows}", "max_steps=7"]
     said = run("train.py", "--dry-run", *settings, cwd=tmp_path).stdout
-    assert "7 optimizer steps" in said and "how much memory and disk it takes is told once" in said
+    assert "7 optimizer steps" in said and "estimated once the model is there" in said
     assert memory.model_like({"n_embd": 768}) is None
     assert memory.model_like(LLAMA3_8B | {"num_local_experts": 8}) is None
 
