@@ -635,22 +635,15 @@ class Gpu:
 
 def find_gpu() -> Gpu | None:
     """The card this kit would use (honours CUDA_VISIBLE_DEVICES), or None; needs no torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None or (visible is not None and visible.split(",")[0] in ("", "-1")):
-        return None
-    card = visible.split(",")[0] if visible else "0"
-    query = "name,driver_version,compute_cap,memory.total,memory.free"
-    command = ["nvidia-smi", "-i", card, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    try:
-        row = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        banner = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    query = "--query-gpu=name,driver_version,compute_cap,memory.total,memory.free"
+    row = _nvidia_smi("-i", card, query, "--format=csv,noheader,nounits") if card not in ("", "-1") else ""
+    if not row:
         return None
     name, driver, compute, total, free = (part.strip() for part in row.splitlines()[0].split(","))
-    cuda = banner.partition("CUDA Version:")[2].split()[0] if "CUDA Version:" in banner else "0.0"
-    mib = 1 << 20
+    cuda = _nvidia_smi().partition("CUDA Version:")[2].strip()
     try:
-        memory = (int(float(total)) * mib, int(float(free)) * mib)
+        memory = (int(float(total)) << 20, int(float(free)) << 20)
     except ValueError:  # "[N/A]" of a chip that shares the main memory
         import psutil
 
@@ -661,15 +654,18 @@ def find_gpu() -> Gpu | None:
 def visible_cards() -> list[str]:
     """All cards that may be used, by the names that CUDA_VISIBLE_DEVICES takes; needs no torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None:
-        return []
-    if visible is not None:
-        return [] if visible.split(",")[0] in ("", "-1") else visible.split(",")
+    if visible is None:
+        return re.findall(r"^GPU (\d+)", _nvidia_smi("-L"), re.MULTILINE)
+    is_hidden = visible.split(",")[0] in ("", "-1") or shutil.which("nvidia-smi") is None
+    return [] if is_hidden else visible.split(",")
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; "" where it is missing or fails."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(number) for number, _ in enumerate(re.findall(r"^GPU ", listed, re.MULTILINE))]
+        return ""
 
 
 def _version(text: str) -> tuple[int, int]:
