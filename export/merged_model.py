@@ -188,8 +188,8 @@ def trained_template(job: MergeJob, plan: Plan) -> TrainedTemplate | None:
     known = len(tokenizer)
     if plan.vocabulary and known > plan.vocabulary:
         raise UserError(
-            "the tokenizer of {folder} has {tokens} tokens, the embedding {rows} rows; the adapter was saved "
-            "without the embedding of its new tokens: train it with modules_to_save",
+            "{folder}: the tokenizer has {tokens} tokens, the embedding {rows} rows; "
+            "train the embedding of the new tokens (modules_to_save)",
             folder=job.target.tokenizer,
             tokens=known,
             rows=plan.vocabulary,

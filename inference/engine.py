@@ -96,8 +96,7 @@ class Engine:
         found = ids(starts[fits])
         if len(found) >= self.context:
             raise MessageTooLong(
-                "the last message has {tokens} tokens with what belongs to it, and the model reads {context}; "
-                "shorten it",
+                "the last message makes {tokens} tokens, and the context is {context}; shorten it",
                 tokens=len(found),
                 context=self.context,
             )

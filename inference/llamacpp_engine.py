@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,7 @@ class LlamaCppEngine(Engine):
             except (ValueError, KeyError) as error:
                 reason = errors[0] if errors else error
                 raise UserError(
-                    "{file} cannot be loaded by llama.cpp ({reason}); make it again: python quantize.py",
-                    file=file,
-                    reason=reason,
+                    "llama.cpp cannot load {file} ({reason}); run quantize.py again", file=file, reason=reason
                 ) from None
         self._vocabulary = lib.llama_model_get_vocab(self.model.model)
         tokens = range(self.model.n_vocab())
@@ -72,14 +71,13 @@ class LlamaCppEngine(Engine):
     def _compile(self, text: str | None, file: str) -> str:
         """The chat template as plain Jinja, without generation tags; raises UserError where it is none."""
         if text is None:
-            raise UserError("{file} has no chat template; make it from a run: python quantize.py saves/NAME", file=file)
+            raise UserError("{file} has no chat template; make the file with quantize.py", file=file)
         text = without_generation_tags(text)
         try:
             compile_template(text)
         except Fault as fault:
             raise UserError(
-                "the chat template in {file} cannot be used: {reason}.\n"
-                "Make the file from a run: python quantize.py saves/NAME",
+                "the chat template in {file} cannot be used: {reason}.\nRun quantize.py again",
                 file=file,
                 reason=fault.message,
             ) from None
@@ -192,12 +190,14 @@ class LlamaCppBackend(Backend):
             self.context = self.lib.llama_init_from_model(model, settings)
         if not self.context:
             raise UserError(
-                "llama.cpp has no memory for {tokens} tokens of {slots} replies at once; set MAX_CONCURRENT lower",
+                "no memory for {tokens} tokens of {slots} replies at once; set MAX_CONCURRENT lower",
                 tokens=self.capacity,
                 slots=slots,
             )
         self.memory = self.lib.llama_get_memory(self.context)
         self.batch = self.lib.llama_batch_init(MAX_STEP + slots, 0, 1)
+        weakref.finalize(self, self.lib.llama_free, self.context)
+        weakref.finalize(self, self.lib.llama_batch_free, self.batch)
         self.attends = not (self.lib.llama_model_is_recurrent(model) or self.lib.llama_model_is_hybrid(model))
         self.free = list(range(2 * slots + 1))  # numbers of sequences; a sequence's cache is its number
 
@@ -269,16 +269,8 @@ def _layers_on_card(lib: Any, file: Path, about: dict[str, str], cells: int) -> 
     if gpu is None:
         return 0
     if not lib.llama_supports_gpu_offload():
-        print(
-            Message(
-                "note: {text}",
-                text=Message(
-                    "llama.cpp was built without CUDA, so a GGUF answers on the CPU; to use the GPU: "
-                    "CMAKE_ARGS=-DGGML_CUDA=on"
-                ),
-            ),
-            file=sys.stderr,
-        )
+        text = Message("llama.cpp is built without CUDA, so the GGUF runs on the CPU (CMAKE_ARGS=-DGGML_CUDA=on)")
+        print(Message("note: {text}", text=text), file=sys.stderr)
         return 0
     share = (gpu.free_memory - COMPUTE_BYTES) / (file.stat().st_size + _cache_bytes(about, cells))
     return -1 if share >= 1 else max(0, int(int(about[f"{about['general.architecture']}.block_count"]) * share))

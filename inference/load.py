@@ -16,10 +16,7 @@ def load(target: str | Target | None = None, settings: Sequence[str] = (), *, wi
     """
     found = target if isinstance(target, Target) else find_target(target, settings)
     if with_base and found.adapter is None:
-        raise UserError(
-            "{name} has the training in its weights, so the model before training is not there; use --base with a run",
-            name=found.name,
-        )
+        raise UserError("{name} has no adapter to switch off; use --base with a run", name=found.name)
     if found.is_gguf:
         from inference.llamacpp_engine import LlamaCppEngine
 

@@ -120,7 +120,7 @@ class Reply:
         return (self.completion_tokens - 1) / spent if self.completion_tokens > 1 and spent > 0 else 0.0
 
     def summary(self) -> list[Message]:
-        """How the reply came: tokens, speed, and why it was cut, where it was."""
+        """How the reply came: tokens, speed, and what was cut."""
         parts = [Message("{count} token{count:plural}", count=self.completion_tokens)]
         if self.tokens_per_second:
             parts.append(Message("{speed:.1f} tokens/s", speed=self.tokens_per_second))
@@ -130,6 +130,10 @@ class Reply:
             parts.append(Message("cut: max_new_tokens or the context is full"))
         if self.finish_reason == "cancelled":
             parts.append(Message("stopped"))
+        if count := self.request.dropped_messages:
+            parts.append(
+                Message("the oldest {count} messages no longer fit the context and were left out", count=count)
+            )
         return parts
 
     # ---- while it is decoded

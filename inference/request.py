@@ -36,26 +36,20 @@ class Settings:
             if value is None and getattr(Settings, name) is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-                code = Message("whole number") if kind is int else Message("number")
-                raise UserError("{name}: {value} is not a {kind}; give one", name=name, value=repr(value), kind=code)
+                wanted = Message("whole number") if kind is int else Message("number")
+                raise UserError("{name} must be a {kind}, not {value}", name=name, value=repr(value), kind=wanted)
             if not low <= value <= high:
-                raise UserError(
-                    "{name}: {value} is out of range; it must be from {low} to {high}",
-                    name=name,
-                    value=value,
-                    low=low,
-                    high=high,
-                )
+                limits = {"low": low, "high": high}
+                raise UserError("{name} must be from {low} to {high}, not {value}", name=name, value=value, **limits)
         if not all(isinstance(text, str) and text for text in self.stop):
-            raise UserError("{name}: an empty text would end every reply; give texts that are not empty", name="stop")
+            raise UserError("{name}: an empty text would end every reply; leave it out", name="stop")
 
     @classmethod
     def of(cls, config: Config) -> Settings:
         """The chat settings of a configuration."""
+        temperature = cls.temperature if config.temperature is None else config.temperature
         return cls(
-            temperature=(cls.temperature if config.temperature is None else config.temperature)
-            if config.do_sample
-            else 0.0,
+            temperature=temperature if config.do_sample else 0.0,
             top_p=config.top_p,
             top_k=config.top_k,
             min_p=config.min_p,

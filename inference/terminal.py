@@ -24,9 +24,7 @@ COMMANDS = {
     "/retry": Message("answers the last message again"),
     "/undo": Message("takes the last message and its answer back"),
     "/history": Message("shows the conversation"),
-    "/save [FILE]": Message(
-        "writes the conversation as training data (openai form) to a file or into a folder; unset: chat-DATE.json"
-    ),
+    "/save [FILE]": Message("writes the conversation as training data (openai form) to a file or into a folder"),
     "/set NAME VALUE": Message("changes a setting: /set temperature 0.2; alone: shows them"),
     "/exit": Message("ends, as Ctrl-D does"),
 }
@@ -99,16 +97,6 @@ class TerminalChat:
         if speaker.label:
             print(dim(f"[{speaker.label}]"))
         reply, text = speaker.engine.stream(speaker.messages, self.settings), ""
-        if reply.dropped_messages:
-            tell(
-                Message(
-                    "note: {text}",
-                    text=Message(
-                        "the oldest {count} messages no longer fit into the context and were left out",
-                        count=reply.dropped_messages,
-                    ),
-                )
-            )
         with stopping(reply):
             for piece in reply:
                 text += piece
@@ -123,11 +111,8 @@ class TerminalChat:
     def run_command(self, line: str) -> None:
         word, _, rest = line.partition(" ")
         if word not in (command.split()[0] for command in COMMANDS):
-            raise UserError(
-                "there is no command {command}{near:suggestion}; /help lists them",
-                command=word,
-                near=nearest_word(word, COMMANDS),
-            )
+            near = nearest_word(word, COMMANDS)
+            raise UserError("there is no command {command}{near:suggestion}; /help lists them", command=word, near=near)
         getattr(self, f"do_{word.removeprefix('/')}")(rest.strip())
 
     def do_help(self, _: str) -> None:
@@ -176,8 +161,9 @@ class TerminalChat:
         try:
             write_json(path, [{"messages": self.speakers[-1].messages}])
         except OSError as error:
+            reason = error.strerror
             raise UserError(
-                "{file} cannot be written ({reason}); give another name", file=path, reason=error.strerror
+                "{file} cannot be written ({reason}); give another name", file=path, reason=reason
             ) from None
         tell(Message("saved {file}; as training data: dataset={file}", file=path))
 
@@ -189,11 +175,8 @@ class TerminalChat:
                 print(f"  {key:<20}{json.dumps(getattr(self.settings, key), ensure_ascii=False)}")
             return
         if name not in known:
-            raise UserError(
-                "there is no setting {name}{near:suggestion}; /set lists them",
-                name=name,
-                near=nearest_word(name, known),
-            )
+            near = nearest_word(name, known)
+            raise UserError("there is no setting {name}{near:suggestion}; /set lists them", name=name, near=near)
         new = ((value,) if value else ()) if name == "stop" else parse_value(value)
         self.settings = dataclasses.replace(self.settings, **{name: new})
         tell(Message("{name} = {value}", name=name, value=value))

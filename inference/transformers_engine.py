@@ -123,8 +123,8 @@ def load_transformers(target: Target, with_base: bool) -> TransformersEngine:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            "the tokenizer of {folder} has {tokens} tokens, the embedding {rows} rows; the adapter was saved "
-            "without the embedding of its new tokens: train it with modules_to_save",
+            "{folder}: the tokenizer has {tokens} tokens, the embedding {rows} rows; "
+            "train the embedding of the new tokens (modules_to_save)",
             folder=target.tokenizer,
             tokens=len(tokenizer),
             rows=rows,

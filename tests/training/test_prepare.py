@@ -189,7 +189,7 @@ def test_a_volta_card_is_refused_beside_cuda_13(card, monkeypatch):
 def test_a_torch_without_cuda_is_told(card, monkeypatch):
     card("580.65.06")
     monkeypatch.setattr(hardware, "torch_cuda", lambda: None)
-    assert refusal().sentence == says("built without CUDA")
+    assert refusal().sentence == says("torch is built without CUDA")
 
 
 def test_what_triton_compiles_with_is_told(card, tmp_path, monkeypatch):

@@ -34,15 +34,7 @@ def stop(request: gr.Request) -> None:
 
 def summary(reply: Reply, t: Translator) -> str:
     """How a reply came, in one line."""
-    parts = reply.summary()
-    if reply.dropped_messages:
-        parts.append(
-            Message(
-                "the oldest {count} messages no longer fit into the context and were left out",
-                count=reply.dropped_messages,
-            )
-        )
-    return " · ".join(map(t.message, parts))
+    return " · ".join(map(t.message, reply.summary()))
 
 
 class ChatPage(ChatLayout):
