@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +14,12 @@ from runs import network
 def card_head(folder: Path) -> dict[str, Any]:
     """The metadata at the head of a model's README.md (licence, base model); empty where there is none."""
     import yaml
+    from huggingface_hub import metadata_load
 
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    head = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
     try:
-        known = yaml.safe_load(head[1]) if head else {}
-    except yaml.YAMLError:  # a card is for people: a broken one stops nothing
-        known = {}
-    return known if isinstance(known, dict) else {}
+        return metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):  # a card is for people: a broken one stops nothing
+        return {}
 
 
 def check_access(repo: str, overwrite: bool) -> None:
@@ -40,22 +36,13 @@ def check_access(repo: str, overwrite: bool) -> None:
         user = api.whoami()
         names = [user["name"], *(org["name"] for org in user.get("orgs", []))]
         if repo.count("/") != 1 or repo.partition("/")[0] not in names:
-            raise UserError(
-                "--push {repo}: you may write below {names}; name it {first}/NAME",
-                repo=repo,
-                names=names,
-                first=names[0],
-            )
+            raise UserError("--push {repo}: name it OWNER/NAME, with one of the owners {names}", repo=repo, names=names)
         try:
             files = set(api.list_repo_files(repo)) - {".gitattributes"}
         except RepositoryNotFoundError:
             return
     if files and not overwrite:
-        raise UserError(
-            "--push {repo}: it holds {count} file{count:plural} already; add --overwrite, or choose another name",
-            repo=repo,
-            count=len(files),
-        )
+        raise UserError("--push {repo}: the repository is not empty; add --overwrite, or choose another", repo=repo)
 
 
 def upload(folder: Path, repo: str, *, ignore: list[str], delete: list[str] | None = None) -> str:
@@ -88,27 +75,22 @@ def explained_errors(repo: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError:
-        raise UserError(
-            "--push {repo}: you are not logged in to the hub; run `hf auth login` with a token that may write, or "
-            "set HF_TOKEN to it",
-            repo=repo,
-        ) from None
+        raise UserError("--push {repo}: not logged in; run `hf auth login`, or set HF_TOKEN", repo=repo) from None
     except HFValidationError as error:
-        raise UserError("--push {repo}: {reason}; name it ORG/NAME", repo=repo, reason=str(error)) from None
+        raise UserError("--push {repo}: {reason}; name it OWNER/NAME", repo=repo, reason=str(error)) from None
     except OfflineModeIsEnabled:
         raise UserError("--push {repo}: HF_HUB_OFFLINE is set; unset it to upload", repo=repo) from None
     except HfHubHTTPError as error:
         status, reason = error.response.status_code, error.server_message or str(error)
         if status in (401, 403):
             raise UserError(
-                "--push {repo}: the hub answered {status} ({reason}); run `hf auth login` with a token that may "
-                "write, or set HF_TOKEN to it",
+                "--push {repo}: the hub answered {status} ({reason}); log in with a token that may write",
                 repo=repo,
                 status=status,
                 reason=reason,
             ) from None
         raise UserError(
-            "--push {repo}: the hub answered {status} ({reason}); try again later with --push, the folder is whole",
+            "--push {repo}: the hub answered {status} ({reason}); repeat the command later, all files are kept",
             repo=repo,
             status=status,
             reason=reason,

@@ -64,7 +64,7 @@ def merge(job: MergeJob, verifying: bool, repo: str | None = None) -> verify.Mer
     announce(job, adapter, plan, template)
     check_output(job, plan)
     if verifying:
-        verify.check_memory(job.base)  # before the work, not after it
+        verify.choose_device(job.base)  # before the work, not after it
     if repo:
         hub.check_access(repo, job.config.overwrite_output_dir)
     with on_disk_full(job.output, plan.size), appearing(job.output) as folder:
@@ -285,10 +285,7 @@ def make_record(
         "cast": job.config.export_dtype is not None,
         "adapter_tensors": len(adapter.tensors),
         "adapter_share": None if share is None else round(share, 4),
-        "base_tensors_changed": sum(tensor.update is not None for tensor in plan.tensors),
-        "tensors": len(plan.tensors),
         "bytes": plan.size,
-        "vocabulary": plan.vocabulary,
         "stop": template.stop if template else [],
         "trust_remote_code": job.config.trust_remote_code,
     }

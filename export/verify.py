@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,16 +28,18 @@ def own_dtype(tensors: Sequence[Tensor]) -> str:
     return max(DTYPES, key=lambda name: sum(tensor.count for tensor in tensors if tensor.dtype == DTYPES[name]))
 
 
-def choose_device(folder: Path, cuda_memory: int | None) -> tuple[str, str]:
-    """Where a model fits, and how exactly: in float32 where it does, else in its own type.
+def choose_device(folder: Path) -> tuple[str, str]:
+    """Where a model fits, and how exactly: in float32 where it does, else in its own type; needs no torch.
 
-    `cuda_memory` are the free bytes of the card, None without one. Raises UserError where it fits nowhere.
+    Raises UserError where it fits nowhere.
     """
     import psutil
 
+    gpu = common.find_gpu()
+
     tensors = list(read_tensors(folder).values())
     count = sum(tensor.count for tensor in tensors)
-    free = {"cuda": cuda_memory} if cuda_memory is not None else {}
+    free = {"cuda": gpu.free_memory} if gpu else {}
     free["cpu"] = psutil.virtual_memory().available
     needs = {name: int(count * SIZES[DTYPES[name]] * 1.2) + 10**9 for name in ("float32", own_dtype(tensors))}
     for dtype, needed in needs.items():
@@ -53,35 +53,14 @@ def choose_device(folder: Path, cuda_memory: int | None) -> tuple[str, str]:
     )
 
 
-def check_memory(folder: Path) -> None:
-    """Raises UserError where a model could not be computed for its proof; needs no torch."""
-    gpu = common.find_gpu()
-    choose_device(folder, gpu.free_memory if gpu else None)
-
-
-def free_cuda_memory() -> int | None:
-    import torch
-
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
     """A model of transformers in evaluation mode."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
 
@@ -132,9 +111,9 @@ def verify_merged(folder: Path) -> MergeProof:
     import torch
 
     torch.manual_seed(0)
-    device, dtype = choose_device(Path(record["base"]), free_cuda_memory())
+    device, dtype = choose_device(Path(record["base"]))
     prompts = proof_prompts(folder, record)
-    with quiet_libraries(), torch.no_grad():
+    with torch.no_grad():
         expected, base, rounded = adapter_logits(record, prompts, device, dtype)
         merged = logits(load_model(folder, device, dtype, record["trust_remote_code"]), prompts)
     proof = MergeProof(
@@ -393,14 +372,12 @@ class Reference:
         import torch
         from tqdm import tqdm
 
-        device, dtype = choose_device(self.model, free_cuda_memory())
+        device, dtype = choose_device(self.model)
         target = self.work / f"reference-{dtype}.npy"
         model = load_model(self.model, device, dtype, self.trust_remote_code)
         values, start = None, 0
         with torch.inference_mode():
-            for ids in tqdm(
-                self.samples, desc="16-bit model", bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}"
-            ):
+            for ids in tqdm(self.samples, desc="16-bit model"):
                 inputs = torch.tensor([ids], device=device)
                 rows = model(input_ids=inputs, use_cache=False).logits[0].float().cpu().numpy()
                 if values is None:

@@ -522,7 +522,7 @@ def test_a_run_is_merged_first_and_pushed_at_last(small_model, rows, tmp_path, s
     environment = test_hub.hub_environment(standin, tmp_path / "hub")
     standin.broken = True
     result = run("quantize.py", *arguments, env=environment)
-    refused(result, "the folder is")
+    refused(result, "all files are kept")
     assert "merging first\n" in result.stdout
     file = folder / "gguf" / "talker-q8_0.gguf"
     before, standin.broken = file.stat().st_ino, False
