@@ -222,7 +222,8 @@ def group(title: str) -> Any:
     return dataclasses.field(default=title, init=False, repr=False, metadata={"group": title})
 
 
-# Of transformers: what it calls them.
+DTYPES = ("float16", "bfloat16", "float32")
+# As transformers calls them.
 SCHEDULES = (
     *("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"),
     *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
@@ -240,16 +241,10 @@ class Config:
 
     _model: str = group("model")
     model_name_or_path: str = option(EMBEDDED_MODEL, "base model: a folder or a name on the hub", path=True)
-    adapter_name_or_path: str | None = option(
-        None, "adapter to continue training (train) or to use (chat, merge)", path=True
-    )
-    template: str | None = option(
-        None, "chat template: a file of templates/ without .jinja; unset: the tokenizer's own"
-    )
+    adapter_name_or_path: str | None = option(None, "adapter to train further, or to use", path=True)
+    template: str | None = option(None, "chat template: a name in templates/; unset: the tokenizer's own")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
-    quantization_bit: int | None = option(
-        None, "load the base model in 4-bit (QLoRA) or 8-bit; needs a GPU", choices=(4, 8)
-    )
+    quantization_bit: int | None = option(None, "base model in 4-bit (QLoRA) or 8-bit; needs a GPU", choices=(4, 8))
 
     _data: str = group("data")
     dataset: tuple[str, ...] = option(
@@ -261,7 +256,7 @@ class Config:
     )
     val_size: float | None = option(
         None,
-        "held-out data: a fraction below 1 or a number of samples; unset: 10%, at most 200, of 200 samples or more",
+        "held-out data: a fraction below 1, or samples; unset: 10%, at most 200, of 200 samples or more",
         minimum=0,
     )
     cutoff_len: int = option(2048, "maximum length of a sample, in tokens", minimum=16)
@@ -330,9 +325,7 @@ class Config:
     lora_rank: int = option(8, "rank of the LoRA matrices", minimum=1)
     lora_alpha: int | None = option(None, "LoRA scaling; unset: 2 x lora_rank", minimum=1)
     lora_dropout: float = option(0.0, "dropout on the adapter's input; above 0 is slower", minimum=0, maximum=1)
-    lora_target: tuple[str, ...] = option(
-        ("all",), "modules that get LoRA matrices: all (every linear layer), or names"
-    )
+    lora_target: tuple[str, ...] = option(("all",), "modules with LoRA: all (every linear layer), or names")
     use_rslora: bool = option(False, "rank-stabilized LoRA: scaling by alpha / sqrt(rank)")
     loraplus_lr_ratio: float | None = option(
         None, "LoRA+: learning rate of the B matrices as a multiple of learning_rate; 16 is usual", minimum=0
@@ -356,18 +349,14 @@ class Config:
 
     _preferences: str = group("preferences")
     pref_loss: str = option(
-        "sigmoid",
-        "dpo: loss function; orpo and simpo use no reference model",
-        choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"),
+        "sigmoid", "dpo: loss; orpo and simpo use no reference", choices=("sigmoid", "hinge", "ipo", "orpo", "simpo")
     )
     pref_beta: float = option(
         0.1, "beta: how strongly the model is kept near the reference; orpo: weight of the preference loss", minimum=0
     )
     pref_ftx: float = option(0.0, "weight of an additional sft loss on the chosen or good answers", minimum=0)
     simpo_gamma: float = option(0.5, "simpo: target reward margin of the chosen answer", minimum=0)
-    dpo_label_smoothing: float = option(
-        0.0, "sigmoid: assumed fraction of wrongly labelled pairs", minimum=0, maximum=0.5
-    )
+    dpo_label_smoothing: float = option(0.0, "sigmoid: assumed fraction of mislabelled pairs", minimum=0, maximum=0.5)
     kto_chosen_weight: float = option(1.0, "kto: loss weight of good answers", minimum=0)
     kto_rejected_weight: float = option(1.0, "kto: loss weight of bad answers", minimum=0)
 
@@ -398,9 +387,7 @@ class Config:
         "auto", "when to evaluate; auto: by steps if there is held-out data", choices=("auto", "no", "steps", "epoch")
     )
     eval_steps: float | None = option(
-        None,
-        "steps between evaluations; below 1: a fraction of all; unset: as often as a tenth of the time allows",
-        minimum=0,
+        None, "steps between evaluations; below 1: a fraction; unset: as often as a tenth of the time allows", minimum=0
     )
     eval_delay: float = option(0.0, "steps (epochs with eval_strategy: epoch) before the first evaluation", minimum=0)
     per_device_eval_batch_size: int = option(2, "sequences per forward pass of an evaluation", minimum=1)
@@ -419,10 +406,7 @@ class Config:
     output_dir: str | None = option(None, "run folder; unset: saves/ and the recipe's name", path=True, resume="any")
     overwrite_output_dir: bool = option(False, "start over: delete an earlier run in the folder", resume="any")
     resume_from_checkpoint: str | None = option(
-        None,
-        "checkpoint folder to resume from; unset: the run's newest complete one; false: none",
-        path=True,
-        resume="any",
+        None, "checkpoint folder to resume from; unset: the newest complete one; false: none", path=True, resume="any"
     )
     logging_steps: float = option(
         5, "steps between lines of trainer_log.jsonl; below 1: a fraction of all", minimum=0, resume="any"
@@ -441,33 +425,19 @@ class Config:
     _chat: str = group("chat")
     do_sample: bool = option(True, "sample tokens; false: greedy decoding", resume="any")
     temperature: float | None = option(
-        None,
-        "sampling temperature; 0: greedy decoding; unset: 0.7, and 1 for the replies of grpo training",
-        minimum=0,
-        resume="any",
+        None, "sampling temperature; 0: greedy decoding; unset: 0.7 (1 in grpo training)", minimum=0, resume="any"
     )
     top_p: float = option(
-        0.9,
-        "sample from the smallest set of tokens whose probabilities sum to this",
-        minimum=0,
-        maximum=1,
-        resume="any",
+        0.9, "sample from the smallest token set whose probabilities sum to this", minimum=0, maximum=1, resume="any"
     )
     top_k: int = option(50, "sample from this many most likely tokens; 0: from all", minimum=0, resume="any")
     min_p: float = option(
-        0.0,
-        "drop tokens below this fraction of the most likely token's probability",
-        minimum=0,
-        maximum=1,
-        resume="any",
+        0.0, "drop tokens below this fraction of the top token's probability", minimum=0, maximum=1, resume="any"
     )
     repetition_penalty: float = option(1.0, "above 1: tokens already used become less likely", minimum=0, resume="any")
     max_new_tokens: int = option(1024, "maximum length of a reply, in tokens", minimum=1, resume="any")
     infer_dtype: str = option(
-        "auto",
-        "data type of the weights; auto: the device's fastest",
-        choices=("auto", "float16", "bfloat16", "float32"),
-        resume="any",
+        "auto", "data type of the weights; auto: the device's fastest", choices=("auto", *DTYPES), resume="any"
     )
 
     _export: str = group("export")
@@ -476,10 +446,7 @@ class Config:
     )
     export_size: int = option(5, "maximum file size of the merged model, in GB", minimum=1, resume="any")
     export_dtype: str | None = option(
-        None,
-        "data type of the merged weights; unset: the base model's",
-        choices=("float16", "bfloat16", "float32"),
-        resume="any",
+        None, "data type of the merged weights; unset: the base model's", choices=DTYPES, resume="any"
     )
 
     _measuring: str = group("evaluation")
@@ -489,16 +456,10 @@ class Config:
     do_train: bool | None = option(None, "false: the recipe is for evaluate.py, train.py refuses it", resume="any")
     do_eval: bool = option(False, "without do_train: the recipe is for evaluate.py", resume="any")
     do_predict: bool = option(
-        False,
-        "evaluate.py also writes LLaMA-Factory's prediction files; without do_train: it is for evaluate.py",
-        resume="any",
+        False, "evaluate.py also writes LLaMA-Factory's predictions; without do_train: for evaluate.py", resume="any"
     )
-    predict_with_generate: bool = option(
-        False, "evaluate.py also writes LLaMA-Factory's prediction files", resume="any"
-    )
-    compute_accuracy: bool = option(
-        False, "evaluate.py measures accuracy in any case; train.py refuses it", resume="any"
-    )
+    predict_with_generate: bool = option(False, "evaluate.py also writes LLaMA-Factory's predictions", resume="any")
+    compute_accuracy: bool = option(False, "evaluate.py always measures accuracy; train.py refuses it", resume="any")
 
     @property
     def alpha(self) -> int:
