@@ -31,8 +31,6 @@ FACTS = [
     ("length", "i4"),  # of a pair that of both sequences
     ("whole_length", "i4"),  # before it was cut, or dropped
     ("learned", "i4"),
-    ("chosen", "i4"),
-    ("rejected", "i4"),
     ("truncated", "?"),
     ("content", "i8"),  # the fingerprint of its conversation
     ("first", "?"),  # whether it is the first of its conversation: a document may give several
@@ -100,15 +98,9 @@ def write_samples(
             for fault in chunk.faults:
                 own_faults.add(fault)
     all_facts = np.concatenate(facts)
-    report = {
-        "name": layout.name,
-        "files": files,
-        "format": layout.formatting,
-        "rows": count,
-        **_count_facts(all_facts),
-    }
+    report = {"name": layout.name, "files": files, "format": layout.formatting, "rows": count}
     notes = [*layout.all_notes(config), *_notes_on(all_facts, left_out, config, template.name)]
-    report |= {"notes": [note.to_json() for note in notes]}
+    report |= {**_count_facts(all_facts), "notes": [note.to_json() for note in notes]}
     report |= {"skipped": own_faults.count, "faults": own_faults.to_json()}
     faults.add_json(report["faults"])
     faults.final |= own_faults.final
@@ -147,7 +139,7 @@ def _encode_chunk(rows: list[ReadRow], config: Config, template: ChatTemplate, t
     return Chunk(columns, np.array(facts, FACTS), left_out, faults, len(rows))
 
 
-def _count(stage: str, sample: Sample) -> tuple[int, int, int, int, int]:
+def _count(stage: str, sample: Sample) -> tuple[int, int, int]:
     """The lengths in FACTS."""
     lengths = {name: len(sample[name]) for name in COLUMNS[stage] if name not in ("label", "row")}
     if stage in ("sft", "pt"):
@@ -156,7 +148,7 @@ def _count(stage: str, sample: Sample) -> tuple[int, int, int, int, int]:
         prompt = lengths["prompt_ids"]
         learned = sum(lengths.values()) - prompt
         tokens = prompt + learned + (prompt if stage == "dpo" and learned else 0)
-    return tokens, sample["whole_length"], learned, lengths.get("chosen_ids", 0), lengths.get("rejected_ids", 0)
+    return tokens, sample["whole_length"], learned
 
 
 def _encode_chunks(
@@ -232,12 +224,9 @@ def _count_facts(facts: np.ndarray) -> dict[str, Any]:
     """What run.json records of the samples of a dataset."""
     import numpy as np
 
-    pairs = facts[facts["chosen"] > 0]
-    means = {name: round(float(pairs[name].mean()), 1) for name in ("chosen", "rejected")} if len(pairs) else {}
     return {
         "conversations": len(facts),
         **token_counts(facts["length"]),
-        **means,
         "learned": int(facts["learned"].sum()),
         "truncated": int(facts["truncated"].sum()),
         "dropped": int(_dropped(facts).sum()),

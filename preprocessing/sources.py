@@ -117,14 +117,7 @@ def _drawn(total: int, asked: int, seed: int, notes: set[Message]) -> list[int]:
     wanted = np.bincount(rng.permutation(total)[:asked], minlength=total)
     if asked > total > 0:
         wanted += np.bincount(rng.integers(0, total, asked - total), minlength=total)
-        notes.add(
-            Message(
-                "num_samples asks for {wanted:,} of {total:,} rows; {repeated:,} are drawn again",
-                wanted=asked,
-                total=total,
-                repeated=asked - total,
-            )
-        )
+        notes.add(Message("num_samples={wanted:,} of {total:,} rows: some are repeated", wanted=asked, total=total))
     return wanted.tolist()
 
 
@@ -133,52 +126,62 @@ def _drawn(total: int, asked: int, seed: int, notes: set[Message]) -> list[int]:
 
 
 def read_rows(path: Path, stage: str = "sft") -> RowsOfFile:
-    """The rows of a file one by one; rows of JSON lines are numbered by line."""
+    """The rows of a file one by one; rows of JSON lines are numbered by line.
+
+    In place of a row that is wrong stands a Fault; one that is `final` ends the file.
+    """
+    number = 0
     try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        yield 1, Fault("the file cannot be read ({problem})", problem=error.strerror or str(error), final=True)
+        for number, row in _rows_by_type(path, stage):
+            yield number, row
         return
+    except Fault as fault:
+        last = fault
+    except UnicodeDecodeError:
+        last = not_utf8(path)
+    except RecursionError:
+        last = Fault("is nested too deeply")
+    except OSError as error:
+        last = Fault("the file cannot be read ({problem})", problem=error.strerror or str(error))
+    last.final = True
+    yield number + 1, last
+
+
+def _rows_by_type(path: Path, stage: str) -> RowsOfFile:
+    """The rows of a file by its name and beginning; raises Fault where no row after those can be read."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
     text = start.removeprefix(codecs.BOM_UTF8).lstrip()
     kind = EXTENSIONS[path.suffix.lower()]
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        yield 1, Fault("the file is UTF-16 (its byte-order mark says so); save it as UTF-8", final=True)
-    elif kind == "txt" and not text.startswith((b"{", b"[")):
-        if stage == "pt":
-            yield from _text_rows(path)
-        else:
-            yield 1, Fault("plain text has no questions and answers; only stage: pt trains on it", final=True)
-    elif kind in ("json", "txt") and text.startswith(b"["):
-        yield from _list_rows(path)
-    elif kind in ("json", "txt") and _spreads_objects(path):
-        yield (
-            1,
-            Fault("an object goes over several lines; write a list [...] of rows, or one object a line", final=True),
-        )
-    elif kind in ("json", "txt"):
-        yield from _lines(path)
-    else:
-        yield from READERS[kind](path)
+        raise Fault("the file is UTF-16 (its byte-order mark says so); save it as UTF-8")
+    if kind == "txt" and not text.startswith((b"{", b"[")):
+        if stage != "pt":
+            raise Fault("plain text has no questions and answers; only stage: pt trains on it")
+        return _text_rows(path)
+    if kind not in ("json", "txt"):
+        return READERS[kind](path)
+    if text.startswith(b"["):
+        return _list_rows(path)
+    if _spreads_objects(path):
+        raise Fault("an object goes over several lines; write a list [...] of rows, or one object a line")
+    return _lines(path)
 
 
 def _text_rows(path: Path) -> RowsOfFile:
     """The documents of a text file: its lines, or, where empty lines separate them, its blocks of lines."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            apart = any(line.isspace() for line in file)
-            file.seek(0)
-            block: list[str] = []
-            first = 1
-            for number, line in enumerate(itertools.chain(file, ["\n"]), 1):
-                if not line.isspace():
-                    first = first if block else number
-                    block.append(line)
-                if block and (line.isspace() or not apart):
-                    yield first, {"text": "".join(block).strip("\n")}
-                    block = []
-    except UnicodeDecodeError:
-        yield 1, not_utf8(path)
+    with open(path, encoding="utf-8-sig") as file:
+        apart = any(line.isspace() for line in file)
+        file.seek(0)
+        block: list[str] = []
+        first = 1
+        for number, line in enumerate(itertools.chain(file, ["\n"]), 1):
+            if not line.isspace():
+                first = first if block else number
+                block.append(line)
+            if block and (line.isspace() or not apart):
+                yield first, {"text": "".join(block).strip("\n")}
+                block = []
 
 
 def _lines(path: Path) -> RowsOfFile:
@@ -217,53 +220,39 @@ def _parse_line(line: bytes, number: int) -> Any:
         return _broken(number, 1, str(error))
 
 
-def _broken(line: int, column: int, problem: str | Message, *, final: bool = False) -> Fault:
-    return Fault(
-        "broken JSON at line {line}, column {column}: {problem}", line=line, column=column, problem=problem, final=final
-    )
+def _broken(line: int, column: int, problem: str | Message) -> Fault:
+    return Fault("broken JSON at line {line}, column {column}: {problem}", line=line, column=column, problem=problem)
 
 
 def _list_rows(path: Path) -> RowsOfFile:
     """The rows of one JSON list, whose text is in memory as a whole, its rows one by one."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        yield 1, not_utf8(path)
-        return
+    text = path.read_bytes().decode("utf-8-sig")
 
     def skip_space(position: int) -> int:
         return _SPACE.match(text, position).end()
 
     def broken(position: int, problem: str | Message) -> Fault:
-        line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
-        return _broken(line, column, problem, final=True)
+        return _broken(text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position), problem)
 
     decode = json.JSONDecoder().raw_decode
     at = skip_space(skip_space(0) + 1)  # behind the opening bracket
-    number, sign = 1, text[at : at + 1]
+    number, sign = 0, text[at : at + 1]
     while sign != "]":
         try:
             row, at = decode(text, at)
         except json.JSONDecodeError as error:
-            yield number, broken(error.pos, json_problem(error))
-            return
-        except RecursionError:
-            yield number, Fault("is nested too deeply", final=True)
-            return
+            raise broken(error.pos, json_problem(error)) from None
         except ValueError as error:  # a number of more digits than Python reads
-            yield number, broken(at, str(error))
-            return
-        yield number, row
-        number += 1
+            raise broken(at, str(error)) from None
+        yield (number := number + 1), row
         at = skip_space(at)
         sign = text[at : at + 1]
         if sign == ",":
             at = skip_space(at + 1)
         elif sign != "]":
-            yield number, broken(at, "Expecting ',' or ']'")
-            return
+            raise broken(at, "Expecting ',' or ']'")
     if (end := skip_space(at + 1)) < len(text):
-        yield number, broken(end, Message("text after the end of the list"))
+        raise broken(end, Message("text after the end of the list"))
 
 
 def not_utf8(path: Path) -> Fault:
@@ -276,52 +265,32 @@ def not_utf8(path: Path) -> Fault:
             except UnicodeDecodeError as error:
                 place = {"line": number, "byte": error.start + 1}
                 break
-    return Fault("line {line}, byte {byte} is not UTF-8; save the file as UTF-8", final=True, **place)
+    return Fault("line {line}, byte {byte} is not UTF-8; save the file as UTF-8", **place)
 
 
 def _csv_rows(path: Path) -> RowsOfFile:
     csv.field_size_limit(1 << 30)
-    number = 0
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
-            if fault := _header_fault(header):
-                yield 1, fault
-                return
+            _check_header(header)
             for number, values in enumerate(filter(None, reader), 1):  # without empty lines
-                if len(values) == len(header):
-                    yield number, dict(zip(header, values, strict=True))
-                else:
-                    yield (
-                        number,
-                        Fault(
-                            "line {line}: {values} value{values:plural} for {columns} column{columns:plural}",
-                            line=reader.line_num,
-                            values=len(values),
-                            columns=len(header),
-                        ),
-                    )
+                row: Any = dict(zip(header, values, strict=False))
+                if len(values) != len(header):
+                    counts = {"values": len(values), "columns": len(header)}
+                    row = Fault("line {line}: {values} values for {columns} columns", line=reader.line_num, **counts)
+                yield number, row
         except csv.Error as error:
-            yield (
-                number + 1,
-                Fault("line {line}: broken CSV ({problem})", line=reader.line_num, problem=str(error), final=True),
-            )
-        except UnicodeDecodeError:
-            yield number + 1, not_utf8(path)
+            raise Fault("line {line}: broken CSV ({problem})", line=reader.line_num, problem=str(error)) from None
 
 
-def _header_fault(header: list[str]) -> Fault | None:
+def _check_header(header: list[str]) -> None:
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        return Fault("the header has the column '{column}' more than once; rename one", column=twice[0], final=True)
+        raise Fault("the header has the column '{column}' more than once; rename one", column=twice[0])
     if len(header) == 1 and (sign := next((sign for sign in (";", "\t", "|") if sign in header[0]), None)):
-        return Fault(
-            "the header is one column, '{header}', separated by '{separator}'; save the file with commas",
-            header=header[0][:80],
-            separator="tab" if sign == "\t" else sign,
-            final=True,
-        )
-    return None
+        sign = "tab" if sign == "\t" else sign
+        raise Fault("the columns are separated by '{separator}'; save the file with commas", separator=sign)
 
 
 def _numbered(batches: Iterable[Any]) -> RowsOfFile:
@@ -341,15 +310,10 @@ def _table_rows(path: Path) -> RowsOfFile:
     import pyarrow
 
     batches, name = (_parquet, "Parquet") if path.suffix.lower() == ".parquet" else (_arrow, "Arrow")
-    number = 0
     try:
-        for number, row in _numbered(batches(path)):
-            yield number, row
+        yield from _numbered(batches(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        yield (
-            number + 1,
-            Fault("the file cannot be read as {type} ({problem})", type=name, problem=_first_line(error), final=True),
-        )
+        raise Fault("the file cannot be read as {type} ({problem})", type=name, problem=_first_line(error)) from None
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -113,7 +113,7 @@ def test_broken_json_list_names_line_and_column_as_python_does(tmp_path: Path, d
         (
             "a.csv",
             b"instruction,output\nq\n",
-            says("line {line}: {values} value{values:plural} for {columns} column{columns:plural}"),
+            says("line {line}: {values} values"),
             {"line": 2, "values": 1, "columns": 2},
         ),
         (
@@ -122,8 +122,8 @@ def test_broken_json_list_names_line_and_column_as_python_does(tmp_path: Path, d
             says("line {line}: broken CSV ({problem})"),
             {"row": 2, "line": 3},
         ),
-        ("a.csv", b"instruction;output\nq;a\n", says("save the file with commas"), {"separator": ";"}),
-        ("a.csv", b"instruction\toutput\nq\ta\n", says("save the file with commas"), {"separator": "tab"}),
+        ("a.csv", b"instruction;output\nq;a\n", says("are separated by"), {"separator": ";"}),
+        ("a.csv", b"instruction\toutput\nq\ta\n", says("are separated by"), {"separator": "tab"}),
         (
             "a.json",
             b'[{"instruction": "q", "output": "a"},]',
