@@ -22,7 +22,7 @@ from pathlib import Path
 from common import Message, print_notes
 from evaluation import llamafactory
 from evaluation.compare import describe_two_runs, runs_table
-from evaluation.job import describe, find_job
+from evaluation.job import plan_evaluation
 from evaluation.predict import only_evaluation, predict
 from evaluation.results import describe_results, write_results
 from preprocessing.data_report import format_table
@@ -42,19 +42,19 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(flags: argparse.Namespace, target: str | None, settings: list[str]) -> None:
-    job = find_job(target, settings, only_base=flags.base, no_base=flags.no_base)
-    print_notes(job.notes)
-    print(describe(job))
-    with only_evaluation(job):
-        for model in job.models:
-            predict(job, model)
-        for data in job.datasets:
-            print(describe_results(write_results(job, data), data.folder))
-        files = llamafactory.write_files(job)
+    evaluation = plan_evaluation(target, settings, only_base=flags.base, no_base=flags.no_base)
+    print_notes(evaluation.notes)
+    print(evaluation.describe())
+    with only_evaluation(evaluation):
+        for model in evaluation.models:
+            predict(evaluation, model)
+        for data in evaluation.datasets:
+            print(describe_results(write_results(evaluation, data), data.folder))
+        files = llamafactory.write_files(evaluation)
     if files:
         print("\n", Message("as LLaMA-Factory writes them: {files}", files=files), sep="")
-    if job.run:
-        print("\n", Message("the report: {file}", file=report.write(job.run)), sep="")
+    if evaluation.run:
+        print("\n", Message("the report: {file}", file=report.write(evaluation.run)), sep="")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str | None, list[str]]:

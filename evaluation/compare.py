@@ -111,15 +111,8 @@ def _describe_dataset(first: Path, second: Path, *names: str) -> str:
     pair = paired_predictions(*(file.parent / "predictions.jsonl" for file in (first, second)))
     if pair is None:
         return text
-    difference = describe_difference(pair)
-    facts = Message(
-        "{one} - {other} on {rows:,} rows of both: {difference}",
-        one=names[1],
-        other=names[0],
-        rows=pair["rows"],
-        difference=difference,
-    )
-    return f"{text}\n{facts}"
+    facts = {"one": names[1], "other": names[0], "rows": pair["rows"], "difference": describe_difference(pair)}
+    return f"{text}\n{Message('{one} - {other} on {rows:,} rows of both: {difference}', **facts)}"
 
 
 def paired_predictions(first: Path, second: Path) -> dict[str, Any] | None:

@@ -9,38 +9,31 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import common
 from common import Config, Message, UserError
 from evaluation import labels
+from evaluation.tasks import (
+    Answers,
+    Classification,
+    Conversation,
+    Documents,
+    EvalDataset,
+    Judged,
+    Pairs,
+    Rewarded,
+    Task,
+    Texts,
+    answer_of,
+)
 from preprocessing import dataset
 from preprocessing.rows import fingerprint
 from runs.configuration import asks_for_training
 from runs.files import read_json, sha256
 from runs.folder import TRAINED, read_run, run_config, run_of
 
-Conversation = dict[str, Any]
-
 STAGES = ("sft", "dpo", "kto")
 GENERAL = "general_test"  # of data/: shows whether the model has forgotten general knowledge
-
-
-@dataclass(frozen=True)
-class EvalDataset:
-    """The rows of one dataset.
-
-    `task`: "classification" where the answers come from a closed set, `labels`; "text"; "loss", which asks only how
-    likely the answers are; of other stages "documents", "pairs" or "judged".
-    """
-
-    name: str
-    rows: list[Conversation]
-    folder: Path  # of the results
-    task: str
-    labels: tuple[str, ...] = ()
-    trained_answers: tuple[str, ...] = ()  # of the part of this dataset that was trained on
-    left_out: int = 0  # rows that were trained on
 
 
 @dataclass(frozen=True)
@@ -62,9 +55,7 @@ def find_datasets(
     own = run_config(run) if run else None
     names = config.eval_dataset if "eval_dataset" in given else config.dataset if "dataset" in given else ()
     if not names and own is None:
-        raise UserError(
-            "{target} is not a run, so its held-out data is not known; name some data: dataset=NAME", target=target
-        )
+        raise UserError("{target} is not a run, which would have held data out; name some: dataset=NAME", target=target)
     names, held_out = names or own.eval_dataset, None
     if own is None and config.val_size:  # LLaMA-Factory evaluates the part that this recipe's training would hold out
         held_out = set(map(fingerprint, dataset.read_conversations(config)[1]))
@@ -72,27 +63,16 @@ def find_datasets(
         config, names = own, own.dataset
     elif not names:
         names, held_out = registered_test_sets(own), None
-        notes.append(
-            Message(
-                "{run} held nothing out; {datasets} of dataset_info.json is used instead", run=run, datasets=list(names)
-            )
-        )
-    trainings = trainings_of(run, notes) if run else []
+        notes.append(Message("{run} held nothing out; evaluated on {datasets} instead", run=run, datasets=list(names)))
+    trainings = trainings_of(run, notes)
     home = (run or common.SAVES / target.name) / "eval"
-    made = [
-        make_dataset(config, name, folder, trainings, notes, held_out)
-        for name, folder in result_folders(home, names).items()
-    ]
+    folders = result_folders(home, names).items()
+    made = (make_dataset(config, name, folder, trainings, notes, held_out) for name, folder in folders)
     found = [data for data in made if data]
-    answered = [data for data in found if data.task in ("classification", "text")]  # of others, labels are a reward's
-    if config.labels and answered and all(data.labels != config.labels for data in answered):
+    answered = [data for data in found if isinstance(data.task, Classification | Texts)]
+    if config.labels and answered and all(data.task.labels != config.labels for data in answered):
         answer = labels.unknown_label(config.labels, [answer_of(row) for row in answered[0].rows])
-        raise UserError(
-            "{dataset} has the answer '{answer}', which is not among labels: {labels}; correct labels",
-            dataset=answered[0].name,
-            answer=answer,
-            labels=list(config.labels),
-        )
+        raise UserError("{dataset}: the answer '{answer}' is not in labels", dataset=answered[0].name, answer=answer)
     if any(data.name == GENERAL for data in found):
         return found
     return [*found, *general_knowledge(config, trainings, home)]
@@ -127,40 +107,31 @@ def make_dataset(
     if not any(wanted):
         return None
     if not kept:
-        raise UserError(
-            "the model was trained on every row of {dataset}, so the result would mean nothing; name other data: "
-            "dataset=NAME",
-            dataset=name,
-        )
-    if task := task_of(kept[0]):
-        return EvalDataset(name, kept, folder, task, left_out=sum(wanted) - len(kept))
+        raise UserError("the model was trained on every row of {dataset}; name other data: dataset=NAME", dataset=name)
+    return EvalDataset(name, kept, folder, task_of(config, name, kept, trainings, notes), sum(wanted) - len(kept))
+
+
+def task_of(
+    config: Config, name: str, rows: list[Conversation], trainings: list[Training], notes: list[Message]
+) -> Task:
+    """What is measured of these rows: a choice where their answers are a closed set."""
+    others = {"text": Documents(), "chosen": Pairs(), "good": Judged(), "columns": Rewarded(config)}
+    if task := next((task for key, task in others.items() if key in rows[0]), None):
+        return task
     if wants_only_losses(config):
-        return EvalDataset(name, kept, folder, "loss", left_out=sum(wanted) - len(kept))
-    answers, trained = [answer_of(row) for row in kept], trained_answers(name, trainings)
+        return Answers()
+    answers, trained = [answer_of(row) for row in rows], trained_answers(name, trainings)
     unknown = labels.unknown_label(config.labels, answers) if config.labels else None
     if unknown is not None:
-        notes.append(
-            Message("labels do not fit {dataset}, which has the answer '{answer}'", dataset=name, answer=unknown)
-        )
-    chosen = config.labels if config.labels and unknown is None else labels.closed_set(answers, trained)
-    if not chosen and (exceptions := labels.exceptional_answers([*answers, *trained])):
-        notes.append(
-            Message(
-                "{dataset}: without the answer '{answer}' the answers would be a few that repeat; because of it all "
-                "are measured as\n"
-                "free text. Correct or remove its row to have the choice among the others measured",
-                dataset=name,
-                answer=exceptions[0],
-            )
-        )
-    task = "classification" if chosen else "text"
-    return EvalDataset(name, kept, folder, task, chosen, trained, sum(wanted) - len(kept))
-
-
-def task_of(row: Conversation) -> str | None:
-    """The task of a row that is no conversation to answer."""
-    kinds = {"text": "documents", "chosen": "pairs", "good": "judged", "columns": "rewarded"}
-    return next((task for key, task in kinds.items() if key in row), None)
+        text = "labels do not fit {dataset}, which has the answer '{answer}'"
+        notes.append(Message(text, dataset=name, answer=unknown))
+    fit = config.labels and unknown is None
+    if chosen := config.labels if fit else labels.closed_set(answers, trained):
+        return Classification(tuple(chosen), trained)
+    if exceptions := labels.exceptional_answers([*answers, *trained]):
+        text = "{dataset}: but for the answer '{answer}' this would be a classification; correct or remove its row"
+        notes.append(Message(text, dataset=name, answer=exceptions[0]))
+    return Texts()
 
 
 def wants_only_losses(config: Config) -> bool:
@@ -175,7 +146,7 @@ def general_knowledge(config: Config, trainings: list[Training], home: Path) -> 
     kit = dataclasses.replace(kit, stage="sft")
     rows = read_rows(kit, GENERAL)
     kept = [row for row, new in zip(rows, unseen(kit, GENERAL, rows, trainings), strict=True) if new]
-    return [EvalDataset(GENERAL, kept, home / GENERAL, "loss")] if kept else []
+    return [EvalDataset(GENERAL, kept, home / GENERAL, Answers())] if kept else []
 
 
 def read_rows(config: Config, name: str) -> list[Conversation]:
@@ -195,24 +166,6 @@ def _read_rows(config: Config, name: str) -> list[Conversation]:
     return dataset.read_conversations(dataclasses.replace(config, **alone))[0]
 
 
-def answer_of(row: Conversation) -> str:
-    """The text of the last answer of a conversation, or the chosen one; a tool call and a document have none."""
-    if "text" in row or "chosen" in row:
-        return row.get("chosen", {}).get("content", "").strip()
-    if "columns" in row:
-        return (row["answer"] or "").strip()
-    return row["messages"][-1]["content"].strip()
-
-
-def question_of(row: Conversation) -> str:
-    """The message that is answered last, or a document, for people."""
-    if "text" in row:
-        return row["text"]
-    if "chosen" in row or "columns" in row:
-        return row["messages"][-1]["content"]
-    return next(m["content"] for m in reversed(row["messages"][:-1]) if m["role"] != "assistant")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What the model was trained on
 
@@ -220,13 +173,15 @@ def question_of(row: Conversation) -> str:
 def held_out_by(run: Path, config: Config) -> set[int]:
     """The fingerprints of what a run held out; raises UserError where that is no longer known."""
     _, held_out = dataset.read_conversations(config)
-    if held_out and (changed := changed_files(run)):
-        raise UserError(
-            "{file} has changed since {run} was trained, so the rows that were held out are no longer known;\n"
-            "name data that it was not trained on: dataset=NAME",
-            file=changed[0],
-            run=run,
-        )
+    recorded = (read_run(run) or {}).get("data", {}).get("datasets", []) if held_out else []
+    for file in (file for entry in recorded for file in entry["files"] if "sha256" in file):
+        if not Path(file["path"]).is_file() or sha256(Path(file["path"])) != file["sha256"]:
+            raise UserError(
+                "{file} has changed since the training of {run}: its held-out rows are not known; name other data: "
+                "dataset=NAME",
+                file=file["path"],
+                run=run,
+            )
     return set(map(fingerprint, held_out))
 
 
@@ -235,65 +190,35 @@ def registered_test_sets(config: Config) -> tuple[str, ...]:
     known = read_json(Path(config.dataset_dir) / "dataset_info.json", default={})
     found = tuple(f"{name}_test" for name in config.dataset if f"{name}_test" in known)
     if not found:
-        raise UserError(
-            "the run held nothing out; name data that it was not trained on: dataset=NAME, and train with "
-            "val_size: 0.1 next time"
-        )
+        raise UserError("the run held nothing out; name data: dataset=NAME, or train with val_size: 0.1")
     return found
 
 
-def trainings_of(run: Path, notes: list[Message]) -> list[Training]:
+def trainings_of(run: Path | None, notes: list[Message]) -> list[Training]:
     """The training of a run, and before it those of the runs whose adapters it continued."""
     found: list[Training] = []
     passed: set[Path] = set()
-    while run.resolve() not in passed:
+    while run and run.resolve() not in passed:
         passed.add(run.resolve())
         config = run_config(run)
-        found.append(Training(config, trained_contents(run, config, notes)))
-        if not config.adapter_name_or_path:
-            break
-        earlier = run_of(Path(config.adapter_name_or_path))
-        if earlier is None or not (earlier / "config.yaml").is_file():
-            notes.append(
-                Message(
-                    "{run} continued {adapter}, which is not a run folder: its training data is not known, and rows of "
-                    "it may be among\n"
-                    "these",
-                    run=run,
-                    adapter=config.adapter_name_or_path,
-                )
-            )
+        found.append(Training(config, trained_contents(run, notes)))
+        adapter = config.adapter_name_or_path
+        earlier = run_of(Path(adapter)) if adapter else None
+        if adapter and not (earlier and (earlier / "config.yaml").is_file()):
+            notes.append(Message("rows that {adapter} was trained on may be among these", adapter=adapter))
             break
         run = earlier
     return found
 
 
-def trained_contents(run: Path, config: Config, notes: list[Message]) -> set[int]:
-    """The fingerprints that a run recorded; where it recorded none, those of its data, as far as that is there."""
-    if (run / TRAINED).is_file():
-        import numpy as np
+def trained_contents(run: Path, notes: list[Message]) -> set[int]:
+    """The fingerprints of what a run was trained on, which it recorded."""
+    import numpy as np
 
-        return set(np.load(run / TRAINED, allow_pickle=False).tolist())
-    try:
-        trained, _ = dataset.read_conversations(config)
-    except UserError as error:
-        notes.append(
-            Message(
-                "rows that {run} was trained on may be among these: its training data cannot be read ({reason})",
-                run=run,
-                reason=error.message,
-            )
-        )
+    if not (run / TRAINED).is_file():  # an older run
+        notes.append(Message("rows that {adapter} was trained on may be among these", adapter=run))
         return set()
-    if changed := changed_files(run):
-        notes.append(
-            Message(
-                "{file} has changed since {run} was trained: rows that it was trained on then may be among these",
-                file=changed[0],
-                run=run,
-            )
-        )
-    return set(map(fingerprint, trained))
+    return set(np.load(run / TRAINED, allow_pickle=False).tolist())
 
 
 def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:
@@ -321,14 +246,3 @@ def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[
             continue
         fresh = [new and fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)]
     return fresh
-
-
-def changed_files(run: Path) -> list[str]:
-    """Files that a run was trained on and that are no longer as they were then."""
-    recorded = (read_run(run) or {}).get("data", {}).get("datasets", [])
-    files = [file for entry in recorded for file in entry["files"] if "sha256" in file]
-    return [file["path"] for file in files if not _is_same(Path(file["path"]), file["sha256"])]
-
-
-def _is_same(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest

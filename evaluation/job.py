@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,12 @@ from typing import Any
 
 import common
 from common import Config, Message, UserError
-from evaluation.data import EvalDataset, find_datasets
-from evaluation.encode import Encoded, encode_choices, encode_texts
-from evaluation.labels import swapped_labels
-from evaluation.rewarded import encode_prompts
-from evaluation.stages import STAGES, encode_rows
+from evaluation.data import find_datasets
+from evaluation.tasks import Encoded, EvalDataset
 from runs.configuration import load_config
 from runs.folder import is_run, run_config
 from runs.target import Target, find_target
 
-MIN_REPLY_LIMIT = 64  # tokens that a reply may always have
 DATA = {"dataset", "eval_dataset"}
 FIXED = {"val_size", "output_dir"}  # what a training has decided
 # What a recipe that is the target may say otherwise than the run that it belongs to.
@@ -37,7 +34,7 @@ class EvalModel:
 
 
 @dataclass(frozen=True)
-class Job:
+class Evaluation:
     """What one call of evaluate.py does."""
 
     config: Config
@@ -47,10 +44,48 @@ class Job:
     notes: list[Message]
     given: set[str]  # settings that were asked for
     output: Path | None  # where a recipe of LLaMA-Factory wants its results
-    encoded: dict[str, Encoded] = dataclasses.field(default_factory=dict)  # by name of the dataset
+    _encoded: dict[str, Encoded] = dataclasses.field(default_factory=dict)  # by name of the dataset
+
+    def encoded(self, data: EvalDataset) -> Encoded:
+        """The rows of a dataset as training would cut and render them."""
+        if data.name not in self._encoded:
+            items = data.task.encode(data, self.config, self.tokenizer, self._template)
+            limit = data.task.reply_limit(items, self.config, self.given)
+            self._encoded[data.name] = Encoded(items, limit)
+        return self._encoded[data.name]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """That of the run, or of the model."""
+        from preprocessing.tokenizer import load_tokenizer
+
+        source = self.models[-1].source
+        folder = self.run if self.run and (self.run / "tokenizer_config.json").is_file() else source.tokenizer
+        if not folder:
+            raise UserError("{model} has no tokenizer; move it into gguf/ of its run folder", model=source.name)
+        return load_tokenizer(folder, trust_remote_code=self.config.trust_remote_code)
+
+    @functools.cached_property
+    def _template(self) -> Any:
+        from preprocessing.template import load_template
+
+        return load_template(self.config.template, self.tokenizer, self.config.stage)
+
+    def describe(self) -> str:
+        """What will be done, a line for the models and for each dataset."""
+        models = [f"{model.label} ({model.source.name})" for model in self.models]
+        lines = [str(Message("models     {models}", models=models))]
+        for data in self.datasets:
+            left_out = Message("; {count:,} that were trained on are left out", count=data.left_out)
+            facts = {"name": data.name, "rows": len(data.rows), "task": data.task.describe()}
+            text = Message("data       {name}: {rows:,} rows, {task}", **facts)
+            lines.append(f"{text}{left_out if data.left_out else ''}")
+        return "\n".join(lines)
 
 
-def find_job(target: str | None, settings: Sequence[str], *, only_base: bool = False, no_base: bool = False) -> Job:
+def plan_evaluation(
+    target: str | None, settings: Sequence[str], *, only_base: bool = False, no_base: bool = False
+) -> Evaluation:
     """Raises UserError, before anything heavy, for what is missing or not fit to be evaluated."""
     keys = {setting: setting.lstrip("-").partition("=")[0].replace("-", "_") for setting in settings}
     if fixed := sorted(FIXED & set(keys.values())):
@@ -61,7 +96,7 @@ def find_job(target: str | None, settings: Sequence[str], *, only_base: bool = F
     config, given, output = _find_config(source, run, target, settings)
     notes = list(source.notes)
     datasets = find_datasets(config, run, given, Path(source.name), notes)
-    return Job(config, run, _find_models(source, run, only_base, no_base), datasets, notes, given, output)
+    return Evaluation(config, run, _find_models(source, run, only_base, no_base), datasets, notes, given, output)
 
 
 def _find_config(
@@ -101,9 +136,7 @@ def _find_models(source: Target, run: Path | None, only_base: bool, no_base: boo
     has_adapter = run is not None and (run / "adapter_config.json").is_file()
     base = source if source.adapter else find_target(str(run)) if label != "trained" and has_adapter else None
     if only_base and base is None:
-        raise UserError(
-            "the model that {model} was trained from is not known; evaluate the run with --base", model=source.name
-        )
+        raise UserError("the base of {model} is not known; evaluate the run with --base", model=source.name)
     target = [] if only_base else [EvalModel(label, source)]
     if base is None or no_base:
         return target
@@ -114,83 +147,3 @@ def _find_models(source: Target, run: Path | None, only_base: bool, no_base: boo
 def compute_dtype(config: Config) -> str:
     """The type an evaluation computes in: float32 on a CPU, what the engine takes on a card."""
     return config.infer_dtype if config.infer_dtype != "auto" or common.find_gpu() else "float32"
-
-
-def encoded(job: Job, data: EvalDataset) -> Encoded:
-    """The rows of a dataset as training would cut and render them."""
-    if data.name not in job.encoded:
-        tokenizer, template = tokenizer_of(job)
-        if data.task == "classification":
-            found = encode_choices(data, job.config, tokenizer, template)
-        elif data.task == "rewarded":
-            limit = job.config.max_new_tokens if "max_new_tokens" in job.given else job.config.max_completion_length
-            found = encode_prompts(data, job.config, tokenizer, template, limit)
-        elif data.task in STAGES:
-            found = encode_rows(data, job.config, tokenizer, template)
-        else:
-            found = encode_texts(data, job.config, tokenizer, template)
-        if data.task == "text":
-            found = dataclasses.replace(found, reply_limit=_reply_limit(job, found))
-        job.encoded[data.name] = found
-    return job.encoded[data.name]
-
-
-def _reply_limit(job: Job, found: Encoded) -> int:
-    """max_new_tokens where it was asked for; else twice the longest answer: a longer reply is wrong anyway."""
-    if "max_new_tokens" in job.given:
-        return job.config.max_new_tokens
-    longest = max(len(s["input_ids"]) - len(p) for s, p in zip(found.samples, found.prompts, strict=True))
-    return min(job.config.max_new_tokens, max(MIN_REPLY_LIMIT, 2 * longest))
-
-
-def tokenizer_of(job: Job) -> tuple[Any, Any]:
-    """The tokenizer and the chat template that the run was trained with, or those of the model."""
-    from preprocessing.template import load_template
-    from preprocessing.tokenizer import load_tokenizer
-
-    source = job.models[-1].source
-    folder = job.run if job.run and (job.run / "tokenizer_config.json").is_file() else source.tokenizer
-    if not folder:
-        raise UserError(
-            "{model} is in no run folder, so its tokenizer is not known; evaluate it in saves/NAME/gguf",
-            model=source.name,
-        )
-    tokenizer = load_tokenizer(folder, trust_remote_code=job.config.trust_remote_code)
-    return tokenizer, load_template(job.config.template, tokenizer, job.config.stage)
-
-
-def describe(job: Job) -> str:
-    """What will be done, a line for the models and for each dataset."""
-    lines = [Message("models     {models}", models=[f"{model.label} ({model.source.name})" for model in job.models])]
-    for data in job.datasets:
-        left_out = (
-            Message("; {count:,} that were trained on are left out", count=data.left_out) if data.left_out else ""
-        )
-        task = _describe_task(data)
-        lines.append(
-            Message(
-                "data       {name}: {rows:,} rows, {task}{left_out}",
-                name=data.name,
-                rows=len(data.rows),
-                task=task,
-                left_out=left_out,
-            )
-        )
-    return "\n".join(map(str, lines))
-
-
-def _describe_task(data: EvalDataset) -> Message:
-    if data.task == "classification" and len(data.labels) == 2:
-        return Message(
-            "choose among {labels}; positive is {last} (to swap: {swap})",
-            labels=data.labels,
-            swap=swapped_labels(data.labels),
-            last=data.labels[1],
-        )
-    return {
-        "classification": Message("choose among {labels}", labels=data.labels),
-        "text": Message("texts"),
-        "pairs": Message("preference accuracy"),
-        "judged": Message("likelihood of good and bad answers"),
-        "rewarded": Message("rewards of replies"),
-    }.get(data.task, Message("perplexity"))

@@ -18,9 +18,7 @@ def check_labels(labels: Sequence[str]) -> None:
     if repeated := next((label for label, count in Counter(labels).items() if count > 1), None):
         raise UserError("labels: {label} is given twice; give each answer once", label=repeated)
     if len(labels) == 1:
-        raise UserError(
-            "labels: {label} alone leaves nothing to choose; give every answer, with commas", label=labels[0]
-        )
+        raise UserError("labels: {label} alone leaves no choice; give every answer", label=labels[0])
 
 
 def unknown_label(labels: Sequence[str], answers: Sequence[str]) -> str | None:

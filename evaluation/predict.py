@@ -15,11 +15,8 @@ from typing import Any
 import common
 from common import Message, UserError
 from evaluation import scoring
-from evaluation.data import EvalDataset, question_of
-from evaluation.encode import Encoded
-from evaluation.job import EvalModel, Job, compute_dtype, encoded
-from evaluation.rewarded import score_prompts
-from evaluation.stages import STAGES, score_rows
+from evaluation.job import EvalModel, Evaluation, compute_dtype
+from evaluation.tasks import EvalDataset, Item, question_of
 from inference.load import load
 from preprocessing.rows import fingerprint
 from runs.disk import on_disk_full
@@ -28,9 +25,9 @@ from runs.lock import locked
 from runs.target import Target
 
 
-def predict(job: Job, model: EvalModel) -> None:
+def predict(evaluation: Evaluation, model: EvalModel) -> None:
     """Makes the predictions of one model that are not there yet; a model with none left to make is not loaded."""
-    todo = [(data, missing) for data in job.datasets if (missing := missing_rows(job, model, data))]
+    todo = [(data, missing) for data in evaluation.datasets if (missing := missing_rows(evaluation, model, data))]
     if not todo:
         print(Message("{model}: all predictions are there already", model=model.label))
         return
@@ -40,7 +37,7 @@ def predict(job: Job, model: EvalModel) -> None:
         started, batches = time.monotonic(), 0
         try:
             with open(predictions_file(data, model.label), "a", encoding="utf-8") as file:
-                for lines in predicted_rows(job, model, data, missing, scorer):
+                for lines in predicted_rows(evaluation, model, data, missing, scorer):
                     file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
                     file.flush()
                     batches += 1
@@ -52,67 +49,26 @@ def predict(job: Job, model: EvalModel) -> None:
 
 
 def predicted_rows(
-    job: Job, model: EvalModel, data: EvalDataset, missing: list[int], scorer: Any
+    evaluation: Evaluation, model: EvalModel, data: EvalDataset, missing: list[Item], scorer: Any
 ) -> Iterator[list[dict[str, Any]]]:
-    """The lines of predictions.jsonl, a batch at a time; `missing` are positions in the dataset's Encoded."""
+    """The lines of predictions.jsonl, a batch at a time."""
     from tqdm import tqdm
 
-    rows = encoded(job, data)
-    lengths = [len(rows.prompts[i]) + rows.reply_limit for i in missing]
-    if rows.samples:
-        lengths = [max(n, len(rows.samples[i]["input_ids"])) for i, n in zip(missing, lengths, strict=True)]
-    asks = {"classification": choose, "rewarded": score_prompts}
-    ask = asks.get(data.task, score_rows if data.task in STAGES else score_texts)
+    limit = evaluation.encoded(data).reply_limit
+    lengths = [max(item.length, len(item.prompt) + limit) for item in missing]
     with tqdm(total=len(missing), desc=f"{model.label}, {data.name}", unit=" rows", file=sys.stderr) as bar:
         for batch in scoring.batches(lengths, scorer.tokens):
-            positions = [missing[i] for i in batch]
-            yield [
-                {**_row_facts(data, rows, position), **facts}
-                for position, facts in zip(positions, ask(data, rows, positions, scorer), strict=True)
-            ]
+            items = [missing[i] for i in batch]
+            answers = data.task.score(items, scorer, limit)
+            yield [_row_facts(data, item) | answer for item, answer in zip(items, answers, strict=True)]
             bar.update(len(batch))
 
 
-def _row_facts(data: EvalDataset, rows: Encoded, position: int) -> dict[str, Any]:
+def _row_facts(data: EvalDataset, item: Item) -> dict[str, Any]:
     """What identifies a row: its number, a hash of the whole conversation, its last question and reference answer."""
-    number = rows.rows[position]
-    row = data.rows[number]
+    row = data.rows[item.row]
     conversation = f"{fingerprint(row) % 2**64:016x}"
-    return {
-        "row": number,
-        "conversation": conversation,
-        "prompt": question_of(row),
-        "label": rows.answers[position],
-    }
-
-
-def choose(data: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
-    """Prediction and probabilities for rows of a closed set: what the model gives to each label, made to sum to 1."""
-    import numpy as np
-    from scipy.special import softmax
-
-    choices = [rows.choices[i] for i in positions]
-    logs = np.array(scorer.choices([rows.prompts[i] for i in positions], choices))
-    return [
-        {
-            "prediction": data.labels[int(row.argmax())],
-            "probabilities": dict(zip(data.labels, row.tolist(), strict=True)),
-            "mass": float(np.exp(log).sum()),  # of all labels together, among everything that the model could answer
-        }
-        for row, log in zip(softmax(logs, axis=1), logs, strict=True)
-    ]
-
-
-def score_texts(data: EvalDataset, rows: Encoded, positions: list[int], scorer: Any) -> list[dict[str, Any]]:
-    """How likely the reference texts are (nats and tokens), and the model's own replies, where they are wanted."""
-    losses = scorer.losses([rows.samples[i] for i in positions])
-    wanted = data.task == "text"
-    replies = scorer.replies([rows.prompts[i] for i in positions], rows.reply_limit) if wanted else []
-    predictions = [{"prediction": text.strip()} for text in replies] or [{} for _ in positions]
-    return [
-        prediction | {"nats": nats, "tokens": tokens}
-        for prediction, (nats, tokens) in zip(predictions, losses, strict=True)
-    ]
+    return {"row": item.row, "conversation": conversation, "prompt": question_of(row), "label": item.answer}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,10 +76,10 @@ def score_texts(data: EvalDataset, rows: Encoded, positions: list[int], scorer: 
 
 
 @contextmanager
-def only_evaluation(job: Job) -> Iterator[None]:
+def only_evaluation(evaluation: Evaluation) -> Iterator[None]:
     """Raises UserError where another process evaluates into the same folder (each would undo the other's work), and
     where the disk is full within the block."""
-    folder = job.datasets[0].folder.parent
+    folder = evaluation.datasets[0].folder.parent
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder))
@@ -133,14 +89,14 @@ def only_evaluation(job: Job) -> Iterator[None]:
                 folder=folder,
                 process=error.fields["process"],
             ) from None
-        with on_disk_full(folder, _needed_space(job)):
+        with on_disk_full(folder, _needed_space(evaluation)):
             yield
 
 
-def _needed_space(job: Job) -> int:
+def _needed_space(evaluation: Evaluation) -> int:
     """About the bytes of all results: each model's predictions and their copies, and the pictures."""
-    rows = [row for data in job.datasets for row in data.rows]
-    return 2 * len(job.models) * sum(len(json.dumps(row)) + 1000 for row in rows) + (4 << 20)
+    rows = [row for data in evaluation.datasets for row in data.rows]
+    return 2 * len(evaluation.models) * sum(len(json.dumps(row)) + 1000 for row in rows) + (4 << 20)
 
 
 def predictions_file(data: EvalDataset, label: str) -> Path:
@@ -162,9 +118,9 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
     return [found[row] for row in sorted(found)]
 
 
-def missing_rows(job: Job, model: EvalModel, data: EvalDataset) -> list[int]:
-    """The positions of the rows that are still to be predicted; predictions of other rows or weights are deleted."""
-    rows, file = encoded(job, data), predictions_file(data, model.label)
+def missing_rows(evaluation: Evaluation, model: EvalModel, data: EvalDataset) -> list[Item]:
+    """The rows that are still to be predicted; predictions of other rows or weights are deleted."""
+    rows, file = evaluation.encoded(data), predictions_file(data, model.label)
     key = hashlib.sha256(f"{rows.fingerprint} {weights_key(model.source)}".encode()).hexdigest()[:32]
     data.folder.mkdir(parents=True, exist_ok=True)
     if read_state(data).get(model.label, {}).get("key") != key:
@@ -176,17 +132,10 @@ def missing_rows(job: Job, model: EvalModel, data: EvalDataset) -> list[int]:
     lines = read_predictions(file if file.exists() else _shared_file(key))
     write_jsonl(file, lines)
     done = {line["row"] for line in lines}
-    missing = [position for position, row in enumerate(rows.rows) if row not in done]
+    missing = [item for item in rows.items if item.row not in done]
     if done and missing:
-        print(
-            Message(
-                "{model}, {dataset}: going on after {done:,} of {total:,} rows",
-                model=model.label,
-                dataset=data.name,
-                done=len(done),
-                total=len(rows.rows),
-            )
-        )
+        facts = {"model": model.label, "dataset": data.name, "done": len(done), "total": len(rows.items)}
+        print(Message("{model}, {dataset}: going on after {done:,} of {total:,} rows", **facts))
     return missing
 
 

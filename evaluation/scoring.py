@@ -18,6 +18,8 @@ from inference.engine import Engine
 from inference.request import Request, Settings
 
 Ids = Sequence[int]
+Sample = dict[str, list[int]]  # {"input_ids", "labels"}: -100 where a token does not count
+Loss = tuple[float, int]  # the sum of -log p over the tokens that count, in nats, and how many these are
 CPU_TOKENS, GPU_TOKENS = 2048, 16384  # of a batch, padding included
 MAX_ROWS = 64  # of a batch: the tokens of a reply come one at a time for all of them
 MAX_LOGITS = 1 << 30  # bytes of the logits of a batch, where it can be split
@@ -40,6 +42,14 @@ def batches(lengths: Sequence[int], tokens: int, rows: int = MAX_ROWS) -> list[l
         else:
             made.append([row])
     return made
+
+
+def batched_losses(scorer: Any, samples: Sequence[Sample]) -> list[Loss]:
+    """The loss of every sample, in their order; computed in batches that fit into the memory."""
+    found: dict[int, Loss] = {}
+    for batch in batches([len(sample["input_ids"]) for sample in samples], scorer.tokens):
+        found |= zip(batch, scorer.losses([samples[i] for i in batch]), strict=True)
+    return [found[i] for i in range(len(samples))]
 
 
 def first_learned(labels: Ids) -> int:
@@ -101,7 +111,7 @@ class TransformersScorer:
             cache.crop(past - past - width)  # negative: so many from the end
         return [sum(float(known[row, i, token]) for i, token in enumerate(a[1:])) for row, a in enumerate(answers)]
 
-    def losses(self, samples: Sequence[dict[str, Ids]]) -> list[tuple[float, int]]:
+    def losses(self, samples: Sequence[Sample]) -> list[Loss]:
         """For each sample the sum of -log p over its learned tokens, in nats, and how many these are."""
         torch = self.torch
         widest = max(len(sample["labels"]) - first_learned(sample["labels"]) for sample in samples) + 1
@@ -202,7 +212,7 @@ class LlamaCppScorer:
             for prompt, row in zip(prompts, answers, strict=True)
         ]
 
-    def losses(self, samples: Sequence[dict[str, Ids]]) -> list[tuple[float, int]]:
+    def losses(self, samples: Sequence[Sample]) -> list[Loss]:
         """As TransformersScorer.losses."""
         found = []
         for sample in samples:

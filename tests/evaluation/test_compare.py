@@ -11,8 +11,9 @@ import pytest
 from conftest import write_jsonl
 
 from common import Message
-from evaluation import compare, metrics, results
+from evaluation import compare, metrics
 from evaluation.results import forgetting
+from evaluation.tasks import TASKS
 from runs.files import write_json
 from runs.metric_names import METRICS
 
@@ -24,7 +25,7 @@ def test_forgetting_is_reported_beyond_the_intervals() -> None:
     assert forgetting({"base": base, "trained": worse}) == [
         Message(
             "note: {model} forgot general knowledge: perplexity {before:.1f} before, {now:.1f} now; "
-            "mix some into your data\n(dataset: ...,general), or train less",
+            "mix some into the data (dataset: ...,general), or train less",
             model="trained",
             before=5.0,
             now=12.0,
@@ -99,5 +100,4 @@ def test_all_differences_of_two_runs_are_shown(tmp_path: Path) -> None:
 
 
 def test_every_column_has_a_name() -> None:
-    columns = {name for groups in results.COLUMNS.values() for group in groups for name in group}
-    assert columns <= set(METRICS)
+    assert {name for task in TASKS.values() for name in (*task.main, *task.others)} <= set(METRICS)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import common
 from evaluation import labels
-from evaluation.data import GENERAL, EvalDataset, result_folders
-from evaluation.encode import encode_texts, without_end
+from evaluation.data import GENERAL, result_folders
+from evaluation.tasks import EvalDataset, Texts, without_end
 
 
 def test_the_closed_set_is_found_in_the_answers() -> None:
@@ -60,6 +60,6 @@ def test_a_tool_call_is_its_own_reference_answer(tiny_tokenizer, tmp_path: Path)
             {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
         ]
     }
-    data = EvalDataset("calls", [row], tmp_path, "text")
-    encoded = encode_texts(data, common.Config(), tiny_tokenizer, load_template("qwen", tiny_tokenizer))
-    assert '{"name": "look", "arguments": {"x": 1}}' in encoded.answers[0] and "<|im_end|>" not in encoded.answers[0]
+    data = EvalDataset("calls", [row], tmp_path, Texts())
+    (item,) = data.task.encode(data, common.Config(), tiny_tokenizer, load_template("qwen", tiny_tokenizer))
+    assert '{"name": "look", "arguments": {"x": 1}}' in item.answer and "<|im_end|>" not in item.answer

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_run, ok, refused, run, says, user_error, write_jsonl
 
@@ -14,7 +15,7 @@ import common
 import evaluate
 from common import Message
 from evaluation import predict
-from evaluation.job import Job, find_job
+from evaluation.job import Evaluation, plan_evaluation
 from preprocessing import dataset
 from preprocessing.rows import fingerprint
 from runs.configuration import load_config
@@ -38,7 +39,14 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = [f"model_name_or_path={tiny_model}", f"output_dir={folder}", f"dataset={home}/odd.jsonl"]
     config = load_config([*settings, f"dataset_dir={common.ROOT}/data"]).config
     write_text(folder / "config.yaml", common.dump_config(config))
+    record(folder)
     return folder
+
+
+def record(run: Path) -> None:
+    """The fingerprints of a run's data, as its training records them."""
+    contents = [fingerprint(row) for row in dataset.read_conversations(run_config(run))[0]]
+    np.save(run / TRAINED, np.array(contents, dtype=np.int64))
 
 
 def read(file: Path) -> list[dict]:
@@ -96,8 +104,7 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     assert (seen.returncode, seen.error) == (
         2,
         Message(
-            "the model was trained on every row of {dataset}, so the result would mean nothing; name "
-            "other data: dataset=NAME",
+            "the model was trained on every row of {dataset}; name other data: dataset=NAME",
             dataset=f"{home}/odd.jsonl",
         ),
     )
@@ -113,9 +120,9 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     assert "odd_test" in listed.stdout and "accuracy" in listed.stdout
 
 
-def job_of(*arguments: str) -> Job:
+def plan(*arguments: str) -> Evaluation:
     flags, target, settings = evaluate.parse(list(arguments))
-    return find_job(target, settings, only_base=flags.base, no_base=flags.no_base)
+    return plan_evaluation(target, settings, only_base=flags.base, no_base=flags.no_base)
 
 
 def made_run(folder: Path, copied: Path, **changes: object) -> Path:
@@ -125,6 +132,7 @@ def made_run(folder: Path, copied: Path, **changes: object) -> Path:
     paths = {"model_name_or_path": base, "output_dir": str(folder), "dataset_dir": str(common.ROOT / "data")}
     changes = {**paths, **changes}
     write_text(folder / "config.yaml", common.dump_config(dataclasses.replace(common.Config(), **changes)))
+    record(folder)
     return folder
 
 
@@ -140,8 +148,6 @@ def write_recipe(file: Path, adapter: Path, names: str, output: Path, *more: str
 def test_what_was_trained_on_is_known_along_the_chain_and_whatever_became_of_the_files(
     trained: Path, tmp_path: Path
 ) -> None:
-    import numpy as np
-
     own = tmp_path / "own.jsonl"
     named = [{"instruction": f"who? {i}", "output": f"I am {{{{name}}}}, {i}"} for i in range(4)]
     new = write_jsonl(tmp_path / "new.jsonl", [{"instruction": "where?", "output": "here"}])
@@ -150,15 +156,15 @@ def test_what_was_trained_on_is_known_along_the_chain_and_whatever_became_of_the
     for data in (own, trained.parent.parent / "odd.jsonl"):  # its own, and what the run before it was trained on
         for more in ((), ("name=Ming", "default_system=hi")):
             with user_error("on every row", dataset=data):
-                job_of(str(run), f"dataset={data}", *more)
-    contents = [fingerprint(row) for row in dataset.read_conversations(run_config(run))[0]]
+                plan(str(run), f"dataset={data}", *more)
     own.unlink()
-    assert [note.sentence for note in job_of(str(run), f"dataset={new}").notes] == [says("trained on may")]
-    np.save(run / TRAINED, np.array(contents, dtype=np.int64))
-    assert job_of(str(run), f"dataset={new}").notes == []
+    assert plan(str(run), f"dataset={new}").notes == []
     write_jsonl(own, [named[0], {**named[1], "output": "changed"}])
-    job = job_of(str(run), f"dataset={own}")
-    assert [data.left_out for data in job.datasets][:1] == [1] and len(job.datasets[0].rows) == 1
+    planned = plan(str(run), f"dataset={own}")
+    assert [data.left_out for data in planned.datasets][:1] == [1] and len(planned.datasets[0].rows) == 1
+    (run / TRAINED).unlink()  # as in an older run
+    notes = plan(str(run), f"dataset={new}").notes
+    assert notes == [Message("rows that {adapter} was trained on may be among these", adapter=run)]
 
 
 @pytest.mark.slow
@@ -166,19 +172,19 @@ def test_a_recipe_names_what_is_predicted(trained: Path, tmp_path: Path) -> None
     home = trained.parent.parent
     names = f"{home}/odd_test.jsonl,{home}/say.jsonl"
     recipe = write_recipe(tmp_path / "predict.yaml", trained, names, tmp_path / "out", "max_new_tokens: 5")
-    job = job_of(str(recipe))
-    assert (job.run, job.output, job.config.do_predict) == (trained, tmp_path / "out", True)
-    assert [(data.task, len(data.rows), data.left_out) for data in job.datasets[:2]] == [
+    planned = plan(str(recipe))
+    assert (planned.run, planned.output, planned.config.do_predict) == (trained, tmp_path / "out", True)
+    assert [(data.task.name, len(data.rows), data.left_out) for data in planned.datasets[:2]] == [
         ("classification", 10, 10),
         ("text", 12, 0),
     ]
-    assert "max_new_tokens" in job.given and job.config.max_new_tokens == 5
-    assert job_of(str(recipe), f"dataset={home}/say.jsonl").datasets[0].name == f"{home}/say.jsonl"
+    assert "max_new_tokens" in planned.given and planned.config.max_new_tokens == 5
+    assert plan(str(recipe), f"dataset={home}/say.jsonl").datasets[0].name == f"{home}/say.jsonl"
     split = made_run(tmp_path / "split", trained, dataset=(f"{home}/odd.jsonl",), val_size=0.2)
-    job = job_of(str(split / "config.yaml"))  # the recipe of the training: what it held out
-    assert len(job.datasets[0].rows) == 8 and "dataset" not in job.given
+    planned = plan(str(split / "config.yaml"))  # the recipe of the training: what it held out
+    assert len(planned.datasets[0].rows) == 8 and "dataset" not in planned.given
     assert (
-        len(job_of(str(split), f"eval_dataset={home}/say.jsonl").datasets[0].rows) == 12
+        len(plan(str(split), f"eval_dataset={home}/say.jsonl").datasets[0].rows) == 12
     )  # val_size does not stand in its way
 
 
@@ -187,7 +193,7 @@ def test_the_labels_of_a_reward_need_not_be_the_answers_of_the_rows(trained: Pat
     home = trained.parent.parent
     rewards = {"reward_funcs": ("one_of_labels",), "labels": ("No", "Yes")}
     run = made_run(tmp_path / "run", trained, stage="grpo", dataset=(f"{home}/odd.jsonl",), **rewards)
-    assert job_of(str(run), f"dataset={home}/odd_test.jsonl").datasets[0].task == "rewarded"
+    assert plan(str(run), f"dataset={home}/odd_test.jsonl").datasets[0].task.name == "rewarded"
 
 
 def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
@@ -196,29 +202,32 @@ def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
     (checkpoint / "adapter_config.json").write_text("{}")
     write_json(tmp_path / "saves/r/run.json", {"status": "running", "pid": 1})
     with user_error("not finished", checkpoint=checkpoint):
-        job_of(str(tmp_path / "saves/r"))
+        plan(str(tmp_path / "saves/r"))
 
 
 @pytest.mark.slow
 def test_labels_are_for_the_datasets_that_they_fit(trained: Path) -> None:
     home = trained.parent.parent
-    job = job_of(str(trained), f"dataset={home}/odd_test.jsonl,{home}/say.jsonl", "labels=1,0")
-    assert [(data.task, data.labels) for data in job.datasets[:2]] == [("classification", ("1", "0")), ("text", ())]
-    assert job.notes[-1].sentence == says("labels do not")
+    planned = plan(str(trained), f"dataset={home}/odd_test.jsonl,{home}/say.jsonl", "labels=1,0")
+    assert [(data.task.name, data.task.labels) for data in planned.datasets[:2]] == [
+        ("classification", ("1", "0")),
+        ("text", ()),
+    ]
+    assert planned.notes[-1].sentence == says("labels do not")
     cases = (
-        ("0,2", says("among labels"), {"answer": "1", "labels": ["0", "2"]}),
+        ("0,2", says("is not in labels"), {"answer": "1"}),
         ("0,0", says("is given twice"), {"label": "0"}),
         ("0", says("alone leaves"), {"label": "0"}),
     )
     for labels, code, fields in cases:
         with user_error(code, **fields):
-            job_of(str(trained), f"dataset={home}/odd_test.jsonl", f"labels={labels}")
+            plan(str(trained), f"dataset={home}/odd_test.jsonl", f"labels={labels}")
 
 
 @pytest.mark.slow
 def test_the_time_of_an_interrupted_evaluation_counts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    job = job_of(str(trained), f"dataset={trained.parent.parent}/say.jsonl", "--no-base", "max_samples=3")
+    planned = plan(str(trained), f"dataset={trained.parent.parent}/say.jsonl", "--no-base", "max_samples=3")
 
     def stopped(*_: object):
         yield [{"row": 0, "label": "", "prediction": ""}]
@@ -231,10 +240,10 @@ def test_the_time_of_an_interrupted_evaluation_counts(trained: Path, monkeypatch
     monkeypatch.setattr(predict.time, "monotonic", lambda: next(clock))
     for seconds, batches in ((2.5, 1), (3.5, 2)):
         with pytest.raises(KeyboardInterrupt):
-            predict.predict(job, job.models[0])
-        state = predict.read_state(job.datasets[0])["trained"]
+            predict.predict(planned, planned.models[0])
+        state = predict.read_state(planned.datasets[0])["trained"]
         assert (state["seconds"], state["batches"]) == (seconds, batches)
-    shutil.rmtree(job.datasets[0].folder)
+    shutil.rmtree(planned.datasets[0].folder)
 
 
 @pytest.mark.slow
@@ -278,22 +287,22 @@ def test_recipes_of_llamafactory_name_model_data_and_what_to_do(trained: Path, t
             text = f"stage: SFT\nfinetuning_type: lora\n{data}\n{more}\noutput_dir: {tmp_path}/out\n"
             recipe = tmp_path / "llamafactory.yaml"
             recipe.write_text(f"model_name_or_path: {base}\nadapter_name_or_path: {trained}\n{text}")
-            job = job_of(str(recipe))
-            assert (job.run, job.output, [model.label for model in job.models]) == (
+            planned = plan(str(recipe))
+            assert (planned.run, planned.output, [model.label for model in planned.models]) == (
                 trained,
                 tmp_path / "out",
                 ["base", "trained"],
             )
-            assert (job.datasets[0].name, len(job.datasets[0].rows)) == (f"{home}/say.jsonl", 12)
-            assert job.datasets[0].task == ("loss" if "do_eval" in more else "text")
+            assert (planned.datasets[0].name, len(planned.datasets[0].rows)) == (f"{home}/say.jsonl", 12)
+            assert planned.datasets[0].task.name == ("loss" if "do_eval" in more else "text")
             recipe.write_text(f"model_name_or_path: {base}\n{text}overwrite_output_dir: true\n")
-            job = job_of(str(recipe))  # the model itself, without an adapter
-            assert (job.run, job.models[0].source.name, len(job.models)) == (None, base, 1)
+            planned = plan(str(recipe))  # the model itself, without an adapter
+            assert (planned.run, planned.models[0].source.name, len(planned.models)) == (None, base, 1)
     recipe.write_text(f"model_name_or_path: {base}\n{text}val_size: 0.25\n".replace("eval_dataset", "dataset"))
-    assert len(job_of(str(recipe)).datasets[0].rows) == 3  # the part that LLaMA-Factory would split off
+    assert len(plan(str(recipe)).datasets[0].rows) == 3  # the part that LLaMA-Factory would split off
     other = make_run(Path(base), tmp_path / "out")
     recipe.write_text(f"model_name_or_path: {base}\nadapter_name_or_path: {trained}\n{text}")
-    assert job_of(str(recipe)).run == trained and other.exists()  # its output_dir may be a run, too
+    assert plan(str(recipe)).run == trained and other.exists()  # its output_dir may be a run, too
 
 
 @pytest.mark.slow

@@ -21,9 +21,8 @@ from conftest import ROOT, make_run, user_error, write_jsonl
 import common
 from common import Config
 from evaluation import metrics, predict, results
-from evaluation.data import EvalDataset
-from evaluation.encode import Encoded
-from evaluation.job import EvalModel, Job
+from evaluation.job import EvalModel, Evaluation
+from evaluation.tasks import Classification, Encoded, EvalDataset, Item, Texts
 from runs.files import read_json
 from runs.target import Target
 
@@ -100,28 +99,29 @@ class FakeScorer:
         return [f"回答 {sum(prompt)}" for prompt in prompts]
 
 
-def make_job(folder: Path, model: Path) -> Job:
+def plan(folder: Path, model: Path) -> Evaluation:
     rows = [
         {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "0"}]} for i in range(5)
     ]
     prompts, answers = [[i, 3, 1] for i in range(5)], ["0", "1", "0", "1", "1"]
     samples = [{"input_ids": [*prompt[:2], 4], "labels": [-100, 2, 4]} for prompt in prompts]
-    choices = Encoded(list(range(5)), prompts, [[[1], [2]]] * 5, [], answers)
-    texts = Encoded(list(range(5)), prompts, [], samples, answers, reply_limit=0)
+    choices = [Item(i, answers[i], prompts[i], choices=[[1], [2]]) for i in range(5)]
+    texts = [Item(i, answers[i], prompts[i], samples=[samples[i]]) for i in range(5)]
     datasets = [
-        EvalDataset("labels", rows, folder / "labels", "classification", ("0", "1")),
-        EvalDataset("texts", rows, folder / "texts", "text"),
+        EvalDataset("labels", rows, folder / "labels", Classification(("0", "1"))),
+        EvalDataset("texts", rows, folder / "texts", Texts()),
     ]
     source = Target(str(model), Config(), str(model))
     models = [EvalModel("base", source), EvalModel("trained", source)]
-    return Job(Config(), None, models, datasets, [], set(), None, {"labels": choices, "texts": texts})
+    encoded = {"labels": Encoded(choices), "texts": Encoded(texts)}
+    return Evaluation(Config(), None, models, datasets, [], set(), None, encoded)
 
 
-def evaluate(job: Job) -> None:
-    for model in job.models:
-        predict.predict(job, model)
-    for data in job.datasets:
-        results.write_results(job, data)
+def evaluate(planned: Evaluation) -> None:
+    for model in planned.models:
+        predict.predict(planned, model)
+    for data in planned.datasets:
+        results.write_results(planned, data)
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
     monkeypatch.setattr(predict.scoring, "scorer_for", lambda _: FakeScorer())
     monkeypatch.setattr(metrics, "RESAMPLES", 2)
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache-undisturbed")
-    evaluate(make_job(tmp_path / "undisturbed", tiny_model))
+    evaluate(plan(tmp_path / "undisturbed", tiny_model))
     expected = contents(tmp_path / "undisturbed")
     assert {Path(name).name for name in expected} == {"metrics.json", "predictions.jsonl", "predictions.base.jsonl"}
     step = 1 if os.environ.get("ONECARD_TORTURE") else 4
@@ -158,7 +158,7 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
         with monkeypatch.context() as patched:
             Disk(operations, patched)
             try:
-                evaluate(make_job(folder, tiny_model))
+                evaluate(plan(folder, tiny_model))
             except Killed:
                 killed = True
             else:
@@ -167,7 +167,7 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
             if name.endswith("metrics.json"):  # where it is, it is that of all predictions
                 assert content["models"].keys() <= expected[name]["models"].keys()
                 assert content["rows"] == 5
-        evaluate(make_job(folder, tiny_model))
+        evaluate(plan(folder, tiny_model))
         assert contents(folder) == expected, operations
         if not killed:
             break
@@ -175,11 +175,11 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
 
 
 def test_two_evaluations_into_one_folder_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    job = make_job(tmp_path / "eval", tiny_model)
+    planned = plan(tmp_path / "eval", tiny_model)
     running = user_error("is evaluating", folder=tmp_path / "eval", process=os.getpid())
-    with predict.only_evaluation(job), running, predict.only_evaluation(job):
+    with predict.only_evaluation(planned), running, predict.only_evaluation(planned):
         raise AssertionError
-    with predict.only_evaluation(job):
+    with predict.only_evaluation(planned):
         pass
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_sentence_and_the_evaluation_goes_on_later(
 ) -> None:
     monkeypatch.setattr(predict, "load", lambda _: None)
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
-    scorer, job = FakeScorer(), make_job(tmp_path / "eval", tiny_model)
+    scorer, planned = FakeScorer(), plan(tmp_path / "eval", tiny_model)
     monkeypatch.setattr(predict.scoring, "scorer_for", lambda _: scorer)
     ask, calls = scorer.choices, iter(range(100))
 
@@ -198,11 +198,11 @@ def test_a_full_disk_is_one_sentence_and_the_evaluation_goes_on_later(
         return ask(*arguments)
 
     monkeypatch.setattr(scorer, "choices", full, raising=False)
-    with user_error("of free disk", folder=tmp_path / "eval"), predict.only_evaluation(job):
-        predict.predict(job, job.models[0])
+    with user_error("of free disk", folder=tmp_path / "eval"), predict.only_evaluation(planned):
+        predict.predict(planned, planned.models[0])
     assert len(predict.read_predictions(tmp_path / "eval/labels/predictions.base.jsonl")) == 2
-    with predict.only_evaluation(job):
-        predict.predict(job, job.models[0])
+    with predict.only_evaluation(planned):
+        predict.predict(planned, planned.models[0])
     assert len(predict.read_predictions(tmp_path / "eval/labels/predictions.base.jsonl")) == 5
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import likelihood, metrics, scoring, stages
-from evaluation.data import EvalDataset
-from evaluation.encode import Encoded
+from evaluation import metrics, scoring, tasks
+from evaluation.scoring import Loss, Sample
+from evaluation.tasks import Documents, EvalDataset, Item, Pairs
 
 
 class UnigramScorer:
@@ -17,13 +17,13 @@ class UnigramScorer:
 
     tokens = 8
 
-    def losses(self, samples: list[likelihood.Sample]) -> list[likelihood.Loss]:
+    def losses(self, samples: list[Sample]) -> list[Loss]:
         assert len(samples) <= 2
         learned = [[label for label in sample["labels"] if label != -100] for sample in samples]
         return [(sum(labels) / 100, len(labels)) for labels in learned]
 
 
-def answer(*ids: int) -> likelihood.Sample:
+def answer(*ids: int) -> Sample:
     return {"input_ids": [1, 2, *ids], "labels": [-100, -100, *ids]}
 
 
@@ -34,16 +34,14 @@ def test_preference_accuracy_of_whole_answers_and_per_token() -> None:
         (answer(20, 20), answer(30)),
         (answer(5), answer(5)),
     ]
-    scores = likelihood.score_pairs(UnigramScorer(), pairs)
-    assert scores[1] == ((0.4, 1), (0.3, 2))
-    assert [likelihood.preferred(pair) for pair in scores] == ["chosen", "rejected", "rejected", "neither"]
-    assert [likelihood.preferred(pair, per_token=True) for pair in scores] == [
-        "chosen",
-        "rejected",
-        "chosen",
-        "neither",
-    ]
-    found = likelihood.preference_figures(scores)
+    lines = Pairs().score([Item(i, samples=list(pair)) for i, pair in enumerate(pairs)], UnigramScorer(), 0)
+    assert lines[1] == {"prediction": "rejected", "chosen": (0.4, 1), "rejected": (0.3, 2)}
+    assert [line["prediction"] for line in lines] == ["chosen", "rejected", "rejected", "neither"]
+    scores = [(line["chosen"], line["rejected"]) for line in lines]
+    per_token = [tasks.preferred(pair, per_token=True) for pair in scores]
+    assert per_token == ["chosen", "rejected", "chosen", "neither"]
+    data = EvalDataset("d", [], Path(), Pairs())
+    found = Pairs().measure(data, {"model": lines}, None)["models"]["model"]
     assert (found["rows"], found["preference_accuracy"], found["preference_accuracy_per_token"]) == (4, 0.25, 0.5)
     assert found["preference_accuracy_interval"] == metrics.wilson(1, 4)
     assert found["margin"] == pytest.approx((0.2 - 0.1 - 0.1 + 0.0) / 4)
@@ -53,7 +51,7 @@ def test_every_token_of_a_document_but_the_first_counts_once() -> None:
     for size in range(2, 30):
         ids = list(range(100, 100 + size))
         for length in (2, 3, 4, 7, 64):
-            windows = likelihood.document_windows(ids, length)
+            windows = tasks.document_windows(ids, length)
             assert [label for window in windows for label in window["labels"] if label != -100] == ids[1:]
             for window in windows:
                 assert len(window["input_ids"]) == len(window["labels"]) <= length
@@ -66,11 +64,10 @@ def test_every_token_of_a_document_but_the_first_counts_once() -> None:
 
 def measure(scorer: object, documents: list[list[int]], length: int) -> dict:
     """The figures of raw documents as evaluate.py has them."""
-    samples = [{"input_ids": ids, "labels": likelihood.document_windows(ids, length)} for ids in documents]
-    rows = Encoded([], [], [], samples, [])
-    data = EvalDataset("d", [], Path(), "documents")
-    lines = stages.score_rows(data, rows, list(range(len(documents))), scorer)
-    return stages.measure_documents(data, {"model": lines})["models"]["model"]
+    task = Documents()
+    items = [Item(i, samples=tasks.document_windows(ids, length)) for i, ids in enumerate(documents)]
+    data = EvalDataset("d", [], Path(), task)
+    return task.measure(data, {"model": task.score(items, scorer, 0)}, None)["models"]["model"]
 
 
 def test_perplexity_of_documents() -> None:
