@@ -63,8 +63,8 @@ def wilson(right: int, rows: int) -> list[float]:
     """Wilson's 95 % interval of a share."""
     from scipy.stats import binomtest
 
-    interval = binomtest(right, rows).proportion_ci(method="wilson")
-    return [float(interval.low), float(interval.high)]
+    found = binomtest(right, rows).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
 
 
 # The bootstrap computes these figures RESAMPLES times. scikit-learn's functions check their arguments each time, which
@@ -130,13 +130,23 @@ def _binary_average_precision(positive: np.ndarray, score: np.ndarray) -> float:
 
 
 def bootstrap(figure: Callable[[np.ndarray, np.ndarray], float | None], y: np.ndarray, p: np.ndarray) -> list[float]:
-    """The 95 % interval of a figure over rows drawn again and again (always the same draws)."""
+    """The 95 % interval of a figure over rows drawn again and again."""
+    values = [value for rows in drawn(len(y)) if (value := figure(y[rows], p[rows])) is not None]
+    return interval(values) if values else None
+
+
+def drawn(rows: int) -> np.ndarray:
+    """RESAMPLES draws of rows, always the same."""
     import numpy as np
 
-    random = np.random.default_rng(0)
-    drawn = (random.integers(0, len(y), len(y)) for _ in range(RESAMPLES))
-    values = [value for rows in drawn if (value := figure(y[rows], p[rows])) is not None]
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])] if values else None
+    return np.random.default_rng(0).integers(0, rows, (RESAMPLES, rows))
+
+
+def interval(values: Any) -> list[float]:
+    """The percentiles at 2.5 and 97.5."""
+    import numpy as np
+
+    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
 
 
 def tpr_at(y: np.ndarray, p: np.ndarray, false_positives: float) -> float | None:
@@ -210,19 +220,13 @@ def paired(truth: Sequence[str], first: Sequence[str], second: Sequence[str]) ->
 
     The difference with its bootstrap interval, and McNemar's exact test on the rows that only one of them got right.
     """
-    import numpy as np
     from scipy.stats import binomtest
 
-    a = np.array([p == t for p, t in zip(first, truth, strict=True)], dtype=float)
-    b = np.array([p == t for p, t in zip(second, truth, strict=True)], dtype=float)
-    only_a, only_b = int((a > b).sum()), int((b > a).sum())
-    random = np.random.default_rng(0)
-    rows = random.integers(0, len(a), (RESAMPLES, len(a)))
-    low, high = np.percentile((b - a)[rows].mean(1), [2.5, 97.5])
+    right = [[p == t for p, t in zip(predictions, truth, strict=True)] for predictions in (first, second)]
+    only_a, only_b = (sum(a and not b for a, b in zip(*pair, strict=True)) for pair in (right, right[::-1]))
     return {
-        "rows": len(a),
-        "difference": float((b - a).mean()),
-        "difference_interval": [float(low), float(high)],
+        "rows": len(truth),
+        **paired_means(*right),
         "only_first_right": only_a,
         "only_second_right": only_b,
         "mcnemar_p": float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0,
@@ -242,8 +246,8 @@ def mean(name: str, values: Sequence[float]) -> list[tuple[str, Any]]:
 
     found = np.array(values, dtype=np.float64)
     is_share = set(found.tolist()) <= {0.0, 1.0}
-    interval = wilson(int(found.sum()), len(found)) if is_share else _bootstrapped_mean(found)
-    return [(name, float(found.mean())), (f"{name}_interval", interval)]
+    ends = wilson(int(found.sum()), len(found)) if is_share else interval(found[drawn(len(found))].mean(1))
+    return [(name, float(found.mean())), (f"{name}_interval", ends)]
 
 
 def paired_means(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
@@ -251,14 +255,10 @@ def paired_means(first: Sequence[float], second: Sequence[float]) -> dict[str, A
     import numpy as np
 
     difference = np.array(second, dtype=np.float64) - np.array(first, dtype=np.float64)
-    return {"difference": float(difference.mean()), "difference_interval": _bootstrapped_mean(difference)}
-
-
-def _bootstrapped_mean(values: np.ndarray) -> list[float]:
-    import numpy as np
-
-    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    return [float(value) for value in np.percentile(values[drawn].mean(1), [2.5, 97.5])]
+    return {
+        "difference": float(difference.mean()),
+        "difference_interval": interval(difference[drawn(len(difference))].mean(1)),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,12 +322,12 @@ def perplexity(rows: Sequence[tuple[float, int]]) -> dict[str, Any]:
     import numpy as np
 
     nats, tokens = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    drawn = np.random.default_rng(0).integers(0, len(nats), (RESAMPLES, len(nats)))
-    means = nats[drawn].sum(1) / tokens[drawn].sum(1)
+    rows = drawn(len(nats))
+    means = nats[rows].sum(1) / tokens[rows].sum(1)
     loss = float(nats.sum() / tokens.sum())
     return {
         "loss": loss,
         "perplexity": float(np.exp(loss)),
-        "perplexity_interval": [float(value) for value in np.exp(np.percentile(means, [2.5, 97.5]))],
+        "perplexity_interval": interval(np.exp(means)),
         "tokens": int(tokens.sum()),
     }

@@ -16,10 +16,9 @@ from inference.api.generation import Exchange, Generator
 from inference.api.messages import ChatMessage, ChatTool, IsTool, ToolChoice, Tools, choose_tools, read_messages
 from inference.api.replies import TextPosition, chat_deltas, chat_message, completion_logprobs, token_logprobs
 from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Refused, ResponseFormat
-from inference.engine import Engine
 from inference.reply import Event
 from inference.request import Request, TokenLogprob
-from inference.tools import Style, ToolUse
+from inference.tools import ToolUse
 
 
 class ChatBody(Body):
@@ -124,6 +123,7 @@ class Endpoint:
 
     def __init__(self, generator: Generator, model_name: str) -> None:
         self.generator, self.engine, self.model_name = generator, generator.engine, model_name
+        self.style = grammar.style_of(self.engine)  # how the model's template writes calls; None: it has no tools
 
     def requests(self, body: Any) -> list[Request]:
         """What is asked of the model, a request for each prompt. Raises ApiError, UserError."""
@@ -140,37 +140,25 @@ class Endpoint:
     def error_event(self, error: ApiError) -> bytes:
         return sse(error.body)
 
-
-def chat_request(
-    engine: Engine,
-    style: Style | None,
-    body: Body,
-    messages: list[dict[str, Any]],
-    tools: Tools,
-    held_to: tuple[str, dict[str, Any] | None],
-) -> Request:
-    """The request of a conversation with tools. `style`: how the model's template writes calls; `held_to`: the JSON
-    schema of the reply, after the field that it came in."""
-    settings, (field, schema), found = body.settings(engine), held_to, None
-    try:
-        if tools.functions and (tools.required or tools.strict or schema is not None):
-            found = grammar.call_grammar(
-                style,
-                tools.in_grammar(),
-                engine,
-                required=tools.required,
-                single=tools.single,
-                otherwise=schema,
-            )
-        elif schema is not None:
-            found = grammar.json_grammar(schema)
-        if found is not None:
-            grammar.check_grammar(engine, found)
-    except UserError as error:
-        raise refuse("tools" if tools.functions else field, error.message, "invalid_schema") from None
-    names = tuple(function.name for function in tools.functions)
-    use = ToolUse(style, names, tools.single) if names else None
-    return engine.request(messages, dataclasses.replace(settings, grammar=found), tools.in_template() or None, use)
+    def chat_request(
+        self, body: Body, messages: list[dict[str, Any]], tools: Tools, schema: dict[str, Any] | None, field: str
+    ) -> Request:
+        """The request of a conversation; `schema` holds the reply to JSON, and came in `field`. Raises ApiError."""
+        settings, found, functions = body.settings(self.engine), None, tools.in_grammar()
+        facts = {"required": tools.required, "single": tools.single, "otherwise": schema}
+        try:
+            if functions and (tools.required or tools.strict or schema is not None):
+                found = grammar.call_grammar(self.style, functions, self.engine, **facts)
+            elif schema is not None:
+                found = grammar.json_grammar(schema)
+            if found is not None:
+                grammar.check_grammar(self.engine, found)
+        except UserError as error:
+            raise refuse("tools" if functions else field, error.message, "invalid_schema") from None
+        names = tuple(function.name for function in tools.functions)
+        use = ToolUse(self.style, names, tools.single) if names else None
+        settings = dataclasses.replace(settings, grammar=found)
+        return self.engine.request(messages, settings, tools.in_template() or None, use)
 
 
 class ChoiceEndpoint(Endpoint):
@@ -241,17 +229,13 @@ class ChatEndpoint(ChoiceEndpoint):
     form, id_prefix = ChatBody, "chatcmpl-"
     kinds, fields, empty = ("chat.completion", "chat.completion.chunk"), ("message", "delta"), {}
 
-    def __init__(self, generator: Generator, model_name: str) -> None:
-        super().__init__(generator, model_name)
-        self.style = grammar.style_of(self.engine)
-
     def requests(self, body: ChatBody) -> list[Request]:
         has_tools = self.style is not None
         messages = read_messages(body.messages, has_tools)
         functions = [tool.function for tool in body.tools]
         tools = choose_tools(functions, body.tool_choice, body.parallel_tool_calls, has_tools)
         schema = body.response_format.held_to if body.response_format else None
-        return [chat_request(self.engine, self.style, body, messages, tools, ("response_format", schema))]
+        return [self.chat_request(body, messages, tools, schema, "response_format")]
 
     def openings(self, exchange: Exchange) -> list[dict[str, Any]]:
         return [{"role": "assistant", "content": "", "refusal": None}] * len(exchange.replies)

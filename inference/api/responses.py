@@ -5,16 +5,16 @@ A conversation comes as a list of items (messages, calls, results of calls); a r
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
 from common import Message
-from inference import grammar
-from inference.api.chat import Endpoint, chat_request, sse
+from inference.api.chat import Endpoint, sse
 from inference.api.errors import ApiError, refuse
-from inference.api.generation import Exchange, Generator
+from inference.api.generation import Exchange
 from inference.api.messages import (
     IGNORED,
     Arguments,
@@ -181,10 +181,6 @@ class ResponsesEndpoint(Endpoint):
 
     form, id_prefix = ResponsesBody, "resp_"
 
-    def __init__(self, generator: Generator, model_name: str) -> None:
-        super().__init__(generator, model_name)
-        self.style = grammar.style_of(self.engine)
-
     def requests(self, body: ResponsesBody) -> list[Request]:
         conversation = Conversation(has_tools=self.style is not None)
         if body.instructions:
@@ -193,8 +189,7 @@ class ResponsesEndpoint(Endpoint):
             item.add_to(conversation, f"input[{i}]")
         tools = choose_tools(body.tools, body.tool_choice, body.parallel_tool_calls, conversation.has_tools)
         schema = body.text.format.held_to if body.text.format else None
-        messages = conversation.messages
-        request = chat_request(self.engine, self.style, body, messages, tools, ("text.format", schema))
+        request = self.chat_request(body, conversation.messages, tools, schema, "text.format")
         if body.truncation == "disabled" and request.dropped_messages:
             reason = Message(
                 "has more tokens than the model reads ({context}); shorten it", context=self.engine.context
@@ -204,13 +199,13 @@ class ResponsesEndpoint(Endpoint):
 
     def answer(self, exchange: Exchange) -> dict[str, Any]:
         reply = exchange.replies[0]
-        item = self._message_item(exchange, reply.text, reply.logprobs, cut=reply.finish_reason == "length")
-        output = [item] if reply.text.strip() or not reply.calls else []
-        output += [_call_item(exchange, call) for call in reply.calls]
-        return self._response(exchange, output, reply.finish_reason)
+        output = [call_item(exchange, call) for call in reply.calls]
+        if reply.text.strip() or not reply.calls:
+            output.insert(0, self.message_item(exchange, 0, reply.text, reply.logprobs, reply.finish_reason))
+        return self.response(exchange, output, reply.finish_reason)
 
     async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
-        stream = _EventStream(self, exchange)
+        stream = ResponseStream(self, exchange)
         for event in stream.start():
             yield event
         async for _, grown in self.generator.growth(exchange):
@@ -224,11 +219,11 @@ class ResponsesEndpoint(Endpoint):
         event = {"type": "error", "code": body["code"] or body["type"], "message": body["message"]}
         return sse({**event, "param": body["param"], "sequence_number": 0}, "error")
 
-    def _response(self, exchange: Exchange, output: list[dict[str, Any]], reason: str | None = None) -> dict[str, Any]:
+    def response(self, exchange: Exchange, output: list[dict[str, Any]], reason: str | None = None) -> dict[str, Any]:
         """The response object; `reason`: how the reply ended, None: it goes on."""
-        body = exchange.body
+        body, settings = exchange.body, exchange.replies[0].request.settings
         status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
-        settings = exchange.replies[0].request.settings
+        text = body.text.model_dump(exclude_unset=True, by_alias=True)
         return {
             "id": exchange.id,
             "object": "response",
@@ -247,53 +242,52 @@ class ResponsesEndpoint(Endpoint):
             "service_tier": "default",
             "store": False,
             "temperature": settings.temperature,
-            "text": body.text.model_dump(exclude_unset=True, by_alias=True) or {"format": {"type": "text"}},
+            "text": text or {"format": {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools],
             "top_p": settings.top_p,
             "truncation": body.truncation,
-            "usage": None if reason is None else _usage(exchange),
+            "usage": None if reason is None else usage(exchange),
             "user": body.user,
         }
 
-    def _message_item(
+    def message_item(
         self,
         exchange: Exchange,
-        text: str | None,
+        index: int,
+        text: str | None = None,
         logprobs: Sequence[TokenLogprob] = (),
-        index: int = 0,
-        cut: bool = False,
+        reason: str | None = None,
     ) -> dict[str, Any]:
-        """The item of a message, at `index` of the output; text None: it has only begun, `cut`: it is not whole."""
+        """The item of a message, at `index` of the output; text None: it has only begun. `reason`: as in `response`."""
         known = [] if exchange.body.kept_logprobs is None else token_logprobs(logprobs, self.engine)
-        content = [{"type": "output_text", "text": text, "annotations": [], "logprobs": known}]
-        status = "in_progress" if text is None else "incomplete" if cut else "completed"
         return {
-            "id": _message_id(exchange, index),
+            "id": f"{exchange.id.replace('resp_', 'msg_')}_{index}",
             "type": "message",
             "role": "assistant",
-            "status": status,
-            "content": [] if text is None else content,
+            "status": "in_progress" if text is None else "incomplete" if reason == "length" else "completed",
+            "content": [] if text is None else [text_part(text, known)],
         }
 
 
-def _message_id(exchange: Exchange, index: int) -> str:
-    return f"{exchange.id.replace('resp_', 'msg_')}_{index}"
+def text_part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _call_item(exchange: Exchange, call: Call, arguments: str | None = None) -> dict[str, Any]:
-    """The item of a call; with `arguments` "" it has only begun."""
+def call_item(exchange: Exchange, call: Call, *, begun: bool = False) -> dict[str, Any]:
+    """The item of a call; `begun`: it has no arguments yet."""
     return {
         "id": f"{exchange.id.replace('resp_', 'fc_')}_{call.index}",
         "type": "function_call",
         "call_id": call.id,
         "name": call.name,
-        "arguments": call.arguments if arguments is None else arguments,
-        "status": "completed" if arguments is None else "in_progress",
+        "arguments": "" if begun else call.arguments,
+        "status": "in_progress" if begun else "completed",
     }
 
 
-def _usage(exchange: Exchange) -> dict[str, Any]:
+def usage(exchange: Exchange) -> dict[str, Any]:
+    """Token counts as responses give them."""
     return {
         "input_tokens": exchange.prompt_tokens,
         "input_tokens_details": {"cached_tokens": exchange.cached_tokens, "cache_write_tokens": 0},
@@ -303,88 +297,75 @@ def _usage(exchange: Exchange) -> dict[str, Any]:
     }
 
 
-class _EventStream:
+class ResponseStream:
     """The events of one streamed response, numbered; items begin, grow and end one after the other."""
 
     def __init__(self, endpoint: ResponsesEndpoint, exchange: Exchange) -> None:
-        self.endpoint, self.exchange = endpoint, exchange
+        self.endpoint, self.exchange, self.reply = endpoint, exchange, exchange.replies[0]
         self.output: list[dict[str, Any]] = []  # finished items
-        self.text: str | None = None  # of the message that is open
+        self.message: dict[str, Any] | None = None  # the item that is open
+        self.text = ""  # of that item
         self.logprobs: list[TokenLogprob] = []
         self.reason: str | None = None  # how the reply ended, once it has
-        self.number = 0
+        self.numbers = itertools.count()
 
-    def start(self) -> list[bytes]:
-        response = self.endpoint._response(self.exchange, [])
-        return [self._event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
+    def start(self) -> Iterator[bytes]:
+        for kind in ("created", "in_progress"):
+            yield self._event(kind, response=self.endpoint.response(self.exchange, []))
 
-    def grow(self, grown: Event) -> list[bytes]:
-        events: list[bytes] = []
+    def grow(self, grown: Event) -> Iterator[bytes]:
         self.logprobs += grown.logprobs
-        self.reason = self.exchange.replies[0].finish_reason if grown.end else None
-        has_tools, logprobs = self.exchange.replies[0].request.tools is not None, grown.logprobs
+        self.reason = self.reply.finish_reason if grown.end else None
+        logprobs = token_logprobs(grown.logprobs, self.endpoint.engine)
         for part in grown.parts:
             if isinstance(part, Call):
-                events += self._close_message() + self._call(part)
-            elif part and (self.text is not None or part.strip() or not has_tools):  # no blank message before calls
-                events += self._open_message()
+                yield from self._close_message()
+                yield from self._call(part)
+            elif part and (self.message or part.strip() or not self.reply.request.tools):  # none of blanks before calls
+                yield from self._open_message()
                 self.text += part
-                known = token_logprobs(logprobs, self.endpoint.engine)
-                events.append(self._text_event("response.output_text.delta", delta=part, logprobs=known))
-                logprobs = ()
-        return events
+                yield self._text_event("output_text.delta", delta=part, logprobs=logprobs)
+                logprobs = []
 
-    def end(self) -> list[bytes]:
-        events: list[bytes] = []
+    def end(self) -> Iterator[bytes]:
         if not self.output:
-            events += self._open_message()
-        events += self._close_message()
-        response = self.endpoint._response(self.exchange, self.output, self.reason)
-        return [*events, self._event(f"response.{response['status']}", response=response)]
+            yield from self._open_message()
+        yield from self._close_message()
+        response = self.endpoint.response(self.exchange, self.output, self.reason)
+        yield self._event(response["status"], response=response)
 
-    def _open_message(self) -> list[bytes]:
-        if self.text is not None:
-            return []
-        self.text = ""
-        item = self.endpoint._message_item(self.exchange, None, index=len(self.output))
-        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        return [
-            self._event("response.output_item.added", output_index=len(self.output), item=item),
-            self._text_event("response.content_part.added", part=part),
-        ]
+    def _open_message(self) -> Iterator[bytes]:
+        if self.message is None:
+            self.message, self.text = self.endpoint.message_item(self.exchange, len(self.output)), ""
+            yield self._item_event("added", self.message)
+            yield self._text_event("content_part.added", part=text_part("", []))
 
-    def _close_message(self) -> list[bytes]:
-        if self.text is None:
-            return []
-        text, self.text = self.text, None
-        cut = self.reason == "length"
-        item = self.endpoint._message_item(self.exchange, text, self.logprobs, len(self.output), cut)
-        part = item["content"][0]
-        events = [
-            self._text_event("response.output_text.done", text=text, logprobs=part["logprobs"]),
-            self._text_event("response.content_part.done", part=part),
-            self._event("response.output_item.done", output_index=len(self.output), item=item),
-        ]
+    def _close_message(self) -> Iterator[bytes]:
+        if self.message is not None:
+            facts = (self.text, self.logprobs, self.reason)
+            item = self.endpoint.message_item(self.exchange, len(self.output), *facts)
+            (part,) = item["content"]
+            yield self._text_event("output_text.done", text=self.text, logprobs=part["logprobs"])
+            yield self._text_event("content_part.done", part=part)
+            yield self._item_event("done", item)
+            self.output.append(item)
+            self.message = None
+
+    def _call(self, call: Call) -> Iterator[bytes]:
+        item = call_item(self.exchange, call)
+        place = {"item_id": item["id"], "output_index": len(self.output)}
+        yield self._item_event("added", call_item(self.exchange, call, begun=True))
+        yield self._event("function_call_arguments.delta", delta=call.arguments, **place)
+        yield self._event("function_call_arguments.done", arguments=call.arguments, name=call.name, **place)
+        yield self._item_event("done", item)
         self.output.append(item)
-        return events
 
-    def _call(self, call: Call) -> list[bytes]:
-        item, index = _call_item(self.exchange, call), len(self.output)
-        self.output.append(item)
-        place = {"item_id": item["id"], "output_index": index}
-        arguments = "response.function_call_arguments"
-        return [
-            self._event("response.output_item.added", output_index=index, item=_call_item(self.exchange, call, "")),
-            self._event(f"{arguments}.delta", delta=call.arguments, **place),
-            self._event(f"{arguments}.done", arguments=call.arguments, name=call.name, **place),
-            self._event("response.output_item.done", output_index=index, item=item),
-        ]
+    def _item_event(self, kind: str, item: dict[str, Any]) -> bytes:
+        return self._event(f"output_item.{kind}", output_index=len(self.output), item=item)
 
     def _text_event(self, kind: str, **fields: Any) -> bytes:
-        item_id = _message_id(self.exchange, len(self.output))
-        return self._event(kind, item_id=item_id, output_index=len(self.output), content_index=0, **fields)
+        place = {"item_id": self.message["id"], "output_index": len(self.output), "content_index": 0}
+        return self._event(kind, **place, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        event = sse({"type": kind, "sequence_number": self.number, **fields}, kind)
-        self.number += 1
-        return event
+        return sse({"type": f"response.{kind}", "sequence_number": next(self.numbers), **fields}, f"response.{kind}")
