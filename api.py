@@ -9,7 +9,7 @@ Environment: API_HOST (127.0.0.1; any other needs API_KEY), API_PORT (8000), API
 token), API_MODEL_NAME (the name that requests use; unset: that of the folder), FASTAPI_ROOT_PATH (behind a proxy),
 MAX_CONCURRENT (8: replies computed at once; 8 times as many may wait), API_CORS_ORIGINS (web pages that may use it, as
 https://example.com,http://localhost:3000; *: all; unset: none), API_ALLOWED_HOSTS (names under which it is reached
-without a key, beside 127.0.0.1 and localhost; *: any).
+without a key, in addition to 127.0.0.1 and localhost; *: any).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Training:
 def find_datasets(
     config: Config, run: Path | None, given: set[str], target: Path, notes: list[Message]
 ) -> list[EvalDataset]:
-    """The data that was asked for, or what the run held out, or the test sets registered beside its datasets.
+    """The data that was asked for, or what the run held out, or the test sets registered for its datasets.
 
     `given` are the names of the settings that were asked for. Adds to `notes`. Raises UserError where nothing is left.
     """
@@ -79,7 +79,7 @@ def find_datasets(
 
 
 def result_folders(home: Path, names: Sequence[str]) -> dict[str, Path]:
-    """The folder of each dataset: its name, or its file's; where another has that, a hash of its path beside it."""
+    """The folder of each dataset: its name, or its file's; with a hash of its path where another dataset has it."""
     found: dict[str, Path] = {}
     for name in names:
         folder = home / (Path(os.path.abspath(name)).stem or "data")  # of "..", too, it lies in `home`

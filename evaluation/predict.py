@@ -145,7 +145,7 @@ def _shared_file(key: str) -> Path:
 
 
 def weights_key(source: Target) -> str:
-    """What the answers of a model depend on beside the rows: its weights, and the type they are computed in."""
+    """What the answers of a model depend on, apart from the rows: its weights and the dtype of the computation."""
     path = Path(source.model)
     files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
     facts: list[Any] = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -108,7 +108,7 @@ class TransformersScorer:
         following = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         known = self._logits(following, used, keep=width).log_softmax(-1)
         if croppable:
-            cache.crop(past - past - width)  # negative: so many from the end
+            cache.crop(past - past - width)  # negative: tokens to remove from the end
         return [sum(float(known[row, i, token]) for i, token in enumerate(a[1:])) for row, a in enumerate(answers)]
 
     def losses(self, samples: Sequence[Sample]) -> list[Loss]:
@@ -186,7 +186,7 @@ class TransformersScorer:
 
 
 def _float32_product(hidden: Any, weight: Any, bias: Any, rows: int = 16384) -> Any:
-    """hidden @ weight.T + bias in float32, so many rows of the weight at a time: a copy of it all may be gigabytes."""
+    """hidden @ weight.T + bias in float32, `rows` rows of the weight at a time: a copy of all may take gigabytes."""
     import torch
 
     hidden = hidden.float()

@@ -87,7 +87,7 @@ class Task:
         return 0
 
     def score(self, items: Sequence[Item], scorer: Any, reply_limit: int) -> list[dict[str, Any]]:
-        """What predictions.jsonl says of rows beside what identifies them. `scorer`: see scoring.py."""
+        """The results of these rows for predictions.jsonl. `scorer`: see scoring.py."""
         raise NotImplementedError
 
     def measure(self, data: EvalDataset, predictions: Predictions, tokenizer: Any) -> dict[str, Any]:
@@ -310,7 +310,7 @@ class Answers(Likelihood):
 
 
 class Texts(Answers):
-    """The model's own replies, too, beside the reference."""
+    """The likelihood of the reference answers, and the model's own replies."""
 
     name = "text"
     main = ("exact_match",)

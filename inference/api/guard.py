@@ -47,7 +47,7 @@ class Guard:
     """ASGI middleware.
 
     `hosts`: the names under which the server answers; None: any. `origins`: whose pages may use it besides its own,
-    each as an origin or a host name; "*": everybody's. `settings`: with which a "Host" and an "Origin" are allowed.
+    each an origin or a host name; "*": everybody's. `settings`: with which a "Host" and an "Origin" are allowed.
     `largest(path)`: bytes that the body of a request may have.
     """
 

@@ -1,6 +1,6 @@
 """The conversation and the tools of a request, and how chat templates take them.
 
-What a client writes beside (`name`, `cache_control`, `id`) is ignored where the answer stays the same without it.
+Fields that do not change the reply (`name`, `cache_control`, `id`) are ignored.
 """
 
 from __future__ import annotations

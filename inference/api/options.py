@@ -20,7 +20,7 @@ class ServerOptions:
     root_path: str = ""
     slots: int = 8  # replies computed at once
     cors_origins: tuple[str, ...] = ()  # web pages that may ask; "*": all
-    allowed_hosts: tuple[str, ...] = ()  # names of this server beside the loopback ones; "*": all
+    allowed_hosts: tuple[str, ...] = ()  # host names of this server, in addition to the loopback names; "*": all
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ServerOptions:

@@ -89,7 +89,7 @@ def read_input(given: Any) -> Any:
 
 
 class FunctionTool(Function):
-    """A function stands beside the type of its tool."""
+    """A tool; the fields of its function stand next to its type."""
 
     ignored = IGNORED | {"allowed_callers", "defer_loading", "output_schema"}  # how OpenAI runs it: nothing here
 
@@ -97,7 +97,7 @@ class FunctionTool(Function):
 
 
 class TextFormat(Form):
-    """What a reply is held to, as responses say it."""
+    """The format of the reply, as /v1/responses has it."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -147,7 +147,7 @@ class ResponsesBody(Body):
         "image": TEXT_ONLY,
         "context_management": Message("a context cannot be compacted here; send a shorter conversation"),
     }
-    # besides, what is about OpenAI's own tools and waiting lines
+    # also what concerns OpenAI's own tools and queues
     ignored = Body.ignored | {"access_programs", "background_options", "max_tool_calls"}
     n: ClassVar[int] = 1
 

@@ -193,7 +193,7 @@ class Schema(Form):
 
 
 class ResponseFormat(Form):
-    """What a reply is held to, as chats say it."""
+    """The format of the reply, as chats have it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
