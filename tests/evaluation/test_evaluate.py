@@ -97,7 +97,6 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert (found["rows"], found["left_out"]) == (20, 10)
     assert list(found["models"]) == ["majority vote", "base", "trained"]
-    assert all((folder / f"{name}.png").is_file() for name in ("roc", "precision_recall", "calibration", "confusion"))
     assert "perplexity" in json.loads((folder.parent / "general_test/metrics.json").read_text())["models"]["trained"]
     assert (trained / "report.html").is_file()
     seen = run("evaluate.py", str(trained), f"dataset={home}/odd.jsonl", cwd=home)

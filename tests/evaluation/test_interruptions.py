@@ -111,7 +111,7 @@ def plan(folder: Path, model: Path) -> Evaluation:
         EvalDataset("labels", rows, folder / "labels", Classification(("0", "1"))),
         EvalDataset("texts", rows, folder / "texts", Texts()),
     ]
-    source = Target(str(model), Config(), str(model))
+    source = Target(str(model), Config(), str(model), tokenizer=model)
     models = [EvalModel("base", source), EvalModel("trained", source)]
     encoded = {"labels": Encoded(choices), "texts": Encoded(texts)}
     return Evaluation(Config(), None, models, datasets, [], set(), None, encoded)

@@ -18,12 +18,11 @@ def test_batches_hold_every_row_once_and_grow_shorter() -> None:
 
 
 def scorer_of(model: object):
-    import contextlib
-    from types import SimpleNamespace
+        from types import SimpleNamespace
 
     from evaluation import scoring
 
-    engine = SimpleNamespace(model=model, adapter_state=contextlib.nullcontext, last_logits_only=True)
+    engine = SimpleNamespace(model=model, set_adapter=lambda: None, last_logits_only=True)
     return scoring.TransformersScorer(engine)
 
 
