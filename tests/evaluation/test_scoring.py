@@ -18,7 +18,7 @@ def test_batches_hold_every_row_once_and_grow_shorter() -> None:
 
 
 def scorer_of(model: object):
-        from types import SimpleNamespace
+    from types import SimpleNamespace
 
     from evaluation import scoring
 
