@@ -15,7 +15,7 @@ from inference.api.errors import ApiError, refuse
 from inference.api.generation import Exchange, Generator
 from inference.api.messages import ChatMessage, ChatTool, IsTool, ToolChoice, Tools, choose_tools, read_messages
 from inference.api.replies import TextPosition, chat_deltas, chat_message, completion_logprobs, token_logprobs
-from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Refused, ResponseFormat
+from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Format, Refused
 from inference.reply import Event
 from inference.request import Request, TokenLogprob
 from inference.tools import ToolUse
@@ -45,7 +45,7 @@ class ChatBody(Body):
     max_completion_tokens: int | None = None
     modalities: list[Literal["text"]] | None = pydantic.Field(None, min_length=1)
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
+    response_format: Format | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] = False
     tool_choice: ToolChoice | None = None

@@ -26,7 +26,7 @@ from inference.api.messages import (
     text_of_parts,
 )
 from inference.api.replies import token_logprobs
-from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Form, Name, Refused
+from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Form, Format, Name, Refused
 from inference.reply import Event
 from inference.request import Request, TokenLogprob
 from inference.tools import Call
@@ -96,31 +96,10 @@ class FunctionTool(Function):
     type: Literal["function"]
 
 
-class TextFormat(Form):
-    """The format of the reply, as /v1/responses has it."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] | None = pydantic.Field(None, alias="schema")
-    strict: bool | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _check_schema(self) -> TextFormat:
-        if (self.type == "json_schema") != (self.schema_ is not None):
-            raise Refused("schema", Message("goes together with type json_schema"))
-        return self
-
-    @property
-    def held_to(self) -> dict[str, Any] | None:
-        """The JSON schema; None: any text."""
-        return {"type": "object"} if self.type == "json_object" else self.schema_
-
-
 class TextSettings(Form):
     refused: ClassVar[dict[str, Message]] = {"verbosity": NO_VERBOSITY}
 
-    format: TextFormat | None = None
+    format: Format | None = None
 
 
 class Reasoning(pydantic.BaseModel):

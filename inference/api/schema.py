@@ -188,25 +188,23 @@ class Schema(Form):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] = pydantic.Field(alias="schema")
+    schema_: dict[str, Any] | None = pydantic.Field(None, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(Form):
-    """The format of the reply, as chats have it."""
+class Format(Schema):
+    """The format of the reply; the schema stands in `json_schema` in chats, and here in responses."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
 
     @pydantic.model_validator(mode="after")
-    def _check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise Refused("json_schema", Message("goes together with type json_schema"))
+    def _check_schema(self) -> Format:
+        if (self.type == "json_schema") != ((self.json_schema or self).schema_ is not None):
+            raise Refused("", Message("type json_schema and a schema go together"))
         return self
 
     @property
     def held_to(self) -> dict[str, Any] | None:
-        """The JSON schema; None: any text."""
-        if self.json_schema:
-            return self.json_schema.schema_
-        return {"type": "object"} if self.type == "json_object" else None
+        """The JSON schema of the reply; None: any text."""
+        return {"type": "object"} if self.type == "json_object" else (self.json_schema or self).schema_
