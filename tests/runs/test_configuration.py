@@ -171,7 +171,7 @@ def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason
             "{key}: {value}: {reason}",
             key="deepspeed",
             value="ds.json",
-            reason=Message("every card holds the whole model here, without it"),
+            reason=Message("not used; every GPU holds the whole model"),
         ),
         Message(
             "{key}: {value}: {reason}",
