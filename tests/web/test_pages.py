@@ -1,4 +1,4 @@
-"""The board's pages: what they tell of a run folder, and what a person does with them in a real Chromium."""
+"""The board's pages: jobs, settings, what they tell of a run folder, uploads. test_browser.py has the pages."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from browser import Server, browsing, end, serving
 from conftest import ROOT, says, user_error, write_jsonl
 
 import common
@@ -27,7 +25,6 @@ from common import Message, UserError
 from preprocessing import dataset
 from runs.configuration import load_config
 from runs.files import write_json
-from runs.recipe import read_recipe
 from runs.texts import Translator
 from web import control, fields, jobs, widgets
 from web.pages import data as data_page
@@ -603,224 +600,3 @@ def test_predictions_of_every_task_stand_beside_those_of_the_base(
     write_jsonl(tmp_path / "predictions.base.jsonl", [{**row, **before}])
     write_jsonl(tmp_path / "predictions.jsonl", [{**row, **after}])
     assert evaluate_page.predictions(tmp_path, t) == [["2 and 2?", "4", *shown]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a person does, in a real Chromium
-
-LONG = 150_000  # milliseconds that a training or an export may take on a busy machine
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, embedded_model: Path, tiny_model: Path) -> Iterator[Path]:
-    """A working directory with the kit's data, two models, and no run; what still trains there at last is ended."""
-    folder = tmp_path_factory.mktemp("workshop")
-    (folder / "data").mkdir()
-    for name in ("dataset_info.json", "identity.json", "general.json"):
-        shutil.copy(ROOT / "data" / name, folder / "data")
-    (folder / "models").mkdir()
-    (folder / "models" / embedded_model.name).symlink_to(embedded_model)
-    (folder / "models" / "tiny").symlink_to(tiny_model)
-    yield folder
-    for run in (folder / "saves").iterdir():
-        control.abort(run)
-
-
-@pytest.fixture(scope="module")
-def server(workshop: Path) -> Iterator[Server]:
-    with serving(cwd=workshop) as running:
-        yield running
-
-
-def open_tab(page: Any, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def send_file(page: Any, button: str, file: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.click(button)
-    chooser.value.set_files(str(file))
-
-
-def fill(page: Any, option: str, text: str) -> None:
-    page.locator(f"#option-{option}").locator("input, textarea").first.fill(text)
-
-
-def wait_for_state(page: Any, state: str) -> None:
-    page.wait_for_selector(f'#status [data-state="{state}"]', timeout=LONG)
-
-
-def curve_points(page: Any) -> int:
-    """Points of the loss curve on the page, once there is one."""
-    line = page.locator("#plots polyline:not(.faint)").first
-    return len(line.get_attribute("points", timeout=LONG).split())
-
-
-def kill_browser() -> None:
-    """As when the power of the visitor's computer fails."""
-    for process in psutil.Process().children(recursive=True):
-        if "chrom" in process.name():
-            process.kill()
-
-
-@pytest.mark.slow
-def test_from_a_faulty_file_to_a_gguf_of_the_embedded_model(workshop: Path, server: Server, tmp_path: Path) -> None:
-    rows = [{"instruction": f"What is {n} and {n}?", "output": f"It is {2 * n}."} for n in range(1, 13)]
-    mine = write_jsonl(tmp_path / "mine.jsonl", [*rows[:4], {"instruction": "What is 0?", "output": None}, *rows[4:]])
-    with browsing() as browser:
-        page = browser.page(server.url + "/en/")
-        send_file(page, "#upload", mine)
-        fault = page.locator("#upload-state .fault")
-        fault.wait_for()
-        assert "mine.jsonl, row 5: output is null" in fault.inner_text()
-        assert "mine.jsonl" not in page.inner_text("#option-dataset")
-
-        write_jsonl(mine, rows)
-        send_file(page, "#upload", mine)
-        page.get_by_text("mine.jsonl is well-formed and replaces the demonstration data").wait_for()
-        page.locator("#report td", has_text="saves/uploads/mine.jsonl").wait_for()
-        page.locator("#samples .learned", has_text="It is 2.").first.wait_for()
-        page.locator("#lengths .bars").wait_for()
-
-        page.get_by_role("button", name="Train →").click()
-        fill(page, "per_device_train_batch_size", "1")
-        fill(page, "name", "Mira")
-        page.locator("#all-settings button").first.click()
-        for group in ("Training", "Output"):
-            page.locator("#all-settings").get_by_role("button", name=group).first.click()
-        fill(page, "max_steps", "zwanzig")
-        page.locator("#train-fault .fault", has_text="max_steps: zwanzig must be a").wait_for()
-        fill(page, "max_steps", "8")
-        fill(page, "logging_steps", "1")
-        page.locator("#train-fault .fault").wait_for(state="detached")
-        page.fill("#run-name input, #run-name textarea", "mine")
-        page.locator("#memory", has_text="at the peak").wait_for()
-        page.click("#train-start")
-        wait_for_state(page, "running")
-        page.reload()
-        open_tab(page, "Train")
-        wait_for_state(page, "finished")
-        assert "8 / 8" in page.inner_text("#status")
-        assert curve_points(page) == 8
-        recipe = read_recipe(workshop / "saves" / "mine" / ".web" / "recipe.yaml")
-        assert recipe["name"] == "Mira" and recipe["dataset"] == "saves/uploads/mine.jsonl"
-
-        page.get_by_role("button", name="Chat →").click()
-        page.wait_for_function("document.querySelector('#chat-target input').value == 'mine'")
-        page.get_by_role("button", name="Sampling").click()
-        page.get_by_label("Longest reply").fill("16")
-        page.get_by_label("Longest reply").blur()
-        page.fill("#chat-box textarea", "Who are you?")
-        page.press("#chat-box textarea", "Enter")
-        page.locator("#chat-remark", has_text="tokens/s").wait_for(timeout=LONG)
-        assert page.locator("#chat-trained [data-testid=bot]").last.inner_text().strip()
-
-        open_tab(page, "Evaluate")
-        page.locator("#eval-data input").click()
-        page.get_by_role("option", name="saves/uploads/mine.jsonl").wait_for()  # which came after the page was built
-        page.keyboard.press("Escape")
-
-        open_tab(page, "Export")
-        page.locator("#gguf-types label", has_text="q4_k_m").locator("input").uncheck()
-        page.locator("#gguf-types label", has_text="q8_0").locator("input").check()
-        page.locator("#export-options button").first.click()
-        page.get_by_label("Verify").uncheck()  # which takes minutes here, and is tested where it is made
-        page.click("#export-gguf")
-        link = page.locator("#export-files a", has_text=".gguf")
-        link.wait_for(timeout=LONG)
-        with page.expect_download() as arriving:
-            link.click()
-        assert Path(arriving.value.path()).read_bytes()[:4] == b"GGUF"
-        page.locator("#export-files a", has_text="Modelfile").wait_for()
-        page.locator("#export-proof", has_text="not verified").wait_for()
-        assert browser.foreign == [] and browser.faults == []
-
-
-@pytest.mark.slow
-def test_settings_and_page_outlive_language_reload_and_server(workshop: Path, tmp_path: Path) -> None:
-    """Beside a folder of LLaMA-Factory, which must not spoil what the pages tell."""
-    foreign = workshop / "saves" / "LLaMA3" / "sft"
-    foreign.mkdir(parents=True)
-    write_jsonl(foreign / "trainer_log.jsonl", [{"current_steps": 5, "total_steps": 100, "loss": 1.2, "lr": 1e-4}])
-    (foreign / "run.json").write_text('{"id": 3}')
-    recipe = tmp_path / "my.yaml"
-    recipe.write_text("model_name_or_path: models/tiny\ndataset: general\nnum_train_epochs: 7\ntemperature: 0.3\n")
-
-    def holds_all(page: Any) -> None:
-        page.locator("#yaml .cm-content", has_text="temperature: 0.3").wait_for(state="attached")
-        assert page.locator("#option-num_train_epochs input, #option-num_train_epochs textarea").input_value() == "7"
-        assert page.locator("#run-name input, #run-name textarea").input_value() == "LLaMA3/sft"
-        told = page.locator("#yaml .cm-content").text_content()
-        assert "model_name_or_path: models/tiny" in told and "dataset: general" in told
-
-    with browsing() as browser:
-        with serving(cwd=workshop) as first:
-            page = browser.page(first.url + "/en/")
-            open_tab(page, "Train")
-            page.click("#recipe button")
-            send_file(page, "#load", recipe)
-            page.locator("#train-fault", has_text="without a field here: temperature=0.3").wait_for()
-            page.fill("#run-name input, #run-name textarea", "LLaMA3/sft")
-            page.locator("#start-over").wait_for()
-            page.click("#train-start")
-            page.locator("#start-fault", has_text="holds a run").wait_for()
-            page.locator("#status", has_text="not started").wait_for()
-            page.locator("a.language").click()
-            page.locator("#train-start", has_text="开始训练").wait_for()
-            page.click("#recipe button")
-            holds_all(page)
-            page.reload()
-            page.locator("#train-start").wait_for()
-            page.click("#recipe button")
-            holds_all(page)
-            page.evaluate("document.querySelector('#train-start').dataset.old = 1")
-        with serving("--port", first.url.rpartition(":")[2], cwd=workshop):
-            page.locator("#train-start:not([data-old])").wait_for()  # the page is built anew
-            page.click("#recipe button")
-            holds_all(page)
-        assert browser.foreign == [] and browser.faults == []
-    shutil.rmtree(workshop / "saves" / "LLaMA3")
-
-
-@pytest.mark.slow
-def test_a_training_outlives_browser_and_server(
-    workshop: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ends the server: the last of the tests that use it."""
-    monkeypatch.chdir(workshop)
-    folder = workshop / "saves" / "long"
-    with browsing() as browser:
-        page = browser.page(server.url + "/en/")
-        page.locator("#option-model_name_or_path input").click()
-        page.get_by_role("option", name="models/tiny").click()
-        open_tab(page, "Train")
-        fill(page, "num_train_epochs", "100000")
-        page.fill("#run-name input, #run-name textarea", "long")
-        page.locator("#memory", has_text="at the peak").wait_for()
-        page.click("#train-start")
-        wait_for_state(page, "running")
-        assert curve_points(page) >= 1
-        kill_browser()
-    end(server.process)
-    steps = len(train_page.read_log(folder))
-    wait_for(lambda: len(train_page.read_log(folder)) > steps, 60)
-    assert control.training_now() == "long"
-
-    with serving(cwd=workshop) as again, browsing() as browser:
-        page = browser.page(again.url + "/zh/", language="zh-CN")
-        open_tab(page, "训练")
-        wait_for_state(page, "running")
-        assert "运行中" in page.inner_text("#status")
-        page.click("#train-pause")
-        wait_for_state(page, "interrupted")
-        [*_, checkpoint] = sorted(folder.glob("checkpoint-*/trainer_state.json"))
-        assert checkpoint.stat().st_size
-        paused = train_page.read_log(folder)[-1]["step"]
-        page.click("#train-go-on")
-        wait_for_state(page, "running")
-        wait_for(lambda: train_page.read_log(folder)[-1]["step"] > paused, 60)
-        page.click("#train-abort")
-        wait_for_state(page, "aborted")
-        assert "可从最近的检查点继续" in page.inner_text("#status")
-        assert not control.training_now()
-        assert browser.foreign == [] and browser.faults == []
