@@ -10,6 +10,7 @@ import codecs
 import csv
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -100,11 +101,11 @@ def _fetch(entry: Entry) -> datasets.Dataset:
         ) from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise UserError(
-            "dataset '{name}' ({repository}, split {split}) could not be fetched: {problem}; check name, split and "
+            "dataset {repository}, split {split}, could not be fetched from {place}: {problem}; check name, split and "
             "network, or set HF_ENDPOINT to a mirror",
-            name=entry.name,
             repository=entry.repository,
             split=entry.split,
+            place="ModelScope" if entry.hub == "ms" else os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
             problem=_first_line(error).rstrip("."),
         ) from None
 
