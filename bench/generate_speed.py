@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from inference import engine
 from inference.load import load
+from inference.request import Settings
 from inference.transformers_engine import TransformersEngine
 from runs.target import find_target
 
@@ -64,8 +65,7 @@ def beside_unsloth(model: TransformersEngine, folder: str, ids: list[int]) -> No
     """Unsloth's figures, once this process has given back the card's memory."""
     import torch
 
-    del model.model
-    model._cache = None
+    del model.model, model.scheduler
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     command = [sys.executable, __file__, "--unsloth-alone", folder]
@@ -129,9 +129,9 @@ def by_generate(model: TransformersEngine, ids: list[int]) -> tuple[float, float
 
 def by_engine(model: TransformersEngine, messages: list[engine.ChatMessage]) -> tuple[float, float, float]:
     """The same figures of the engine, with no cache from before; its counting of the prompt is in the first token."""
-    model._cache = None
+    model.scheduler.backend.finished.clear()
     started, cpu = time.perf_counter(), time.process_time()
-    reply = model.stream(messages, engine.Settings(temperature=0, max_new_tokens=NEW_TOKENS))
+    reply = model.stream(messages, Settings(temperature=0, max_new_tokens=NEW_TOKENS))
     before = time.perf_counter() - started
     list(reply)
     return reply.tokens_per_second, before + reply.first_token_seconds, time.process_time() - cpu
@@ -140,17 +140,18 @@ def by_engine(model: TransformersEngine, messages: list[engine.ChatMessage]) -> 
 def ten_turns(model: TransformersEngine) -> None:
     """Ten turns of one conversation; the first token of each with the cache, and without."""
     messages: list[engine.ChatMessage] = []
-    model._cache = None
+    backend = model.scheduler.backend
+    backend.finished = []
     print(f"\n{'turn':<6}{'prompt tokens':>14}{'kept':>8}{'first token s':>16}{'without cache s':>18}")
-    settings = engine.Settings(temperature=0, max_new_tokens=16)
+    settings = Settings(temperature=0, max_new_tokens=16)
     for turn in range(1, 11):
         messages.append({"role": "user", "content": QUESTION})
         reply = model.stream(messages, settings)
-        text, kept = "".join(reply), model._cache
-        model._cache = None
-        fresh = model.stream(messages, engine.Settings(temperature=0, max_new_tokens=1))
+        text, kept = "".join(reply), backend.finished
+        backend.finished = []
+        fresh = model.stream(messages, Settings(temperature=0, max_new_tokens=1))
         list(fresh)
-        model._cache = kept
+        backend.finished = kept
         messages.append({"role": "assistant", "content": text})
         figures = f"{reply.cached_tokens:>8}{reply.first_token_seconds:>16.3f}{fresh.first_token_seconds:>18.3f}"
         print(f"{turn:<6}{reply.prompt_tokens:>14}{figures}")

@@ -241,12 +241,6 @@ def _no_mask(*args: Any, **kwargs: Any) -> Any:
     return sdpa_mask(*args, **kwargs) if getattr(_forward_pass, "segments", None) is None else None
 
 
-def _may_group(device: Any, mask: Any) -> bool:
-    """Whether PyTorch may be told that heads share their keys: on a card, before torch 2.14, a mask beside that leaves
-    only the kernel that writes down all scores, new tokens x keys for each head."""
-    return mask is None or device.type != "cuda"
-
-
 def flat_attention(
     module: Any,
     query: Any,
@@ -293,11 +287,10 @@ def _attend_one(query: Any, keys: Any, values: Any, window: int | None, scaling:
 
 def _attend_several(query: Any, keys: Any, values: Any, mask: Any, scaling: float | None) -> Any:
     """Attention of several tokens, 1 x T x heads x d; causal without a mask."""
-    heads, shared = query.shape[1], keys.shape[1]
-    grouped = heads != shared
-    if grouped and not _may_group(query.device, mask):
-        keys, values = (part.repeat_interleave(heads // shared, 1) for part in (keys, values))
-        grouped = False
+    shared = query.shape[1] // keys.shape[1]  # heads that share a key
+    if mask is not None and shared > 1:  # with both, PyTorch before 2.14 writes down all scores on a card
+        keys, values = (part.repeat_interleave(shared, 1) for part in (keys, values))
+    grouped = query.shape[1] != keys.shape[1]
     seen = scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )

@@ -373,23 +373,6 @@ def test_rows_of_a_sliding_window_and_of_two_adapters(tiny_model: Path, parrot: 
         assert at_once(model, talks, how) == ["".join(model.stream(talk, how)) for talk in talks]
 
 
-def test_rows_whose_masked_heads_are_not_grouped_are_the_same(engine_of_tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from inference import transformers_backend
-
-    assert not transformers_backend._may_group(torch.device("cuda"), torch.ones(2, 3, dtype=torch.bool))
-    assert transformers_backend._may_group(torch.device("cuda"), None)
-    asked = []
-    monkeypatch.setattr(
-        transformers_backend, "_may_group", lambda _, band: asked.append(band) or band is None
-    )  # as on a card
-    talks = [[user("a question of some length " * n)] for n in (1, 4, 2, 1)]
-    how = Settings(temperature=0, max_new_tokens=12)
-    assert at_once(engine_of_tiny, talks, how) == ["".join(engine_of_tiny.stream(talk, how)) for talk in talks]
-    assert any(band is not None for band in asked)
-
-
 def test_rows_of_a_model_that_cannot_be_flat(tiny_model: Path) -> None:
     from inference.transformers_backend import SerialBackend
 
