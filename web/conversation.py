@@ -53,7 +53,7 @@ def read_tools(text: str | None) -> list[dict[str, Any]] | None:
     try:
         given = json.loads(text)
     except ValueError as error:
-        raise UserError("the tools are not JSON ({problem}); write a list of functions", problem=str(error)) from None
+        raise UserError("the tools are not JSON ({problem}); write a list of functions", problem=error) from None
     tools = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in _listed(given)]
     if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in tools):
         raise UserError('a tool has no name; write [{"name": "...", "description": "...", "parameters": {...}}]')

@@ -117,13 +117,8 @@ def job_box(job: jobs.Job | None, t: Translator) -> str:
     if job is None:
         return ""
     state = jobs.state(job)
-    names = {
-        "running": t("running"),
-        "done": t("done"),
-        "failed": t("failed"),
-        "stopped": t("stopped"),
-        "killed": t("ended from outside"),
-    }
+    names = {"running": t("running"), "done": t("done"), "failed": t("failed"), "stopped": t("stopped")}
+    names["killed"] = t("ended from outside")
     head = f'<div class="job"><code>{escape(job.shell_line)}</code> {badge(state, names[state])}</div>'
     parts = [head, fault(jobs.error(job), t)]
     if state == "running":

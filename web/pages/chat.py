@@ -10,10 +10,9 @@ from typing import Any
 import gradio as gr
 
 import common
-from common import Message, UserError
+from common import UserError
 from inference import grammar
 from inference.engine import Engine
-from inference.reply import Reply
 from inference.request import Settings
 from runs.target import Target, find_target
 from runs.texts import Translator
@@ -30,11 +29,6 @@ def stop(request: gr.Request) -> None:
     """Ends the reply that this browser waits for: its Stop button, or it went away."""
     if waiting := chat_model.requests.get(request.session_hash):
         waiting.stop()
-
-
-def summary(reply: Reply, t: Translator) -> str:
-    """How a reply came, in one line."""
-    return " · ".join(map(t.message, reply.summary()))
 
 
 class ChatPage(ChatLayout):
@@ -217,23 +211,16 @@ class ChatPage(ChatLayout):
         settings, tools = self.read_settings(given), conversation.read_tools(given[self.tools])
         source = self.find(given[self.target])
         if with_base and source.adapter is None:
-            raise UserError(
-                "{name} has its training in its weights, so the model before it is not there; choose the run itself",
-                name=source.name,
-            )
+            raise UserError("{name} holds no base model of its own; choose the run itself", name=source.name)
+        loading = t("loading {name} ...", name=source.name)
         while not chat_model.busy.acquire(timeout=0.3):
-            loading = not chat_model.is_any_loaded()
-            text = (
-                t("loading {name} ...", name=source.name)
-                if loading
-                else t("another page is being answered; waiting ...")
-            )
-            yield turns, text
+            answering = chat_model.is_any_loaded()
+            yield turns, t("another page is being answered; waiting ...") if answering else loading
             if waiting.stopped:
                 return
         try:
             if not chat_model.is_loaded(source, with_base):
-                yield turns, t("loading {name} ...", name=source.name)
+                yield turns, loading
             engine = chat_model.engine(source, with_base)
             if tools and grammar.style_of(engine) is None:
                 raise UserError("this model's chat template has no tools; empty that field, or choose another model")
@@ -257,7 +244,7 @@ class ChatPage(ChatLayout):
                 text += piece
                 yield [*turns[:-1], {**turns[-1], voice: text}], "\n".join(remarks)
             turns = [*turns[:-1], {**turns[-1], voice: text}]
-            line = summary(reply, self.t)
+            line = " · ".join(map(self.t.message, reply.summary()))
             remarks.append(f"{self.voice_label(voice)}: {line}" if with_base else line)
             yield turns, "\n".join(remarks)
 
@@ -302,9 +289,7 @@ class ChatPage(ChatLayout):
         choices = chat_model.targets()
         paths = [path for _, path in choices]
         chosen = {"value": paths[0]} if paths and paths[0] not in offered else {}
-        nothing = note(
-            self.t.message(Message("there is no trained model in saves/ yet; train one, or name a model's folder"))
-        )
+        nothing = note(self.t("there is no trained model in saves/ yet; train one, or name a model's folder"))
         remark = nothing if not choices else gr.skip() if offered else ""
         return gr.update(choices=choices, **chosen), paths, remark
 
@@ -330,13 +315,10 @@ class ChatPage(ChatLayout):
             count = conversation.add_to_data(row, name, folder := Path(common.Config.dataset_dir))
         except UserError as error:
             return widgets.fault(error, self.t)
-        text = self.t(
-            "Conversations in {file}: {n}. To train on them: dataset={name}",
-            file=folder / f"{name}.json",
-            n=count,
-            name=name,
+        file = folder / f"{name}.json"
+        return note(
+            self.t("Conversations in {file}: {n}. To train on them: dataset={name}", file=file, n=count, name=name)
         )
-        return note(text)
 
 
 def _unanswered(turn: Turn) -> Turn:
