@@ -8,7 +8,7 @@ from typing import Any
 
 from common import SAVES, Config, UserError
 from runs.configuration import load_config
-from runs.files import read_json, write_json
+from runs.files import read_object, write_json
 from runs.recipe import read_recipe
 
 TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
@@ -69,7 +69,8 @@ def is_run(path: Path) -> bool:
 
 def run_of(path: Path) -> Path | None:
     """The run folder that a run, its checkpoint, its merged model or its GGUF belongs to."""
-    record = read_json(path / "merge.json", {}) if path.is_dir() else {}
+    file = path / "merge.json"
+    record = read_object(file) if file.is_file() else {}
     places = [path, *path.parents][:3] + ([Path(record["run"])] if record.get("run") else [])
     return next((folder for folder in places if is_run(folder)), None)
 
