@@ -44,6 +44,8 @@ class RunTrainer:
         self.pissa_start = getattr(model, "pissa_start", None)
         self.early = callbacks.EarlyStopping(self.config, self.plan)
         arguments, data, plan = training_arguments(self.config, precision, self.plan), prepared.data, self.plan
+        if arguments.device.type == "cpu":  # to the "cpu:0" of several processes torch cannot load an optimizer's state
+            arguments._setup_devices = torch.device("cpu")
         progress = callbacks.Progress(Path(self.config.output_dir), self.config.plot_loss)
         super().__init__(
             model=model,

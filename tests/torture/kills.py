@@ -75,7 +75,7 @@ def start(victim: Victim, folder: Path) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = [f"{victim.name}.py", *victim.arguments(folder)]
-        run_command(victim.main)
+        run_command(victim.main, "")
         status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1

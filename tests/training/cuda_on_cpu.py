@@ -167,7 +167,7 @@ def run_train(arguments: list[str], kill_at: str | None) -> int:
         from runs.configuration import run_command
 
         sys.argv = ["train.py", *arguments]
-        run_command(train.main)
+        run_command(train.main, train.__doc__)
         os._exit(0)
     while kill_at and not Path(kill_at).exists():
         time.sleep(0.01)

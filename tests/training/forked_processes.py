@@ -46,7 +46,7 @@ def run_one(given: dict[str, Any], environment: dict[str, str], log: Path, is_la
     if is_last and given.get("fault"):
         sft.Trainer.training_step = fail
     sys.argv = ["train.py", *given["arguments"]]
-    run_command(train.main)
+    run_command(train.main, train.__doc__)
 
 
 def fork(given: dict[str, Any], environment: dict[str, str], log: Path, is_last: bool) -> int:

@@ -57,7 +57,7 @@ def train(model: Path, folder: Path, *more: str, limit: int = 1 << 30, first: in
     patched.parent.mkdir(exist_ok=True)
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom training import model\nmodel.import_unsloth()\n"
     code += PATCH.format(limit=limit, first=first)
-    code += "import train\nfrom runs.configuration import run_command\nrun_command(train.main)\n"
+    code += "import train\nfrom runs.configuration import run_command\nrun_command(train.main, train.__doc__)\n"
     patched.write_text(code, encoding="utf-8")
     rows = write_jsonl(folder.parent / "rows.jsonl", data or ROWS)
     named = [f"model_name_or_path={model}", f"dataset={rows}", f"output_dir={folder}"]

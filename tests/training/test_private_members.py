@@ -23,6 +23,7 @@ GRPO = ("_get_train_sampler", "_generate_and_score_completions", "_tokenize_prom
     ("module", "name", "members"),
     [
         ("transformers", "Trainer", TRANSFORMERS),
+        ("transformers", "TrainingArguments", ("_setup_devices",)),
         ("trl", "DPOTrainer", PREFERENCES),
         ("trl", "KTOTrainer", PREFERENCES),
         ("trl", "GRPOTrainer", GRPO),
