@@ -99,7 +99,9 @@ def assert_learned(folder: Path, expected: Path) -> None:
     """The same adapter to the bit; a logged loss may be that of two sums over the processes."""
     (weights, lines, _), (others, theirs, _) = what_was_learned(folder), what_was_learned(expected)
     assert weights == others
-    assert [pytest.approx(line, rel=1e-6) for line in lines] == theirs
+    for line, other in zip(lines, theirs, strict=True):
+        ours, expected_line = ({k: v for k, v in one.items() if v is not None} for one in (line, other))
+        assert ours == pytest.approx(expected_line, rel=1e-6)
 
 
 def assert_same(found: Trained, expected: Trained) -> None:
