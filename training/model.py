@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import io
@@ -48,6 +49,7 @@ def import_unsloth() -> None:
     with quietly(), quick_imports():
         import unsloth  # noqa: F401
     gc.freeze()  # Unsloth and transformers collect garbage often: what was imported need not be looked through
+    atexit.register(gc.unfreeze)  # else nanobind takes what is left for leaks
 
 
 def load_model(config: Config, precision: Precision) -> Any:
