@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,11 @@ def _on_this_page(fault: Message) -> Message:
     return Message(fault.sentence, **{**fault.fields, **place})
 
 
-def fields_of(loaded: Loaded, names: Sequence[str]) -> dict[str, Any]:
-    """What the fields must hold for a loaded recipe."""
-    return {name: field_value(name, getattr(loaded.config, name)) for name in names}
+def fields_of(loaded: Loaded, names: Sequence[str], first: Collection[str] = ()) -> dict[str, Any]:
+    """What the fields must hold for a loaded recipe; one not in `first` that has its default stays empty, as it was."""
+    values = {name: field_value(name, getattr(loaded.config, name)) for name in names}
+    folded = {n for n in names if is_text(n) and n not in (*first, "model_name_or_path", "dataset")}
+    return {n: "" if n in folded and v == field_value(n, OPTIONS[n].default) else v for n, v in values.items()}
 
 
 def without_field(loaded: Loaded, names: Sequence[str]) -> dict[str, str]:

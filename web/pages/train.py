@@ -340,7 +340,12 @@ class TrainPage:
         if common.SAVES / name != Path(loaded.config.output_dir):
             folder = loaded.config.output_dir
             notes.append(t("Runs of this page lie below saves/: {name} there, not {folder}.", name=name, folder=folder))
-        return ["".join(map(note, notes)), name, others, *fields.fields_of(loaded, names).values()]
+        return [
+            "".join(map(note, notes)),
+            name,
+            others,
+            *fields.fields_of(loaded, names, fields.first_labels(t)).values(),
+        ]
 
     def fit_model(self, model: str, *values: Any) -> list[Any]:
         """Good values for another model, where the fields still hold those that the page had put there."""
