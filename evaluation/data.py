@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import common
 from common import Config, Message, UserError
-from evaluation import labels
 from evaluation.tasks import (
     Answers,
     Classification,
@@ -34,6 +35,8 @@ from runs.folder import TRAINED, read_run, run_config, run_of
 
 STAGES = ("sft", "dpo", "kto")
 GENERAL = "general_test"  # of data/: shows whether the model has forgotten general knowledge
+MAX_LABELS, MAX_LABEL_LENGTH = 20, 32  # of a closed set: answers, and characters of one
+POSITIVE = {"yes", "y", "true", "t", "positive", "是", "对", "真", "有", "阳性"}  # of two labels, in lower case
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def find_datasets(
 
     `given` are the names of the settings that were asked for. Adds to `notes`. Raises UserError where nothing is left.
     """
-    labels.check_labels(config.labels)
+    check_labels(config.labels)
     own = run_config(run) if run else None
     names = config.eval_dataset if "eval_dataset" in given else config.dataset if "dataset" in given else ()
     if not names and own is None:
@@ -71,7 +74,7 @@ def find_datasets(
     found = [data for data in made if data]
     answered = [data for data in found if isinstance(data.task, Classification | Texts)]
     if config.labels and answered and all(data.task.labels != config.labels for data in answered):
-        answer = labels.unknown_label(config.labels, [answer_of(row) for row in answered[0].rows])
+        answer = unknown_label(config.labels, [answer_of(row) for row in answered[0].rows])
         raise UserError("{dataset}: the answer '{answer}' is not in labels", dataset=answered[0].name, answer=answer)
     if any(data.name == GENERAL for data in found):
         return found
@@ -121,14 +124,14 @@ def task_of(
     if wants_only_losses(config):
         return Answers()
     answers, trained = [answer_of(row) for row in rows], trained_answers(name, trainings)
-    unknown = labels.unknown_label(config.labels, answers) if config.labels else None
+    unknown = unknown_label(config.labels, answers) if config.labels else None
     if unknown is not None:
         text = "labels do not fit {dataset}, which has the answer '{answer}'"
         notes.append(Message(text, dataset=name, answer=unknown))
     fit = config.labels and unknown is None
-    if chosen := config.labels if fit else labels.closed_set(answers, trained):
+    if chosen := config.labels if fit else closed_set(answers, trained):
         return Classification(tuple(chosen), trained)
-    if exceptions := labels.exceptional_answers([*answers, *trained]):
+    if exceptions := exceptional_answers([*answers, *trained]):
         text = "{dataset}: but for the answer '{answer}' this would be a classification; correct or remove its row"
         notes.append(Message(text, dataset=name, answer=exceptions[0]))
     return Texts()
@@ -142,8 +145,8 @@ def wants_only_losses(config: Config) -> bool:
 
 def general_knowledge(config: Config, trainings: list[Training], home: Path) -> list[EvalDataset]:
     """The kit's small general-knowledge set: what becomes less likely there was forgotten. None if all was trained."""
-    kit = dataclasses.replace(config, dataset_dir=str(common.ROOT / "data"), default_system=None, max_samples=None)
-    kit = dataclasses.replace(kit, stage="sft")
+    settings = {"dataset_dir": str(common.ROOT / "data"), "default_system": None, "max_samples": None, "stage": "sft"}
+    kit = dataclasses.replace(config, **settings)
     rows = read_rows(kit, GENERAL)
     kept = [row for row, new in zip(rows, unseen(kit, GENERAL, rows, trainings), strict=True) if new]
     return [EvalDataset(GENERAL, kept, home / GENERAL, Answers())] if kept else []
@@ -152,18 +155,14 @@ def general_knowledge(config: Config, trainings: list[Training], home: Path) -> 
 def read_rows(config: Config, name: str) -> list[Conversation]:
     """All conversations of one dataset."""
     stages = dict.fromkeys((config.stage, *STAGES))  # pairs may be evaluated with a run of another stage
+    alone = {"dataset": (name,), "eval_dataset": (), "val_size": 0.0, "interleave_probs": (), "mix_strategy": "concat"}
     first: UserError | None = None
     for stage in stages:
         try:
-            return _read_rows(dataclasses.replace(config, stage=stage), name)
+            return dataset.read_conversations(dataclasses.replace(config, stage=stage, **alone))[0]
         except UserError as error:
             first = first or error
     raise first
-
-
-def _read_rows(config: Config, name: str) -> list[Conversation]:
-    alone = {"dataset": (name,), "eval_dataset": (), "val_size": 0.0, "interleave_probs": (), "mix_strategy": "concat"}
-    return dataset.read_conversations(dataclasses.replace(config, **alone))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,3 +245,54 @@ def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[
             continue
         fresh = [new and fingerprint(row) not in training.contents for new, row in zip(fresh, rendered, strict=True)]
     return fresh
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers that are a closed set, so that choosing among them is what is measured
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises UserError for given labels among which there is nothing to choose."""
+    if repeated := next((label for label, count in Counter(labels).items() if count > 1), None):
+        raise UserError("labels: {label} is given twice; give each answer once", label=repeated)
+    if len(labels) == 1:
+        raise UserError("labels: {label} alone leaves no choice; give every answer", label=labels[0])
+
+
+def unknown_label(labels: Sequence[str], answers: Sequence[str]) -> str | None:
+    """The first answer that is not among the labels."""
+    return next((text for text in answers if text not in labels), None)
+
+
+def closed_set(answers: Sequence[str], trained: Sequence[str]) -> tuple[str, ...]:
+    """The labels in order, if the answers (and those trained on) are few, short, and repeated; else an empty tuple."""
+    counts = Counter([*answers, *trained])
+    repeated = min(counts.values()) >= 2 and sum(counts.values()) >= 5 * len(counts)
+    if not (all(map(_is_short, counts)) and repeated and 2 <= len(counts) <= MAX_LABELS):
+        return ()
+    return _in_order(counts)
+
+
+def _is_short(text: str) -> bool:
+    return 0 < len(text) <= MAX_LABEL_LENGTH and "\n" not in text
+
+
+def _in_order(counts: Counter[str]) -> tuple[str, ...]:
+    """Labels by their number, then by their characters; of two, the positive one last.
+
+    That is the higher number, or the one that means yes; of other words the rarer one, as one looks for what is rare.
+    """
+    numbers = {text: float(text) for text in counts if re.fullmatch(r"[+-]?\d+(\.\d+)?", text)}
+    labels = sorted(counts, key=lambda text: (numbers.get(text, 0.0), text))
+    if len(labels) == 2 and len(numbers) < 2:
+        labels.sort(key=lambda text: (text.casefold() in POSITIVE, -counts[text]))
+    return tuple(labels)
+
+
+def exceptional_answers(answers: Sequence[str]) -> list[str]:
+    """The few answers, at most one in twenty, without which the others would be a closed set."""
+    counts = Counter(answers)
+    exceptions = {text for text in counts if counts[text] < 2 or not _is_short(text)}
+    rest = [text for text in answers if text not in exceptions]
+    few = 0 < len(answers) - len(rest) <= max(1, len(answers) // 20)
+    return [text for text in counts if text in exceptions] if few and rest and closed_set(rest, []) else []

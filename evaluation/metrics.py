@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,8 +36,9 @@ def classification(truth: Sequence[str], probabilities: np.ndarray, labels: Sequ
     predicted = p.argmax(1)
     right = int((predicted == y).sum())
     average = {"average": "binary"} if len(labels) == 2 else {"average": "macro", "labels": range(len(labels))}
-    kinds = {"f1": _f1, "roc_auc": _roc_auc, "average_precision": _average_precision}
-    kinds["balanced_accuracy"] = _balanced_accuracy
+    kinds = {"f1": _f1, "balanced_accuracy": _balanced_accuracy}
+    for name, binary in {"roc_auc": _binary_roc_auc, "average_precision": _binary_average_precision}.items():
+        kinds[name] = functools.partial(_one_against_rest, binary)
     figures: dict[str, Any] = {
         "rows": len(y),
         "labels": list(labels),
@@ -91,14 +95,6 @@ def _balanced_accuracy(y: np.ndarray, p: np.ndarray) -> float:
     confusion = _confusion(y, p)
     support = confusion.sum(1)
     return float((confusion.diagonal()[support > 0] / support[support > 0]).mean())
-
-
-def _roc_auc(y: np.ndarray, p: np.ndarray) -> float | None:
-    return _one_against_rest(_binary_roc_auc, y, p if p.shape[1] == 2 else p / p.sum(1, keepdims=True))
-
-
-def _average_precision(y: np.ndarray, p: np.ndarray) -> float | None:
-    return _one_against_rest(_binary_average_precision, y, p)
 
 
 def _one_against_rest(figure: Callable[[np.ndarray, np.ndarray], float], y: np.ndarray, p: np.ndarray) -> float | None:
@@ -290,21 +286,13 @@ def is_chinese(text: str) -> bool:
     return any("\u4e00" <= character <= "\u9fff" for character in text)
 
 
-class Words:
-    """What rouge-score calls to cut a text: lower-case words and numbers, Chinese ones by jieba."""
+def words(text: str) -> list[str]:
+    """The lower-case words and numbers of a text, Chinese ones by jieba."""
+    import jieba
 
-    def __init__(self) -> None:
-        import logging
-
-        import jieba
-
-        jieba.setLogLevel(logging.WARNING)
-        self.cut = jieba.cut
-
-    def tokenize(self, text: str) -> list[str]:
-        """The words of a text, without spaces and punctuation."""
-        words = self.cut(text.lower()) if is_chinese(text) else re.findall(r"\w+", text.lower())
-        return [word for word in words if any(character.isalnum() for character in word)]
+    jieba.setLogLevel(logging.WARNING)
+    found = jieba.cut(text.lower()) if is_chinese(text) else re.findall(r"\w+", text.lower())
+    return [word for word in found if any(map(str.isalnum, word))]
 
 
 def rouge(predictions: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
@@ -312,7 +300,7 @@ def rouge(predictions: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, tokenizer=Words())
+    scorer = RougeScorer(names, tokenizer=SimpleNamespace(tokenize=words))
     scores = [scorer.score(t, p) for p, t in zip(predictions, truth, strict=True)]
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 

@@ -52,6 +52,11 @@ def batched_losses(scorer: Any, samples: Sequence[Sample]) -> list[Loss]:
     return [found[i] for i in range(len(samples))]
 
 
+def joined(prompt: list[int], answer: list[int]) -> Sample:
+    """A sample whose answer counts."""
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
 def first_learned(labels: Ids) -> int:
     """Where the learned tokens of a sample begin; the very first token is never one: nothing predicts it."""
     return next((i for i, label in enumerate(labels) if i and label != -100), len(labels))
@@ -99,7 +104,6 @@ class TransformersScorer:
         width = max(map(len, answers)) - 1
         ids = torch.tensor([[*answer[:-1], *[0] * (width - len(answer) + 1)] for answer in answers])
         ids = ids.to(self.model.device)
-        past = inputs["input_ids"].shape[1]
         seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         mask = torch.cat([seen, torch.ones_like(ids)], 1)
         positions = seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device)
@@ -108,7 +112,7 @@ class TransformersScorer:
         following = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         known = self._logits(following, used, keep=width).log_softmax(-1)
         if croppable:
-            cache.crop(past - past - width)  # negative: tokens to remove from the end
+            cache.crop(-width)  # negative: tokens to remove from the end
         return [sum(float(known[row, i, token]) for i, token in enumerate(a[1:])) for row, a in enumerate(answers)]
 
     def losses(self, samples: Sequence[Sample]) -> list[Loss]:
@@ -208,7 +212,7 @@ class LlamaCppScorer:
     def choices(self, prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """As TransformersScorer.choices."""
         return [
-            [self._sum(list(prompt), list(answer)) for answer in row]
+            [-self.losses([joined(list(prompt), list(answer))])[0][0] for answer in row]
             for prompt, row in zip(prompts, answers, strict=True)
         ]
 
@@ -218,7 +222,8 @@ class LlamaCppScorer:
         for sample in samples:
             ids, labels = list(sample["input_ids"]), list(sample["labels"])
             learned = [i for i in range(1, len(ids)) if labels[i] != -100]
-            nats = -sum(float(self._after(ids[:i])[ids[i]]) for i in learned)
+            after = self.engine.logits_after
+            nats = -sum(float(after(ids[:i]).double().log_softmax(-1)[ids[i]]) for i in learned)
             found.append((nats, len(learned)))
         return found
 
@@ -226,10 +231,3 @@ class LlamaCppScorer:
         """As TransformersScorer.replies."""
         settings = Settings(temperature=0.0, max_new_tokens=max_new_tokens)
         return ["".join(self.engine.answer(Request(list(prompt), settings))) for prompt in prompts]
-
-    def _sum(self, prompt: list[int], answer: list[int]) -> float:
-        return sum(float(self._after(prompt + answer[:i])[token]) for i, token in enumerate(answer))
-
-    def _after(self, ids: list[int]) -> Any:
-        """log-probabilities (vocabulary,) of the token after `ids`."""
-        return self.engine.logits_after(ids).double().log_softmax(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any, ClassVar
 
 from common import Config, Message, UserError
 from evaluation import metrics
-from evaluation.labels import swapped_labels
-from evaluation.scoring import Loss, Sample, batched_losses
+from evaluation.scoring import Loss, Sample, batched_losses, joined
 from preprocessing.encode_stages import encode_batch
 from preprocessing.faults import TooLong
 
@@ -157,11 +157,6 @@ def without_end(choices: list[list[int]]) -> list[list[int]]:
     return choices if begins else words
 
 
-def joined(prompt: list[int], answer: list[int]) -> Sample:
-    """A sample whose answer counts."""
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
-
-
 def document_windows(ids: Sequence[int], length: int) -> list[Sample]:
     """A document as samples of at most `length` tokens, in which every token but the first counts exactly once.
 
@@ -212,7 +207,7 @@ class Classification(Task):
             "choose among {labels}; positive is {last} (to swap: {swap})",
             labels=self.labels,
             last=self.labels[1],
-            swap=swapped_labels(self.labels),
+            swap=shlex.quote(f"labels={','.join(reversed(self.labels))}"),
         )
 
     def encode(self, data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> list[Item]:

@@ -5,33 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 import common
-from evaluation import labels
-from evaluation.data import GENERAL, result_folders
-from evaluation.tasks import EvalDataset, Texts, without_end
+from evaluation.data import GENERAL, closed_set, exceptional_answers, result_folders
+from evaluation.tasks import Classification, EvalDataset, Texts, without_end
 
 
 def test_the_closed_set_is_found_in_the_answers() -> None:
-    assert labels.closed_set(["0", "1", "1", "0", "10", "10"] * 3, []) == ("0", "1", "10")
-    assert labels.closed_set([f"answer {i}" for i in range(20)], []) == ()
+    assert closed_set(["0", "1", "1", "0", "10", "10"] * 3, []) == ("0", "1", "10")
+    assert closed_set([f"answer {i}" for i in range(20)], []) == ()
     assert without_end([[5, 9], [6, 9]]) == [[5], [6]]
     assert without_end([[5, 9], [5, 6, 9]]) == [[5, 9], [5, 6, 9]]
 
 
 def test_of_two_labels_the_positive_one_is_last() -> None:
-    assert labels.closed_set(["正常"] * 9 + ["欺诈"] * 3, []) == ("正常", "欺诈")  # the rarer one
-    assert labels.closed_set(["fraud"] * 3 + ["normal"] * 3, ["normal"] * 5) == ("normal", "fraud")
-    assert labels.closed_set(["yes"] * 9 + ["zero"] * 3, []) == ("zero", "yes")
-    assert labels.closed_set(["是"] * 9 + ["否"] * 3, []) == ("否", "是")
-    assert labels.closed_set(["a", "b"] * 5, []) == ("a", "b")
-    assert labels.closed_set(["-1", "1"] * 5 + ["1"], []) == ("-1", "1")
-    assert labels.closed_set(["①", "②", "²", "--5"] * 5, []) == ("--5", "²", "①", "②")  # no numbers: isdigit lies
-    assert labels.swapped_labels(("正常", "欺诈")) == "'labels=欺诈,正常'"
+    assert closed_set(["正常"] * 9 + ["欺诈"] * 3, []) == ("正常", "欺诈")  # the rarer one
+    assert closed_set(["fraud"] * 3 + ["normal"] * 3, ["normal"] * 5) == ("normal", "fraud")
+    assert closed_set(["yes"] * 9 + ["zero"] * 3, []) == ("zero", "yes")
+    assert closed_set(["是"] * 9 + ["否"] * 3, []) == ("否", "是")
+    assert closed_set(["a", "b"] * 5, []) == ("a", "b")
+    assert closed_set(["-1", "1"] * 5 + ["1"], []) == ("-1", "1")
+    assert closed_set(["①", "②", "²", "--5"] * 5, []) == ("--5", "²", "①", "②")  # no numbers: isdigit lies
+    assert Classification(("正常", "欺诈")).describe().fields["swap"] == "'labels=欺诈,正常'"
 
 
 def test_one_exceptional_answer_among_labels_is_found() -> None:
     answers = ["0", "1"] * 20
-    assert labels.exceptional_answers([*answers, "O"]) == ["O"] and labels.closed_set([*answers, "O"], []) == ()
-    assert labels.exceptional_answers(answers) == [] == labels.exceptional_answers([f"answer {i}" for i in range(40)])
+    assert exceptional_answers([*answers, "O"]) == ["O"] and closed_set([*answers, "O"], []) == ()
+    assert exceptional_answers(answers) == [] == exceptional_answers([f"answer {i}" for i in range(40)])
 
 
 def test_datasets_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:

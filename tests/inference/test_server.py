@@ -712,10 +712,7 @@ def application(engine: typing.Any, **environment: str) -> tuple[typing.Any, typ
 
 
 PAGE, EVIL = "https://page.example", "https://evil.example"
-PREFLIGHT = {
-    "Access-Control-Request-Method": "POST",
-    "Access-Control-Request-Headers": "authorization, content-type",
-}
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, content-type"}
 
 
 def test_foreign_hosts_and_origins_are_refused_unless_they_are_allowed(engine: typing.Any) -> None:
