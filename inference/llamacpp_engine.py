@@ -184,6 +184,7 @@ class LlamaCppBackend(Backend):
         settings = self.lib.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = self.capacity, 2 * slots + 1, True
         settings.n_batch = MAX_STEP + slots
+        settings.flash_attn_type = self.lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         settings.n_threads = settings.n_threads_batch = len(os.sched_getaffinity(0))
         model = engine.model.model
         with _collect_errors(self.lib):
