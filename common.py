@@ -247,13 +247,9 @@ class Config:
     quantization_bit: int | None = option(None, "base model in 4-bit (QLoRA) or 8-bit; needs a GPU", choices=(4, 8))
 
     _data: str = group("data")
-    dataset: tuple[str, ...] = option(
-        ("identity", "general"), "names in dataset_info.json, or files; comma-separated", path=True
-    )
+    dataset: tuple[str, ...] = option(("identity", "general"), "names in dataset_info.json, or files", path=True)
     eval_dataset: tuple[str, ...] = option((), "datasets to evaluate on, instead of val_size", path=True)
-    dataset_dir: str = option(
-        "data", "folder of dataset_info.json: in the working directory, above the recipe, or in the kit", path=True
-    )
+    dataset_dir: str = option("data", "folder of dataset_info.json; sought above the recipe and in the kit", path=True)
     val_size: float | None = option(
         None,
         "held-out data: a fraction below 1, or samples; unset: 10%, at most 200, of 200 samples or more",
@@ -261,9 +257,7 @@ class Config:
     )
     cutoff_len: int = option(2048, "maximum length of a sample, in tokens", minimum=16)
     max_samples: int | None = option(None, "maximum number of rows of each dataset", minimum=1)
-    overlong: str = option(
-        "truncate", "what to do with samples longer than cutoff_len", choices=("truncate", "drop", "error")
-    )
+    overlong: str = option("truncate", "what to do with samples over cutoff_len", choices=("truncate", "drop", "error"))
     on_bad_rows: str = option("error", "faulty rows: stop, or skip and record them", choices=("error", "skip"))
     mix_strategy: str = option(
         "concat",
@@ -281,9 +275,7 @@ class Config:
     name: str = option("onecard", "replaces {{name}} in the data: the model's name")
     author: str = option("the onecard founders", "replaces {{author}} in the data: who made the model")
     overwrite_cache: bool = option(False, "read and tokenize the data again", resume="any")
-    preprocessing_num_workers: int | None = option(
-        None, "tokenizing threads; unset: one per core", minimum=1, resume="any"
-    )
+    preprocessing_num_workers: int | None = option(None, "tokenizer threads; unset: all cores", minimum=1, resume="any")
 
     _training: str = group("training")
     stage: str = option(
@@ -297,9 +289,7 @@ class Config:
     gradient_accumulation_steps: int = option(8, "forward passes per optimizer step", minimum=1)
     learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
     lr_scheduler_type: str = option("cosine", "learning rate schedule", choices=SCHEDULES)
-    lr_scheduler_kwargs: Mapping[str, Any] | None = option(
-        None, "arguments of the schedule: {num_cycles: 2}, {min_lr_rate: 0.1}, {power: 2}"
-    )
+    lr_scheduler_kwargs: Mapping[str, Any] | None = option(None, "schedule arguments: {num_cycles: 2}, {power: 2}")
     warmup_steps: float = option(0.0, "warmup steps; below 1: a fraction of all steps", minimum=0)
     warmup_ratio: float = option(0.0, "warmup as a fraction of all steps", minimum=0, maximum=1)
     weight_decay: float = option(0.0, "weight decay", minimum=0)
@@ -309,14 +299,10 @@ class Config:
     adam_beta1: float = option(0.9, "Adam: decay rate of the first moment", minimum=0, maximum=1)
     adam_beta2: float = option(0.999, "Adam: decay rate of the second moment", minimum=0, maximum=1)
     adam_epsilon: float = option(1e-8, "Adam: epsilon of the denominator", minimum=0)
-    neftune_noise_alpha: float | None = option(
-        None, "sft, pt: NEFTune noise on the embeddings, at most alpha / sqrt(tokens x width); 5 is usual", minimum=0
-    )
+    neftune_noise_alpha: float | None = option(None, "sft, pt: NEFTune noise on the embeddings; 5 is usual", minimum=0)
     seed: int = option(42, "random seed", minimum=0)
     full_determinism: bool = option(False, "deterministic kernels only: slower; an operation that has none is an error")
-    gradient_checkpointing: str = option(
-        "auto", "recompute activations to save memory; auto: on a GPU only", choices=("auto", "true", "false")
-    )
+    gradient_checkpointing: str = option("auto", "recompute activations; auto: GPU", choices=("auto", "true", "false"))
     bf16: bool | None = option(None, "train in bfloat16; unset: where the device computes it at full speed")
     fp16: bool | None = option(None, "train in float16; a card that supports bfloat16 uses that instead")
 
@@ -327,33 +313,21 @@ class Config:
     lora_dropout: float = option(0.0, "dropout on the adapter's input; above 0 is slower", minimum=0, maximum=1)
     lora_target: tuple[str, ...] = option(("all",), "modules with LoRA: all (every linear layer), or names")
     use_rslora: bool = option(False, "rank-stabilized LoRA: scaling by alpha / sqrt(rank)")
-    loraplus_lr_ratio: float | None = option(
-        None, "LoRA+: learning rate of the B matrices as a multiple of learning_rate; 16 is usual", minimum=0
-    )
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A; 16 is usual", minimum=0)
     use_dora: bool = option(False, "weight-decomposed LoRA (DoRA)")
     lora_bias: str = option(
         "none",
         "biases trained too: the adapter's own (true), the model's (all), or those of lora_target (lora_only)",
         choices=("none", "true", "all", "lora_only"),
     )
-    pissa_init: bool = option(
-        False, "initialize from the weights' principal components (PiSSA); saved as LoRA of twice lora_rank"
-    )
+    pissa_init: bool = option(False, "initialize from principal components (PiSSA); saved as LoRA of twice lora_rank")
     pissa_iter: int = option(16, "PiSSA: iterations of the fast SVD; -1: exact SVD", minimum=-1)
-    additional_target: tuple[str, ...] = option(
-        (), "modules trained in full (modules_to_save): embed_tokens, lm_head, layer norms"
-    )
-    embedding_learning_rate: float | None = option(
-        None, "learning rate of embed_tokens and lm_head in additional_target; unset: learning_rate", minimum=0
-    )
+    additional_target: tuple[str, ...] = option((), "modules trained in full (modules_to_save): embed_tokens, lm_head")
+    embedding_learning_rate: float | None = option(None, "learning rate of embeddings; unset: learning_rate", minimum=0)
 
     _preferences: str = group("preferences")
-    pref_loss: str = option(
-        "sigmoid", "dpo: loss; orpo and simpo use no reference", choices=("sigmoid", "hinge", "ipo", "orpo", "simpo")
-    )
-    pref_beta: float = option(
-        0.1, "beta: how strongly the model is kept near the reference; orpo: weight of the preference loss", minimum=0
-    )
+    pref_loss: str = option("sigmoid", "dpo: preference loss", choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"))
+    pref_beta: float = option(0.1, "beta: strength of the pull to the reference; orpo: weight of the loss", minimum=0)
     pref_ftx: float = option(0.0, "weight of an additional sft loss on the chosen or good answers", minimum=0)
     simpo_gamma: float = option(0.5, "simpo: target reward margin of the chosen answer", minimum=0)
     dpo_label_smoothing: float = option(0.0, "sigmoid: assumed fraction of mislabelled pairs", minimum=0, maximum=0.5)
@@ -369,31 +343,23 @@ class Config:
     max_completion_length: int = option(256, "grpo: maximum length of a reply in training, in tokens", minimum=1)
     beta: float = option(0.0, "grpo: coefficient of the KL divergence from the model before training", minimum=0)
     epsilon: float = option(0.2, "grpo: clipping range of the probability ratio", minimum=0)
-    loss_type: str = option(
-        "dapo", "grpo: loss, by its name in TRL", choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
-    )
+    loss_type: str = option("dapo", "grpo: loss of TRL", choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"))
     scale_rewards: str = option(
         "group",
         "grpo: divide rewards by their standard deviation among a prompt's replies, in the batch, or not at all",
         choices=("group", "batch", "none"),
     )
     use_vllm: bool | None = option(None, "grpo: generate with vLLM; unset: on a GPU where it is installed")
-    vllm_gpu_memory_utilization: float = option(
-        0.5, "grpo: fraction of GPU memory for the weights and vLLM's cache", minimum=0.05, maximum=1
-    )
+    vllm_gpu_memory_utilization: float = option(0.5, "grpo: fraction of GPU memory for vLLM", minimum=0.05, maximum=1)
 
     _evaluation: str = group("evaluation during training")
-    eval_strategy: str = option(
-        "auto", "when to evaluate; auto: by steps if there is held-out data", choices=("auto", "no", "steps", "epoch")
-    )
+    eval_strategy: str = option("auto", "auto: by steps with held-out data", choices=("auto", "no", "steps", "epoch"))
     eval_steps: float | None = option(
         None, "steps between evaluations; below 1: a fraction; unset: as often as a tenth of the time allows", minimum=0
     )
     eval_delay: float = option(0.0, "steps (epochs with eval_strategy: epoch) before the first evaluation", minimum=0)
     per_device_eval_batch_size: int = option(2, "sequences per forward pass of an evaluation", minimum=1)
-    load_best_model_at_end: bool = option(
-        True, "keep the adapter of the lowest eval_loss (grpo: highest eval_reward), if evaluated"
-    )
+    load_best_model_at_end: bool = option(True, "keep the adapter of best eval_loss (grpo: eval_reward), if evaluated")
     early_stopping: str = option(
         "auto",
         "stop when eval_loss no longer improves, or without held-out data when the loss is flat and near zero",
@@ -408,56 +374,36 @@ class Config:
     resume_from_checkpoint: str | None = option(
         None, "checkpoint folder to resume from; unset: the newest complete one; false: none", path=True, resume="any"
     )
-    logging_steps: float = option(
-        5, "steps between lines of trainer_log.jsonl; below 1: a fraction of all", minimum=0, resume="any"
-    )
+    logging_steps: float = option(5, "steps between log lines; below 1: a fraction of all", minimum=0, resume="any")
     logging_first_step: bool = option(True, "log the first step too", resume="any")
     save_strategy: str = option("steps", "when to save a checkpoint", choices=("no", "steps", "epoch"))
     save_steps: float = option(100, "steps between checkpoints; below 1: a fraction of all", minimum=0, resume="any")
-    save_total_limit: int | None = option(
-        2, "maximum number of checkpoints kept; the best one always is", minimum=1, resume="any"
-    )
+    save_total_limit: int | None = option(2, "checkpoints kept at most; the best always is", minimum=1, resume="any")
     plot_loss: bool = option(True, "draw training_loss.png", resume="any")
-    report_to: tuple[str, ...] = option(
-        ("none",), "none, tensorboard, wandb, or several; all: those installed", resume="any"
-    )
+    report_to: tuple[str, ...] = option(("none",), "none, tensorboard, wandb, ...; all: those installed", resume="any")
 
     _chat: str = group("chat")
     do_sample: bool = option(True, "sample tokens; false: greedy decoding", resume="any")
-    temperature: float | None = option(
-        None, "sampling temperature; 0: greedy decoding; unset: 0.7 (1 in grpo training)", minimum=0, resume="any"
-    )
+    temperature: float | None = option(None, "0: greedy decoding; unset: 0.7 (in grpo: 1)", minimum=0, resume="any")
     top_p: float = option(
         0.9, "sample from the smallest token set whose probabilities sum to this", minimum=0, maximum=1, resume="any"
     )
     top_k: int = option(50, "sample from this many most likely tokens; 0: from all", minimum=0, resume="any")
-    min_p: float = option(
-        0.0, "drop tokens below this fraction of the top token's probability", minimum=0, maximum=1, resume="any"
-    )
+    min_p: float = option(0.0, "drop tokens below this fraction of the top one", minimum=0, maximum=1, resume="any")
     repetition_penalty: float = option(1.0, "above 1: tokens already used become less likely", minimum=0, resume="any")
     max_new_tokens: int = option(1024, "maximum length of a reply, in tokens", minimum=1, resume="any")
-    infer_dtype: str = option(
-        "auto", "data type of the weights; auto: the device's fastest", choices=("auto", *DTYPES), resume="any"
-    )
+    infer_dtype: str = option("auto", "dtype of weights; auto: the fastest", choices=("auto", *DTYPES), resume="any")
 
     _export: str = group("export")
-    export_dir: str | None = option(
-        None, "folder of the merged model; unset: merged/ in the run folder", path=True, resume="any"
-    )
+    export_dir: str | None = option(None, "folder of the merged model; unset: RUN/merged", path=True, resume="any")
     export_size: int = option(5, "maximum file size of the merged model, in GB", minimum=1, resume="any")
-    export_dtype: str | None = option(
-        None, "data type of the merged weights; unset: the base model's", choices=DTYPES, resume="any"
-    )
+    export_dtype: str | None = option(None, "dtype of merged weights; unset: the base's", choices=DTYPES, resume="any")
 
     _measuring: str = group("evaluation")
-    labels: tuple[str, ...] = option(
-        (), "the possible answers, the positive one of two last; unset: found in the data", resume="any"
-    )
+    labels: tuple[str, ...] = option((), "possible answers, of two the positive last; unset: by the data", resume="any")
     do_train: bool | None = option(None, "false: the recipe is for evaluate.py, train.py refuses it", resume="any")
     do_eval: bool = option(False, "without do_train: the recipe is for evaluate.py", resume="any")
-    do_predict: bool = option(
-        False, "evaluate.py also writes LLaMA-Factory's predictions; without do_train: for evaluate.py", resume="any"
-    )
+    do_predict: bool = option(False, "as do_eval; evaluate.py writes LLaMA-Factory's predictions", resume="any")
     predict_with_generate: bool = option(False, "evaluate.py also writes LLaMA-Factory's predictions", resume="any")
     compute_accuracy: bool = option(False, "evaluate.py always measures accuracy; train.py refuses it", resume="any")
 

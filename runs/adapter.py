@@ -99,20 +99,11 @@ class Adapter:
         if name in self.tensors:
             raise UserError("{file} has {tensor} under two names; save the adapter again", file=file, tensor=name)
         if tensor.dtype not in DTYPES.values():
-            raise UserError(
-                "{file}: {tensor} is in {dtype}; save it in {known}",
-                file=file,
-                tensor=name,
-                dtype=tensor.dtype,
-                known=[*DTYPES],
-            )
+            text = "{file}: {tensor} is in {dtype}; save it in {known}"
+            raise UserError(text, file=file, tensor=name, dtype=tensor.dtype, known=[*DTYPES])
         if tensor.count == 0:
-            raise UserError(
-                "{file}: {tensor} is empty, as DeepSpeed ZeRO-3 saves it; save the adapter again with "
-                "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with zero_to_fp32.py",
-                file=file,
-                tensor=name,
-            )
+            text = "{file}: {tensor} is empty, as ZeRO-3 saves it; convert the checkpoint with zero_to_fp32.py"
+            raise UserError(text, file=file, tensor=name)
 
     @cached_property
     def unsupported(self) -> list[str]:
@@ -144,9 +135,8 @@ class Adapter:
             taken.pop("original_module", None)
         first, *others = taken.values()
         if not all(same_values(first, other) for other in others):
-            raise UserError(
-                "{file} has two different values of {tensor}; save the adapter again", file=self.file, tensor=target
-            )
+            text = "{file} has two different values of {tensor}; save the adapter again"
+            raise UserError(text, file=self.file, tensor=target)
         return first, copied
 
     def scaling(self, module: str) -> tuple[int, float]:
@@ -173,11 +163,8 @@ class Adapter:
                 raise UserError("{file} lacks {part} of {module}; copy it again", file=file, module=module, part=kind)
         a, b = (self.take(parts[kind]) for kind in kinds)
         if not len(a.shape) == len(b.shape) == 2:
-            raise UserError(
-                "{file}: {module} is neither a linear layer nor an embedding; use PEFT's merge_and_unload",
-                file=file,
-                module=module,
-            )
+            text = "{file}: {module} is neither a linear layer nor an embedding; use PEFT's merge_and_unload"
+            raise UserError(text, file=file, module=module)
         return a, b
 
     def update(self, module: str, shape: tuple[int, ...], transposed: bool) -> Update:
@@ -188,13 +175,8 @@ class Adapter:
         (a, b), parts = self.pair(module), self.parts[module]
         rank, scale = self.scaling(module)
         if a.shape[0] != rank or b.shape[1] != rank:
-            raise UserError(
-                "{file}: {module} has rank {rank}, adapter_config.json says {configured}; take both from one training",
-                file=self.file,
-                module=module,
-                rank=a.shape[0],
-                configured=rank,
-            )
+            text = "{file}: {module} has rank {rank}, adapter_config.json {configured}; take both from one training"
+            raise UserError(text, file=self.file, module=module, rank=a.shape[0], configured=rank)
         trained = (b.shape[0], a.shape[1])
         embedding = "lora_embedding_A" in parts
         transposed = embedding or (transposed if trained[0] == trained[1] else shape == trained[::-1])
@@ -202,22 +184,13 @@ class Adapter:
             raise self.wrong_shape(module, trained, shape)
         magnitude = parts.get("lora_magnitude_vector")
         if bool(self.settings.get("use_dora")) != bool(magnitude):
-            raise UserError(
-                "{file}: {module} contradicts use_dora of adapter_config.json; take both from one training",
-                file=self.file,
-                module=module,
-            )
+            text = "{file}: {module} contradicts use_dora of adapter_config.json; take both from one training"
+            raise UserError(text, file=self.file, module=module)
         return Update(a, b, scale, transposed, self.take(magnitude) if magnitude else None)
 
     def wrong_shape(self, tensor: str, trained: tuple[int, ...], base: tuple[int, ...]) -> UserError:
-        return UserError(
-            "{file}: {tensor} was trained on a weight of shape {trained}, not {base}; set model_name_or_path to the "
-            "adapter's base",
-            file=self.file,
-            tensor=tensor,
-            trained=str(trained),
-            base=str(base),
-        )
+        text = "{file}: {tensor} was trained on shape {trained}, not {base}; set model_name_or_path to its base"
+        return UserError(text, file=self.file, tensor=tensor, trained=str(trained), base=str(base))
 
     def trained_shape(self, module: str) -> tuple[int, int] | None:
         """(outputs, inputs) of the linear layer that a module's pair was trained on; None where it has no pair."""
@@ -260,11 +233,8 @@ def find_places(
     UserError, by name, where a tensor has no place, is used twice, or has a shape or rank that does not fit.
     """
     if adapter.unsupported:
-        raise UserError(
-            "{folder} cannot be merged here ({reasons}); use PEFT's merge_and_unload",
-            folder=adapter.folder,
-            reasons=adapter.unsupported,
-        )
+        text = "{folder} cannot be merged here ({reasons}); use PEFT's merge_and_unload"
+        raise UserError(text, folder=adapter.folder, reasons=adapter.unsupported)
     base, places = dict(shapes), Places()
     modules = {_place(f"{module}.weight", base): module for module in adapter.parts if not _experts(module, base)}
     for target in adapter.whole:
@@ -274,16 +244,10 @@ def find_places(
     replaced = {**places.own, **places.copied}
     if unknown := next((name for name in [*replaced, *modules] if name not in base), None):
         if multimodal:
-            raise UserError(
-                "{file} changes {tensor}, stored under another name in a multimodal base; use PEFT's merge_and_unload",
-                file=adapter.file,
-                tensor=unknown,
-            )
-        raise UserError(
-            "{file} changes {tensor}, which the base lacks; set model_name_or_path to the adapter's base",
-            file=adapter.file,
-            tensor=unknown,
-        )
+            text = "{file} changes {tensor}, named otherwise in a multimodal base; use PEFT's merge_and_unload"
+            raise UserError(text, file=adapter.file, tensor=unknown)
+        text = "{file} changes {tensor}, which the base lacks; set model_name_or_path to the adapter's base"
+        raise UserError(text, file=adapter.file, tensor=unknown)
     for name, tensor in replaced.items():
         grown = name.endswith(EMBEDDINGS + HEADS) and tensor.shape[0] > base[name][0]
         if tensor.shape[1:] != base[name][1:] or (tensor.shape != base[name] and not grown):
@@ -291,19 +255,13 @@ def find_places(
         base[name] = tensor.shape
     rows = {base[name][0] for name in (places.embedding, places.head) if name in base}
     if len(rows) > 1:
-        raise UserError(
-            "{file}: the embedding and the output layer have different lengths; train both with the same new tokens",
-            file=adapter.file,
-        )
+        text = "{file}: the embedding and the output layer have different lengths; train both with the same new tokens"
+        raise UserError(text, file=adapter.file)
     places.vocabulary = rows.pop() if rows else None
     places.updates = {**_linear_updates(adapter, modules, base, merging), **_expert_updates(adapter, base)}
     if wrong := [name for name in adapter.tensors if adapter.used[name] != 1]:
-        raise UserError(
-            "{file}: {tensor} fits {count} tensors of the base; set model_name_or_path to the adapter's base",
-            file=adapter.file,
-            tensor=wrong[0],
-            count=adapter.used[wrong[0]],
-        )
+        text = "{file}: {tensor} fits {count} tensors of the base; set model_name_or_path to the adapter's base"
+        raise UserError(text, file=adapter.file, tensor=wrong[0], count=adapter.used[wrong[0]])
     return places
 
 
@@ -322,12 +280,8 @@ def _find_ends(
     if not tied or embedding is None:
         return
     if {embedding, head} <= own.keys() and not same_values(own[embedding], own[head]):
-        raise UserError(
-            "{file}: {embedding} and {head} differ, the base ties them; set model_name_or_path to the adapter's base",
-            file=adapter.file,
-            embedding=embedding,
-            head=head,
-        )
+        text = "{file}: {embedding} and {head} differ, the base ties them; set model_name_or_path to the adapter's base"
+        raise UserError(text, file=adapter.file, embedding=embedding, head=head)
     base.setdefault(head, base[embedding])
     if new := own.get(embedding, own.get(head)):
         own[embedding] = own[head] = new
@@ -346,12 +300,8 @@ def _linear_updates(adapter: Adapter, modules: Mapping[str, str], base: Shapes, 
         if added := adapter.parts[module].get("lora_B.bias"):
             bias = _place(f"{module}.bias", base)
             if bias not in base and merging:
-                raise UserError(
-                    "{file}: {module} has a bias (lora_bias), the base has none; use it unmerged: chat.py, or train "
-                    "without lora_bias",
-                    file=adapter.file,
-                    module=module,
-                )
+                text = "{file}: {module} has a bias, the base none; use it unmerged, or train without lora_bias"
+                raise UserError(text, file=adapter.file, module=module)
             updates[bias] = Update(None, adapter.take(added), updates[weight].scale)
     return updates
 
@@ -398,8 +348,5 @@ def _experts_transposed(adapter: Adapter, module: str, base: Shapes) -> bool:
         trained = adapter.trained_shape(other) if _owner(other) == _owner(module) else None
         if trained and trained[0] != trained[1] and (trained in shapes or trained[::-1] in shapes):
             return trained not in shapes
-    raise UserError(
-        "{file}: the experts of {module} are square: how they are stored is unknown; use PEFT's merge_and_unload",
-        file=adapter.file,
-        module=module,
-    )
+    text = "{file}: the experts of {module} are square: how they are stored is unknown; use PEFT's merge_and_unload"
+    raise UserError(text, file=adapter.file, module=module)

@@ -123,11 +123,8 @@ def push_notes(settings: dict[str, Any]) -> list[Message]:
     asked = compatibility().push
     wanted = [key for key in asked["switches"] if not _is_default(settings.get(key), [False, None])]
     names = [settings[key] for key in asked["names"] if not is_unset(settings.get(key))]
-    note = Message(
-        "{keys}: nothing is uploaded by itself; after training: merge.py RUN --push {repo} (private if new)",
-        keys=wanted,
-        repo=str((*names, "ORG/NAME")[0]),
-    )
+    text = "{keys}: nothing is uploaded by itself; after training: merge.py RUN --push {repo} (private if new)"
+    note = Message(text, keys=wanted, repo=str((*names, "ORG/NAME")[0]))
     return [note] if wanted else []
 
 

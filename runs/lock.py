@@ -44,12 +44,8 @@ def _acquire(path: Path) -> IO[str]:
             file.seek(0)
             process, host = _read_holder(file.read())
             file.close()
-            raise UserError(
-                "{folder} is being trained by process {process} on {host}; wait for it, or choose another output_dir",
-                folder=path.parent,
-                process=process,
-                host=host,
-            ) from None
+            text = "{folder} is being trained by process {process} on {host}; wait for it, or choose another output_dir"
+            raise UserError(text, folder=path.parent, process=process, host=host) from None
         except OSError:  # a file system without locks
             return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -146,13 +146,8 @@ def modelscope_files(source: str, model: str, revision: str | None) -> Listing:
     query = {"Revision": revision, "Recursive": "true"}
     response = get_session().get(f"{base}/files", params=query, headers=headers, timeout=30)
     if response.status_code in (401, 403, 404):
-        raise UserError(
-            "{source} has no model {model} (revision {revision}) for you; names can differ from the hub's, and a "
-            "private model needs MODELSCOPE_API_TOKEN",
-            model=model,
-            revision=revision,
-            source=source,
-        )
+        text = "{source} has no {model} ({revision}) for you; a private model needs MODELSCOPE_API_TOKEN"
+        raise UserError(text, model=model, revision=revision, source=source)
     hf_raise_for_status(response)
     files = []
     for file in response.json()["Data"]["Files"]:
@@ -174,9 +169,8 @@ def choose_files(files: list[RemoteFile], model: str) -> list[RemoteFile]:
         raise UserError("{model} is an adapter; download the base model that it belongs to", model=model)
     if not weights:
         kinds = sorted({Path(name).suffix for name in names} & {".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack"})
-        raise UserError(
-            "{model} has no safetensors weights (only: {kinds}); look for a copy that has", model=model, kinds=kinds
-        )
+        text = "{model} has no safetensors weights (only: {kinds}); look for a copy that has"
+        raise UserError(text, model=model, kinds=kinds)
     rest = re.compile(r".*\.(json|model|tiktoken|txt|jinja|py|md)|(LICENSE|NOTICE|USE_POLICY).*")
     other_index = re.compile(r"(?!model\.safetensors).*\.index\.json")
     return weights + [file for file in top if rest.fullmatch(file.name) and not other_index.fullmatch(file.name)]
@@ -281,29 +275,17 @@ def hub_errors(model: str, source: str) -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE forbids to download; unset it") from None
     except GatedRepoError:
-        raise UserError(
-            "{model} is gated: accept its terms on {source}/{model}, log in with `hf auth login` (or set HF_TOKEN), "
-            "and try again",
-            model=model,
-            source=source,
-        ) from None
+        text = "{model} is gated: accept its terms on {source}/{model} and log in with `hf auth login`"
+        raise UserError(text, model=model, source=source) from None
     except RevisionNotFoundError:
         raise UserError("{model} has no such revision; leave --revision out for the newest", model=model) from None
     except HfHubHTTPError as error:
-        answer = error.response
-        raise UserError(
-            "{source} answered {status} for {model}; check the address and your token, or try again later",
-            source=source,
-            status=f"{answer.status_code} {answer.reason_phrase}",
-            model=model,
-        ) from None
+        status = f"{error.response.status_code} {error.response.reason_phrase}"
+        text = "{source} answered {status} for {model}; check the address and your token, or try again later"
+        raise UserError(text, source=source, status=status, model=model) from None
     except (httpx.RequestError, httpx.InvalidURL) as error:
-        raise UserError(
-            "{source} cannot be reached ({problem}); check the network, or try --mirror https://hf-mirror.com or "
-            "--modelscope. What has arrived is kept",
-            source=source,
-            problem=str(error) or type(error).__name__,
-        ) from None
+        text = "{source} cannot be reached ({problem}); try --mirror https://hf-mirror.com or --modelscope"
+        raise UserError(text, source=source, problem=str(error) or type(error).__name__) from None
     except ValueError as error:
         text = "{source} does not answer like a hub ({problem}); check the address"
         raise UserError(text, source=source, problem=str(error)) from None

@@ -26,19 +26,14 @@ def check_environment() -> None:
     for name in TOKENS:
         token = os.environ.get(name, "").strip()
         if not token.isascii() or any(character.isspace() for character in token):
-            raise UserError(
-                "the environment variable {variable} is not a token (ASCII without spaces); copy it again, or unset it",
-                variable=name,
-            )
+            text = "the variable {variable} is not a token (ASCII without spaces); copy it again, or unset it"
+            raise UserError(text, variable=name)
     try:
         httpx.Client().close()
     except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
         variables = [name for name in (*CLIENT_VARIABLES, *map(str.lower, CLIENT_VARIABLES)) if os.environ.get(name)]
-        raise UserError(
-            "no connection can be made with the environment variables {variables} ({problem}); correct or unset them",
-            variables=variables,
-            problem=str(error),
-        ) from None
+        text = "no connection can be made with the variables {variables} ({problem}); correct or unset them"
+        raise UserError(text, variables=variables, problem=str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,9 +49,8 @@ def listen(host: str, port: int, advice: Message) -> socket.socket:
         problem = error.strerror
     except OSError as error:  # whose text names the address once more
         problem = os.strerror(error.errno)
-    raise UserError(
-        "cannot listen on {host}:{port} ({problem}); {advice}", host=host, port=port, problem=problem, advice=advice
-    )
+    text = "cannot listen on {host}:{port} ({problem}); {advice}"
+    raise UserError(text, host=host, port=port, problem=problem, advice=advice)
 
 
 def is_loopback(host: str) -> bool:

@@ -34,17 +34,13 @@ def load_peft_model(model: Any, folder: Path, trainable: bool = False) -> Any:
             result = loaded.load_adapter(readable, "default", is_trainable=trainable)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                "PEFT cannot load {folder} ({reason}); set model_name_or_path to its base", folder=folder, reason=reason
-            ) from None
+            text = "PEFT cannot load {folder} ({reason}); set model_name_or_path to its base"
+            raise UserError(text, folder=folder, reason=reason) from None
     # a grown and trained embedding is saved three times, of which PEFT reads one: find_places has looked at all
     names = [*result.missing_keys, *(result.unexpected_keys if adapter.unsupported else [])]
     if names:
-        raise UserError(
-            "{folder} does not fit the base ({tensor}); set model_name_or_path to its base",
-            folder=folder,
-            tensor=names[0],
-        )
+        text = "{folder} does not fit the base ({tensor}); set model_name_or_path to its base"
+        raise UserError(text, folder=folder, tensor=names[0])
     return loaded
 
 

@@ -44,11 +44,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         there = (p for p in path.parent.glob("*") if p.suffix in (".yaml", ".yml", ".json"))
-        raise UserError(
-            "there is no recipe {recipe}{near:suggestion}; the recipes of this kit are in configs/",
-            recipe=path,
-            near=nearest_path(path, there),
-        ) from None
+        text = "there is no recipe {recipe}{near:suggestion}; the recipes of this kit are in configs/"
+        raise UserError(text, recipe=path, near=nearest_path(path, there)) from None
     except (OSError, UnicodeDecodeError) as error:
         problem = str(error)
         raise UserError("{recipe} cannot be read as UTF-8 text ({problem})", recipe=path, problem=problem) from None
@@ -64,14 +61,13 @@ def _syntax_fault(error: yaml.YAMLError) -> Message:
     return Message(text, line=mark.line + 1, column=mark.column + 1, problem=problem)
 
 
-def _mistyped_line(text: str) -> Message | None:
+def _mistyped_line(recipe: str) -> Message | None:
     """The first line of a recipe that is nearly `key: value`."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(recipe.splitlines(), 1):
         shown = line.strip()
         if re.match(r"\s*[\w.-]+\s*：", line):
-            return Message(
-                "line {line}: `{text}` has the Chinese colon `：`; write `key: value`", line=number, text=shown
-            )
+            text = "line {line}: `{text}` has the Chinese colon `：`; write `key: value`"
+            return Message(text, line=number, text=shown)
         if re.match("[ \t]*[\u00a0\u3000\u200b\ufeff]|[ \t]*[\\w.-]+[ \t]*:[\u00a0\u3000\u200b]", line):
             return Message("line {line}: `{text}` has a no-break space; type a normal space", line=number, text=shown)
         if re.match(r"[A-Za-z_]\w*:[^\s/\\]", line):

@@ -52,12 +52,8 @@ def _data(config: Config) -> Iterator[Message]:
     if not names and config.do_train is not False and not (config.do_predict or config.do_eval):
         yield Message("dataset names no data; give a name of dataset_info.json or a file")
     if probabilities and len(probabilities) != len(names):
-        yield Message(
-            "interleave_probs has {values} value{values:plural} for {datasets} dataset{datasets:plural}; give one "
-            "for each",
-            values=len(probabilities),
-            datasets=len(names),
-        )
+        text = "interleave_probs has {values} values for {datasets} datasets; give one for each"
+        yield Message(text, values=len(probabilities), datasets=len(names))
     if probabilities and (min(probabilities) < 0 or abs(sum(probabilities) - 1) > 1e-3):
         yield Message("interleave_probs must be positive and sum to 1")
 
@@ -147,23 +143,16 @@ def _rewards(config: Config) -> Iterator[Message]:
         return
     functions, weights = config.reward_funcs, config.reward_weights
     if not functions:
-        yield Message(
-            "stage: grpo needs reward_funcs: exact_label, one_of_labels, json_valid, length, regex: PATTERN or "
-            "FILE.py:function"
-        )
+        text = "stage: grpo needs reward_funcs: exact_label, json_valid, regex: PATTERN, FILE.py:function ..."
+        yield Message(text)
     elif weights and len(weights) != len(functions):
         text = "reward_weights has {weights} values for {functions} reward_funcs"
         yield Message(text, weights=len(weights), functions=len(functions))
     batch, steps, each = config.per_device_train_batch_size, config.gradient_accumulation_steps, config.num_generations
     if batch * steps % each:
-        yield Message(
-            "replies per step ({batch} x {steps}) must be a multiple of num_generations ({each}); set "
-            "gradient_accumulation_steps: {enough}",
-            batch=batch,
-            steps=steps,
-            each=each,
-            enough=next(n for n in range(steps, steps + each + 1) if batch * n % each == 0),
-        )
+        enough = next(n for n in range(steps, steps + each + 1) if batch * n % each == 0)
+        text = "{replies} replies a step must be a multiple of {each}; set gradient_accumulation_steps: {enough}"
+        yield Message(text, replies=batch * steps, each=each, enough=enough)
     longest, cutoff_len = config.max_completion_length, config.cutoff_len
     if longest >= cutoff_len:
         text = "max_completion_length ({longest}) leaves no room for prompts within cutoff_len ({cutoff_len})"
@@ -176,9 +165,8 @@ def _output(config: Config) -> Iterator[Message]:
     for key in ("output_dir", "export_dir"):
         folder = getattr(config, key) or ""
         if re.match(r"[A-Za-z]:/", folder):
-            yield Message(
-                "{key}: {folder} is on a Windows drive; name a folder of this machine", key=key, folder=folder
-            )
+            text = "{key}: {folder} is on a Windows drive; name a folder of this machine"
+            yield Message(text, key=key, folder=folder)
     known = ("none", "all", *REPORTERS)
     for name in config.report_to:
         if name not in known:

@@ -145,9 +145,8 @@ def _base_to_answer(adapter: Path, base: str) -> tuple[Path, str, list[Message]]
     if plain == base or find_model(base) or not find_model(plain):
         return _complete(model_folder(base, adapter)), base, []
     folder = _complete(model_folder(plain, adapter))
-    note = Message(
-        "{quantized} is not on this disk; answering on its 16-bit original, {base}", quantized=base, base=folder
-    )
+    text = "{quantized} is not on this disk; answering on its 16-bit original, {base}"
+    note = Message(text, quantized=base, base=folder)
     return folder, plain, [note]
 
 

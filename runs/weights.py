@@ -41,9 +41,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
             slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
             return {name: Tensor(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            "{file} is not a complete safetensors file ({error}); download or train it again", file=file, error=error
-        ) from None
+        text = "{file} is not a complete safetensors file ({error}); download or train it again"
+        raise UserError(text, file=file, error=error) from None
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -64,9 +63,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     files = weight_files(folder)
     if files == ["model.safetensors"] and not (folder / files[0]).exists():
         if any(folder.glob("pytorch_model*.bin")):
-            raise UserError(
-                "{folder} has its weights in pytorch_model.bin; save it again as safetensors", folder=folder
-            )
+            text = "{folder} has its weights in pytorch_model.bin; save it again as safetensors"
+            raise UserError(text, folder=folder)
         raise UserError("{folder} has no model.safetensors; set model_name_or_path to a 16-bit model", folder=folder)
     tensors: dict[str, Tensor] = {}
     for file in files:

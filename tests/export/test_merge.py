@@ -415,7 +415,7 @@ def test_quantized_base_gives_way_to_the_model_it_was_made_of(
         ({"alora_invocation_tokens": [5]}, says("be merged here"), {}),
         ({"use_qalora": True}, says("be merged here"), {"reasons": ["use_qalora: True"]}),
         ({"a_setting_of_tomorrow": 3}, says("be merged here"), {"reasons": ["a_setting_of_tomorrow: 3"]}),
-        ({"r": 5}, says("adapter_config.json says"), {"rank": 4, "configured": 5}),
+        ({"r": 5}, says("has rank {rank}"), {"rank": 4, "configured": 5}),
         ({"r": None}, says("valid number"), {"key": "r"}),
         ({"r": 0}, says("valid number"), {"key": "r"}),
         ({"lora_alpha": None}, says("valid number"), {"key": "lora_alpha"}),
