@@ -24,7 +24,7 @@ from export.gguf_files import TYPES, GgufFile, GgufJob
 from export.verify import DTYPE_DIVERGENCE, PROOF_TOKENS, GgufProof
 from preprocessing.data_report import format_table, table_head
 from runs.configuration import run_command
-from runs.disk import check_free_space
+from runs.files import check_free_space
 from runs.target import read_arguments
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Message, UserError, print_notes
 from runs.configuration import check_training_asked_for, load_config, run_command
-from runs.disk import on_disk_full
-from runs.lock import locked
+from runs.files import on_disk_full
+from runs.folder import locked
 from runs.process import interruptible
 from training import model, plan, prepare, record, resume
 from training.arguments import choose_precision

@@ -19,9 +19,8 @@ from evaluation.job import EvalModel, Evaluation, compute_dtype
 from evaluation.tasks import EvalDataset, Item, question_of
 from inference.load import load
 from preprocessing.rows import fingerprint
-from runs.disk import on_disk_full
-from runs.files import read_json, read_jsonl, sha256, write_json, write_jsonl
-from runs.lock import locked
+from runs.files import on_disk_full, read_json, read_jsonl, sha256, write_json, write_jsonl
+from runs.folder import locked
 from runs.target import Target
 
 

@@ -18,8 +18,7 @@ from inference import llamacpp_build
 from inference.child_process import run_child
 from runs import files
 from runs.adapter import language_config
-from runs.disk import existing_folder, on_disk_full
-from runs.files import read_json, read_object, sha256, unfinished, write_json, write_text
+from runs.files import existing_folder, on_disk_full, read_json, read_object, sha256, unfinished, write_json, write_text
 from runs.target import find_target, is_adapter
 from runs.weights import read_tensors
 

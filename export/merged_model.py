@@ -14,8 +14,16 @@ from common import Config, Message, UserError, print_notes
 from export import hub, verify
 from export.merge import Plan, make_plan, write_shards
 from runs.adapter import Adapter, language_config
-from runs.disk import check_free_space, on_disk_full
-from runs.files import appearing, read_object, remove_leftovers, sha256, write_json, write_text
+from runs.files import (
+    appearing,
+    check_free_space,
+    on_disk_full,
+    read_object,
+    remove_leftovers,
+    sha256,
+    write_json,
+    write_text,
+)
 from runs.folder import for_transformers_4, read_run, run_config
 from runs.target import HUB_NAME, Target, missing_from_model
 from runs.weights import DTYPES, read_tensors

@@ -8,7 +8,7 @@ import subprocess
 from collections import deque
 
 from common import Message
-from runs.disk import ChildFailed
+from runs.files import ChildFailed
 from runs.process import end_with_parent
 
 RESULT = "RESULT "  # begins the line in which a child prints its result

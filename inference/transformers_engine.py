@@ -17,8 +17,8 @@ from preprocessing.prompts import prompt_ids
 from preprocessing.template import load_template
 from preprocessing.tokenizer import load_tokenizer
 from runs.files import read_object
-from runs.imports import quick_imports
 from runs.peft_loading import load_peft_model
+from runs.process import quick_imports
 from runs.target import Target
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import common
 from common import Message, UserError
-from runs.disk import check_free_space
-from runs.files import sha256, unfinished, write_json, write_text
+from runs.files import check_free_space, sha256, unfinished, write_json, write_text
 from runs.model_download import move_into_place, write_record
 
 EMBEDDED = Path(common.EMBEDDED_MODEL).name

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common import SAVES, Config, UserError
 from runs.configuration import load_config
-from runs.files import read_object, write_json
+from runs.files import read_jsonl, read_object, write_json, write_jsonl
 from runs.recipe import read_recipe
 
 TRAINED = "trained.npy"  # of a run folder: int64, the fingerprints of the conversations that it was trained on
@@ -89,3 +93,92 @@ def run_stage(folder: Path) -> str:
     """The stage of a run folder; a dash where its config.yaml is missing."""
     file = folder / "config.yaml"
     return str(read_recipe(file).get("stage", "sft")) if file.exists() else "-"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log: a line for each logging step and each evaluation
+
+LOG = "trainer_log.jsonl"
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; a last line that a kill has cut off is left out."""
+    return read_jsonl(folder / LOG)
+
+
+def keep_lines(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Rewrites a log with the lines that `keep` accepts (a resumed run logs the others again); returns them."""
+    lines = [line for line in read_jsonl(file) if keep(line)]
+    write_jsonl(file, lines)
+    return lines
+
+
+def mean_loss(lines: list[dict[str, Any]]) -> float | None:
+    """The training loss over all steps of a log: each line's loss stands for the steps since the line before."""
+    total, seen = 0.0, 0
+    for line in lines:
+        if "loss" in line:
+            total += line["loss"] * (line["step"] - seen)
+            seen = line["step"]
+    return total / seen if seen else None
+
+
+def last_value(lines: list[dict[str, Any]], key: str) -> Any:
+    """The newest value of `key` in the log; None where no line has it."""
+    return next((line[key] for line in reversed(lines) if key in line), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One training at a time
+
+LOCK = ".lock"  # in the run folder, while a process trains there
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a run folder, which is made if needed; raises UserError where another process holds it.
+
+    The lock is the kernel's (flock): a process gives it back however it ends. On NFS the server keeps it, so that it
+    holds between machines, too. A file system that knows no locks has none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _acquire(folder / LOCK)
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # nothing came of the training
+
+
+def _acquire(path: Path) -> IO[str]:
+    import fcntl
+
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it is open as long as the lock is held
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            process, host = _read_holder(file.read())
+            file.close()
+            text = "{folder} is being trained by process {process} on {host}; wait for it, or choose another output_dir"
+            raise UserError(text, folder=path.parent, process=process, host=host) from None
+        except OSError:  # a file system without locks
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
+            return file
+        file.close()  # the holder before has just deleted the file
+
+
+def _read_holder(text: str) -> tuple[object, str]:
+    """Process and host that hold the lock."""
+    try:
+        holder = json.loads(text)
+        return holder["pid"], holder["host"]
+    except (ValueError, KeyError, TypeError):  # it is only now being written
+        return "?", "?"

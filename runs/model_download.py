@@ -18,8 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from common import Message, UserError, nearest_word
-from runs.disk import check_free_space, on_disk_full
-from runs.files import read_json, sha256, write_json
+from runs.files import check_free_space, on_disk_full, read_json, sha256, write_json
 from runs.network import check_environment
 from runs.target import missing_from_model
 

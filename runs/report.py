@@ -17,8 +17,7 @@ from common import LANGUAGES
 from runs import charts
 from runs.charts import Curve
 from runs.files import read_json, write_text
-from runs.folder import read_run, run_config
-from runs.log import read_log
+from runs.folder import read_log, read_run, run_config
 from runs.metric_names import METRICS, REWARDS
 from runs.texts import Translator
 

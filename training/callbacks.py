@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common import Config, Message, UserError
 from runs.charts import draw_loss
-from runs.folder import SAMPLES
-from runs.log import LOG, append_line, keep_lines, read_log
+from runs.files import append_lines
+from runs.folder import LOG, SAMPLES, keep_lines, read_log
 from training import early_stopping
 from training.arguments import logged_rewards
 from training.plan import TrainingPlan
@@ -76,7 +76,7 @@ class Progress(TrainerCallback):
         if "loss" not in logs and "eval_loss" not in logs:
             return
         line = self._line(state, logs)
-        append_line(self.folder, line)
+        append_lines(self.folder / LOG, [line])
         keys = ("reward", "eval_reward") if {"reward", "eval_reward"} & logs.keys() else ("loss", "eval_loss")
         shown = {key: f"{logs[key]:.4f}" for key in keys if logs.get(key) is not None}
         self.bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)

@@ -21,7 +21,7 @@ from common import Config, Gpu, Message, visible_cards
 from runs.adapter import Adapter
 from runs.base_tensors import check_fits
 from runs.configuration import Loaded
-from runs.disk import existing_folder
+from runs.files import existing_folder
 from runs.folder import read_run
 from runs.target import missing_from_model
 from training import hardware, packing, whole_modules

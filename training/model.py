@@ -18,8 +18,8 @@ import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
 from runs.folder import LOADING_LOG
-from runs.imports import quick_imports
 from runs.peft_loading import write_readable
+from runs.process import quick_imports
 from training import hardware, pissa
 from training.arguments import Precision, checkpointing_setting, loading_settings
 from training.memory import EXPERTS

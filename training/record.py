@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message
 from runs.files import write_json, write_text
-from runs.folder import TRAINED, read_run
-from runs.log import last_value, mean_loss, read_log
+from runs.folder import TRAINED, last_value, mean_loss, read_log, read_run
 from runs.redaction import typed_command
 from training.arguments import REWARDS
 from training.hardware import peak_memory

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from common import UserError
-from runs.disk import check_free_space
-from runs.files import read_json
+from runs.files import check_free_space, read_json
 from runs.folder import for_transformers_4
 from training import callbacks, checkpoints, packing, pissa
 from training.arguments import Precision, training_arguments

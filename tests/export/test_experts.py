@@ -79,5 +79,5 @@ def test_a_wrong_rank_of_experts_is_told(tiny_model: Path, tmp_path: Path) -> No
     folder = train_adapter(base, tmp_path / "adapter", **KINDS["experts"])
     settings = json.loads((folder / "adapter_config.json").read_text())
     write_json(folder / "adapter_config.json", {**settings, "rank_pattern": {"experts.down_proj": 3}})
-    with user_error("weight of shape"):
+    with user_error("trained on shape"):
         merge.main([str(folder), "--no-verify"])

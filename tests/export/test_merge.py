@@ -506,7 +506,7 @@ def test_other_base_and_broken_files_are_told(lora: Path, models: dict[str, Path
     wider = values(base)
     wider["model.layers.0.mlp.up_proj.weight"] = torch.zeros(130, 64)
     save_file(wider, file)
-    with user_error("weight of shape", trained="(128, 64)", base="(130, 64)"):
+    with user_error("trained on shape", trained="(128, 64)", base="(130, 64)"):
         merge.main([str(lora), f"model_name_or_path={base}"])
     file.write_bytes((models["tied"] / "model.safetensors").read_bytes()[:-1])
     with user_error("safetensors file", file=file):

@@ -67,7 +67,7 @@ def test_the_kind_may_be_spelt_as_an_enum(with_base: bool, adapter: Path) -> Non
 def test_empty_tensors_of_zero_3_are_told(adapter: Path) -> None:
     change(adapter, value=lambda tensor: tensor[:0])
     for act in (lambda: merge.main([str(adapter), "--no-verify"]), lambda: load(str(adapter), QUIET)):
-        with user_error("as DeepSpeed"):
+        with user_error("as ZeRO-3"):
             act()
 
 
@@ -76,7 +76,7 @@ def test_an_adapter_of_another_base_does_not_answer(with_base: bool, adapter: Pa
     import torch
 
     change(adapter, value=lambda tensor: torch.cat([tensor, tensor], 1) if tensor.shape[1] == 64 else tensor)
-    with user_error("weight of shape"):
+    with user_error("trained on shape"):
         load(str(adapter), QUIET, with_base=with_base)
     change(adapter, rename=lambda name: name.replace("layers.1.", "layers.7."))
     with user_error("the base lacks"):

@@ -295,7 +295,7 @@ def test_a_recipe_that_asks_for_no_training_is_refused_by_a_training(arguments, 
 
 
 def test_recipes_of_other_kinds_are_told_from_those_of_a_training(recipe):
-    with user_error("dataset (the", keys=["micro_batch_size", "peft_config"]):
+    with user_error("of LLaMA-Factory v1", keys=["micro_batch_size", "peft_config"]):
         load_config([recipe("model: x\npeft_config: {name: lora}\nmicro_batch_size: 1")])
     with user_error("has an export_dir"):
         check_training_asked_for(load_config([recipe("model_name_or_path: x\nexport_dir: out")]))

@@ -7,7 +7,7 @@ import importlib.metadata
 
 import pytest
 
-from runs.imports import quick_imports
+from runs.process import quick_imports
 
 
 @pytest.mark.parametrize("enabled", [True, False])

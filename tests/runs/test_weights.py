@@ -74,7 +74,7 @@ def test_damaged_headers_are_a_clear_error_or_right(tiny_model: Path, tmp_path: 
             assert error.sentence in (
                 says("safetensors file"),
                 says("save it in"),
-                says("as DeepSpeed"),
+                says("as ZeRO-3"),
                 says("under two names"),
             )
             errors += 1

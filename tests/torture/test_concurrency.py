@@ -13,7 +13,7 @@ from conftest import ROOT, make_run, user_error, write_jsonl
 
 from common import UserError
 from runs.files import write_json
-from runs.lock import locked
+from runs.folder import locked
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from conftest import ROOT, user_error
 from common import Message
 from runs.configuration import load_config
 from runs.files import write_json
-from runs.lock import locked
+from runs.folder import locked
 from training import checkpoints, inputs
 
 
@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_keeps_its_new_ones(run):
 HOLDER = """
 import sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from runs.lock import locked
+from runs.folder import locked
 with locked(Path(sys.argv[2])):
     print("locked", flush=True)
     sys.stdin.read()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ok, run, save_adapter, says, train_on, write_jsonl
 
-from runs.log import read_log
+from runs.folder import read_log
 
 
 def faults_of(*settings: str) -> list[str]:

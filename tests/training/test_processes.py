@@ -17,7 +17,7 @@ from conftest import ROOT, SAY, SAY_SETTINGS, make_tiny_model, ok, says, what_wa
 
 from common import Message
 from runs.files import read_json
-from runs.log import read_log
+from runs.folder import read_log
 
 STEPS = [*SAY_SETTINGS, "lora_dropout=0", "val_size=4"]  # 8 samples to train on, which 2 processes share evenly
 PAIRS = [

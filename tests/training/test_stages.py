@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ok, run, save_adapter, train_on, write_jsonl
 
-from runs.log import read_log
+from runs.folder import read_log
 
 
 def train(model: Path, folder: Path, data: Path, *settings: str):

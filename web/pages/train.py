@@ -17,7 +17,7 @@ from common import Config, Message, UserError
 from runs import charts
 from runs import log as run_log
 from runs.configuration import Loaded, load_config
-from runs.log import last_value
+from runs.folder import last_value
 from runs.report import duration, training_charts
 from runs.target import missing_from_model
 from runs.texts import Translator
