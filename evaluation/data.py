@@ -121,7 +121,8 @@ def task_of(
     others = {"text": Documents(), "chosen": Pairs(), "good": Judged(), "columns": Rewarded(config)}
     if task := next((task for key, task in others.items() if key in rows[0]), None):
         return task
-    if wants_only_losses(config):
+    predicts = config.do_predict or config.predict_with_generate
+    if config.do_eval and not predicts and not asks_for_training(config):  # LLaMA-Factory's do_eval: only the loss
         return Answers()
     answers, trained = [answer_of(row) for row in rows], trained_answers(name, trainings)
     unknown = unknown_label(config.labels, answers) if config.labels else None
@@ -135,12 +136,6 @@ def task_of(
         text = "{dataset}: but for the answer '{answer}' this would be a classification; correct or remove its row"
         notes.append(Message(text, dataset=name, answer=exceptions[0]))
     return Texts()
-
-
-def wants_only_losses(config: Config) -> bool:
-    """Whether only the loss is asked for: do_eval as LLaMA-Factory means it, without do_predict or a training."""
-    predicts = config.do_predict or config.predict_with_generate
-    return config.do_eval and not predicts and not asks_for_training(config)
 
 
 def general_knowledge(config: Config, trainings: list[Training], home: Path) -> list[EvalDataset]:
@@ -195,12 +190,18 @@ def registered_test_sets(config: Config) -> tuple[str, ...]:
 
 def trainings_of(run: Path | None, notes: list[Message]) -> list[Training]:
     """The training of a run, and before it those of the runs whose adapters it continued."""
+    import numpy as np
+
     found: list[Training] = []
     passed: set[Path] = set()
     while run and run.resolve() not in passed:
         passed.add(run.resolve())
-        config = run_config(run)
-        found.append(Training(config, trained_contents(run, notes)))
+        config, contents = run_config(run), set()
+        if (run / TRAINED).is_file():
+            contents = set(np.load(run / TRAINED, allow_pickle=False).tolist())
+        else:  # an older run
+            notes.append(Message("rows that {adapter} was trained on may be among these", adapter=run))
+        found.append(Training(config, contents))
         adapter = config.adapter_name_or_path
         earlier = run_of(Path(adapter)) if adapter else None
         if adapter and not (earlier and (earlier / "config.yaml").is_file()):
@@ -208,16 +209,6 @@ def trainings_of(run: Path | None, notes: list[Message]) -> list[Training]:
             break
         run = earlier
     return found
-
-
-def trained_contents(run: Path, notes: list[Message]) -> set[int]:
-    """The fingerprints of what a run was trained on, which it recorded."""
-    import numpy as np
-
-    if not (run / TRAINED).is_file():  # an older run
-        notes.append(Message("rows that {adapter} was trained on may be among these", adapter=run))
-        return set()
-    return set(np.load(run / TRAINED, allow_pickle=False).tolist())
 
 
 def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:

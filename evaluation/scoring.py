@@ -104,7 +104,7 @@ class TransformersScorer:
         width = max(map(len, answers)) - 1
         ids = torch.tensor([[*answer[:-1], *[0] * (width - len(answer) + 1)] for answer in answers])
         ids = ids.to(self.model.device)
-        seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        seen = inputs["attention_mask"]
         mask = torch.cat([seen, torch.ones_like(ids)], 1)
         positions = seen.sum(1, keepdim=True) + torch.arange(width, device=ids.device)
         croppable = cache.is_croppable and not any(cache.is_linear)  # a convolution's state goes one way
@@ -154,8 +154,7 @@ class TransformersScorer:
         )
         with self.torch.inference_mode():
             inputs = self._padded(prompts)
-            inputs.setdefault("attention_mask", self.torch.ones_like(inputs["input_ids"]))
-            inputs.pop("position_ids", None)
+            del inputs["position_ids"]  # generate makes its own
             made = self.model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
         return [self._text(reply) for reply in made.tolist()]
 
@@ -165,12 +164,10 @@ class TransformersScorer:
         return "".join(text(token) for token in reply[:end])
 
     def _padded(self, prompts: Sequence[Ids]) -> dict[str, Any]:
-        """input_ids (rows × longest) padded on the left; with a mask and positions where there is padding."""
+        """input_ids (rows × longest) padded on the left, with a mask and positions."""
         torch, width = self.torch, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         ids = ids.to(self.model.device)
-        if all(len(prompt) == width for prompt in prompts):
-            return {"input_ids": ids}
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
         positions = torch.arange(width, device=ids.device) - (width - lengths[:, None])
         return {"input_ids": ids, "attention_mask": (positions >= 0).long(), "position_ids": positions.clamp(min=0)}

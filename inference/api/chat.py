@@ -12,13 +12,15 @@ import pydantic
 from common import Message, UserError
 from inference import grammar
 from inference.api.errors import ApiError, refuse
-from inference.api.generation import Exchange, Generator
+from inference.api.generation import Exchange, Generator, TextPosition
 from inference.api.messages import ChatMessage, ChatTool, IsTool, ToolChoice, Tools, choose_tools, read_messages
-from inference.api.replies import TextPosition, chat_deltas, chat_message, completion_logprobs, token_logprobs
 from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Format, Refused
-from inference.reply import Event
+from inference.engine import Engine
+from inference.reply import Event, Reply
 from inference.request import Request, TokenLogprob
-from inference.tools import ToolUse
+from inference.tools import Call, ToolUse
+
+LEAST_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 
 
 class ChatBody(Body):
@@ -113,6 +115,11 @@ def sse(content: dict[str, Any], event: str | None = None) -> bytes:
     """A server-sent event."""
     head = f"event: {event}\n" if event else ""
     return f"{head}data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def too_long(param: str, engine: Engine) -> ApiError:
+    reason = Message("has more tokens than the model reads ({context}); shorten it", context=engine.context)
+    return refuse(param, reason, "context_length_exceeded")
 
 
 class Endpoint:
@@ -273,12 +280,7 @@ class CompletionEndpoint(ChoiceEndpoint):
             if not 0 <= min(ids) <= max(ids) < engine.vocabulary_size:
                 raise refuse(f"prompt[{i}]", Message("has a token id that this model does not have"), "invalid_value")
             if len(ids) >= engine.context:
-                reason = Message(
-                    "has {tokens} tokens, and the model reads {context}; shorten it",
-                    tokens=len(ids),
-                    context=engine.context,
-                )
-                raise refuse("prompt", reason, "context_length_exceeded")
+                raise too_long("prompt", engine)
             found.append(Request(ids, settings))
         return found
 
@@ -305,3 +307,71 @@ class CompletionEndpoint(ChoiceEndpoint):
 
     def _logprobs(self, exchange: Exchange, tokens: Sequence[TokenLogprob], position: TextPosition) -> Any:
         return None if exchange.body.kept_logprobs is None else completion_logprobs(tokens, self.engine, position)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A reply, or what it grows by, as JSON
+
+
+def chat_message(reply: Reply) -> dict[str, Any]:
+    """A complete reply of a chat."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+    if reply.calls:
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in reply.calls
+        ]
+        message |= {"content": reply.text.strip() or None, "tool_calls": calls}
+    return message
+
+
+def chat_deltas(parts: Sequence[str | Call]) -> list[dict[str, Any]]:
+    """What parts of a reply are in a streamed chat; a call is its head and its arguments."""
+    deltas: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, str):
+            deltas.append({"content": part})
+        else:
+            head = {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+            deltas.append({"tool_calls": [{"index": part.index, **head}]})
+            deltas.append({"tool_calls": [{"index": part.index, "function": {"arguments": part.arguments}}]})
+    return deltas
+
+
+def token_logprobs(tokens: Sequence[TokenLogprob], engine: Engine) -> list[dict[str, Any]]:
+    """Log-probabilities of a reply's tokens; the end of the turn is no part of the text."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        spelled = engine.token_bytes(token)
+        text = spelled.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(spelled)}
+
+    return [
+        {**entry(token.id, token.logprob), "top_logprobs": [entry(*one) for one in token.top]}
+        for token in tokens
+        if token.id not in engine.stop_ids
+    ]
+
+
+def completion_logprobs(tokens: Sequence[TokenLogprob], engine: Engine, position: TextPosition) -> dict[str, Any]:
+    """The older form of /v1/completions, for the next `tokens` of a reply."""
+    form: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token in tokens:
+        if token.id in engine.stop_ids:
+            continue
+        spelled = engine.token_bytes(token.id)
+        form["tokens"].append(_token_name(spelled))
+        form["token_logprobs"].append(max(token.logprob, LEAST_LOGPROB))
+        top = {_token_name(engine.token_bytes(i)): max(value, LEAST_LOGPROB) for i, value in token.top}
+        form["top_logprobs"].append(top)
+        form["text_offset"].append(position.offset)
+        position.offset += len(position.decoder.decode(spelled))
+    return form
+
+
+def _token_name(spelled: bytes) -> str:
+    """A token as the older form names it; a part of a character by its bytes."""
+    try:
+        return spelled.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)

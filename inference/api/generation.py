@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import dataclasses
 import json
 import time
@@ -13,7 +14,6 @@ from typing import Any
 
 from common import Message, UserError
 from inference.api.errors import ApiError, refuse
-from inference.api.replies import TextPosition
 from inference.api.schema import Body
 from inference.engine import Engine
 from inference.reply import Event, Reply
@@ -22,6 +22,14 @@ from inference.scheduler import QueueFull, Scheduler, SchedulerClosed
 from preprocessing.prompts import UnsuitableMessages
 
 WAITING = 8  # times the slots: replies that may wait for one
+
+
+@dataclass
+class TextPosition:
+    """Where in prompt and reply the next token of a reply begins."""
+
+    offset: int  # characters
+    decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
 
 
 @dataclass

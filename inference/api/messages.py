@@ -18,6 +18,7 @@ from inference.api.schema import Form, Name, Refused
 
 # What clients send with every message or part and what no template shows: caching, and their own bookkeeping.
 IGNORED = frozenset({"id", "cache_control", "annotations", "provider_specific_fields", "status"})
+WRONG_CHOICE = Message("must be none, auto, required, or the function of one of the tools")
 NO_TOOLS = Message("this model's chat template has no tools; start the server with one that has (template=qwen)")
 
 
@@ -119,13 +120,9 @@ class Conversation:
         self._check_tools(where)
         called = self.functions.get(call_id)
         if name and called and name != called:
-            raise refuse(
-                f"{where}.name",
-                Message(
-                    "'{name}' is not the function of call {call}, '{called}'", name=name, call=call_id, called=called
-                ),
-                "invalid_value",
-            )
+            facts = {"name": name, "call": call_id, "called": called}
+            reason = Message("'{name}' is not the function of call {call}, '{called}'", **facts)
+            raise refuse(f"{where}.name", reason, "invalid_value")
         self.add("tool", content)
         self.messages[-1] |= {"tool_call_id": call_id} | ({"name": called or name} if called or name else {})
 
@@ -188,7 +185,7 @@ def check_choice(choice: Any) -> Any:
             return {"type": "function", "name": name}
         case {"type": "function", "name": str(), **rest} if not rest:
             return choice
-    raise Refused("", Message("must be none, auto, required, or the function of one of the tools"))
+    raise Refused("", WRONG_CHOICE)
 
 
 IsTool = pydantic.BeforeValidator(check_tool)
@@ -214,30 +211,20 @@ class Tools:
     def in_template(self) -> list[dict[str, Any]]:
         """The functions as templates show them: without what is for the server."""
         empty = {"type": "object", "properties": {}}
-        shown = [
-            {
-                "description": function.description or "",
-                "name": function.name,
-                "parameters": empty if function.parameters is None else function.parameters,
-            }
-            for function in self.functions
-        ]
-        return [{"type": "function", "function": function} for function in shown]
+        shown = [(f.description or "", f.name, empty if f.parameters is None else f.parameters) for f in self.functions]
+        keys = ("description", "name", "parameters")
+        return [{"type": "function", "function": dict(zip(keys, facts, strict=True))} for facts in shown]
 
 
 def choose_tools(
     functions: list[Function], choice: str | dict[str, Any] | None, parallel: bool | None, has_tools: bool
 ) -> Tools:
     """What of the tools of a request a reply may call. Raises ApiError."""
-    if not functions and choice not in (None, "none", "auto"):
-        raise refuse(
-            "tool_choice", Message("there are no tools in this request; give tools, or leave it out"), "invalid_value"
-        )
+    named = isinstance(choice, dict)
     if functions and not has_tools:
         raise refuse("tools", NO_TOOLS)
-    if isinstance(choice, dict):
-        chosen = [function for function in functions if function.name == choice["name"]]
-        if not chosen:
-            raise refuse("tool_choice", Message("must be none, auto, required, or the function of one of the tools"))
-        return Tools(chosen, required=True, single=True)
-    return Tools([] if choice == "none" else functions, required=choice == "required", single=parallel is False)
+    functions = [function for function in functions if not named or function.name == choice["name"]]
+    if not functions and choice not in (None, "none", "auto"):
+        raise refuse("tool_choice", WRONG_CHOICE)
+    required, single = named or choice == "required", named or parallel is False
+    return Tools([] if choice == "none" else functions, required, single)

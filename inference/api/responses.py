@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from common import Message
-from inference.api.chat import Endpoint, sse
-from inference.api.errors import ApiError, refuse
+from inference.api.chat import Endpoint, sse, token_logprobs, too_long
+from inference.api.errors import ApiError
 from inference.api.generation import Exchange
 from inference.api.messages import (
     IGNORED,
@@ -25,7 +25,6 @@ from inference.api.messages import (
     choose_tools,
     text_of_parts,
 )
-from inference.api.replies import token_logprobs
 from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Form, Format, Name, Refused
 from inference.reply import Event
 from inference.request import Request, TokenLogprob
@@ -170,10 +169,7 @@ class ResponsesEndpoint(Endpoint):
         schema = body.text.format.held_to if body.text.format else None
         request = self.chat_request(body, conversation.messages, tools, schema, "text.format")
         if body.truncation == "disabled" and request.dropped_messages:
-            reason = Message(
-                "has more tokens than the model reads ({context}); shorten it", context=self.engine.context
-            )
-            raise refuse("input", reason, "context_length_exceeded")
+            raise too_long("input", self.engine)
         return [request]
 
     def answer(self, exchange: Exchange) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -27,15 +35,17 @@ from inference.api.chat import ChatEndpoint, CompletionEndpoint, Endpoint
 from inference.api.errors import ApiError
 from inference.api.generation import Exchange, Generator
 from inference.api.guard import MAX_HEAD, ClientTooSlow, Guard, TimedProtocol, check_key
-from inference.api.metrics import ServerMetrics
 from inference.api.options import ServerOptions
 from inference.api.responses import ResponsesEndpoint
 from inference.api.schema import read
 from inference.engine import Engine
+from inference.reply import Reply
+from inference.scheduler import Scheduler
 from runs.network import LOOPBACK
 
 Handler = Callable[[Request], Awaitable[Response]]
 MAX_CONNECTIONS = 512
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # upper ends of the histograms' buckets
 EXPOSED_HEADERS = ("X-Request-Id", "X-Dropped-Messages", "Retry-After")  # to the scripts of other origins
 
 
@@ -64,6 +74,38 @@ def serve(engine: Engine, options: ServerOptions, listener: socket.socket) -> No
 
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+class ServerMetrics:
+    """What /metrics shows: counters of requests, tokens and times, and what the scheduler does now."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter("onecard_requests", "Answered requests", ["path", "status"], registry=registry)
+        self.prompt = Counter("onecard_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.cached = Counter("onecard_cached_tokens", "Tokens of prompts found in the cache", registry=registry)
+        self.reply = Counter("onecard_reply_tokens", "Tokens of replies", registry=registry)
+        self.cancelled = Counter("onecard_cancelled_replies", "Replies whose client went away", registry=registry)
+        self.first = Histogram("onecard_first_token_seconds", "To the first token", registry=registry, buckets=SECONDS)
+        self.seconds = Histogram("onecard_reply_seconds", "To the end of a reply", registry=registry, buckets=SECONDS)
+        active = Gauge("onecard_active_replies", "Replies computed now", registry=registry)
+        active.set_function(lambda: len(scheduler.active))
+        waiting = Gauge("onecard_waiting_replies", "Replies that wait for a slot", registry=registry)
+        waiting.set_function(lambda: len(scheduler.queue))
+
+    def count_request(self, path: str, status: int) -> None:
+        """`path` is that of a route, so that the number of series stays bounded."""
+        self.requests.labels(path, status).inc()
+
+    def count_reply(self, reply: Reply) -> None:
+        self.prompt.inc(reply.prompt_tokens)
+        self.cached.inc(reply.cached_tokens)
+        self.reply.inc(reply.completion_tokens)
+        self.cancelled.inc(reply.finish_reason == "cancelled")
+        if reply.completion_tokens:
+            self.first.observe(reply.first_token_seconds)
+            self.seconds.observe(reply.seconds)
 
 
 class ApiServer:
@@ -130,15 +172,14 @@ class ApiServer:
     async def _on_error(self, request: Request, error: HTTPException) -> Response:
         if isinstance(error, ApiError):
             self._log_request(request.scope["route"].path, error.status_code, str(error.message))
-            return JSONResponse(error.body, error.status_code, headers=error.headers)
-        message = Message(  # no such route, or another method
-            "no {method} {path} here; there are /v1/chat/completions, /v1/responses, /v1/completions, /v1/models",
-            method=request.method,
-            path=request.url.path[:200],
-        )
-        return JSONResponse(
-            ApiError(error.status_code, message, code="unknown_url").body, error.status_code, error.headers
-        )
+        else:  # no such route, or another method
+            message = Message(
+                "no {method} {path} here; there are /v1/chat/completions, /v1/responses, /v1/completions, /v1/models",
+                method=request.method,
+                path=request.url.path[:200],
+            )
+            error = ApiError(error.status_code, message, code="unknown_url", headers=error.headers)
+        return JSONResponse(error.body, error.status_code, error.headers)
 
     async def _on_failure(self, request: Request, error: Exception) -> Response:
         """The client learns that the server failed; what happened stands in the log only."""
@@ -154,7 +195,7 @@ class ApiServer:
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def _metrics(self, _: Request) -> Response:
-        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model_card()]})

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
-from common import Message
 from evaluation import compare, metrics
 from evaluation.results import forgetting
 from evaluation.tasks import TASKS
@@ -22,15 +21,8 @@ def test_forgetting_is_reported_beyond_the_intervals() -> None:
     base = {"perplexity": 5.0, "perplexity_interval": [4.0, 6.0]}
     worse = {"perplexity": 12.0, "perplexity_interval": [9.0, 15.0]}
     near = {"perplexity": 6.5, "perplexity_interval": [5.5, 7.5]}
-    assert forgetting({"base": base, "trained": worse}) == [
-        Message(
-            "note: {model} forgot general knowledge: perplexity {before:.1f} before, {now:.1f} now; "
-            "mix some into the data (dataset: ...,general), or train less",
-            model="trained",
-            before=5.0,
-            now=12.0,
-        )
-    ]
+    (note,) = forgetting({"base": base, "trained": worse})
+    assert str(note).startswith("note: trained forgot general knowledge: perplexity 5.0 before, 12.0 now; mix some")
     assert forgetting({"base": base, "trained": near}) == [] == forgetting({"trained": worse})
 
 
@@ -53,10 +45,7 @@ def test_runs_that_were_killed_and_models_made_of_a_run_are_listed(tmp_path: Pat
     ("figures", "shown"),
     [
         ({"exact_match": 0.5, "perplexity": 3.0}, "exact match 0.500"),
-        (
-            {"preference_accuracy": 0.75, "preference_accuracy_per_token": 0.5, "margin": 1.0},
-            "preference accuracy 0.750",
-        ),
+        ({"preference_accuracy": 0.75, "margin": 1.0}, "preference accuracy 0.750"),
         ({"roc_auc": 0.625}, "ROC AUC 0.625"),
         ({"loss": 0.5, "perplexity": 1.65}, "perplexity 1.650"),
         ({"reward": 0.25}, "reward 0.250"),
@@ -71,10 +60,8 @@ def test_the_list_of_runs_has_a_figure_of_every_stage(tmp_path: Path, figures: d
 def test_two_runs_are_compared_on_the_same_conversations(tmp_path: Path) -> None:
     """Rows with the same last message and a different history."""
     for name, predictions in (("a", "00"), ("b", "011")):
-        lines = [
-            {"row": i, "conversation": str(i), "prompt": "same", "label": "0", "prediction": word}
-            for i, word in enumerate(predictions)
-        ]
+        same = {"prompt": "same", "label": "0"}
+        lines = [{"row": i, "conversation": str(i), "prediction": p} | same for i, p in enumerate(predictions)]
         write_jsonl(tmp_path / name, lines)
     pair = compare.paired_predictions(tmp_path / "a", tmp_path / "b")
     assert (pair["rows"], pair["difference"], pair["only_first_right"]) == (2, -0.5, 1)

@@ -53,12 +53,8 @@ def test_a_tool_call_is_its_own_reference_answer(tiny_tokenizer, tmp_path: Path)
     from preprocessing.template import load_template
 
     call = {"name": "look", "arguments": {"x": 1}}
-    row = {
-        "messages": [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
-        ]
-    }
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    row = {"messages": [{"role": "user", "content": "q"}, called]}
     data = EvalDataset("calls", [row], tmp_path, Texts())
     (item,) = data.task.encode(data, common.Config(), tiny_tokenizer, load_template("qwen", tiny_tokenizer))
     assert '{"name": "look", "arguments": {"x": 1}}' in item.answer and "<|im_end|>" not in item.answer

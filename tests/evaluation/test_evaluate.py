@@ -54,23 +54,19 @@ def read(file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"),
+    ("arguments", "words"),
     [
         (["nobody"], "there is no model"),
-        (["a", "b"], says("targets; give")),
-        (["--bse"], says("see --help")),
-        (["--val_size", "0.5"], says("data instead")),
-        (["--compare", "a", "b"], says("folder; python")),
-        (["--runs"], says("is no run in")),
+        (["a", "b"], "targets; give"),
+        (["--bse"], "see --help"),
+        (["--val_size", "0.5"], "data instead"),
+        (["--compare", "a", "b"], "error: a is not a run folder; python evaluate.py --runs lists them\n"),
+        (["--runs"], "is no run in"),
     ],
 )
-def test_errors_come_at_once(arguments: list[str], code: str, tmp_path: Path) -> None:
-    refused(run("evaluate.py", *arguments, cwd=tmp_path), code)
-
-
-def test_the_whole_sentence_of_an_error_is_shown(tmp_path: Path) -> None:
-    result = run("evaluate.py", "--compare", "a", "b", cwd=tmp_path)
-    assert result.stderr == "error: a is not a run folder; python evaluate.py --runs lists them\n"
+def test_errors_come_at_once(arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = run("evaluate.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
@@ -100,13 +96,7 @@ def test_probabilities_are_the_models_own_and_no_row_was_trained_on(trained: Pat
     assert "perplexity" in json.loads((folder.parent / "general_test/metrics.json").read_text())["models"]["trained"]
     assert (trained / "report.html").is_file()
     seen = run("evaluate.py", str(trained), f"dataset={home}/odd.jsonl", cwd=home)
-    assert (seen.returncode, seen.error) == (
-        2,
-        Message(
-            "the model was trained on every row of {dataset}; name other data: dataset=NAME",
-            dataset=f"{home}/odd.jsonl",
-        ),
-    )
+    assert refused(seen, "was trained on every row").fields == {"dataset": f"{home}/odd.jsonl"}
 
     interrupted = "\n".join(json.dumps(line) for line in lines[:7]) + '\n{"row": 9, "pro'  # as a kill leaves it
     (folder / "predictions.jsonl").write_text(interrupted, encoding="utf-8")
@@ -135,10 +125,13 @@ def made_run(folder: Path, copied: Path, **changes: object) -> Path:
     return folder
 
 
+PREDICT = ("max_samples: 20", "do_predict: true", "predict_with_generate: true")
+
+
 def write_recipe(file: Path, adapter: Path, names: str, output: Path, *more: str) -> Path:
-    """As LLaMA-Factory's example for predictions."""
+    """As LLaMA-Factory's examples."""
     lines = [f"adapter_name_or_path: {adapter}", f"model_name_or_path: {run_config(adapter).model_name_or_path}"]
-    lines += [f"eval_dataset: {names}", "max_samples: 20", "do_predict: true", "predict_with_generate: true"]
+    lines += [f"eval_dataset: {names}"]
     file.write_text("\n".join([*lines, *more, f"output_dir: {output}"]), encoding="utf-8")
     return file
 
@@ -170,21 +163,18 @@ def test_what_was_trained_on_is_known_along_the_chain_and_whatever_became_of_the
 def test_a_recipe_names_what_is_predicted(trained: Path, tmp_path: Path) -> None:
     home = trained.parent.parent
     names = f"{home}/odd_test.jsonl,{home}/say.jsonl"
-    recipe = write_recipe(tmp_path / "predict.yaml", trained, names, tmp_path / "out", "max_new_tokens: 5")
+    recipe = write_recipe(tmp_path / "predict.yaml", trained, names, tmp_path / "out", *PREDICT, "max_new_tokens: 5")
     planned = plan(str(recipe))
     assert (planned.run, planned.output, planned.config.do_predict) == (trained, tmp_path / "out", True)
-    assert [(data.task.name, len(data.rows), data.left_out) for data in planned.datasets[:2]] == [
-        ("classification", 10, 10),
-        ("text", 12, 0),
-    ]
+    found = [(data.task.name, len(data.rows), data.left_out) for data in planned.datasets[:2]]
+    assert found == [("classification", 10, 10), ("text", 12, 0)]
     assert "max_new_tokens" in planned.given and planned.config.max_new_tokens == 5
     assert plan(str(recipe), f"dataset={home}/say.jsonl").datasets[0].name == f"{home}/say.jsonl"
     split = made_run(tmp_path / "split", trained, dataset=(f"{home}/odd.jsonl",), val_size=0.2)
     planned = plan(str(split / "config.yaml"))  # the recipe of the training: what it held out
     assert len(planned.datasets[0].rows) == 8 and "dataset" not in planned.given
-    assert (
-        len(plan(str(split), f"eval_dataset={home}/say.jsonl").datasets[0].rows) == 12
-    )  # val_size does not stand in its way
+    planned = plan(str(split), f"eval_dataset={home}/say.jsonl")  # val_size does not stand in its way
+    assert len(planned.datasets[0].rows) == 12
 
 
 @pytest.mark.slow
@@ -208,24 +198,17 @@ def test_a_run_that_was_killed_names_its_checkpoint(tmp_path: Path) -> None:
 def test_labels_are_for_the_datasets_that_they_fit(trained: Path) -> None:
     home = trained.parent.parent
     planned = plan(str(trained), f"dataset={home}/odd_test.jsonl,{home}/say.jsonl", "labels=1,0")
-    assert [(data.task.name, data.task.labels) for data in planned.datasets[:2]] == [
-        ("classification", ("1", "0")),
-        ("text", ()),
-    ]
+    found = [(data.task.name, data.task.labels) for data in planned.datasets[:2]]
+    assert found == [("classification", ("1", "0")), ("text", ())]
     assert planned.notes[-1].sentence == says("labels do not")
-    cases = (
-        ("0,2", says("is not in labels"), {"answer": "1"}),
-        ("0,0", says("is given twice"), {"label": "0"}),
-        ("0", says("alone leaves"), {"label": "0"}),
-    )
-    for labels, code, fields in cases:
-        with user_error(code, **fields):
+    cases = {"0,2": ("is not in labels", {"answer": "1"}), "0,0": ("is given twice", {"label": "0"})}
+    for labels, (words, fields) in {**cases, "0": ("alone leaves", {"label": "0"})}.items():
+        with user_error(words, **fields):
             plan(str(trained), f"dataset={home}/odd_test.jsonl", f"labels={labels}")
 
 
 @pytest.mark.slow
 def test_the_time_of_an_interrupted_evaluation_counts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-
     planned = plan(str(trained), f"dataset={trained.parent.parent}/say.jsonl", "--no-base", "max_samples=3")
 
     def stopped(*_: object):
@@ -246,37 +229,6 @@ def test_the_time_of_an_interrupted_evaluation_counts(trained: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_several_tokens_padding_and_greedy_text(trained: Path) -> None:
-    """Answers of several tokens, one the beginning of another, in batches: as one by one, and as the engine streams."""
-    import torch
-
-    from evaluation import scoring
-    from inference import engine
-    from inference.load import load
-    from runs.target import find_target
-
-    source = find_target(str(trained), QUIET)
-    model = load(source)
-    scorer = scoring.scorer_for(model)
-    talks = [[{"role": "user", "content": text}] for text in ("hi", "a longer one than that", "你好吗")]
-    prompts = [model.prompt_ids(talk) for talk in talks]
-    end = model.tokenizer.eos_token_id
-    answers = [[[5, end], [5, 6, 7, end], [8, end]]] * 3
-    for prompt, row in zip(prompts, scorer.choices(prompts, answers), strict=True):
-        for tokens, value in zip(answers[0], row, strict=True):
-            with torch.inference_mode():
-                known = model.model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
-            expected = sum(float(known[len(prompt) - 1 + i, token]) for i, token in enumerate(tokens))
-            assert value == pytest.approx(expected, abs=1e-4)
-    samples = [{"input_ids": [*p, 5, 6], "labels": [-100] * len(p) + [5, 6]} for p in prompts]
-    for (nats, count), sample in zip(scorer.losses(samples), samples, strict=True):
-        inputs = {key: torch.tensor([value]) for key, value in sample.items()}
-        assert count == 2 and nats / 2 == pytest.approx(float(model.model(**inputs).loss), abs=1e-5)
-    greedy = dataclasses.replace(engine.Settings(temperature=0), max_new_tokens=16)
-    assert scorer.replies(prompts, 16) == ["".join(model.stream(talk, greedy)) for talk in talks]
-
-
-@pytest.mark.slow
 def test_recipes_of_llamafactory_name_model_data_and_what_to_do(trained: Path, tmp_path: Path) -> None:
     """As older and newer examples of LLaMA-Factory are written; the keys that only a training needs do not matter."""
     home = trained.parent.parent
@@ -287,11 +239,8 @@ def test_recipes_of_llamafactory_name_model_data_and_what_to_do(trained: Path, t
             recipe = tmp_path / "llamafactory.yaml"
             recipe.write_text(f"model_name_or_path: {base}\nadapter_name_or_path: {trained}\n{text}")
             planned = plan(str(recipe))
-            assert (planned.run, planned.output, [model.label for model in planned.models]) == (
-                trained,
-                tmp_path / "out",
-                ["base", "trained"],
-            )
+            assert (planned.run, planned.output) == (trained, tmp_path / "out")
+            assert [model.label for model in planned.models] == ["base", "trained"]
             assert (planned.datasets[0].name, len(planned.datasets[0].rows)) == (f"{home}/say.jsonl", 12)
             assert planned.datasets[0].task.name == ("loss" if "do_eval" in more else "text")
             recipe.write_text(f"model_name_or_path: {base}\n{text}overwrite_output_dir: true\n")
@@ -307,10 +256,8 @@ def test_recipes_of_llamafactory_name_model_data_and_what_to_do(trained: Path, t
 @pytest.mark.slow
 def test_do_eval_measures_the_loss_alone(trained: Path, tmp_path: Path) -> None:
     home = trained.parent.parent
-    recipe = tmp_path / "eval.yaml"
-    lines = [f"adapter_name_or_path: {trained}", f"model_name_or_path: {run_config(trained).model_name_or_path}"]
-    lines += [f"eval_dataset: {home}/say.jsonl,{home}/odd_test.jsonl", "do_eval: true", f"output_dir: {tmp_path}/out"]
-    recipe.write_text("\n".join(lines))
+    names = f"{home}/say.jsonl,{home}/odd_test.jsonl"
+    recipe = write_recipe(tmp_path / "eval.yaml", trained, names, tmp_path / "out", "do_eval: true")
     ok(run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home))
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["all_results.json", "eval_results.json"]
     found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
@@ -323,7 +270,7 @@ def test_do_eval_measures_the_loss_alone(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_texts_in_llamafactorys_files(trained: Path) -> None:
     home = trained.parent.parent
-    recipe = write_recipe(home / "predict.yaml", trained, f"{home}/say.jsonl", home / "predicted")
+    recipe = write_recipe(home / "predict.yaml", trained, f"{home}/say.jsonl", home / "predicted", *PREDICT)
     ok(run("evaluate.py", str(recipe), "--no-base", *QUIET, cwd=home))
     lines = read(home / "predicted" / "generated_predictions.jsonl")
     assert [line["label"] for line in lines] == [row["output"] for row in SAID]

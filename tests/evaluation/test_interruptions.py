@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import functools
 import json
 import os
 import random
@@ -43,7 +44,7 @@ class Disk:
         def open_counted(file: Any, mode: str = "r", *arguments: Any, **more: Any) -> Any:
             stream = opened(file, mode, *arguments, **more)
             if mode in ("a", "w"):
-                stream = _Torn(stream, self)
+                stream.write = functools.partial(self.write, stream.write)
             return stream
 
         monkeypatch.setattr(builtins, "open", open_counted)
@@ -60,28 +61,13 @@ class Disk:
 
         return run
 
-
-class _Torn:
-    """A file whose last write before the kill reaches the disk in part."""
-
-    def __init__(self, stream: Any, disk: Disk) -> None:
-        self.stream, self.disk = stream, disk
-
-    def __enter__(self) -> _Torn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stream.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        if self.disk.left == 1:
-            self.stream.write(text[: len(text) // 2])
-        self.disk.count()
-        if self.disk.left:
-            self.stream.write(text)
+    def write(self, write: Callable[[str], Any], text: str) -> None:
+        """The last write before the kill reaches the disk in part."""
+        if self.left == 1:
+            write(text[: len(text) // 2])
+        self.count()
+        if self.left:
+            write(text)
 
 
 class FakeScorer:
@@ -100,9 +86,8 @@ class FakeScorer:
 
 
 def plan(folder: Path, model: Path) -> Evaluation:
-    rows = [
-        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "0"}]} for i in range(5)
-    ]
+    talks = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "0"}] for i in range(5)]
+    rows = [{"messages": talk} for talk in talks]
     prompts, answers = [[i, 3, 1] for i in range(5)], ["0", "1", "0", "1", "1"]
     samples = [{"input_ids": [*prompt[:2], 4], "labels": [-100, 2, 4]} for prompt in prompts]
     choices = [Item(i, answers[i], prompts[i], choices=[[1], [2]]) for i in range(5)]

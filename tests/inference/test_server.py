@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,10 +20,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, TALK, make_run, ok, run, says, user_error
+from conftest import ROOT, TALK, make_run, ok, run, user_error
 
 from common import Message
 
+HI = [{"role": "user", "content": "hi"}]
 WEATHER = {
     "type": "function",
     "function": {
@@ -39,7 +41,7 @@ WEATHER = {
 
 
 class Server:
-    """A running api.py; `client` is OpenAI's."""
+    """A running api.py, which ends well, and with the block in any case; `client` is OpenAI's."""
 
     def __init__(
         self, log: Path, *arguments: str, cwd: Path = ROOT, script: str = str(ROOT / "api.py"), **environment: str
@@ -49,12 +51,26 @@ class Server:
         with open(log, "w", encoding="utf-8") as stderr:
             command = [sys.executable, script, *arguments]
             self.process = subprocess.Popen(command, cwd=cwd, env=env, stderr=stderr, stdout=subprocess.DEVNULL)
+
+    def __enter__(self) -> Server:
         deadline = time.monotonic() + 120
-        while " answers at " not in log.read_text(encoding="utf-8"):
-            assert self.process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
+        while " answers at " not in (text := self.log.read_text(encoding="utf-8")):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError(text)
             time.sleep(0.1)
-        self.url = log.read_text(encoding="utf-8").partition(" answers at ")[2].split()[0]
-        self.model = log.read_text(encoding="utf-8").partition(" answers at ")[0].split("\n")[-1]
+        before, _, after = text.partition(" answers at ")
+        self.model, self.url = before.split("\n")[-1], after.split()[0]
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            status = self.process.wait(30)
+        finally:
+            self.process.kill()
+        if kind is None:
+            assert status == 0 and "Traceback" not in self.log.read_text(encoding="utf-8")
 
     def client(self, kind: str = "OpenAI", **options: typing.Any) -> typing.Any:
         import openai
@@ -67,13 +83,12 @@ class Server:
     def gauge(self, name: str) -> float:
         return float(self.get("/metrics").text.partition(f"\n{name} ")[2].split("\n")[0])
 
-    def wait_for(self, name: str, value: float, seconds: float) -> float:
-        """Seconds until a gauge has a value; it fails after `seconds`."""
+    def wait_for(self, name: str, value: float, seconds: float) -> None:
+        """Until a gauge has a value; it fails after `seconds`."""
         started = time.monotonic()
         while self.gauge(name) != value:
             assert time.monotonic() - started < seconds, f"{name} is {self.gauge(name)}, not {value}"
             time.sleep(0.02)
-        return time.monotonic() - started
 
     def post(self, body: typing.Any, path: str = "/chat/completions") -> tuple[int, typing.Any]:
         """The status, and the JSON of the answer."""
@@ -84,19 +99,13 @@ class Server:
     def chat(self, content: str = "hi", **fields: typing.Any) -> tuple[int, typing.Any]:
         return self.post({"model": self.model, "messages": [{"role": "user", "content": content}], **fields})
 
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(30)
-
 
 @pytest.fixture(scope="module")
 def parrot_server(parrot: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Has learned TALK, greedily; its template has no tools."""
     log = tmp_path_factory.mktemp("api") / "parrot.log"
-    server = Server(log, str(parrot), "infer_dtype=float32", "do_sample=false", "max_new_tokens=60")
-    yield server
-    assert server.end() == 0
-    assert "Traceback" not in log.read_text(encoding="utf-8")
+    with Server(log, str(parrot), "infer_dtype=float32", "do_sample=false", "max_new_tokens=60") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +129,8 @@ def tiny_server(tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """Random words without end, two replies at once; its template has tools."""
     log = tmp_path_factory.mktemp("api") / "tiny.log"
     arguments = (str(tool_model), "infer_dtype=float32", "template=qwen", "max_new_tokens=8000", "top_k=0", "top_p=1")
-    server = Server(log, *arguments, MAX_CONCURRENT="2", API_MODEL_NAME="little")
-    yield server
-    assert server.end() == 0
-    assert "Traceback" not in log.read_text(encoding="utf-8")
+    with Server(log, *arguments, MAX_CONCURRENT="2", API_MODEL_NAME="little") as server:
+        yield server
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,39 +138,19 @@ def tiny_server(tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.parametrize(
-    ("environment", "arguments", "code"),
+    ("environment", "words"),
     [
-        ({"API_HOST": "0.0.0.0"}, [], says("set API_KEY")),
-        ({"API_PORT": "http"}, [], says("must be a whole number")),
-        ({"API_PORT": "9" * 5000}, [], says("must be a whole number")),
-        ({"MAX_CONCURRENT": "0"}, [], says("must be a whole number")),
-        ({"API_CORS_ORIGINS": "example.com"}, [], says("must be SCHEME")),
-        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, ["TARGET"], says("cannot listen")),
+        ({"API_HOST": "0.0.0.0"}, "error: API_HOST=0.0.0.0 opens the model to others; set API_KEY too\n"),
+        ({"API_PORT": "http"}, "must be a whole number"),
+        ({"API_PORT": "9" * 5000}, "must be a whole number"),
+        ({"MAX_CONCURRENT": "0"}, "must be a whole number"),
+        ({"API_CORS_ORIGINS": "example.com"}, "must be SCHEME"),
+        ({"API_HOST": "203.0.113.9", "API_KEY": "k"}, "cannot listen"),
     ],
 )
-def test_wrong_options_are_reported_at_once(
-    environment: dict, arguments: list[str], code: str, tmp_path: Path, parrot_files: Path
-) -> None:
-    arguments = [str(parrot_files) if word == "TARGET" else word for word in arguments]
-    result = run("api.py", *arguments, cwd=tmp_path, env={**os.environ, **environment}, timeout=30)
-    assert result.returncode == 2 and result.error.sentence == code
-    assert "Traceback" not in result.stderr
-
-
-def test_an_error_as_the_user_sees_it(tmp_path: Path) -> None:
-    result = run("api.py", cwd=tmp_path, env={**os.environ, "API_HOST": "0.0.0.0"}, timeout=30)
-    assert result.stderr == "error: API_HOST=0.0.0.0 opens the model to others; set API_KEY too\n"
-
-
-@pytest.fixture
-def parrot_files(tmp_path: Path) -> Path:
-    """A folder that looks like a model: enough to be found."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        (folder / name).write_text("{}")
-    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    return folder
+def test_wrong_options_are_reported_at_once(environment: dict, words: str, tmp_path: Path, tiny_model: Path) -> None:
+    result = run("api.py", str(tiny_model), cwd=tmp_path, env={**os.environ, **environment}, timeout=30)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
 
 
 def test_help_comes_at_once() -> None:
@@ -175,31 +162,22 @@ def test_help_comes_at_once() -> None:
 # The forms
 
 
-def openai_fields(kind: str) -> set[str]:
-    """The fields that the openai package can send, as its own types list them."""
-    from openai.types import chat, completion_create_params, responses
-
-    module = {
-        "chat": chat.completion_create_params,
-        "completion": completion_create_params,
-        "responses": responses.response_create_params,
-    }[kind]
-    name = {"chat": "Completion", "completion": "Completion", "responses": "Response"}[kind]
-    kinds = [getattr(module, f"{name}CreateParams{way}") for way in ("NonStreaming", "Streaming")]
-    return {name for kind in kinds for base in kind.__mro__ for name in getattr(base, "__annotations__", {})} | {
-        name for kind in kinds for name in typing.get_type_hints(kind)
-    }
-
-
 @pytest.mark.parametrize("kind", ["chat", "completion", "responses"])
 def test_every_field_of_openai_is_known_or_refused(kind: str) -> None:
+    from openai.types import chat, completion_create_params, responses
+
     from inference.api.chat import ChatBody, CompletionBody
     from inference.api.errors import ApiError
     from inference.api.responses import ResponsesBody
     from inference.api.schema import read
 
-    form = {"chat": ChatBody, "completion": CompletionBody, "responses": ResponsesBody}[kind]
-    fields, prompt = openai_fields(kind), form.prompt_field
+    form, module, name = {
+        "chat": (ChatBody, chat.completion_create_params, "Completion"),
+        "completion": (CompletionBody, completion_create_params, "Completion"),
+        "responses": (ResponsesBody, responses.response_create_params, "Response"),
+    }[kind]
+    ways = [getattr(module, f"{name}CreateParams{way}") for way in ("NonStreaming", "Streaming")]
+    fields, prompt = {field for way in ways for field in typing.get_type_hints(way)}, form.prompt_field
     assert {"model", "stream", "temperature", prompt} <= fields and len(fields) > 15
     whole = {"model": "m", prompt: [{"role": "user", "content": "hi"}] if kind == "chat" else "hi"}
     for name in fields:
@@ -258,23 +236,19 @@ def test_calls_are_read_out_of_every_split() -> None:
 def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
     client = parrot_server.client()
     assert [model.id for model in client.models.list()] == ["parrot"] and client.models.retrieve("parrot").id
-    talk = [{"role": "user", "content": "hi"}]
-    reply = client.chat.completions.create(model="parrot", messages=talk, seed=1, user="me", presence_penalty=0)
+    ask = functools.partial(client.chat.completions.create, model="parrot", messages=HI)
+    reply = ask(seed=1, user="me", presence_penalty=0)
     assert reply.choices[0].message.content == TALK["hi"] and reply.choices[0].finish_reason == "stop"
     assert reply.object == "chat.completion" and reply.id.startswith("chatcmpl-") and reply.created > 1.7e9
     usage = reply.usage
     assert usage.completion_tokens == len(TALK["hi"].encode()) + 1
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > usage.completion_tokens
-    again = client.chat.completions.create(model="parrot", messages=talk)
+    again = ask()
     assert again.usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1
-    raw = client.chat.completions.with_raw_response.create(model="parrot", messages=talk, max_tokens=4)
+    raw = client.chat.completions.with_raw_response.create(model="parrot", messages=HI, max_tokens=4)
     assert raw.parse().choices[0].finish_reason == "length" and raw.parse().choices[0].message.content == "你"
 
-    chunks = list(
-        client.chat.completions.create(
-            model="parrot", messages=talk, stream=True, stream_options={"include_usage": True}
-        )
-    )
+    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
     assert len({chunk.id for chunk in chunks}) == 1 and len({chunk.created for chunk in chunks}) == 1
     assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -283,29 +257,26 @@ def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == usage.completion_tokens
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
-    several = client.chat.completions.create(model="parrot", messages=talk, n=3, stop=["here"], temperature=0)
+    several = ask(n=3, stop=["here"], temperature=0)
     assert [choice.message.content for choice in several.choices] == ["你好 🙂 stop "] * 3
     assert several.usage.completion_tokens > 3 * 10 and several.usage.prompt_tokens == usage.prompt_tokens
-    known = client.chat.completions.create(model="parrot", messages=talk, logprobs=True, top_logprobs=2)
+    known = ask(logprobs=True, top_logprobs=2)
     content = known.choices[0].logprobs.content
     assert bytes(b for token in content for b in token.bytes).decode() == TALK["hi"]
     assert all(len(t.top_logprobs) == 2 and t.top_logprobs[0].logprob == t.logprob <= 0 for t in content)
-    streamed = client.chat.completions.create(model="parrot", messages=talk, logprobs=True, stream=True)
+    streamed = ask(logprobs=True, stream=True)
     told = [token for c in streamed for token in (c.choices[0].logprobs.content if c.choices[0].logprobs else [])]
     assert [token.bytes for token in told] == [token.bytes for token in content]
     for stream in (False, True):  # "st" is held back until it is no "sto!", "he" until it is "here"
-        asked = {"model": "parrot", "messages": talk, "logprobs": True, "stop": ["sto!", "here"], "stream": stream}
-        reply = client.chat.completions.create(**asked)
+        reply = ask(logprobs=True, stop=["sto!", "here"], stream=stream)
         known = [chunk.choices[0].logprobs for chunk in reply] if stream else [reply.choices[0].logprobs]
         spelled = bytes(b for part in known if part for token in part.content for b in token.bytes)
         assert spelled.decode() == "你好 🙂 stop "
-    assert client.chat.completions.create(model="parrot", messages=talk, extra_body={"top_k": -1}).choices
+    assert ask(extra_body={"top_k": -1}).choices
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
+REFUSED = {
+    "/chat/completions": [
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"n": 0}, "n"),
@@ -346,28 +317,49 @@ def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
         ({"model": None}, "model"),
         ({"made_up": 1}, "made_up"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_done_is_a_400_that_names_it(parrot_server: Server, fields: dict, param: str) -> None:
-    status, body = parrot_server.chat(**fields)
+    "/responses": [
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        ({"max_output_tokens": 1 << 40}, "max_output_tokens"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"input": [{"role": "user", "content": "w" * 6000}, {"role": "assistant", "content": "x" * 3000},
+                    {"role": "user", "content": "hi"}], "truncation": "disabled"}, "input"),
+        ({"input": "w" * 9000}, "input"),
+    ],
+    "/completions": [({"best_of": 3}, "best_of"), ({"suffix": "x"}, "suffix"), ({"prompt": []}, "prompt")],
+}  # fmt: skip
+LEAST = {"/chat/completions": {"messages": HI}, "/responses": {"input": "hi"}, "/completions": {"prompt": "x"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "fields", "param"), [(path, *case) for path in REFUSED for case in REFUSED[path]])
+def test_what_cannot_be_done_is_a_400_that_names_it(parrot_server: Server, path: str, fields: dict, param: str) -> None:
+    status, body = parrot_server.post({"model": "parrot", **LEAST[path], **fields}, path)
     assert status == 400 and set(body) == {"error"}
-    assert body["error"]["param"] == param
-    assert param in body["error"]["message"] or body["error"]["code"] == "context_length_exceeded"
     assert set(body["error"]) == {"message", "type", "param", "code"}
-    assert body["error"]["type"] == "invalid_request_error"
-    if param == "messages" and fields["messages"]:
+    assert (body["error"]["param"], body["error"]["type"]) == (param, "invalid_request_error")
+    if param in ("messages", "input") and fields[param]:
         assert body["error"]["code"] == "context_length_exceeded" and "shorten it" in body["error"]["message"]
+    else:
+        assert param in body["error"]["message"]
 
 
 @pytest.mark.slow
 def test_messages_that_the_template_cannot_hold_are_a_400(parrot: Path, tmp_path: Path) -> None:
     """After the end of a turn of the assistant the template `default` writes no header for another answer."""
-    server = Server(tmp_path / "log", str(parrot), "infer_dtype=float32", "template=default", "max_new_tokens=4")
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Sure,"}]
-    status, body = server.chat(messages=messages)
-    assert (status, body["error"]["param"], body["error"]["code"]) == (400, "messages", "invalid_value")
-    assert "the last message is the assistant's" in body["error"]["message"]
-    assert server.chat(messages=[*messages, messages[0]])[0] == 200
-    assert server.end() == 0
+    messages = [*HI, {"role": "assistant", "content": "Sure,"}]
+    with Server(tmp_path / "log", str(parrot), "template=default", "max_new_tokens=4") as server:
+        status, body = server.chat(messages=messages)
+        assert (status, body["error"]["param"], body["error"]["code"]) == (400, "messages", "invalid_value")
+        assert "the last message is the assistant's" in body["error"]["message"]
+        assert server.chat(messages=messages + HI)[0] == 200
 
 
 def test_malformed_bodies_and_wrong_places(parrot_server: Server) -> None:
@@ -375,7 +367,7 @@ def test_malformed_bodies_and_wrong_places(parrot_server: Server) -> None:
         status, answer = parrot_server.post(body)
         assert status == 400 and answer["error"]["message"], body[:20]
     assert parrot_server.chat("x" * (2 << 20))[0] == 413
-    status, answer = parrot_server.post({"model": "gpt-5", "messages": [{"role": "user", "content": "hi"}]})
+    status, answer = parrot_server.post({"model": "gpt-5", "messages": HI})
     assert status == 404 and answer["error"]["code"] == "model_not_found" and "'parrot'" in answer["error"]["message"]
     assert parrot_server.post({}, "/nothing")[0] == 404 and parrot_server.post({}, "/models")[0] == 405
     assert parrot_server.get("/v1/models/made-up").status_code == 404
@@ -408,9 +400,6 @@ def test_plain_completions(parrot_server: Server) -> None:
         assert [one for chunk in told if chunk for one in getattr(chunk, part)] == getattr(known, part)
     stopped = client.completions.create(stop="here", **asked).choices[0]
     assert stopped.text == "你好 🙂 stop " and stopped.logprobs.tokens[-1] == " "
-    for wrong, param in ((["best_of", 3], "best_of"), (["suffix", "x"], "suffix"), (["prompt", []], "prompt")):
-        status, body = parrot_server.post({"model": "parrot", "prompt": "x", wrong[0]: wrong[1]}, "/completions")
-        assert status == 400 and body["error"]["param"] == param
 
 
 @pytest.mark.slow
@@ -441,30 +430,25 @@ def test_replies_are_held_to_a_schema(tiny_server: Server) -> None:
         parsed = client.chat.completions.parse(model="little", messages=talk, response_format=Answer, seed=seed)
         assert isinstance(parsed.choices[0].message.parsed, Answer), parsed
         assert parsed.choices[0].finish_reason == "stop"
-    same = [
-        client.chat.completions.create(
-            model="little", messages=talk, response_format={"type": "json_object"}, seed=5, max_tokens=40
-        )
-        for _ in range(2)
-    ]
-    assert same[0].choices[0].message.content[0] == "{"
-    assert same[0].choices[0].message.content == same[1].choices[0].message.content
+    asked = {"model": "little", "response_format": {"type": "json_object"}, "seed": 5, "max_tokens": 40}
+    same = [client.chat.completions.create(messages=talk, **asked).choices[0].message.content for _ in range(2)]
+    assert same[0][0] == "{" and same[0] == same[1]
 
 
 @pytest.mark.slow
 def test_tools_are_called(tiny_server: Server) -> None:
-    client = tiny_server.client()
+    create = tiny_server.client().chat.completions.create
     talk = [{"role": "user", "content": "How is the weather?"}]
     asked = {"model": "little", "tools": [WEATHER], "parallel_tool_calls": False}
     named = {"type": "function", "function": {"name": "weather"}}
     for choice in ("required", named):
-        reply = client.chat.completions.create(messages=talk, tool_choice=choice, seed=3, **asked).choices[0]
+        reply = create(messages=talk, tool_choice=choice, seed=3, **asked).choices[0]
         assert reply.finish_reason == "tool_calls" and reply.message.content is None
         (call,) = reply.message.tool_calls
         arguments = json.loads(call.function.arguments)
         assert call.function.name == "weather" and call.type == "function" and len(call.id) == 9
         assert arguments["city"] in ("Paris", "北京") and arguments["days"] in (1, 2)
-    chunks = list(client.chat.completions.create(messages=talk, tool_choice="required", seed=3, stream=True, **asked))
+    chunks = list(create(messages=talk, tool_choice="required", seed=3, stream=True, **asked))
     deltas = [c.choices[0].delta.tool_calls[0] for c in chunks if c.choices[0].delta.tool_calls]
     assert deltas[0].id and deltas[0].function.name == "weather"
     assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
@@ -472,15 +456,13 @@ def test_tools_are_called(tiny_server: Server) -> None:
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
 
     result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
-    after = client.chat.completions.create(messages=[*talk, reply.message, result], max_tokens=3, **asked)
-    without = client.chat.completions.create(
-        messages=talk, max_tokens=3, model="little", tools=[WEATHER], tool_choice="none"
-    )
+    after = create(messages=[*talk, reply.message, result], max_tokens=3, **asked)
+    without = create(messages=talk, max_tokens=3, model="little", tools=[WEATHER], tool_choice="none")
     assert after.usage.prompt_tokens > without.usage.prompt_tokens + 50
     strict = {"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}], "parallel_tool_calls": False}
     free = {"model": "little", "messages": talk, "max_tokens": 200, "seed": 1}
     for token, reason in ((263, "tool_calls"), (258, "stop")):  # <tool_call>, and the end of the turn
-        reply = client.chat.completions.create(**free, **strict, logit_bias={str(token): 100}).choices[0]
+        reply = create(**free, **strict, logit_bias={str(token): 100}).choices[0]
         assert reply.finish_reason == reason
         for call in reply.message.tool_calls or []:
             assert json.loads(call.function.arguments)["city"] in ("Paris", "北京")
@@ -603,18 +585,10 @@ def test_responses_text_and_stream(parrot_server: Server) -> None:
 
     events = list(client.responses.create(model="parrot", input="hi", stream=True))
     kinds = [event.type for event in events]
-    assert kinds[:4] == [
-        "response.created",
-        "response.in_progress",
-        "response.output_item.added",
-        "response.content_part.added",
-    ]
-    assert kinds[-4:] == [
-        "response.output_text.done",
-        "response.content_part.done",
-        "response.output_item.done",
-        "response.completed",
-    ]
+    begins = ("created", "in_progress", "output_item.added", "content_part.added")
+    ends = ("output_text.done", "content_part.done", "output_item.done", "completed")
+    assert kinds[:4] == [f"response.{kind}" for kind in begins]
+    assert kinds[-4:] == [f"response.{kind}" for kind in ends]
     assert [event.sequence_number for event in events] == list(range(len(events)))
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert "".join(deltas) == TALK["hi"] and len(deltas) > 5
@@ -651,31 +625,6 @@ def test_responses_tools_and_formats(tiny_server: Server) -> None:
     assert after.usage.input_tokens > 50
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"store": True}, "store"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"background": True}, "background"),
-        ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
-        ({"max_output_tokens": 1 << 40}, "max_output_tokens"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
-        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
-        ({"input": [{"role": "user", "content": "w" * 6000}, {"role": "assistant", "content": "x" * 3000},
-                    {"role": "user", "content": "hi"}], "truncation": "disabled"}, "input"),
-        ({"input": "w" * 9000}, "input"),
-    ],
-)  # fmt: skip
-def test_responses_name_the_field_that_cannot_be_honoured(parrot_server: Server, fields: dict, param: str) -> None:
-    status, body = parrot_server.post({"model": "parrot", "input": "hi", **fields}, "/responses")
-    assert status == 400 and body["error"]["param"] == param
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Who may ask
 
@@ -686,7 +635,7 @@ def test_the_client_knows_errors_by_their_class_and_unknown_places_name_the_know
 
     client = parrot_server.client()
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="parrot", messages=[{"role": "user", "content": "hi"}], n=0)
+        client.chat.completions.create(model="parrot", messages=HI, n=0)
     assert caught.value.param == "n"
     for path in ("/responses/resp_1/cancel", "/embeddings"):
         status, body = parrot_server.post({}, path)
@@ -747,7 +696,7 @@ def test_a_failure_tells_the_client_nothing_of_the_machine(engine: typing.Any, m
     server, client = application(engine)
     monkeypatch.setattr(server.generator, "growth", fail)
     with client:
-        asked = {"model": server.model_name, "messages": [{"role": "user", "content": "hi"}]}
+        asked = {"model": server.model_name, "messages": HI}
         answer = client.post("/v1/chat/completions", json=asked)
     expected = "the server failed at this request; its log says why"
     assert (answer.status_code, answer.json()["error"]["message"]) == (500, expected)
@@ -760,11 +709,9 @@ def test_slow_clients_are_cut_off(parrot: Path, tmp_path: Path, monkeypatch: pyt
     limits += "g.HEAD_SECONDS = g.PART_SECONDS = 1\napi.main(sys.argv[1:])\n"
     (tmp_path / "api_quick.py").write_text(limits)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    server = Server(tmp_path / "log", str(parrot), "do_sample=false", script=str(tmp_path / "api_quick.py"))
-    port = int(server.url.rpartition(":")[2].split("/")[0])
 
     def answer(sent: bytes) -> tuple[bytes, float]:
-        started = time.monotonic()
+        started, port = time.monotonic(), int(server.url.rpartition(":")[2].split("/")[0])
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
             client.sendall(sent)
             got = b""
@@ -774,15 +721,15 @@ def test_slow_clients_are_cut_off(parrot: Path, tmp_path: Path, monkeypatch: pyt
         return got, time.monotonic() - started
 
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
-    for sent in (b"", head):  # no head, half a head
-        got, seconds = answer(sent)
-        assert got == b"" and seconds < 15
-    got, seconds = answer(head + b"\r\n{")  # half a body
-    assert b" 408 " in got.split(b"\r\n")[0] and b"request_timeout" in got and seconds < 15
-    got, _ = answer(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n")
-    assert b" 431 " in got.split(b"\r\n")[0] or b" 400 " in got.split(b"\r\n")[0] or got == b""
-    assert server.chat()[0] == 200 and server.end() == 0
-    assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")
+    with Server(tmp_path / "log", str(parrot), script=str(tmp_path / "api_quick.py")) as server:
+        for sent in (b"", head):  # no head, half a head
+            got, seconds = answer(sent)
+            assert got == b"" and seconds < 15
+        got, seconds = answer(head + b"\r\n{")  # half a body
+        assert b" 408 " in got.split(b"\r\n")[0] and b"request_timeout" in got and seconds < 15
+        got, _ = answer(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n")
+        assert b" 431 " in got.split(b"\r\n")[0] or b" 400 " in got.split(b"\r\n")[0] or got == b""
+        assert server.chat()[0] == 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -799,15 +746,12 @@ def test_replies_at_once_are_those_alone(tiny_server: Server) -> None:
         assert reply.usage.completion_tokens == 20 + i
         return reply.choices[0].message.content
 
-    async def together() -> list[str]:
+    async def ask_all(at_once: bool) -> list[str]:
         async with tiny_server.client("AsyncOpenAI") as client:
-            return await asyncio.gather(*(ask(client, i) for i in range(8)))
+            asked = [ask(client, i) for i in range(8)]
+            return await asyncio.gather(*asked) if at_once else [await one for one in asked]
 
-    async def alone() -> list[str]:
-        async with tiny_server.client("AsyncOpenAI") as client:
-            return [await ask(client, i) for i in range(8)]
-
-    assert asyncio.run(together()) == asyncio.run(alone())
+    assert asyncio.run(ask_all(True)) == asyncio.run(ask_all(False))
 
 
 @pytest.mark.slow
@@ -822,13 +766,8 @@ def test_full_line_is_429_and_who_goes_away_frees_the_place(tiny_server: Server)
         next(iter(stream))
     tiny_server.wait_for("onecard_active_replies", 2, 5)
     body = json.dumps({**endless, "n": 16})
-    waiting = subprocess.Popen(
-        ["curl", "-s", "--data-binary", "@-", tiny_server.url + "/chat/completions"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
-    waiting.stdin.write(body.encode())
-    waiting.stdin.close()
+    command = ["curl", "-s", "--data-binary", body, tiny_server.url + "/chat/completions"]
+    waiting = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     tiny_server.wait_for("onecard_waiting_replies", 16, 10)
     with pytest.raises(openai.RateLimitError) as caught:
         client.chat.completions.create(model="little", messages=[{"role": "user", "content": "w" * 9000}])  # unread
@@ -853,20 +792,17 @@ def test_key_root_path_and_the_training_recipe(parrot: Path, tmp_path: Path) -> 
     folder = make_run(parrot, tmp_path / "saves" / "mine")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"model_name_or_path: {parrot}\ndataset: identity\noutput_dir: {folder}\nmax_new_tokens: 12\n")
-    server = Server(
-        tmp_path / "log", str(recipe), cwd=tmp_path, API_KEY="söcret", API_HOST="0.0.0.0", FASTAPI_ROOT_PATH="/llm"
-    )
-    url = server.url.replace("0.0.0.0", "127.0.0.1")
-    talk = [{"role": "user", "content": "hi"}]
-    with pytest.raises(openai.AuthenticationError) as caught:
-        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
-    assert caught.value.code == "invalid_api_key" and httpx.get(url + "/models").status_code == 401
-    key = {"Authorization": "Bearer söcret".encode()}
-    assert [model["id"] for model in httpx.get(url + "/models", headers=key).json()["data"]] == ["mine"]
-    asked = {"model": "mine", "messages": talk, "logit_bias": {"258": -100}}
-    reply = httpx.post(url + "/chat/completions", json=asked, headers=key, timeout=60).json()
-    assert reply["usage"]["completion_tokens"] == 12  # the recipe's max_new_tokens
-    assert server.end() == 0
+    environment = {"API_KEY": "söcret", "API_HOST": "0.0.0.0", "FASTAPI_ROOT_PATH": "/llm"}
+    with Server(tmp_path / "log", str(recipe), cwd=tmp_path, **environment) as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        with pytest.raises(openai.AuthenticationError) as caught:
+            openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+        assert caught.value.code == "invalid_api_key" and httpx.get(url + "/models").status_code == 401
+        key = {"Authorization": "Bearer söcret".encode()}
+        assert [model["id"] for model in httpx.get(url + "/models", headers=key).json()["data"]] == ["mine"]
+        asked = {"model": "mine", "messages": HI, "logit_bias": {"258": -100}}
+        reply = httpx.post(url + "/chat/completions", json=asked, headers=key, timeout=60).json()
+        assert reply["usage"]["completion_tokens"] == 12  # the recipe's max_new_tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,20 +103,17 @@ def test_requests_of_any_size_or_without_an_end_are_refused(client, monkeypatch:
     monkeypatch.setattr(security, "MAX_BODY", 2 << 20)
     assert client.post(path, content=itertools.islice(parts(), 3), headers=OWN).status_code == 413
 
-    async def slow(sent: list[int]) -> None:
-        async def receive() -> dict:
-            await asyncio.sleep(9)
+    async def receive() -> dict:
+        await asyncio.sleep(9)
 
-        async def send(message: dict) -> None:
-            sent.append(message.get("status", 0))
-
-        scope = {"type": "http", "path": path, "method": "POST", "query_string": b"", "http_version": "1.1"}
-        headers = [(name.encode(), text.encode()) for name, text in {**OWN, "content-type": "application/json"}.items()]
-        await client.app({**scope, "headers": headers, "root_path": "", "scheme": "http"}, receive, send)
+    async def send(message: dict) -> None:
+        sent.append(message.get("status", 0))
 
     monkeypatch.setattr(guard, "PART_SECONDS", 0.1)
     sent: list[int] = []
-    asyncio.run(slow(sent))
+    headers = [(name.encode(), text.encode()) for name, text in {**OWN, "content-type": "application/json"}.items()]
+    scope = {"type": "http", "path": path, "method": "POST", "query_string": b"", "http_version": "1.1"}
+    asyncio.run(client.app({**scope, "headers": headers, "root_path": "", "scheme": "http"}, receive, send))
     assert sent[0] == 408
 
 
