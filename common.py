@@ -252,7 +252,7 @@ class Config:
     dataset_dir: str = option("data", "folder of dataset_info.json; sought above the recipe and in the kit", path=True)
     val_size: float | None = option(
         None,
-        "held-out data: a fraction below 1, or samples; unset: 10%, at most 200, of 200 samples or more",
+        "held-out fraction below 1, or samples; unset: 10%, at most 200, of 200 samples or more",
         minimum=0,
     )
     cutoff_len: int = option(2048, "maximum length of a sample, in tokens", minimum=16)
@@ -267,9 +267,7 @@ class Config:
     interleave_probs: tuple[float, ...] = option((), "sampling probability of each dataset; unset: round-robin")
     train_on_prompt: bool = option(False, "compute the loss on prompts too")
     mask_history: bool = option(False, "compute the loss on the last answer of a conversation only")
-    packing: bool | None = option(
-        None, "pack whole samples that do not attend to each other into rows of cutoff_len; unset: only in stage pt"
-    )
+    packing: bool | None = option(None, "pack whole samples into rows of cutoff_len; unset: only in stage pt")
     default_system: str | None = option(None, "system message of conversations that have none")
     enable_thinking: bool = option(True, "Qwen3: think before answering")
     name: str = option("onecard", "replaces {{name}} in the data: the model's name")
@@ -362,7 +360,7 @@ class Config:
     load_best_model_at_end: bool = option(True, "keep the adapter of best eval_loss (grpo: eval_reward), if evaluated")
     early_stopping: str = option(
         "auto",
-        "stop when eval_loss no longer improves, or without held-out data when the loss is flat and near zero",
+        "stop when eval_loss no longer improves; without it, when loss is near zero",
         choices=("auto", "no"),
     )
     early_stopping_patience: int = option(5, "evaluations without improvement, over at least one epoch", minimum=1)
@@ -466,7 +464,7 @@ sys.excepthook = _say_what_is_missing  # from the first line on: commands import
 
 
 # Why a path cannot be used at all, whatever it was wanted for.
-UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS)
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

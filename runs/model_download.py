@@ -5,7 +5,6 @@ What has arrived is kept beside the model's folder until all is there, and the n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from common import Message, UserError, nearest_word
-from runs.files import check_free_space, on_disk_full, read_json, sha256, write_json
+from runs.files import check_free_space, on_disk_full, read_json, write_json
 from runs.network import check_environment
 from runs.target import missing_from_model
 
@@ -70,10 +69,11 @@ def download(
     own snapshot_download drops a half-fetched file when it stops, so a file of 5 GB would start again.)
     """
     check_environment()
-    source = _address(mirror, modelscope)
+    hub = mirror or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    source = (os.environ.get("MODELSCOPE_ENDPOINT", "https://modelscope.cn") if modelscope else hub).rstrip("/")
+    source = source if "://" in source else f"https://{source}"
     with hub_errors(model, source):
-        listing = modelscope_files if modelscope else hub_files
-        found, files, headers = listing(source, model, revision)
+        found, files, headers = (modelscope_files if modelscope else hub_files)(source, model, revision)
         files = choose_files(files, model)
         partial = folder.parent / f".{model.replace('/', '--')}.partial"
         partial.mkdir(parents=True, exist_ok=True)
@@ -90,14 +90,12 @@ def download(
     if missing := missing_from_model(partial):
         raise UserError("{model} cannot be trained: its repository lacks {missing}", model=model, missing=missing)
     write_record(partial, model, source, found, revision)
-    move_into_place(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except OSError:  # another process may have been faster, with the same result
+        if missing_from_model(folder):
+            raise
     print(Message("{folder} is complete: {size}, every file verified.", folder=folder, size=human(total)))
-
-
-def _address(mirror: str | None, modelscope: bool) -> str:
-    hub = mirror or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    address = (os.environ.get("MODELSCOPE_ENDPOINT", "https://modelscope.cn") if modelscope else hub).rstrip("/")
-    return address if "://" in address else f"https://{address}"
 
 
 def hub_files(source: str, model: str, revision: str | None) -> Listing:
@@ -214,8 +212,13 @@ def fetch(file: RemoteFile, headers: dict[str, str], folder: Path, bar: Any) -> 
 
 
 def _matches(path: Path, checksum: tuple[str, str] | None) -> bool:
-    kind, expected = checksum or (None, None)
-    return kind is None or (sha256(path) if kind == "sha256" else _git_hash(path)) == expected
+    if checksum is None:
+        return True
+    kind, expected = checksum
+    blob = f"blob {path.stat().st_size}\0".encode()  # git names a file's content by the SHA-1 of this and the content
+    found = hashlib.sha1(blob, usedforsecurity=False) if kind == "git" else hashlib.sha256()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: found).hexdigest() == expected
 
 
 def fetch_part(file: RemoteFile, headers: dict[str, str], part: Path, bar: Any) -> None:
@@ -237,30 +240,9 @@ def fetch_part(file: RemoteFile, headers: dict[str, str], part: Path, bar: Any) 
                 have = sink.tell()
 
 
-def _git_hash(path: Path) -> str:
-    """The SHA-1 by which git names a file's content, as hex digits."""
-    started = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: started).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The disk, and errors
-
-
 def human(size: float) -> str:
     """A count of bytes for people: GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def move_into_place(new: Path, folder: Path) -> None:
-    """Renames a finished folder to its name, where nothing or an empty folder stands."""
-    try:
-        os.replace(new, folder)
-    except OSError:
-        if missing_from_model(folder):
-            raise
-        # otherwise another process was faster, with the same result
 
 
 @contextmanager
@@ -288,15 +270,3 @@ def hub_errors(model: str, source: str) -> Iterator[None]:
     except ValueError as error:
         text = "{source} does not answer like a hub ({problem}); check the address"
         raise UserError(text, source=source, problem=str(error)) from None
-
-
-@contextmanager
-def folder_errors(folder: Path) -> Iterator[None]:
-    """A folder that cannot be made, as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise
-        text = "{folder} cannot be made or written ({problem}); name another with --local-dir"
-        raise UserError(text, folder=folder, problem=error.strerror) from None

@@ -105,7 +105,11 @@ def _model_target(path: Path, loaded: Loaded, use: Use) -> Target:
     config = _config_of_run(run if use == "quantize" else None, loaded)
     template = config.template if "template" in loaded.given else None
     if path.suffix == ".gguf" and not path.is_dir():
-        _check_gguf(path)
+        if not path.is_file():
+            raise UserError("there is no file {path}; make one: python quantize.py saves/NAME", path=path)
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError("{path} is not a GGUF file; make it again: python quantize.py", path=path)
         if template:
             notes += (Message("template: a GGUF answers with the chat template in its file; this one is not used"),)
         return Target(str(path), config, str(path), run=run, notes=notes, recipe=loaded.recipe)
@@ -203,14 +207,6 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _check_gguf(path: Path) -> None:
-    if not path.is_file():
-        raise UserError("there is no file {path}; make one: python quantize.py saves/NAME", path=path)
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError("{path} is not a GGUF file; make it again: python quantize.py", path=path)
-
-
 def read_arguments(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The target (None: the newest run) and the settings, `key=value`, of a command line. Raises UserError for two."""
     settings = [word for word in words if word.startswith("--") or ("=" in word and not Path(word).exists())]
@@ -253,20 +249,17 @@ def missing_from_model(folder: Path) -> list[str]:
     try:
         weights = weight_files(folder)
     except UserError:
-        weights = ["model.safetensors.index.json"]
-    return missing + [name for name in weights if not _is_complete(folder / name)]
+        return [*missing, "model.safetensors.index.json"]
+    for name in weights:
+        try:
+            read_header(folder / name)
+        except UserError:
+            missing.append(name)
+    return missing
 
 
 def _runs_beside(folder: Path) -> list[Path]:
     return [file.parent for file in folder.parent.glob("*/run.json")]
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        read_header(path)
-    except UserError:
-        return False
-    return True
 
 
 def model_folder(name: str, adapter: Path | None = None) -> Path:

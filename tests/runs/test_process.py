@@ -1,7 +1,9 @@
-"""Which processes are alive; children end with their parent."""
+"""Which processes are alive; children end with their parent; what quick_imports changes is as it was after it."""
 
 from __future__ import annotations
 
+import gc
+import importlib.metadata
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from runs.process import is_alive
+from runs.process import is_alive, quick_imports
 
 PARENT = """
 import subprocess, sys
@@ -52,3 +54,16 @@ def test_a_number_given_to_a_later_process_is_not_the_earlier_one(monkeypatch):
 
     monkeypatch.setattr("os.kill", refuse)
     assert not is_alive(me.pid), "the number belongs to another user now"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_quick_imports_leave_nothing_behind(enabled: bool) -> None:
+    was, distributions = gc.isenabled(), importlib.metadata.packages_distributions
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with quick_imports():
+            assert not gc.isenabled()
+            assert importlib.metadata.packages_distributions() is importlib.metadata.packages_distributions()
+        assert gc.isenabled() is enabled and importlib.metadata.packages_distributions is distributions
+    finally:
+        (gc.enable if was else gc.disable)()
