@@ -161,7 +161,7 @@ def _acquire(path: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            process, host = _read_holder(file.read())
+            process, _, host = (file.read() or "? ?").partition(" ")  # nothing: it is only now being written
             file.close()
             text = "{folder} is being trained by process {process} on {host}; wait for it, or choose another output_dir"
             raise UserError(text, folder=path.parent, process=process, host=host) from None
@@ -169,16 +169,7 @@ def _acquire(path: Path) -> IO[str]:
             return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.write(f"{os.getpid()} {socket.gethostname()}")
             file.flush()
             return file
         file.close()  # the holder before has just deleted the file
-
-
-def _read_holder(text: str) -> tuple[object, str]:
-    """Process and host that hold the lock."""
-    try:
-        holder = json.loads(text)
-        return holder["pid"], holder["host"]
-    except (ValueError, KeyError, TypeError):  # it is only now being written
-        return "?", "?"

@@ -46,7 +46,7 @@ def test_merging_a_run_that_is_still_training_is_one_sentence(training: Path) ->
 
 
 def test_a_second_holder_of_a_run_folder_is_refused(training: Path) -> None:
-    with user_error("being trained", process=os.getpid()), locked(training):
+    with user_error("being trained", process=str(os.getpid())), locked(training):
         pass
 
 
