@@ -83,11 +83,8 @@ def only_evaluation(evaluation: Evaluation) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder))
         except UserError as error:
-            raise UserError(
-                "process {process} is evaluating into {folder}; wait until it ends",
-                folder=folder,
-                process=error.fields["process"],
-            ) from None
+            facts = {"folder": folder, "process": error.fields["process"]}
+            raise UserError("process {process} is evaluating into {folder}; wait until it ends", **facts) from None
         with on_disk_full(folder, _needed_space(evaluation)):
             yield
 

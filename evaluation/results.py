@@ -77,13 +77,8 @@ def _interval(interval: list[float], form: str = ".3f", joint: str = "-") -> str
 def describe_difference(pair: dict[str, Any]) -> Message:
     """A difference of accuracies (metrics.paired)."""
     low, high = pair["difference_interval"]
-    return Message(
-        "accuracy {difference:+.3f} ({low:+.3f} to {high:+.3f}), McNemar's p {p:.2g}",
-        difference=pair["difference"],
-        low=low,
-        high=high,
-        p=pair["mcnemar_p"],
-    )
+    text = "accuracy {difference:+.3f} ({low:+.3f} to {high:+.3f}), McNemar's p {p:.2g}"
+    return Message(text, difference=pair["difference"], low=low, high=high, p=pair["mcnemar_p"])
 
 
 def forgetting(models: dict[str, Any]) -> list[Message]:

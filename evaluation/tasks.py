@@ -203,12 +203,9 @@ class Classification(Task):
     def describe(self) -> Message:
         if len(self.labels) != 2:
             return Message("choose among {labels}", labels=self.labels)
-        return Message(
-            "choose among {labels}; positive is {last} (to swap: {swap})",
-            labels=self.labels,
-            last=self.labels[1],
-            swap=shlex.quote(f"labels={','.join(reversed(self.labels))}"),
-        )
+        text = "choose among {labels}; positive is {last} (to swap: {swap})"
+        swap = shlex.quote(f"labels={','.join(reversed(self.labels))}")
+        return Message(text, labels=self.labels, last=self.labels[1], swap=swap)
 
     def encode(self, data: EvalDataset, config: Config, tokenizer: Any, template: Any) -> list[Item]:
         """Each row's prompt, and every label as the tokens that would be learned.

@@ -44,7 +44,7 @@ def is_sentence_of_another(given: ast.expr | None) -> bool:
 def written_before(tree: ast.Module) -> dict[int, ast.expr]:
     """For calls with a sentence that stands in the line before, `text = "..."`: the sentence, by the call's id."""
     found = {}
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
         inside = list(ast.walk(function))
         texts = [n for n in inside if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "text"]
         texts = [n for n in texts if isinstance(n.value, ast.Constant)]

@@ -154,9 +154,6 @@ class Generator:
             yield index, event
 
     def _queue_full(self) -> ApiError:
-        return ApiError(
-            429,
-            Message("{waiting} replies are waiting already; try again later", waiting=len(self.scheduler.queue)),
-            code="rate_limit_exceeded",
-            headers={"Retry-After": str(self.scheduler.retry_after_seconds)},
-        )
+        reason = Message("{waiting} replies are waiting already; try again later", waiting=len(self.scheduler.queue))
+        headers = {"Retry-After": str(self.scheduler.retry_after_seconds)}
+        return ApiError(429, reason, code="rate_limit_exceeded", headers=headers)

@@ -90,12 +90,8 @@ class Guard:
             raise ApiError(403, self._foreign(origin, "Origin"), code="origin_not_allowed")
 
     def _foreign(self, given: str, header: str) -> Message:
-        return Message(
-            "{header}: {given} is not allowed; to allow it, start the server with {setting}",
-            header=header,
-            given=given[:100],
-            setting=self.settings[header],
-        )
+        text = "{header}: {given} is not allowed; to allow it, start the server with {setting}"
+        return Message(text, header=header, given=given[:100], setting=self.settings[header])
 
 
 def too_large(largest: float) -> ApiError:

@@ -173,11 +173,8 @@ class ApiServer:
         if isinstance(error, ApiError):
             self._log_request(request.scope["route"].path, error.status_code, str(error.message))
         else:  # no such route, or another method
-            message = Message(
-                "no {method} {path} here; there are /v1/chat/completions, /v1/responses, /v1/completions, /v1/models",
-                method=request.method,
-                path=request.url.path[:200],
-            )
+            text = "no {method} {path} here; there are /v1/chat/completions, /v1/responses, /v1/completions, /v1/models"
+            message = Message(text, method=request.method, path=request.url.path[:200])
             error = ApiError(error.status_code, message, code="unknown_url", headers=error.headers)
         return JSONResponse(error.body, error.status_code, error.headers)
 

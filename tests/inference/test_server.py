@@ -405,8 +405,7 @@ def test_plain_completions(parrot_server: Server) -> None:
 @pytest.mark.slow
 def test_dropped_turns_are_told(parrot_server: Server) -> None:
     old = [{"role": "user", "content": "w" * 6000}, {"role": "assistant", "content": "x" * 3000}]
-    talk = [*old, {"role": "user", "content": "hi"}]
-    raw = parrot_server.client().chat.completions.with_raw_response.create(model="parrot", messages=talk)
+    raw = parrot_server.client().chat.completions.with_raw_response.create(model="parrot", messages=old + HI)
     assert raw.headers["x-dropped-messages"] == "2"
     assert raw.parse().choices[0].message.content == TALK["hi"]
 
@@ -500,15 +499,13 @@ def test_arguments_are_held_to_nested_schemas(tiny_server: Server) -> None:
     tools = [openai.pydantic_function_tool(form) for form in (Weather, Home)]
     assert "$defs" in tools[0]["function"]["parameters"] and tools[0]["function"]["strict"]
     talk = [{"role": "user", "content": "How is the weather?"}]
+    asked = {"model": "little", "messages": talk, "tools": tools, "parallel_tool_calls": False, "seed": 2}
+    named = [{"type": "function", "function": {"name": form.__name__}} for form in (Weather, Home)]
     called = set()
-    for form in (Weather, Home):
-        named = {"type": "function", "function": {"name": form.__name__}}
-        for choice in (named, "required"):
-            reply = tiny_server.client().chat.completions.parse(
-                model="little", messages=talk, tools=tools, tool_choice=choice, parallel_tool_calls=False, seed=2
-            )
-            (call,) = reply.choices[0].message.tool_calls
-            called.add(type(call.function.parsed_arguments))
+    for choice in (*named, "required"):
+        reply = tiny_server.client().chat.completions.parse(tool_choice=choice, **asked)
+        (call,) = reply.choices[0].message.tool_calls
+        called.add(type(call.function.parsed_arguments))
     assert called == {Weather, Home}
 
 
@@ -516,8 +513,8 @@ def test_arguments_are_held_to_nested_schemas(tiny_server: Server) -> None:
 # What clients write beside
 
 
-def call_of(name: str, call_id: str = "c1", arguments: str = "{}") -> dict:
-    call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+def call_of(name: str, arguments: str = "{}") -> dict:
+    call = {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
     return {"role": "assistant", "content": None, "tool_calls": [call]}
 
 
@@ -534,9 +531,7 @@ def test_what_changes_no_answer_is_accepted() -> None:
     from inference.api.errors import ApiError
 
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "id": "p1"}
-    assert read_talk({"role": "user", "content": [part], "name": "Li", "id": "m1"}) == [
-        {"role": "user", "content": "hi"}
-    ]
+    assert read_talk({"role": "user", "content": [part], "name": "Li", "id": "m1"}) == HI
     assert read_talk({"role": "developer", "content": [part, part]}) == [{"role": "system", "content": "hihi"}]
     assert read_talk({"role": "assistant", "content": None}) == [{"role": "assistant", "content": ""}]
     beside = {"annotations": [{"type": "url_citation"}], "refusal": None, "audio": None, "function_call": None}
