@@ -90,12 +90,17 @@ def download(
     if missing := missing_from_model(partial):
         raise UserError("{model} cannot be trained: its repository lacks {missing}", model=model, missing=missing)
     write_record(partial, model, source, found, revision)
+    move_into_place(partial, folder)
+    print(Message("{folder} is complete: {size}, every file verified.", folder=folder, size=human(total)))
+
+
+def move_into_place(new: Path, folder: Path) -> None:
+    """Renames a finished folder to its name, where nothing or an empty folder stands."""
     try:
-        os.replace(partial, folder)
+        os.replace(new, folder)
     except OSError:  # another process may have been faster, with the same result
         if missing_from_model(folder):
             raise
-    print(Message("{folder} is complete: {size}, every file verified.", folder=folder, size=human(total)))
 
 
 def hub_files(source: str, model: str, revision: str | None) -> Listing:

@@ -106,9 +106,7 @@ def _schedule(config: Config) -> Iterator[Message]:
 def _adapter(config: Config) -> Iterator[Message]:
     adapter = config.adapter_name_or_path or ""
     if "," in adapter and not os.path.exists(adapter):
-        text = (
-            "adapter_name_or_path names several adapters ({adapters}); merge all but one into the base first (merge.py)"
-        )
+        text = "adapter_name_or_path names several adapters ({adapters}); merge all but one into the base first"
         yield Message(text, adapters=[name.strip() for name in adapter.split(",")])
     if set(config.lora_target) <= EMBEDDING_MODULES:
         yield Message("lora_target names only embeddings; name linear modules (q_proj,v_proj) or all")
