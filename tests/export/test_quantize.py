@@ -35,7 +35,7 @@ from export import gguf_files, llamacpp, verify
 from export.modelfile import go_template, modelfile, template_shape
 from inference import child_process, llamacpp_build
 from preprocessing.template import TEMPLATES, load_template
-from runs import disk
+from runs import files
 from runs.configuration import load_config
 
 standin = test_hub.standin  # the fixture: a hub on this machine
@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_where_a_child_meets_it(tmp_path, monkeypatch):
     code = "import sys; sys.exit('OSError: [Errno 28] No space left on device')"
     for free, expected in ((10**6, says("of free disk")), (10**12, says("{doing} failed: {reason}"))):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with user_error(expected), disk.on_disk_full(tmp_path, 10**9):
+        with user_error(expected), files.on_disk_full(tmp_path, 10**9):
             child_process.run_child([sys.executable, "-c", code], "converting")
 
 
@@ -306,10 +306,10 @@ def test_a_full_disk_is_told_where_a_library_writes(tmp_path, monkeypatch):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
     for error in (full, RuntimeError("[enforce fail at inline_container.cc:664]")):  # torch's
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-        with user_error("of free disk", free=4096 / 1e9), disk.on_disk_full(tmp_path, 10**7):
+        with user_error("of free disk", free=4096 / 1e9), files.on_disk_full(tmp_path, 10**7):
             raise error
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-        with pytest.raises(type(error)), disk.on_disk_full(tmp_path, 10**7):
+        with pytest.raises(type(error)), files.on_disk_full(tmp_path, 10**7):
             raise error
 
 

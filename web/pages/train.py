@@ -15,9 +15,9 @@ import psutil
 import common
 from common import Config, Message, UserError
 from runs import charts
-from runs import log as run_log
 from runs.configuration import Loaded, load_config
 from runs.folder import last_value
+from runs.folder import read_log as read_run_log
 from runs.report import duration, training_charts
 from runs.target import missing_from_model
 from runs.texts import Translator
@@ -91,7 +91,7 @@ def memory_bar(parts: dict[str, float], free: int, total: int, device: str, t: T
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of trainer_log.jsonl that are of this kit: LLaMA-Factory's have the same file, but other keys."""
-    return [line for line in run_log.read_log(folder) if line.keys() >= LOGGED]
+    return [line for line in read_run_log(folder) if line.keys() >= LOGGED]
 
 
 def memory_used(run: dict[str, Any]) -> int | None:
