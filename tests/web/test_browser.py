@@ -196,7 +196,7 @@ def export(page: Any, workshop: Path) -> None:
     write_jsonl(part / "predictions.jsonl", [{"row": 0, "prompt": "2 and 2?", "label": "4", "prediction": "<b>4"}])
     page.locator("#eval-results td", has_text="exact match").wait_for()
     page.locator("#predictions button").first.click()
-    page.locator("#eval-predictions td", has_text="<b>4").first.wait_for()
+    page.locator("#eval-predictions").get_by_text("<b>4").locator("visible=true").first.wait_for()
     open_tab(page, "Export")
     page.locator("#gguf-types label", has_text="q4_k_m").locator("input").uncheck()
     page.locator("#gguf-types label", has_text="q8_0").locator("input").check()
