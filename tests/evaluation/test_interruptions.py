@@ -161,7 +161,7 @@ def test_a_kill_at_any_write_leaves_nothing_broken(
 
 def test_two_evaluations_into_one_folder_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     planned = plan(tmp_path / "eval", tiny_model)
-    running = user_error("is evaluating", folder=tmp_path / "eval", process=os.getpid())
+    running = user_error("is evaluating", folder=tmp_path / "eval", process=str(os.getpid()))
     with predict.only_evaluation(planned), running, predict.only_evaluation(planned):
         raise AssertionError
     with predict.only_evaluation(planned):

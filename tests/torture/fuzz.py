@@ -277,7 +277,7 @@ class Recipes:
     def case(self, draw: random.Random, folder: Path) -> None:
         from runs.configuration import check_training_asked_for, load_config
         from training import checks, prepare, resume
-        from training.processes import ALONE
+        from training.processes import Processes
 
         recipe = copy.deepcopy(draw.choice(self.recipes))
         small = {"model_name_or_path": str(self.model), "dataset": str(self.data), "output_dir": "out"}
@@ -296,7 +296,7 @@ class Recipes:
         check_training_asked_for(loaded)
         no_imports = mock.patch.object(checks, "check_imports", lambda: iter(()))  # Unsloth: takes ten seconds
         with no_imports, contextlib.redirect_stdout(io.StringIO()):
-            status = prepare.dry_run(loaded, ALONE)
+            status = prepare.dry_run(loaded, Processes())
         assert sorted(folder.rglob("*")) == before, "a dry run wrote into the working directory"
         if status:
             raise UserError("{count} faults:\n  {faults:lines}", count=1, faults=[])
