@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import common
 from common import Message, UserError, print_notes
+from preprocessing.data_report import format_report, show_sample
 from runs.configuration import check_training_asked_for, load_config, run_command
 from runs.files import on_disk_full
 from runs.folder import locked
@@ -24,7 +25,7 @@ from runs.process import interruptible
 from training import model, plan, prepare, record, resume
 from training.arguments import choose_precision
 from training.findings import Findings
-from training.prepare import Prepared, Start
+from training.prepare import Prepared
 from training.processes import Processes
 
 if TYPE_CHECKING:
@@ -55,23 +56,15 @@ def start(arguments: list[str], processes: Processes) -> None:
             started = prepare.make_missing_model(started)
         with interruptible():
             model.import_unsloth()  # takes seconds: told before is what can be
+        found = Findings()
         with processes.in_turn():
-            prepared = prepare_data(started)
+            prepared = prepare.prepare(started, found)
+            notes = found.conclude()
+        print(format_report(prepared.data.report))
+        print_notes(notes)
         train(prepared)
     if loaded.config.do_predict and processes.is_first:
         predict(started.folder)
-
-
-def prepare_data(started: Start) -> Prepared:
-    """Tokenizes the data and plans the training, all faults of which are told before a model is loaded."""
-    from preprocessing.data_report import format_report
-
-    found = Findings()
-    prepared = prepare.prepare(started, found)
-    notes = found.conclude()
-    print(format_report(prepared.data.report))
-    print_notes(notes)
-    return prepared
 
 
 def train(prepared: Prepared) -> None:
@@ -104,25 +97,16 @@ def train(prepared: Prepared) -> None:
 
 def announce(prepared: Prepared, trained: Any) -> None:
     """Says what will be done, and shows a sample as it will be learned."""
-    from preprocessing.data_report import show_sample
     from training.trainer import count_trainable
 
     config, planned = prepared.config, prepared.plan
-    named = Message(
-        "{model}: {total:,} parameters, {trained:,} trained",
-        model=config.model_name_or_path,
-        total=prepared.start.model.parameters,
-        trained=count_trainable(trained),
-    )
-    print(
-        Message(
-            "model      {model}\ndata       {data}\nsteps      {steps}\nheld out   {held_out}",
-            model=named,
-            data=plan.describe_data(planned),
-            steps=plan.describe_steps(config, planned, prepared.start.processes.count),
-            held_out=plan.describe_evaluations(config, planned),
-        )
-    )
+    total, learned = prepared.start.model.parameters, count_trainable(trained)
+    name = config.model_name_or_path
+    named = Message("{model}: {total:,} parameters, {trained:,} trained", model=name, total=total, trained=learned)
+    steps = plan.describe_steps(config, planned, prepared.start.processes.count)
+    print(Message("model      {model}\ndata       {data}", model=named, data=plan.describe_data(planned)))
+    held_out = plan.describe_evaluations(config, planned)
+    print(Message("steps      {steps}\nheld out   {held_out}", steps=steps, held_out=held_out))
     print(show_sample(prepared.tokenizer, prepared.data.train[0]))
 
 
@@ -130,7 +114,7 @@ def conclude(prepared: Prepared, trainer: RunTrainer) -> None:
     """Leaves the best adapter in the run folder, completes run.json and says what came of it."""
     from runs import report
 
-    early, folder = trainer.early.reason, prepared.start.folder
+    early, folder = trainer.course.reason, prepared.start.folder
     facts = record.facts_of(trainer, prepared, early)
     at = {"step": facts["steps"], "steps": facts["total_steps"]}
     if trainer.misses_evaluation or (facts["steps"] < facts["total_steps"] and not early):
@@ -154,29 +138,21 @@ def print_result(facts: dict[str, Any], written: Path) -> None:
     """Says how long the training took, where its loss or reward began and ended, and where the report is."""
     minutes, seconds = divmod(round(facts["seconds"] or time.process_time()), 60)
     finished = Message(
-        "{steps:,} of {total:,} steps in {minutes} min {seconds} s, {tokens:,} tokens, peak memory {gb:.1f} GB",
-        steps=facts["steps"],
-        total=facts["total_steps"],
-        minutes=minutes,
-        seconds=seconds,
-        tokens=facts["tokens"],
-        gb=facts["peak_memory"] / 1e9,
+        "{steps:,} of {total_steps:,} steps in {minutes} min {seconds} s, {tokens:,} tokens, peak memory {gb:.1f} GB",
+        **{name: facts[name] for name in ("steps", "total_steps", "tokens")},
+        **{"minutes": minutes, "seconds": seconds, "gb": facts["peak_memory"] / 1e9},
     )
     rest = {"finished": finished, "report": written}
-    if "last_reward" in facts:
-        course = describe_course(facts, "reward", "eval_reward")
-        print(Message("finished   {finished}\nreward     {reward}\nreport     {report}", reward=course, **rest))
-    else:
-        course = describe_course(facts, "loss", "eval_reward_accuracy", "eval_loss")
-        print(Message("finished   {finished}\nloss       {loss}\nreport     {report}", loss=course, **rest))
-
-
-def describe_course(facts: dict[str, Any], name: str, *held_out: str) -> Message:
-    """Where the loss or the reward began and ended, and what the kept adapter reaches on what is held out."""
+    is_reward = "last_reward" in facts
+    name, *held_out = ("reward", "eval_reward") if is_reward else ("loss", "eval_reward_accuracy", "eval_loss")
     first, last = (math.nan if facts[key] is None else facts[key] for key in (f"first_{name}", f"last_{name}"))
     figures = ", ".join(f"{key} {facts[key]:.4f}" for key in held_out if facts[key] is not None)
     kept = Message(", {figures} (step {step:,})", figures=figures, step=facts["best_step"]) if figures else ""
-    return Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=kept)
+    course = Message("{first:.3f} at first, {last:.3f} at last{held_out}", first=first, last=last, held_out=kept)
+    if is_reward:
+        print(Message("finished   {finished}\nreward     {reward}\nreport     {report}", reward=course, **rest))
+    else:
+        print(Message("finished   {finished}\nloss       {loss}\nreport     {report}", loss=course, **rest))
 
 
 def predict(folder: Path) -> None:

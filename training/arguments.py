@@ -78,7 +78,7 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
     from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
     on_gpu = hardware.on_card()
-    evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Due
+    evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Course
     arguments = {
         **{name: getattr(config, name) for name in SAME_NAMES},
         "warmup_steps": config.warmup_steps or config.warmup_ratio,
@@ -114,7 +114,17 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         # the same batch; here they come with the rows (with_mismatched), and KtoTrainer sets its own loss
         return KTOConfig(**arguments, loss_type="apo_zero_unpaired", train_sampling_strategy="random")
     if config.stage == "grpo":
-        return GRPOConfig(**arguments | grpo_arguments(config))
+        arguments |= {name: getattr(config, name) for name in OF_GRPO} | {
+            "temperature": 1.0 if config.temperature is None else config.temperature,
+            "num_generations_eval": 1,
+            "include_num_input_tokens_seen": "no",  # TRL counts them
+            "metric_for_best_model": "eval_reward",
+            "greater_is_better": True,
+            "use_vllm": uses_vllm(config),
+            "vllm_mode": "colocate",
+            "vllm_gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+        }
+        return GRPOConfig(**arguments)
     made = SFTConfig(
         **arguments,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -134,20 +144,6 @@ def checkpointing_setting(config: Config, on_cpu: bool) -> bool | str:
     return ("unsloth" if not on_cpu else True) if wanted else False
 
 
-def grpo_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of TRL's GRPOConfig beside those of every training."""
-    return {name: getattr(config, name) for name in OF_GRPO} | {
-        "temperature": 1.0 if config.temperature is None else config.temperature,
-        "num_generations_eval": 1,
-        "include_num_input_tokens_seen": "no",  # TRL counts them
-        "metric_for_best_model": "eval_reward",
-        "greater_is_better": True,
-        "use_vllm": uses_vllm(config),
-        "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-    }
-
-
 def uses_vllm(config: Config) -> bool:
     """Whether vLLM generates the replies: on a card, where it is installed, unless use_vllm is false.
 
@@ -159,14 +155,6 @@ def uses_vllm(config: Config) -> bool:
     if config.use_vllm and not there:
         raise UserError("use_vllm: true needs a card and the package vllm; leave it out to generate by transformers")
     return there
-
-
-def loading_settings(config: Config) -> dict[str, Any]:
-    """What Unsloth is to be told so that it loads the weights once for vLLM and for the training."""
-    if not uses_vllm(config):
-        return {}
-    share = config.vllm_gpu_memory_utilization
-    return {"fast_inference": True, "gpu_memory_utilization": share, "max_lora_rank": config.lora_rank}
 
 
 def logged_rewards(logs: dict[str, Any]) -> dict[str, float]:
@@ -183,3 +171,28 @@ def logged_rewards(logs: dict[str, Any]) -> dict[str, float]:
         }
     found = {f"{part}{name}": logs.get(f"{part}{its}") for part in ("", "eval_") for name, its in names.items()}
     return {name: round(value, 6) for name, value in found.items() if value is not None}
+
+
+def split_learning_rates(
+    groups: list[dict[str, Any]], names: dict[Any, str], *, ratio: float = 1.0, embedding_rate: float | None = None
+) -> None:
+    """Splits an optimizer's parameter groups by learning rate, in place; `names` has each parameter's name.
+
+    LoRA+ (https://arxiv.org/abs/2402.12354): the B matrices of LoRA, and vectors, get `ratio` times the rate of the
+    others, as in PEFT's create_loraplus_optimizer. Embedding and output layer in modules_to_save get
+    `embedding_rate`. The groups of the other parameters stay in front: their rate is logged.
+    """
+    usual: list[dict[str, Any]] = []
+    own: list[dict[str, Any]] = []
+    for group in groups:
+        by_rate: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            name = names.get(parameter, "")
+            rate = group["lr"] * (ratio if "lora_B" in name or parameter.ndim == 1 else 1.0)
+            module, in_full, _ = name.partition(".modules_to_save.")
+            if embedding_rate is not None and in_full and module.endswith(("embed_tokens", "lm_head")):
+                rate = embedding_rate
+            by_rate.setdefault(rate, []).append(parameter)
+        for rate, parameters in by_rate.items():
+            (usual if rate == group["lr"] else own).append({**group, "params": parameters, "lr": rate})
+    groups[:] = usual + own

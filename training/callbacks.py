@@ -64,15 +64,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        logs = logs or {}
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "loss" not in logs and "eval_loss" not in logs:
             return
         line = self._line(state, logs)
@@ -154,28 +146,28 @@ class Interruption(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
 
-class Resuming(TrainerCallback):
-    """Calls `restore` once transformers has read the state of the checkpoint to go on from."""
+class Course(TrainerCallback):
+    """Where a training begins, what is due at its steps, and when it ends before its last one.
 
-    def __init__(self, restore: Callable[[], None]) -> None:
-        self.restore = restore
+    `restore` is called once transformers has read the state of the checkpoint to go on from. transformers saves at the
+    steps that are evaluated, this at the others of `save_steps`. The run ends when `early_stopping.stop_reason` has a
+    reason, which is kept: it looks at the whole log each time, so a resumed run stops where an uninterrupted one would.
+    It ends with an error when its loss is no number, and before a gradient that is none reaches the weights. With
+    float16's loss scaling an overflow is expected now and then, and the scaler leaves that step out: there the weights
+    are looked at, after each step.
+    """
+
+    def __init__(self, config: Config, plan: TrainingPlan, restore: Callable[[], None]) -> None:
+        self.config, self.plan, self.restore = config, plan, restore
+        self.reason: Message | None = None  # to stop early
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.restore()
-
-
-class Due(TrainerCallback):
-    """Saves at the steps of `save_steps` that are not evaluated; transformers saves at those that are.
-
-    It would also save where an evaluation is left out at the beginning (eval_delay), and would not log the last loss.
-    """
-
-    def __init__(self, plan: TrainingPlan) -> None:
-        self.plan = plan
+        self._stop_early(state, control)  # as a run that had stopped, but was killed before its adapter was saved
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
-            control.should_log = True
+            control.should_log = True  # the last loss, also between two logging_steps
         if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
             control.should_save = self.plan.saves_at(state.global_step)
 
@@ -183,50 +175,23 @@ class Due(TrainerCallback):
         if self.plan.saves_evaluated and not self.plan.evaluates_at(state.global_step):
             control.should_save = False  # what is due was saved after the step
 
-
-class EarlyStopping(TrainerCallback):
-    """Ends the training when `early_stopping.stop_reason` has a reason, which it keeps.
-
-    It looks at the whole log each time and has no state of its own, so a resumed run stops where an uninterrupted one
-    would.
-    """
-
-    def __init__(self, config: Config, plan: TrainingPlan) -> None:
-        self.config, self.plan = config, plan
-        self.reason: Message | None = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A run that had stopped, but was killed before its adapter was saved, has the reason in its checkpoint."""
-        self.on_log(args, state, control)
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.reason = self.reason or early_stopping.stop_reason(state.log_history, self.config, self.plan.epoch_steps)
-        if self.reason:
-            control.should_training_stop = True
-
-
-class FiniteNumbers(TrainerCallback):
-    """Ends a run whose loss is no number, and before a gradient that is none reaches the weights, whatever the loss is.
-
-    With float16's loss scaling an overflow is expected now and then, and the scaler leaves that step out: there the
-    weights are looked at, after each step.
-    """
-
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for key in ("loss", "eval_loss"):
             if not math.isfinite(value := kwargs["logs"].get(key, 0.0)):
                 raise diverged(key, value, state.global_step)
+        self._stop_early(state, control)
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def _stop_early(self, state: TrainerState, control: TrainerControl) -> None:
+        self.reason = self.reason or early_stopping.stop_reason(state.log_history, self.config, self.plan.epoch_steps)
+        if self.reason:
+            control.should_training_stop = True
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, *_: Any, model: Any = None, **kwargs: Any) -> None:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not math.isfinite(norm := get_total_norm(gradients).item()):
             raise diverged("gradient", norm, state.global_step + 1)
 
-    def on_optimizer_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, *_: Any, model: Any = None, **kwargs: Any) -> None:
         if args.fp16:
             check_finite_weights(model, state.global_step + 1)
 
@@ -241,8 +206,7 @@ def check_finite_weights(model: Any, step: int) -> None:
 def diverged(what: str, value: float, step: int) -> UserError:
     """The end of a run in which this became a number that is not finite."""
     return UserError(
-        "{what} became {value} at step {step}, which is not saved; start over with a lower learning_rate (a tenth), "
-        "overwrite_output_dir=true",
+        "{what} became {value} at step {step}; start over with overwrite_output_dir=true and a tenth of learning_rate",
         what=what,
         value=str(value),
         step=step,

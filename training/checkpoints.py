@@ -25,10 +25,6 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()), key=step_of)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def save_whole(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Lets `write(beside)` write beside/checkpoint-STEP, then moves it to `folder`; returns where it is.
 
@@ -111,26 +107,22 @@ def remove_leftovers(folder: Path) -> None:
             os.replace(old, place)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 def find_damage(checkpoint: Path) -> Message | None:
     """What of a checkpoint differs from its manifest, the first difference found; None: it is whole.
 
     One without a manifest, of an older version of the kit or of another program, is taken for whole where it has a
     trainer_state.json that can be read.
     """
+    has_manifest = (checkpoint / MANIFEST).exists()
+    file = checkpoint / (MANIFEST if has_manifest else "trainer_state.json")
     try:
-        if not (checkpoint / MANIFEST).exists():
-            read_json(checkpoint / "trainer_state.json")
+        content = read_json(file)
+        if not has_manifest:
             return None
-        files = read_json(checkpoint / MANIFEST)["files"]
+        files = content["files"]
         recorded = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (UserError, KeyError, TypeError, AttributeError):
-        return Message(
-            "{file} cannot be read", file=MANIFEST if (checkpoint / MANIFEST).exists() else "trainer_state.json"
-        )
+        return Message("{file} cannot be read", file=file.name)
     for name, (expected, _) in recorded.items():
         file = checkpoint / name
         if not file.is_file():
@@ -168,8 +160,6 @@ def named_checkpoint(config: Config) -> Path | None:
         )
     if damage := find_damage(checkpoint):
         raise UserError(
-            "resume_from_checkpoint: {checkpoint} is damaged ({damage}); name another checkpoint",
-            checkpoint=checkpoint,
-            damage=damage,
+            "resume_from_checkpoint: {path} is damaged ({damage}); name another checkpoint", path=wanted, damage=damage
         )
     return checkpoint

@@ -18,31 +18,19 @@ from pathlib import Path
 
 import common
 from common import Config, Gpu, Message, visible_cards
-from runs.adapter import Adapter
+from runs.adapter import EMBEDDINGS, HEADS, Adapter
 from runs.base_tensors import check_fits
 from runs.configuration import Loaded
 from runs.files import existing_folder
 from runs.folder import read_run
 from runs.target import missing_from_model
-from training import hardware, packing, whole_modules
+from training import hardware, memory, packing
 from training.arguments import uses_vllm
 from training.findings import Fact, Finding, Note, Problem, Risk
-from training.inputs import Inputs, find_changes
-from training.memory import (
-    EXPERTS,
-    GB,
-    PARTS,
-    ModelSize,
-    adapted_weights,
-    checkpoint_bytes,
-    estimate_memory,
-    has_experts,
-    linear_modules,
-    smallest_change,
-)
-from training.plan import TrainingPlan, count_processes
+from training.memory import GB, ModelSize
+from training.plan import TrainingPlan, step_batch
 from training.processes import STAGES, Processes
-from training.resume import ResumePlan
+from training.resume import Inputs, ResumePlan, find_changes
 from training.rewards import Reward
 
 # Packages without which nothing trains; another one of requirements.txt may be missing.
@@ -170,7 +158,7 @@ def check_model(config: Config, model: ModelSize | None) -> Iterator[Finding]:
     method = quantization.get("quant_method", "?") if quantization else None
     if method not in (None, "bitsandbytes"):
         yield Problem(
-            "{folder} is quantized ({method}); use the 16-bit model, in 4 bit with quantization_bit: 4",
+            "{folder} is quantized ({method}); use the 16-bit model, with quantization_bit: 4",
             folder=path,
             method=method,
         )
@@ -182,19 +170,38 @@ def check_targets(config: Config, model: ModelSize) -> Iterator[Finding]:
     """What of `lora_target`, `additional_target` and `lora_bias` the model does not have or cannot train."""
     given = {"use_dora": config.use_dora, "lora_dropout": config.lora_dropout, "lora_bias": config.lora_bias == "true"}
     refused = [name for name, value in given.items() if value]
-    if refused and has_experts(model) and {"all", *EXPERTS} & set(config.lora_target):
+    if refused and memory.has_experts(model) and {"all", *memory.EXPERTS} & set(config.lora_target):
+        others = sorted(memory.linear_modules(model) - memory.EXPERTS)
         yield Problem(
-            "{settings}: PEFT has no such adapters on experts; take it out, or set lora_target: {targets}",
-            settings=refused,
-            targets=sorted(linear_modules(model) - EXPERTS),
+            "{settings}: not for experts; take it out, or set lora_target: {targets}", settings=refused, targets=others
         )
     matrices = {name for name, shape in model.shapes.items() if name.endswith(".weight") and len(shape) == 2}
     modules = {name.split(".")[-2] for name in matrices} | {"lm_head"}  # a tied one has no weights of its own
     unknown = [target for target in config.lora_target if target.split(".")[-1] not in modules]
     if config.lora_target != ("all",) and unknown:
-        known = sorted(linear_modules(model))
+        known = sorted(memory.linear_modules(model))
         yield Problem("lora_target: the model has no {targets}; it has {modules}", targets=unknown, modules=known)
-    yield from whole_modules.check_whole(config, model.shapes, adapted_weights(config, model.shapes))
+    yield from check_whole(config, model.shapes, memory.adapted_weights(config, model.shapes))
+
+
+def check_whole(config: Config, shapes: memory.Shapes, adapted: list[str]) -> Iterator[Finding]:
+    """What of additional_target and lora_bias the model cannot follow; `adapted` are the weights with an adapter."""
+    for target in config.additional_target:
+        meant = memory.whole_tensors((target,), shapes)
+        others = [n for n, shape in meant.items() if len(shape) > 1 and not n.endswith(EMBEDDINGS + HEADS)]
+        if not meant:
+            vectors = {n.split(".")[-2] for n, shape in shapes.items() if n.endswith(".weight") and len(shape) == 1}
+            known = [*sorted(n.split(".")[-2] for n in shapes if n.endswith(EMBEDDINGS)), "lm_head", *sorted(vectors)]
+            yield Problem("additional_target: the model has no {target}; it has {known}", target=target, known=known)
+        elif others:
+            module = others[0].rpartition(".")[0]
+            yield Problem("additional_target: {module} is a linear layer; name it in lora_target", module=module)
+    if config.lora_bias in ("all", "lora_only") and not any(name.endswith(".bias") for name in shapes):
+        yield Problem("lora_bias: {value}: the model has no biases; use lora_bias: true", value=config.lora_bias)
+    lacking = [name for name in adapted if f"{name.removesuffix('weight')}bias" not in shapes]
+    if config.lora_bias == "true" and lacking:
+        module = lacking[0].rpartition(".")[0]
+        yield Note("lora_bias: {module} has no bias; such an adapter cannot be merged or become a GGUF", module=module)
 
 
 def is_embedded_missing(config: Config) -> bool:
@@ -263,14 +270,8 @@ def check_untokenized(config: Config, processes: Processes) -> Iterator[Finding]
     count = len(dataset.read_conversations(config)[0])
     yield Fact("{count:,} conversations; tokens are counted once the model is there", count=count)
     limit = Message("at most ") if config.packing and config.max_steps <= 0 else ""
-    yield Fact(
-        "{limit}{steps:,} optimizer steps of {batch} x {accumulation}{each}",
-        limit=limit,
-        steps=packing.total_steps(processes.as_one(config), count),
-        batch=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        each=count_processes(processes.count),
-    )
+    steps, batch = packing.total_steps(processes.as_one(config), count), step_batch(config, processes.count)
+    yield Fact("{limit}{steps:,} optimizer steps of {batch}", limit=limit, steps=steps, batch=batch)
 
 
 def check_inputs(config: Config, resume: ResumePlan, inputs: Inputs) -> Iterator[Finding]:
@@ -304,7 +305,7 @@ def check_memory(
     clearly more than the card has is a reason not to begin. `here`: processes of this machine, which share its memory.
     """
     longest = plan.longest if plan else None
-    parts = estimate_memory(config, model, gpu, longest)
+    parts = memory.estimate_memory(config, model, gpu, longest)
     if parts is None:
         yield Note("memory cannot be estimated for this kind of model")
         return
@@ -314,7 +315,7 @@ def check_memory(
         limit="" if plan or config.packing else Message("at most "),
         need=need / GB,
         parts=[
-            Message("{part} {gb:.1f}", part=PARTS[name], gb=size / GB)
+            Message("{part} {gb:.1f}", part=memory.PARTS[name], gb=size / GB)
             for name, size in parts.items()
             if size >= 0.05 * GB
         ],
@@ -323,11 +324,11 @@ def check_memory(
     if need <= have:
         yield estimate
         return
-    alone = estimate_memory(dataclasses.replace(config, per_device_train_batch_size=1), model, gpu, longest)
+    alone = memory.estimate_memory(dataclasses.replace(config, per_device_train_batch_size=1), model, gpu, longest)
     # without a card never: the system swaps, and the estimate is rougher
     is_certain = gpu is not None and plan is not None and sum(alone.values()) > CLEARLY * have
     found = Message("memory: {estimate}; no setting makes it fit: take a smaller model", estimate=estimate)
-    if change := smallest_change(config, model, gpu, longest, have):
+    if change := memory.smallest_change(config, model, gpu, longest, have):
         settings = " ".join(f"{name}={value}" for name, value in change.items())
         found = Message("memory: {estimate}; this would fit: {settings}", estimate=estimate, settings=settings)
     yield (Problem if is_certain else Risk).of(found)
@@ -337,7 +338,7 @@ def check_disk(config: Config, model: ModelSize, plan: TrainingPlan | None) -> I
     """Whether all checkpoints of the run have space, and its exports."""
     folder = existing_folder(Path(config.output_dir))
     free, fetched = shutil.disk_usage(folder).free, 0 if model.folder else model.bytes
-    checkpoints = checkpoint_bytes(config, model) * checkpoints_at_once(config, plan)
+    checkpoints = memory.checkpoint_bytes(config, model) * checkpoints_at_once(config, plan)
     exports = 2 * model.bytes
     estimate = Fact(
         "{free:.1f} GB are free in {folder}; {model}checkpoints take about {checkpoints:.2f} GB, the merged model "

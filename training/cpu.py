@@ -17,9 +17,6 @@ from peft.tuners.lora import Linear
 
 ATTENTION = "sample_sdpa"  # the name under which `sample_attention` is registered
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-
 
 def round_once(model: torch.nn.Module) -> int:
     """Gives the plain LoRA layers over `torch.nn.Linear` in `model` the forward below; returns how many there are.
@@ -69,10 +66,6 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         if base.bias is not None:
             result += base.bias.to(dtype)
     return result.reshape(*x.shape[:-1], -1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
 
 
 def register_sample_attention() -> str:

@@ -18,8 +18,8 @@ from trl.trainer.utils import RepeatSampler
 
 from runs.files import append_lines
 from runs.folder import SAMPLES
-from training.rewards import Reward, text_of
-from training.trainer import MeansTrainer, remove_reference
+from training.rewards import text_of
+from training.trainer import MeansTrainer
 
 SAMPLE_PROMPTS = 2  # prompts of a logged step whose replies are written to samples.jsonl
 
@@ -43,9 +43,8 @@ class GrpoTrainer(MeansTrainer, GRPOTrainer):
     def __init__(self, prepared: Any, model: Any, precision: Any) -> None:
         self.prompt_ids: list[list[int]] = []  # of the batch that is being generated
         end_replies_at(model, prepared.tokenizer.convert_tokens_to_ids(list(prepared.template.stop)))
-        super().__init__(prepared, model, precision, reward_funcs=[named(reward) for reward in prepared.rewards])
+        super().__init__(prepared, model, precision, reward_funcs=list(prepared.rewards))
         self.reward_weights = torch.tensor([reward.weight for reward in prepared.rewards])
-        remove_reference(self.model)
         if not self.use_vllm:
             self.sampling = self.generation_config
             self.greedy = copy.deepcopy(self.sampling)
@@ -98,16 +97,6 @@ class GrpoTrainer(MeansTrainer, GRPOTrainer):
                 }
             )
         return lines
-
-
-def named(reward: Reward) -> Any:
-    """The reward as a function of its name, under which TRL logs it."""
-
-    def function(**columns: Any) -> list[float | None]:
-        return reward(**columns)
-
-    function.__name__ = reward.name
-    return function
 
 
 def end_replies_at(model: Any, stop: list[int]) -> None:

@@ -33,10 +33,7 @@ def gpu_fault(gpu: Gpu) -> Message | None:
     cuda = _dotted(built_for)
     if built_for[0] >= 13 and gpu.compute < (7, 5):
         return Message(
-            "torch is built for CUDA {cuda}, which no longer supports {name}; install that of requirements-gpu.txt: "
-            "rm -r .venv && make setup",
-            cuda=cuda,
-            name=gpu.name,
+            "torch for CUDA {cuda} no longer supports {name}; run rm -r .venv && make setup", cuda=cuda, name=gpu.name
         )
     driver, needed = int(gpu.driver.split(".")[0]), OLDEST_DRIVER.get(built_for[0], 580)
     if driver < needed:

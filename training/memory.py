@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from common import Config, Gpu, Message
+from runs.adapter import EMBEDDINGS, HEADS
 from runs.files import read_object
 from runs.weights import read_header
-from training.whole_modules import whole_tensors
 
 GB = 1e9
 # The matrices that `lora_target: all` leaves out: embeddings, the output layer, the routers of experts.
@@ -32,6 +32,7 @@ PARTS = {
     "replies": Message("replies"),
     "runtime": Message("runtime"),
 }
+Shapes = dict[str, tuple[int, ...]]  # of a model's tensors, by name
 # config.json of the embedded model, as far as its size depends on it
 EMBEDDED_SHAPE = {
     "hidden_size": 576,
@@ -57,7 +58,7 @@ class ModelSize:
     """
 
     settings: dict[str, Any]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Shapes
     bytes: int
     folder: Path | None
 
@@ -84,21 +85,15 @@ def model_like(settings: dict[str, Any]) -> ModelSize | None:
     shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     if not settings.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = (vocabulary, hidden)
+    matrices = {"self_attn.q_proj": (queries, hidden), "self_attn.o_proj": (hidden, queries)}
+    matrices |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (keys, hidden))
+    matrices |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (inner, hidden)) | {"mlp.down_proj": (hidden, inner)}
     for layer in range(settings["num_hidden_layers"]):
-        for name, rows, columns in (
-            ("self_attn.q_proj", queries, hidden),
-            ("self_attn.k_proj", keys, hidden),
-            ("self_attn.v_proj", keys, hidden),
-            ("self_attn.o_proj", hidden, queries),
-            ("mlp.gate_proj", inner, hidden),
-            ("mlp.up_proj", inner, hidden),
-            ("mlp.down_proj", hidden, inner),
-        ):
-            shapes[f"model.layers.{layer}.{name}.weight"] = (rows, columns)
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in matrices.items()}
     return ModelSize(settings, shapes, 2 * sum(map(math.prod, shapes.values())), None)
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(folder: Path) -> Shapes:
     """Name → shape of every tensor of a safetensors model, from the files' headers alone."""
     return {
         name: tensor.shape
@@ -138,7 +133,7 @@ def _attention_widths(settings: dict[str, Any]) -> tuple[int, int]:
 # The adapter
 
 
-def adapted_weights(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def adapted_weights(config: Config, shapes: Shapes) -> list[str]:
     """The names of the weights that get an adapter."""
     targets = config.lora_target
     return [
@@ -148,7 +143,20 @@ def adapted_weights(config: Config, shapes: dict[str, tuple[int, ...]]) -> list[
     ]
 
 
-def adapter_parameters(config: Config, shapes: dict[str, tuple[int, ...]]) -> int:
+def whole_tensors(targets: tuple[str, ...], shapes: Shapes) -> Shapes:
+    """The tensors trained in full; as in PEFT, a target names every module whose name ends with it."""
+    found = {name: shape for name, shape in shapes.items() if _is_named(name, targets)}
+    embedding = next((name for name in shapes if name.endswith(EMBEDDINGS)), None)
+    if _is_named("lm_head.weight", targets) and embedding and not any(name.endswith(HEADS) for name in shapes):
+        found.setdefault(embedding, shapes[embedding])  # a tied output layer, of which a copy is trained
+    return found
+
+
+def _is_named(tensor: str, targets: tuple[str, ...]) -> bool:
+    return tensor.rpartition(".")[0].endswith(targets)
+
+
+def adapter_parameters(config: Config, shapes: Shapes) -> int:
     """Trained parameters: rank × (in + out) of every module that gets an adapter, biases, and modules_to_save."""
     adapted = adapted_weights(config, shapes)
     biases = sum(shapes[name][0] for name in adapted) if config.lora_bias == "true" else 0

@@ -21,7 +21,7 @@ from runs.folder import LOADING_LOG
 from runs.peft_loading import write_readable
 from runs.process import quick_imports
 from training import hardware, pissa
-from training.arguments import Precision, checkpointing_setting, loading_settings
+from training.arguments import Precision, checkpointing_setting, uses_vllm
 from training.memory import EXPERTS
 
 
@@ -93,10 +93,7 @@ def check_quantized(model: Any, bits: int | None, log: Path) -> None:
     wanted = {4: "Params4bit", 8: "Int8Params"}.get(bits)
     if wanted and not any(type(weight).__name__ == wanted for weight in model.parameters()):
         raise UserError(
-            "quantization_bit: {bits}, but the weights were loaded in 16 bit: bitsandbytes does not work here (see "
-            "{log}); repair it (make setup), or remove quantization_bit",
-            bits=bits,
-            log=log,
+            "quantization_bit: bitsandbytes does not work here (see {log}); run make setup, or take it out", log=log
         )
 
 
@@ -106,7 +103,10 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
     from training import cpu
 
     on_cpu = not hardware.on_card()
-    checkpointing = checkpointing_setting(config, on_cpu)
+    checkpointing, vllm = checkpointing_setting(config, on_cpu), {}
+    if uses_vllm(config):  # the weights are loaded once for it and for the training
+        share = config.vllm_gpu_memory_utilization
+        vllm = {"fast_inference": True, "gpu_memory_utilization": share, "max_lora_rank": config.lora_rank}
     model, _ = FastLanguageModel.from_pretrained(
         model_name=folder,
         max_seq_length=config.cutoff_len,
@@ -119,7 +119,7 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         local_files_only=True,
         use_exact_model_name=True,
         **({"attn_implementation": cpu.register_sample_attention()} if on_cpu else {}),
-        **loading_settings(config),
+        **vllm,
     )
     if config.adapter_name_or_path:
         return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(checkpointing))

@@ -1,7 +1,7 @@
 """Samples → flat batches: one row without padding in which no sample sees another.
 
 A batch is `input_ids`, `labels`, `position_ids` (each 1 × T) and `packed_seq_lengths` (int32, one a sample). Unsloth's
-GPU kernels read the boundaries from `packed_seq_lengths`; on a CPU attention.py does.
+GPU kernels read the boundaries from `packed_seq_lengths`; on a CPU cpu.py does.
 """
 
 from __future__ import annotations
@@ -64,14 +64,12 @@ def fit_batches(config: Config) -> tuple[Config, Message | None]:
     ) if changed else None
 
 
-def micro_batch_tokens(config: Config, longest: int) -> int | None:
+def micro_batch_tokens(config: Config, longest: int) -> int:
     """The most tokens of a forward pass: as many as `per_device_train_batch_size` of the longest samples or rows have.
 
     An optimizer step's samples are the same however they are put together, and no batch is larger than the largest that
-    the setting asks for. None: a batch is what the setting counts (preferences, whose samples come in pairs).
+    the setting asks for.
     """
-    if config.stage not in FLAT_STAGES:
-        return None
     if mixes_samples(Path(config.model_name_or_path)):
         return 0
     return config.per_device_train_batch_size * (config.cutoff_len if config.packing else longest)

@@ -37,11 +37,7 @@ def take_components(model: Any, iterations: int, seed: int) -> Start:
             continue
         base = getattr(layer.get_base_layer(), "weight", None)
         if base is None or base.ndim != 2 or not len(layer.lora_A):
-            raise UserError(
-                "pissa_init: {module} is no linear layer (experts are one tensor); leave pissa_init out, or name "
-                "linear layers in lora_target",
-                module=name,
-            )
+            raise UserError("pissa_init: {module} is no linear layer; name linear layers in lora_target", module=name)
         with torch.no_grad():
             start[name] = _take(layer, base, iterations)
     return start

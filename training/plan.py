@@ -48,13 +48,15 @@ class TrainingPlan:
 
     def evaluates_at(self, step: int) -> bool:
         """Whether an evaluation is due after a step."""
-        return step >= self.first_eval and _is_due(self, step, self.eval_strategy, self.eval_steps)
+        return step >= self.first_eval and self._is_due(step, self.eval_strategy, self.eval_steps)
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is due after a step."""
-        return (self.saves_evaluated and self.evaluates_at(step)) or _is_due(
-            self, step, self.save_strategy, self.save_steps
-        )
+        is_kept = self.saves_evaluated and self.evaluates_at(step)
+        return is_kept or self._is_due(step, self.save_strategy, self.save_steps)
+
+    def _is_due(self, step: int, strategy: str, every: int | None) -> bool:
+        return strategy != "no" and (step % (every or self.epoch_steps) == 0 or step == self.steps)
 
     def count_saves(self) -> int:
         """How many checkpoints are written, deleted ones included. No loop over the steps: a recipe may ask for a
@@ -67,10 +69,6 @@ class TrainingPlan:
             evaluated = self.eval_steps or self.epoch_steps
             count += before_last // evaluated - before_last // math.lcm(saved, evaluated)
         return count
-
-
-def _is_due(plan: TrainingPlan, step: int, strategy: str, every: int | None) -> bool:
-    return strategy != "no" and (step % (every or plan.epoch_steps) == 0 or step == plan.steps)
 
 
 def make_plan(config: Config, data: TrainingData) -> TrainingPlan:
@@ -152,17 +150,9 @@ def cheap_evaluations(steps: int, epoch_steps: int, step_tokens: float, lengths:
     return min(every, steps), samples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan as messages
-
-
 def describe_data(plan: TrainingPlan) -> Fact:
-    return Fact(
-        "{samples:,} samples, {tokens:,} tokens, the longest {longest:,}",
-        samples=plan.samples,
-        tokens=plan.tokens,
-        longest=plan.longest,
-    )
+    sizes = {name: getattr(plan, name) for name in ("samples", "tokens", "longest")}
+    return Fact("{samples:,} samples, {tokens:,} tokens, the longest {longest:,}", **sizes)
 
 
 def describe_steps(config: Config, plan: TrainingPlan, processes: int = 1) -> Fact:
@@ -172,20 +162,21 @@ def describe_steps(config: Config, plan: TrainingPlan, processes: int = 1) -> Fa
         prompts, each = packing.prompts_a_step(config), config.num_generations
         unit = Message("replies ({each} to each of {prompts:,} prompts)", prompts=prompts, each=each)
     return Fact(
-        "{steps:,} of {batch} x {accumulation}{each} {unit}, learning rate {rate:g} ({schedule})",
+        "{steps:,} of {batch} {unit}, learning rate {rate:g} ({schedule})",
         steps=plan.steps,
-        batch=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        each=count_processes(processes),
+        batch=step_batch(config, processes),
         unit=unit,
         rate=config.learning_rate,
         schedule=config.lr_scheduler_type,
     )
 
 
-def count_processes(processes: int) -> Message | str:
-    """What the samples of a step are multiplied by besides batch and accumulation."""
-    return Message(" x {count} processes", count=processes) if processes > 1 else ""
+def step_batch(config: Config, processes: int) -> Message:
+    """The samples of an optimizer step, as a product."""
+    sizes = {"batch": config.per_device_train_batch_size, "accumulation": config.gradient_accumulation_steps}
+    if processes == 1:
+        return Message("{batch} x {accumulation}", **sizes)
+    return Message("{batch} x {accumulation} x {count} processes", **sizes, count=processes)
 
 
 def describe_evaluations(config: Config, plan: TrainingPlan) -> Fact:
@@ -215,52 +206,34 @@ def check_plan(config: Config, plan: TrainingPlan) -> Iterator[Note]:
     if config.learning_rate == 0:
         yield Note("learning_rate: 0 trains nothing; 1e-4 is usual")
     if warmup >= 1 and warmup >= plan.steps:
+        sizes = {"warmup": int(warmup), "steps": plan.steps}
+        yield Note("warmup_steps: {warmup:,} of {steps:,} steps: the learning rate is never reached", **sizes)
+    if (delay := plan.first_eval) > plan.steps:
         yield Note(
-            "warmup of {warmup:,} steps in a run of {steps:,}: the learning rate stays below what is set; lower "
-            "warmup_steps",
-            warmup=int(warmup),
-            steps=plan.steps,
-        )
-    if plan.first_eval > plan.steps:
-        delay = config.eval_delay
-        yield Note(
-            "nothing is evaluated: eval_delay: {delay:g} is beyond step {steps:,}", delay=delay, steps=plan.steps
+            "nothing is evaluated: eval_delay ends at step {delay:g} of {steps:,}", delay=delay, steps=plan.steps
         )
     if plan.eval_strategy != "no" and not plan.saves_evaluated:
         setting = "save_strategy: steps" if config.load_best_model_at_end else "load_best_model_at_end: true"
-        yield Note(
-            "the adapter of the last step is kept; {setting} keeps that of the lowest eval_loss", setting=setting
-        )
+        yield Note("the adapter of the last step is kept; with {setting} that of the lowest eval_loss", setting=setting)
     if plan.steps < FEW_STEPS:
-        yield _too_few_steps(config, plan)
-    if plan.steps / plan.epoch_steps >= MANY_EPOCHS:
-        yield _too_many_epochs(config, plan)
-
-
-def _too_few_steps(config: Config, plan: TrainingPlan) -> Note:
-    enough = 2 * FEW_STEPS
-    more = f"max_steps: {enough}"
-    if config.max_steps < 0:
-        more = f"num_train_epochs: {math.ceil(enough / plan.epoch_steps)}"
-    smaller, other = max(1, config.gradient_accumulation_steps * plan.steps // enough), ""
-    if smaller < config.gradient_accumulation_steps:
-        other = Message(" or {setting}", setting=f"gradient_accumulation_steps: {smaller}")
-    return Note(
-        "only {steps} optimizer steps change little; set {more}{other}", steps=plan.steps, more=more, other=other
-    )
-
-
-def _too_many_epochs(config: Config, plan: TrainingPlan) -> Note:
-    if config.early_stopping == "no" or (config.stage == "grpo" and plan.eval_strategy == "no"):
-        ending = Message("early_stopping: auto would end it in time")
-    elif plan.eval_strategy != "no":
-        ending = Message("it stops when eval_loss (stage grpo: eval_reward) no longer improves")
-    else:
-        ending = Message("it stops when the loss is flat and near zero; with val_size: 0.1 earlier")
-    return Note(
-        "{epochs:,} epochs of {samples:,} samples, {steps:,} steps: after about ten epochs a model overfits; {ending}",
-        epochs=round(plan.steps / plan.epoch_steps),
-        samples=plan.samples,
-        steps=plan.steps,
-        ending=ending,
-    )
+        enough, now = 2 * FEW_STEPS, config.gradient_accumulation_steps
+        more = f"max_steps: {enough}"
+        if config.max_steps < 0:
+            more = f"num_train_epochs: {math.ceil(enough / plan.epoch_steps)}"
+        smaller = max(1, now * plan.steps // enough)
+        other = Message(" or {setting}", setting=f"gradient_accumulation_steps: {smaller}") if smaller < now else ""
+        fields = {"steps": plan.steps, "more": more, "other": other}
+        yield Note("only {steps} optimizer steps change little; set {more}{other}", **fields)
+    if (epochs := plan.steps / plan.epoch_steps) >= MANY_EPOCHS:
+        if config.early_stopping == "no" or (config.stage == "grpo" and plan.eval_strategy == "no"):
+            ending = Message("early_stopping: auto would end it in time")
+        elif plan.eval_strategy != "no":
+            ending = Message("it stops when eval_loss (stage grpo: eval_reward) no longer improves")
+        else:
+            ending = Message("it stops when the loss is flat and near zero; with val_size: 0.1 earlier")
+        sizes = {"epochs": round(epochs), "samples": plan.samples}
+        yield Note(
+            "{epochs:,} epochs of {samples:,} samples: after about ten a model overfits; {ending}",
+            ending=ending,
+            **sizes,
+        )

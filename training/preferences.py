@@ -20,8 +20,8 @@ from trl import DPOTrainer, KTOTrainer
 from common import Config
 from training.arguments import BEST_BY
 from training.early_stopping import preference_error, ranked_right
-from training.splitting import Splitter, pieces_of_rows, whole, with_gradients_apart
-from training.trainer import MeansTrainer, remove_reference
+from training.splitting import Splitter, pieces_of_rows, whole
+from training.trainer import MeansTrainer
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 IDS = ("input_ids", "attention_mask", "completion_mask")
@@ -29,11 +29,14 @@ KINDS = ("rewards/chosen", "rewards/rejected")
 
 
 class PreferenceTrainer(MeansTrainer):
-    """What DPO and KTO share: token ids as they are, no copy of the adapter, exact means, batches that are split."""
+    """What DPO and KTO share: token ids as they are, exact means, batches that are split.
+
+    Theirs are `with_reference`, a batch with all that needs no gradient, by row: `reference` (log-probability) and
+    `share` (of the loss); and `losses` of the pairs or answers of a batch, which logs their rewards.
+    """
 
     def __init__(self, prepared: Any, model: Any, precision: Any) -> None:
         super().__init__(prepared, model, precision)
-        remove_reference(self.model)
         divide = partial(pieces_of_rows, of_pairs=self.config.stage == "dpo")
         self.train_splitter = Splitter(self.smaller_settings, divide if self.args.world_size == 1 else whole)
         self.eval_splitter = Splitter(self.smaller_settings, divide)
@@ -41,31 +44,18 @@ class PreferenceTrainer(MeansTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # of token ids
 
-    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch with all that needs no gradient, by row: `reference` (log-probability) and `share` (of the loss)."""
-        raise NotImplementedError
-
-    def losses(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The losses of the pairs or answers of a batch; logs their rewards."""
-        raise NotImplementedError
-
     def accuracy(self, chosen: list[float], rejected: list[float]) -> tuple[float, int]:
         """The share of comparisons in which the better answer has the higher reward, and how many there are."""
         return ranked_right(chosen, rejected), len(chosen) * len(rejected)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """One process splits a batch that does not fit into memory."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train = super().training_step
 
         def step(piece: dict[str, Any]) -> Any:
             return train(model, piece, num_items_in_batch)
 
         model.train()
-        batch = self.with_reference(inputs)
-        if self.args.world_size > 1:
-            return self.train_splitter.run(batch, step)
-        return self.train_splitter.run(batch, lambda piece: with_gradients_apart(trained, lambda: step(piece)))
+        return self.train_in_pieces(self.with_reference(inputs), step)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         predict = super().prediction_step

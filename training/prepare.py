@@ -23,12 +23,11 @@ from runs.embedded_model import make_embedded
 from runs.target import missing_from_model
 from training import checks, packing
 from training.findings import Fact, Finding, Findings, Note, Problem
-from training.inputs import Inputs, describe_inputs
 from training.memory import EMBEDDED_SHAPE, ModelSize, model_like, read_model
 from training.plan import TrainingPlan, check_plan, describe_data, describe_evaluations, describe_steps, make_plan
 from training.processes import Processes
-from training.resume import ResumePlan, check_steps_left, plan_resume
-from training.rewards import Reward, find_rewards, with_answers
+from training.resume import Inputs, ResumePlan, check_steps_left, describe_inputs, plan_resume
+from training.rewards import Reward, find_rewards, with_labels
 
 if TYPE_CHECKING:
     from preprocessing.dataset import TrainingData
@@ -146,7 +145,8 @@ def prepare(start: Start, found: Findings) -> Prepared:
     tokenizer, template, data = prepare_data(config)
     plan = make_plan(start.processes.as_one(config), data)
     inputs = describe_inputs(start.model.folder, template, data)
-    rewards = with_answers(config, start.rewards, data)
+    parts = [part for part in (data.train, data.eval) if part is not None and start.rewards]
+    answers = [json.loads(text)["answer"] for part in parts for text in part["row"]]
     found.add("data", [describe_data(plan)])
     found.add("inputs", checks.check_inputs(config, start.resume, inputs))
     found.attempt("plan", check_steps_left, start.resume, start.folder, plan)
@@ -154,7 +154,7 @@ def prepare(start: Start, found: Findings) -> Prepared:
     found.add("held out", [describe_evaluations(config, plan)])
     found.add("plan", check_plan(config, plan))
     check_room(start, config, plan, found)
-    return Prepared(start, config, tokenizer, template, data, inputs, plan, rewards)
+    return Prepared(start, config, tokenizer, template, data, inputs, plan, with_labels(config, start.rewards, answers))
 
 
 def prepare_data(config: Config) -> tuple[Any, ChatTemplate, TrainingData]:

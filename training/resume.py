@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 from common import Config, Message, UserError
@@ -20,8 +21,17 @@ from training import checkpoints
 from training.findings import Note
 from training.plan import TrainingPlan
 
+if TYPE_CHECKING:
+    from preprocessing.dataset import TrainingData
+    from preprocessing.template import ChatTemplate
+
 WITHOUT_EFFECT = {name for name, field in common.OPTIONS.items() if field.metadata["resume"] == "any"}
 LONGER_RUN = {name for name, field in common.OPTIONS.items() if field.metadata["resume"] == "longer"}
+HASHED_WHOLE = 64 << 20  # bytes up to which a file is hashed whole; of a larger one, BLOCKS of BLOCK bytes
+BLOCK, BLOCKS = 1 << 16, 64
+TOKENIZER = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"]
+# Of run.json: "data", "conversations", "model", "tokenizer" or "template" → name → hash
+Inputs = dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -182,3 +192,44 @@ def clear_old_run(resume: ResumePlan, folder: Path) -> None:
             else:
                 path.unlink()
     checkpoints.remove_leftovers(folder)
+
+
+def describe_inputs(model: Path, template: ChatTemplate, data: TrainingData) -> Inputs:
+    """The hashes of all that a training is made of besides its settings."""
+    files = [item for part in ("datasets", "eval_datasets") for entry in data.report[part] for item in entry["files"]]
+    weights = [model / "config.json", *sorted(model.glob("*.safetensors"))]
+    tokenizer = [model / name for name in TOKENIZER if (model / name).is_file()]
+    return {
+        "data": {item["path"]: item.get("sha256") or item["fingerprint"] for item in files},
+        "conversations": {"": hashlib.sha256(data.contents.tobytes()).hexdigest()},
+        "model": {file.name: hash_file(file) for file in weights},
+        "tokenizer": {file.name: hash_file(file) for file in tokenizer},
+        "template": {template.name: hashlib.sha256(template.text.encode()).hexdigest()},
+    }
+
+
+def hash_file(file: Path) -> str:
+    """The SHA-256 of a file's size and content; of a large file, of evenly spread blocks (hashing 16 GB takes a
+    minute, and another training changes all of a model's weights)."""
+    size = file.stat().st_size
+    found = hashlib.sha256(str(size).encode())
+    starts = [0] if size <= HASHED_WHOLE else [n * (size - BLOCK) // (BLOCKS - 1) for n in range(BLOCKS)]
+    with open(file, "rb") as opened:
+        for start in starts:
+            opened.seek(start)
+            found.update(opened.read(HASHED_WHOLE if size <= HASHED_WHOLE else BLOCK))
+    return found.hexdigest()
+
+
+def find_changes(then: Inputs, now: Inputs) -> list[Message]:
+    """The inputs that differ from those that a run was begun with."""
+    changes = []
+    for kind in [kind for kind in now if kind != "conversations"]:
+        before, after = then.get(kind, {}), now[kind]
+        if kind == "data" and sorted(before.values()) == sorted(after.values()):  # a file may have moved
+            continue
+        differing = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        changes += [Message("{kind}: {name} has changed", kind=kind, name=name) for name in differing]
+    if not changes and then.get("conversations", {}) != now["conversations"]:  # no file says why they differ
+        changes = [Message("the same files give other conversations; has dataset_info.json changed?")]
+    return changes

@@ -18,12 +18,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common import Config, UserError, nearest_word
-
-if TYPE_CHECKING:
-    from preprocessing.dataset import TrainingData
 
 Function = Callable[..., Any]
 MAX_LABELS = 20  # of one_of_labels, where the labels are told from the data
@@ -37,6 +34,10 @@ class Reward:
     name: str
     weight: float
     function: Function
+
+    @property
+    def __name__(self) -> str:  # under which TRL logs it
+        return self.name
 
     def __call__(self, **columns: Any) -> list[float | None]:
         """The rewards of some replies, checked; None where the function says nothing of a reply."""
@@ -123,12 +124,6 @@ def _is_reward(value: Any) -> bool:
     return value is None or (isinstance(value, numbers.Real) and math.isfinite(value))
 
 
-def with_answers(config: Config, rewards: Sequence[Reward], data: TrainingData) -> list[Reward]:
-    """`with_labels` for these rows."""
-    parts = [part for part in (data.train, data.eval) if part is not None and rewards]
-    return with_labels(config, rewards, [json.loads(text)["answer"] for part in parts for text in part["row"]])
-
-
 def with_labels(config: Config, rewards: Sequence[Reward], answers: Sequence[str | None]) -> list[Reward]:
     """The rewards with the labels of one_of_labels told from the rows' answers.
 
@@ -137,26 +132,18 @@ def with_labels(config: Config, rewards: Sequence[Reward], answers: Sequence[str
     names = {text.strip() for text in config.reward_funcs}
     lacking = sum(answer is None for answer in answers)
     if lacking and "exact_label" in names:
-        raise UserError(
-            "exact_label compares replies with the rows' answers, but {lacking:,} of {rows:,} rows have none",
-            lacking=lacking,
-            rows=len(answers),
-        )
+        rows = len(answers)
+        raise UserError("exact_label: {lacking:,} of {rows:,} rows have no answer", lacking=lacking, rows=rows)
     if "one_of_labels" not in names or config.labels:
         return list(rewards)
     labels = sorted({answer.strip() for answer in answers if answer is not None})
     if not 2 <= len(labels) <= MAX_LABELS:
         raise UserError(
-            "one_of_labels needs 2 to {most} labels, but the rows have {found:,} different answers; name the labels: "
-            "labels: yes,no",
+            "one_of_labels needs 2 to {most} labels, but the rows have {found:,}; name them: labels: yes,no",
             found=len(labels),
             most=MAX_LABELS,
         )
     return [replace(r, function=among(labels)) if r.function.__name__ == "one_of_labels" else r for r in rewards]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The functions that come along
 
 
 def text_of(completion: Any) -> str:

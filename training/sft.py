@@ -9,8 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from training import packing
-from training.neftune import EmbeddingNoise
-from training.splitting import Splitter, pieces, whole, with_gradients_apart
+from training.splitting import Splitter, pieces, whole
 from training.trainer import RunTrainer
 
 
@@ -38,7 +37,6 @@ class Trainer(RunTrainer, SFTTrainer):
             self.learned_a_batch = learned / math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train, learned = super().training_step, count_learned(inputs)
 
         def step(piece: dict[str, Any]) -> Any:
@@ -46,9 +44,7 @@ class Trainer(RunTrainer, SFTTrainer):
             self.share = 1.0 if num_items_in_batch is not None else count_learned(piece) / max(learned, 1)
             return train(model, piece, num_items_in_batch)
 
-        if self.args.world_size > 1:
-            return self.train_splitter.run(inputs, step)
-        return self.train_splitter.run(inputs, lambda piece: with_gradients_apart(trained, lambda: step(piece)))
+        return self.train_in_pieces(inputs, step)
 
     def summands(self, losses: torch.Tensor) -> torch.Tensor:
         """Every batch is one summand of the mean: prediction_step weights it."""
@@ -81,3 +77,25 @@ class Trainer(RunTrainer, SFTTrainer):
 
 def count_learned(batch: dict[str, Any]) -> int:
     return int((batch["labels"] != packing.IGNORED).sum())
+
+
+class EmbeddingNoise:
+    """NEFTune (https://arxiv.org/abs/2310.05914): noise on the embeddings of a model that trains.
+
+    transformers' own takes a flat batch for one sample, and makes its noise too small. Here each token's noise is that
+    of its sample: uniform, of at most alpha / sqrt(tokens x width). `lengths` are those of the next batch.
+    """
+
+    def __init__(self, model: Any, alpha: float) -> None:
+        self.alpha = alpha
+        self.lengths: torch.Tensor | None = None  # tokens of each sample, `packed_seq_lengths`
+        model.get_input_embeddings().register_forward_hook(self.add)
+
+    def add(self, module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        """`output` (1 x T x width) with noise, or as it is outside of training."""
+        if not module.training:
+            return output
+        tokens = self.lengths.to(output.device)
+        largest = self.alpha / (tokens * output.shape[-1]).sqrt()
+        largest = largest.repeat_interleave(tokens)[None, :, None].to(output.dtype)
+        return output + torch.empty_like(output).uniform_(-1, 1) * largest

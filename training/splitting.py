@@ -97,8 +97,7 @@ class Splitter:
             )
         self.limit = max(part["input_ids"].numel() for part in smaller)
         said = Message(
-            "out of memory: a batch of {tokens:,} tokens does not fit; from here on it is split into at most "
-            "{limit:,}, with the same result",
+            "out of memory: a batch of {tokens:,} tokens is split from here on, to {limit:,}",
             tokens=tokens,
             limit=self.limit,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,9 @@ from common import UserError
 from runs.files import check_free_space, read_json
 from runs.folder import for_transformers_4
 from training import callbacks, checkpoints, packing, pissa
-from training.arguments import Precision, training_arguments
-from training.learning_rates import split_learning_rates
+from training.arguments import Precision, split_learning_rates, training_arguments
 from training.model import train_in_float32
+from training.splitting import with_gradients_apart
 
 if TYPE_CHECKING:
     from preprocessing.template import ChatTemplate
@@ -41,7 +41,7 @@ class RunTrainer:
     def __init__(self, prepared: Prepared, model: Any, precision: Precision, **of_stage: Any) -> None:
         self.config, self.plan, self.saved = prepared.config, prepared.plan, []
         self.pissa_start = getattr(model, "pissa_start", None)
-        self.early = callbacks.EarlyStopping(self.config, self.plan)
+        self.course = callbacks.Course(self.config, self.plan, self.restore)
         arguments, data, plan = training_arguments(self.config, precision, self.plan), prepared.data, self.plan
         if arguments.device.type == "cpu":  # to the "cpu:0" of several processes torch cannot load an optimizer's state
             arguments._setup_devices = torch.device("cpu")
@@ -56,10 +56,7 @@ class RunTrainer:
             processing_class=prepared.tokenizer,
             callbacks=[
                 *([progress] if arguments.process_index == 0 else []),
-                callbacks.Due(plan),
-                callbacks.Resuming(self.restore),
-                self.early,
-                callbacks.FiniteNumbers(),
+                self.course,
             ],
             **of_stage,
         )
@@ -80,6 +77,13 @@ class RunTrainer:
         )
         shorter = self.plan.longest // 2 // (2 if config.stage == "dpo" else 1)
         return ["quantization_bit=4" if config.quantization_bit is None else recompute, f"cutoff_len={shorter}"]
+
+    def train_in_pieces(self, batch: dict[str, Any], step: Callable[[dict[str, Any]], Any]) -> Any:
+        """What `step` returns for a batch; one process splits it where it does not fit into memory."""
+        if self.args.world_size > 1:
+            return self.train_splitter.run(batch, step)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return self.train_splitter.run(batch, lambda piece: with_gradients_apart(trained, lambda: step(piece)))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Public methods of transformers' Trainer
@@ -261,8 +265,14 @@ class RunTrainer:
 class MeansTrainer(RunTrainer):
     """The trainer of a stage whose logged lines have means over the steps since the last one, beside the loss.
 
-    TRL keeps them in `_metrics`: {"train" or "eval": {name: values}}.
+    TRL keeps them in `_metrics`: {"train" or "eval": {name: values}}. Its copy of the adapter is deleted: the reference
+    is then the model with its adapter off.
     """
+
+    def __init__(self, prepared: Prepared, model: Any, precision: Precision, **of_stage: Any) -> None:
+        super().__init__(prepared, model, precision, **of_stage)
+        if "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
 
     def since_log(self) -> dict[str, Any]:
         return {**super().since_log(), "means": self._metrics["train"]}
@@ -280,16 +290,8 @@ def _refusing_pickles(checkpoint: Path | None) -> Iterator[None]:
         yield
     except torch.serialization.pickle.UnpicklingError:
         raise UserError(
-            "{checkpoint}: optimizer or random states hold code, not only numbers, and are not loaded; use another "
-            "checkpoint",
-            checkpoint=checkpoint,
+            "{path}: its states hold code, not only numbers; use another checkpoint", path=checkpoint
         ) from None
-
-
-def remove_reference(model: Any) -> None:
-    """Deletes the copy of the adapter that TRL makes: the reference is then the model with its adapter off."""
-    if "ref" in model.peft_config:
-        model.delete_adapter("ref")
 
 
 def count_trainable(model: Any) -> int:

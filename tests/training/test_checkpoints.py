@@ -17,7 +17,7 @@ from common import Message
 from runs.configuration import load_config
 from runs.files import write_json
 from runs.folder import locked
-from training import checkpoints, inputs
+from training import checkpoints, resume
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
@@ -219,29 +219,29 @@ def test_changed_inputs_are_named(tmp_path):
         files = [{"path": "a.json", "bytes": 3, "sha256": content * 20}]
         report = {"datasets": [{"files": files}], "eval_datasets": []}
         data = SimpleNamespace(report=report, contents=np.array(order))
-        return inputs.describe_inputs(tmp_path, SimpleNamespace(name="llama3", text=template), data)
+        return resume.describe_inputs(tmp_path, SimpleNamespace(name="llama3", text=template), data)
 
     then = described("{}", "old", [1, 2])
-    assert inputs.find_changes(then, described("{}", "old", [1, 2])) == []
+    assert resume.find_changes(then, described("{}", "old", [1, 2])) == []
     found = {
         (m.sentence, m.fields.get("kind"), m.fields.get("name"))
-        for m in inputs.find_changes(then, described("[]", "new", [3]))
+        for m in resume.find_changes(then, described("[]", "new", [3]))
     }
     assert found == {
         (CHANGED, "data", "a.json"), (CHANGED, "model", "config.json"),
         (CHANGED, "template", "llama3"),
     }  # fmt: skip
-    (only,) = inputs.find_changes(then, described("{}", "old", [3]))
+    (only,) = resume.find_changes(then, described("{}", "old", [3]))
     assert only == Message("the same files give other conversations; has dataset_info.json changed?")
     moved = then | {"data": {"elsewhere/a.json": "{}" * 20}}
-    assert inputs.find_changes(then, moved) == []
+    assert resume.find_changes(then, moved) == []
 
 
 def test_other_weights_of_the_same_size_have_another_fingerprint(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "HASHED_WHOLE", 1000)
+    monkeypatch.setattr(resume, "HASHED_WHOLE", 1000)
     file = tmp_path / "weights"
     prints = set()
     for value in (0, 1):
         file.write_bytes(bytes([value]) * 9_000_000)
-        prints.add(inputs.hash_file(file))
+        prints.add(resume.hash_file(file))
     assert len(prints) == 2

@@ -255,7 +255,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_and_reaches_no_adapter(tiny_m
     process = start(tiny_model, folder, *more, patch=NAN_GRADIENT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in err, err
-    assert read_run(folder)["error"]["sentence"] == says("which is not saved")
+    assert read_run(folder)["error"]["sentence"] == says("a tenth of learning_rate")
     assert read_run(folder)["error"]["fields"] == {"what": "gradient", "value": "nan", "step": 6}
     assert not (folder / "adapter_model.safetensors").exists()
     assert steps_saved(folder) and max(steps_saved(folder)) < 6

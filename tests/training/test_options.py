@@ -13,7 +13,7 @@ from conftest import ok, run, says, write_jsonl
 from runs.adapter import Adapter, find_places
 from runs.configuration import load_config
 from runs.weights import read_tensor, read_tensors
-from training import memory, whole_modules
+from training import checks, memory
 from training.findings import Note
 
 
@@ -175,16 +175,16 @@ LLAMA = {
     ],
 )
 def test_parts_that_the_model_cannot_learn_are_named(arguments, shapes, codes):
-    assert [found.sentence for found in whole_modules.check_whole(load_config(arguments).config, shapes, [])] == codes
+    assert [found.sentence for found in checks.check_whole(load_config(arguments).config, shapes, [])] == codes
 
 
 def test_a_bias_that_cannot_be_merged_is_noted():
     config = load_config(["lora_bias=true"]).config
     query = "model.layers.0.self_attn.q_proj"
-    (note,) = whole_modules.check_whole(config, LLAMA, [f"{query}.weight"])
+    (note,) = checks.check_whole(config, LLAMA, [f"{query}.weight"])
     assert note == Note(says("cannot be merged"), module=query)
     biased = {**LLAMA, f"{query}.bias": (64,)}
-    assert list(whole_modules.check_whole(config, biased, [f"{query}.weight"])) == []
+    assert list(checks.check_whole(config, biased, [f"{query}.weight"])) == []
 
 
 def test_what_learns_whole_counts_in_memory():

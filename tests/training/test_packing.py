@@ -83,7 +83,6 @@ def test_micro_batches_are_filled_with_whole_samples():
     [
         (["per_device_train_batch_size=2"], 120),
         (["per_device_train_batch_size=2", "packing=true", "cutoff_len=256"], 512),
-        (["per_device_train_batch_size=2", "stage=dpo"], None),
     ],
 )
 def test_a_forward_pass_has_the_tokens_of_the_longest_samples_that_the_batch_size_counts(tiny_model, settings, tokens):

@@ -362,7 +362,7 @@ def test_what_peft_refuses_on_experts_is_told_before_the_start(tiny_model, tmp_p
     (folder / "config.json").write_text(json.dumps({**model, "num_experts": 4, "num_experts_per_tok": 2}))
     told = problems("model", f"model_name_or_path={folder}", *settings)
     targets = ["k_proj", "o_proj", "q_proj", "v_proj"]
-    assert told == ([Message(says("PEFT has no"), settings=refused, targets=targets)] if refused else [])
+    assert told == ([Message(says("not for experts"), settings=refused, targets=targets)] if refused else [])
 
 
 def test_a_run_folder_that_cannot_be_made_is_told_before_the_start(tmp_path):

@@ -46,10 +46,10 @@ def test_labels_are_told_from_the_answers():
     first, second = with_labels(config, find_rewards(config), ["yes", "no ", "yes"])
     assert (first.name, first.weight, second.weight) == ("one_of_labels", 0.5, 1.0)
     assert first(completions=replies("no", "maybe")) == [1, 0]
-    with user_error("answers; name", found=1):
+    with user_error("name them: labels", found=1):
         with_labels(config, find_rewards(config), ["yes"])
     exact = common.Config(reward_funcs=("exact_label",))
-    with user_error("answers, but", lacking=1, rows=2):
+    with user_error("rows have no answer", lacking=1, rows=2):
         with_labels(exact, find_rewards(exact), ["yes", None])
 
 

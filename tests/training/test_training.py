@@ -27,8 +27,8 @@ from runs.configuration import check_training_asked_for, load_config
 from runs.files import write_json, write_text
 from runs.folder import run_config
 from training import checks, prepare, record, resume
+from training.arguments import split_learning_rates
 from training.findings import Fact
-from training.learning_rates import split_learning_rates
 
 ROWS = [{"instruction": f"Say {word}.", "input": "", "output": f"{word}!"} for word in ("one", "two", "three", "four")]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -381,7 +381,7 @@ def test_every_shipped_recipe_trains(tiny_model, tmp_path, recipe):
 def test_a_loss_that_explodes_ends_the_run(tiny_model, data, tmp_path):
     result = train(tiny_model, data, tmp_path / "run", "learning_rate=1e38", "max_grad_norm=0", "optim=sgd")
     assert result.returncode == 2
-    assert result.error.sentence == says("which is not saved")
+    assert result.error.sentence == says("a tenth of learning_rate")
     assert read_run(tmp_path / "run")["status"] == "failed"
     assert not list((tmp_path / "run").rglob("adapter_model.safetensors"))
 
@@ -488,7 +488,6 @@ def test_a_model_that_does_not_load_deletes_nothing(tiny_model, data, tmp_path, 
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(script.model, "import_unsloth", lambda: None)
-    monkeypatch.setattr(script, "prepare_data", lambda s: SimpleNamespace(start=s, config=s.loaded.config))
     monkeypatch.setattr(script, "choose_precision", lambda _: SimpleNamespace(note=None))
     monkeypatch.setattr(script.model, "load_model", out_of_memory)
     settings = [f"model_name_or_path={tiny_model}", f"dataset={data}", f"output_dir={folder}"]
