@@ -230,7 +230,7 @@ def test_a_checkpoint_that_brings_code_is_refused_and_runs_none(tiny_model, tmp_
     torch.save({"state": Code(ran)}, folder / "checkpoint-6" / name)
     (folder / "checkpoint-6" / MANIFEST).unlink()  # whoever made the checkpoint made its manifest, too
     write_manifest(folder / "checkpoint-6")
-    refused(train(tiny_model, folder), "optimizer or")
+    refused(train(tiny_model, folder), "hold code")
     assert not ran.exists()
 
 
