@@ -25,9 +25,9 @@ def faults_of(*settings: str) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "code"),
     [
-        ((), says("length, regex")),
+        ((), says("needs reward_funcs")),
         (("reward_funcs=length,json_valid", "reward_weights=1"), says("reward_weights has")),
-        (("reward_funcs=length", "num_generations=3"), says("num_generations")),
+        (("reward_funcs=length", "num_generations=3"), says("must be a multiple of")),
         (("reward_funcs=length", "cutoff_len=200", "max_completion_length=200"), says("leaves no room")),
         (("reward_funcs=length", "temperature=0"), says("so nothing is learned")),
     ],
