@@ -62,7 +62,7 @@ ROWS = [
         (["--type", ","], says("not known; use"), "--type  is not known"),
         (["no/such/folder"], says("there is no model"), "there is no model no/such/folder; fetch it"),
         ([".", "tests"], says("targets; give"), ". and tests are two targets; give one"),
-        (["data"], says("no config.json"), "data is neither a run, an adapter nor a model"),
+        (["data"], says("no config.json"), "data is no run, adapter or model"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_sentence(arguments, code, sentence):
