@@ -354,7 +354,8 @@ def test_a_killed_download_goes_on_where_it_stopped(hub, repository, tmp_path):
     part = tmp_path / "models/.org--Tiny-Chat.partial/model-00001-of-00002.safetensors.part"
     command = [sys.executable, str(ROOT / "download.py"), "org/Tiny-Chat"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(hub), stderr=subprocess.DEVNULL)
-    while not part.exists() or part.stat().st_size < 10 << 20:
+    small = part.parent / "config.json"  # another thread's, which may arrive later
+    while not small.exists() or not part.exists() or part.stat().st_size < 10 << 20:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
