@@ -73,15 +73,8 @@ class TrainingData:
     report: dict[str, Any]
 
 
-def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> TrainingData:
-    """Reads, checks, tokenizes (or finds in the cache), splits and mixes the data of a run.
-
-    What is held out is in an order drawn with the seed: an evaluation during training may take only the first of it,
-    which must not be those of one label or one dataset. Raises UserError with all faulty rows, or where no sample is
-    left.
-    """
-    import numpy as np
-
+def tokenized(config: Config, tokenizer: Any, template: ChatTemplate) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The cache folder and the report of each dataset, those of eval_dataset last; what is not cached is tokenized."""
     faults = FaultReport()
     made: list[Path] = []
     for entry in entries_of(config):
@@ -102,6 +95,19 @@ def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> TrainingD
             raise UserError(
                 "no sample is left of dataset '{name}'; see cutoff_len, overlong and on_bad_rows", name=report["name"]
             )
+    return made, reports
+
+
+def prepare(config: Config, tokenizer: Any, template: ChatTemplate) -> TrainingData:
+    """Reads, checks, tokenizes (or finds in the cache), splits and mixes the data of a run.
+
+    What is held out is in an order drawn with the seed: an evaluation during training may take only the first of it,
+    which must not be those of one label or one dataset. Raises UserError with all faulty rows, or where no sample is
+    left.
+    """
+    import numpy as np
+
+    made, reports = tokenized(config, tokenizer, template)
     folders, eval_folders = made[: len(config.dataset)], made[len(config.dataset) :]
     reports, eval_reports = reports[: len(folders)], reports[len(folders) :]
     facts = _facts(folders)

@@ -75,8 +75,6 @@ def choose_precision(config: Config) -> Precision:
 
 def training_arguments(config: Config, precision: Precision, plan: TrainingPlan) -> Any:
     """transformers' arguments; all whose default differs between Unsloth's backends are set."""
-    from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
-
     on_gpu = hardware.on_card()
     evaluated = plan.saves_evaluated  # transformers then insists on saving exactly where it evaluates; see Course
     arguments = {
@@ -105,6 +103,13 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         "average_tokens_across_devices": True,
         "ddp_find_unused_parameters": False,  # each adapter is in every forward pass
     }
+    return _of_stage(config, arguments)
+
+
+def _of_stage(config: Config, arguments: dict[str, Any]) -> Any:
+    """TRL's arguments of the stage: those of every training, and its own."""
+    from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
+
     if config.stage in PREFERENCES:
         arguments |= {"max_length": config.cutoff_len, "disable_dropout": False}
     if config.stage == "dpo":
