@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_other_processes_where_its_steps_stay_the_same(traine
     killed = trained["other"]
     assert killed.statuses[0] != 0 and killed.statuses[1] == -signal.SIGKILL, killed.said
     refused = trained["other, refused"]
-    assert refused.statuses == [2] and refused.error["sentence"] == says("overwrite_output_dir=true on"), refused.said
+    assert refused.statuses == [2] and refused.error["sentence"] == says("begun with other settings"), refused.said
     (changed,) = refused.error["fields"]["changed"]
     assert changed == Message("{name}={then} then, {now} now", name="processes", then="2", now="1").to_json()
     assert_same(trained["other, on"], trained["one"])
