@@ -65,7 +65,7 @@ gguf: $(READY) ## make a GGUF of the newest run for llama.cpp and Ollama; QUANT=
 test: $(READY) ## run every test
 	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-quick: $(READY) ## run the tests that train nothing, in about a minute
+test-quick: $(READY) ## run the tests that train nothing, in about two minutes
 	@$(PY) -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(READY) ## train the same job with this kit and with others, and compare; ARGS="--jobs identity --steps 3"
