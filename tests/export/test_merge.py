@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, ok, refused, run, says, user_error, write_jsonl
@@ -256,15 +257,18 @@ def test_shards_have_an_index_that_transformers_reads(lora: Path, models: dict[s
 # What is merged into what
 
 
-def test_run_folder_is_complete_and_knows_its_turns(plain: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_run_folder_is_complete_and_knows_its_turns(
+    plain: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     base = shutil.copytree(models["tied"], tmp_path / "base")
     (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n")
     (base / "LICENSE").write_text("the licence")
     write_json(base / "generation_config.json", {"eos_token_id": 0, "temperature": 0.6, "do_sample": True})
     folder = make_finished_run(plain, tmp_path / "saves" / "first", base, dataset=("rows",), learning_rate=1e-3)
-    result = ok(run("merge.py", "--no-verify", cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    merge.main(["--no-verify"])
     out = folder / "merged"
-    assert result.stdout.splitlines()[-2:] == [
+    assert capsys.readouterr().out.splitlines()[-2:] == [
         f"talk to it: python {ROOT / 'chat.py'} saves/first/merged",
         f"make a GGUF: python {ROOT / 'quantize.py'} saves/first/merged",
     ]
@@ -766,37 +770,33 @@ def test_a_full_tmpfs(lora: Path, tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        result = run("merge.py", str(lora), "--no-verify", f"export_dir={small / 'merged'}")
-        refused(result, "of free disk")
-        assert result.error.fields["needed"] > result.error.fields["free"]
+        with user_error("of free disk") as told:
+            merged(lora, f"export_dir={small / 'merged'}")
+        fields = told.value.message.fields
+        assert fields["needed"] > fields["free"]
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import merge
-calls, operation = 0, os.{name}
-def killing(*given, **more):
-    global calls
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return operation(*given, **more)
-os.{name} = killing
-merge.main({arguments!r})
-"""
 
 
 def test_a_kill_leaves_nothing_that_looks_whole_and_is_not(lora: Path) -> None:
     """Before each kind of operation that changes the folders; tests/torture/kills.py kills at any moment."""
 
     def kill(name: str, call: int, *more: str) -> None:
-        code = KILLED.format(root=str(ROOT), name=name, call=call, arguments=[str(lora), "--no-verify", *more])
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        """A fork of this process merges, and kills itself at the `call`-th call of `os.name`."""
+        child = os.fork()
+        if not child:
+            operation, calls = getattr(os, name), itertools.count(1)
+
+            def killing(*given: Any, **named: Any) -> Any:
+                if next(calls) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return operation(*given, **named)
+
+            setattr(os, name, killing)
+            merge.main([str(lora), "--no-verify", *more])
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
     kill("fsync", 1)
     (left,) = lora.glob(".merged.*")
