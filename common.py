@@ -244,7 +244,7 @@ class Config:
     adapter_name_or_path: str | None = option(None, "adapter to train further, or to use", path=True)
     template: str | None = option(None, "chat template: a name in templates/; unset: the tokenizer's own")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
-    quantization_bit: int | None = option(None, "base model in 4-bit (QLoRA) or 8-bit; needs a GPU", choices=(4, 8))
+    quantization_bit: int | None = option(None, "base model in 4-bit (QLoRA) or 8-bit", choices=(4, 8))
 
     _data: str = group("data")
     dataset: tuple[str, ...] = option(("identity", "general"), "names in dataset_info.json, or files", path=True)

@@ -100,6 +100,9 @@ def report(job: MergeJob, proof: verify.MergeProof | None) -> None:
                 "the adapter changes less than {dtype} can show; try export_dtype=float32", dtype=record["dtype"]
             )
             print_notes([text])
+        if proof.trained_bits:
+            text = "from the {bits}-bit base of its training the merged model differs by a mean KL of {kl:.2g}"
+            print_notes([Message(text, bits=proof.trained_bits, kl=proof.trained_kl)])
     print(Message("merged     {output} ({gb:.2f} GB)", output=job.output, gb=record["bytes"] / 1e9))
 
 

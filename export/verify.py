@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message, UserError, print_notes
 from export import llamacpp
+from inference.transformers_engine import quantization
 from runs.files import read_object, write_json
 from runs.folder import run_config
 from runs.weights import DTYPES, SIZES, Tensor, read_tensors
@@ -53,8 +54,8 @@ def choose_device(folder: Path) -> tuple[str, str]:
     )
 
 
-def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -> Any:
-    """A model of transformers in evaluation mode."""
+def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool, bits: int | None = None) -> Any:
+    """A model of transformers in evaluation mode, quantized to `bits`."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -62,7 +63,9 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool) -
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-    return AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
+    if bits:
+        options["quantization_config"] = quantization(bits, options["dtype"])
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, **options).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,6 +85,8 @@ class MergeProof:
     rounding: float  # how far rounding the weights to the merged type alone moves them
     same_first_choice: float
     mean_kl: float  # nats
+    trained_bits: int | None  # of the base that the adapter was trained on, where it was quantized
+    trained_kl: float | None  # mean, from that base + adapter
 
     def __str__(self) -> str:
         return str(
@@ -116,6 +121,8 @@ def verify_merged(folder: Path) -> MergeProof:
     with torch.no_grad():
         expected, base, rounded = adapter_logits(record, prompts, device, dtype)
         merged = logits(load_model(folder, device, dtype, record["trust_remote_code"]), prompts)
+        bits = run_config(Path(record["run"])).quantization_bit if record["run"] else None
+        trained = logits(adapted(record, device, dtype, bits), prompts) if bits else None
     proof = MergeProof(
         prompts=len(prompts),
         positions=len(expected),
@@ -126,6 +133,8 @@ def verify_merged(folder: Path) -> MergeProof:
         rounding=rms(rounded - expected),
         same_first_choice=(merged.argmax(-1) == expected.argmax(-1)).float().mean().item(),
         mean_kl=divergence(expected, merged),
+        trained_bits=bits,
+        trained_kl=divergence(trained, merged) if bits else None,
     )
     write_json(folder / "merge.json", {**record, "proof": asdict(proof)})
     if not proof.difference <= 3 * proof.rounding + 1e-6 * rms(expected):
@@ -177,12 +186,17 @@ def proof_prompts(folder: Path, record: dict[str, Any]) -> list[list[int]]:
     return [sequence_of(samples[0]) for samples in found if not isinstance(samples, Message)]
 
 
-def adapter_logits(record: dict[str, Any], prompts: Any, device: str, dtype: str) -> list[torch.Tensor]:
-    """Logits of base + adapter, of the base alone, and of base + adapter with its weights rounded."""
+def adapted(record: dict[str, Any], device: str, dtype: str, bits: int | None = None) -> Any:
+    """The base of a merge, quantized to `bits`, with the adapter."""
     from runs.peft_loading import load_peft_model
 
-    base = load_model(Path(record["base"]), device, dtype, record["trust_remote_code"])
-    model = load_peft_model(base, Path(record["adapter"])).eval()
+    base = load_model(Path(record["base"]), device, dtype, record["trust_remote_code"], bits)
+    return load_peft_model(base, Path(record["adapter"])).eval()
+
+
+def adapter_logits(record: dict[str, Any], prompts: Any, device: str, dtype: str) -> list[torch.Tensor]:
+    """Logits of base + adapter, of the base alone, and of base + adapter with its weights rounded."""
+    model = adapted(record, device, dtype)
     expected = logits(model, prompts)
     with model.disable_adapter():
         alone = logits(model, prompts)

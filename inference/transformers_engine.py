@@ -152,8 +152,8 @@ def _load_model(target: Target) -> Any:
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
     if gpu:
         options["device_map"] = {"": 0}
-    if gpu and config.quantization_bit:  # without a GPU it would only be slower
-        options["quantization_config"] = _quantization(config)
+    if config.quantization_bit:
+        options["quantization_config"] = quantization(config.quantization_bit, _dtype(config))
     return AutoModelForCausalLM.from_pretrained(target.model, dtype=_dtype(config), **options).eval()
 
 
@@ -179,14 +179,15 @@ def _dtype(config: Config) -> Any:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def _quantization(config: Config) -> Any:
+def quantization(bits: int, dtype: Any) -> Any:
+    """How a base is quantized to 8 or 4 `bits`, as for its training, and multiplied in the torch type `dtype`."""
     from transformers import BitsAndBytesConfig
 
-    if config.quantization_bit == 8:
+    if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_dtype(config),
+        bnb_4bit_compute_dtype=dtype,
     )

@@ -78,7 +78,7 @@ def find_target(name: str | None = None, settings: Sequence[str] = (), use: Use 
     else:
         found = _model_target(path, loaded, use)
     if use == "answer" and found.config.quantization_bit and not found.is_gguf and common.find_gpu() is None:
-        note = Message("quantization_bit needs a GPU; the model answers in 16 bit")
+        note = Message("quantized weights are slow without a GPU; quantization_bit=none answers in 16 bit")
         return dataclasses.replace(found, notes=(*found.notes, note))
     return found
 

@@ -80,6 +80,15 @@ def read_tensor(tensor: Tensor) -> torch.Tensor:
         return opened.get_tensor(tensor.name)
 
 
+def read_rows(tensor: Tensor, indices: list[int]) -> dict[int, torch.Tensor]:
+    """Rows of a matrix, by their index."""
+    from safetensors import safe_open
+
+    with safe_open(tensor.file, "pt") as opened:
+        rows = opened.get_slice(tensor.name)
+        return {index: rows[index] for index in indices if index < tensor.shape[0]}
+
+
 def same_values(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors have the same type, shape and values."""
     import torch

@@ -69,6 +69,10 @@ class Progress(TrainerCallback):
             return
         line = self._line(state, logs)
         append_lines(self.folder / LOG, [line])
+        # of rewards it may be: all replies to a prompt can have the same one
+        if logs.get("grad_norm") == 0 < logs.get("loss", 0) and "reward" not in logs:
+            text = Message("step {step}: the gradient is zero: nothing was learned", step=state.global_step)
+            print("\n", text, sep="", file=sys.stderr)
         keys = ("reward", "eval_reward") if {"reward", "eval_reward"} & logs.keys() else ("loss", "eval_loss")
         shown = {key: f"{logs[key]:.4f}" for key in keys if logs.get(key) is not None}
         self.bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)

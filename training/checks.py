@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import common
 from common import Config, Gpu, Message, visible_cards
@@ -24,6 +26,7 @@ from runs.configuration import Loaded
 from runs.files import existing_folder
 from runs.folder import read_run
 from runs.target import missing_from_model
+from runs.weights import read_rows, read_tensors
 from training import hardware, memory, packing
 from training.arguments import uses_vllm
 from training.findings import Fact, Finding, Note, Problem, Risk
@@ -66,7 +69,7 @@ def check_card(config: Config, gpu: Gpu | None) -> Iterator[Finding]:
     if gpu is None:
         yield Fact("no NVIDIA GPU found (nvidia-smi lists none); training runs on the CPU")
         if config.quantization_bit == 8:
-            yield Problem("quantization_bit: 8 needs a GPU; take it out, or use 4")
+            yield Problem("quantization_bit: Unsloth trains 8 bit on a GPU only; take it out, or use 4")
         return
     free, total = gpu.free_memory / GB, gpu.total_memory / GB
     yield Fact("{name}, {free:.1f} of {total:.1f} GB free", name=gpu.name, free=free, total=total)
@@ -241,16 +244,28 @@ def check_adapter(loaded: Loaded) -> Iterator[Finding]:
     if not missing_from_model(base):
         check_fits(folder, base)
     targets, whole = set(config.lora_target), set(settings.get("modules_to_save") or ())
-    differs = {
-        "lora_rank": config.lora_rank != settings["r"],
-        "lora_alpha": config.alpha != settings["lora_alpha"],
-        "lora_target": targets != {"all"} and targets != set(settings["target_modules"]),
-        "additional_target": not whole >= set(config.additional_target) - {"lm_head"},
-        "lora_bias": config.lora_bias != "none",
-        "pissa_init": config.pissa_init,
-    }
-    if ignored := [name for name, differ in differs.items() if differ and name in given]:
+    ignored = [name for name, own in own_settings(settings).items() if asked_for(config, name) != own]
+    ignored += ["lora_target"] if targets != {"all"} and targets != set(settings["target_modules"]) else []
+    ignored += ["additional_target"] if not whole >= set(config.additional_target) - {"lm_head"} else []
+    if ignored := [name for name in ignored if name in given]:
         yield Note("{names} ignored: {folder} keeps its own", names=ignored, folder=folder)
+
+
+def own_settings(adapter: dict[str, Any]) -> dict[str, Any]:
+    """Option → value, of those that the `adapter_config.json` of a LoRA adapter decides."""
+    return {
+        "lora_rank": adapter["r"],
+        "lora_alpha": adapter["lora_alpha"],
+        "lora_dropout": adapter.get("lora_dropout", 0.0),
+        "use_rslora": adapter.get("use_rslora", False),
+        "use_dora": adapter.get("use_dora", False),
+        "lora_bias": "true" if adapter.get("lora_bias") else adapter.get("bias", "none"),
+        "pissa_init": False,
+    }
+
+
+def asked_for(config: Config, name: str) -> Any:
+    return config.alpha if name == "lora_alpha" else getattr(config, name)
 
 
 def check_rewards(config: Config, rewards: Sequence[Reward]) -> Iterator[Finding]:
@@ -296,6 +311,28 @@ def check_inputs(config: Config, resume: ResumePlan, inputs: Inputs) -> Iterator
         yield Note("{folder} was begun with other inputs:\n  {changes:lines}", **begun)
 
 
+def check_untrained(config: Config, folder: Path, tokenizer: Any, samples: Any) -> Iterator[Finding]:
+    """Whether the data has control tokens whose embeddings are zero: those that a base model was never trained on.
+
+    Unsloth looks at the first 250 samples, too, and ends on a card with a ValueError once the model is loaded.
+    """
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name.endswith(EMBEDDINGS)}
+    in_full = {"embed_tokens", "lm_head"} <= set(config.additional_target)
+    if config.stage not in packing.FLAT_STAGES or config.adapter_name_or_path or in_full or len(tensors) != 1:
+        return
+    (tensor,) = tensors.values()
+    accepted = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    used = set(itertools.chain(*samples[:250]["input_ids"])) & set(tokenizer.added_tokens_decoder) - accepted
+    rows = read_rows(tensor, sorted(used))
+    if zero := [tokenizer.decode([token]) for token, row in rows.items() if row.abs().max() <= 1e-16]:
+        yield Problem(
+            "{model} was never trained on {tokens} (embeddings of zeros); take the instruct model, or set "
+            "additional_target: embed_tokens,lm_head",
+            model=folder,
+            tokens=zero,
+        )
+
+
 def check_memory(
     config: Config, model: ModelSize, gpu: Gpu | None, plan: TrainingPlan | None, here: int = 1
 ) -> Iterator[Finding]:
@@ -309,6 +346,8 @@ def check_memory(
     if parts is None:
         yield Note("memory cannot be estimated for this kind of model")
         return
+    if gpu:
+        yield from check_fast_lora(config, model)
     need, have = sum(parts.values()), gpu.free_memory if gpu else hardware.free_memory() / here
     estimate = Fact(
         "{limit}about {need:.1f} GB at the peak ({parts}), {have:.1f} GB are free",
@@ -332,6 +371,25 @@ def check_memory(
         settings = " ".join(f"{name}={value}" for name, value in change.items())
         found = Message("memory: {estimate}; this would fit: {settings}", estimate=estimate, settings=settings)
     yield (Problem if is_certain else Risk).of(found)
+
+
+def check_fast_lora(config: Config, model: ModelSize) -> Iterator[Finding]:
+    """Unsloth's kernels take the adapters of a layer together: with one left out they are computed one by one."""
+    everything = dataclasses.replace(config, lora_target=("all",))
+    missing = memory.linear_modules(model) - set(config.lora_target)
+    if (
+        config.lora_target == ("all",)
+        or config.adapter_name_or_path
+        or not missing
+        or not memory.is_own(config, model.settings)
+    ):
+        return
+    more = memory.adapter_bytes(everything, model.shapes) - memory.adapter_bytes(config, model.shapes)
+    yield Note(
+        "lora_target lacks {missing}, which Unsloth's fast LoRA needs; lora_target: all takes {gb:.2f} GB more",
+        missing=sorted(missing),
+        gb=more / GB,
+    )
 
 
 def check_disk(config: Config, model: ModelSize, plan: TrainingPlan | None) -> Iterator[Finding]:

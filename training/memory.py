@@ -166,6 +166,11 @@ def adapter_parameters(config: Config, shapes: Shapes) -> int:
     return sum(config.lora_rank * sum(shapes[name]) for name in adapted) + biases + whole
 
 
+def adapter_bytes(config: Config, shapes: Shapes) -> int:
+    """float32 weight, gradient and two moments of each trained parameter."""
+    return 16 * adapter_parameters(config, shapes)
+
+
 def checkpoint_bytes(config: Config, model: ModelSize) -> int:
     """About the size of a checkpoint: the adapter's weights and the optimizer's two moments in float32, and 20 MB of
     tokenizer and random states."""
@@ -220,7 +225,7 @@ def estimate_memory(
     others = model.parameters - sum(linear)
     return {
         "weights": sum(linear) * BYTES_A_WEIGHT.get(config.quantization_bit or 0, width) + others * width,
-        "adapter": adapter_parameters(config, shapes) * 16,  # float32 weight, gradient and two moments
+        "adapter": adapter_bytes(config, shapes),
         "activations": activations,
         "logits": logits,
         "attention": attention,
@@ -268,8 +273,12 @@ def _power_of_two(number: float) -> int:
 
 def mask_memory(config: Config, settings: dict[str, Any], tokens: int) -> float:
     """Bytes of the mask over a flat batch, which models that Unsloth has no attention of its own for build."""
-    has_own = settings.get("model_type", "llama") in OWN_ATTENTION and config.quantization_bit != 8
-    return 0.0 if has_own else float(tokens * tokens)
+    return 0.0 if is_own(config, settings) else float(tokens * tokens)
+
+
+def is_own(config: Config, settings: dict[str, Any]) -> bool:
+    """Whether Unsloth trains a model with attention and LoRA kernels of its own; `settings` are its config.json."""
+    return settings.get("model_type", "llama") in OWN_ATTENTION and config.quantization_bit != 8
 
 
 def replies_memory(config: Config, settings: dict[str, Any], tokens: int) -> int:

@@ -148,6 +148,7 @@ def prepare(start: Start, found: Findings) -> Prepared:
     parts = [part for part in (data.train, data.eval) if part is not None and start.rewards]
     answers = [json.loads(text)["answer"] for part in parts for text in part["row"]]
     found.add("data", [describe_data(plan)])
+    found.add("model", checks.check_untrained(config, start.model.folder, tokenizer, data.train))
     found.add("inputs", checks.check_inputs(config, start.resume, inputs))
     found.attempt("plan", check_steps_left, start.resume, start.folder, plan)
     found.add("steps", [describe_steps(config, plan, start.processes.count)])

@@ -29,6 +29,8 @@ class Trainer(RunTrainer, SFTTrainer):
         self.args.max_length = self.args.max_seq_length = None
         alone = self.args.world_size == 1
         limit = packing.micro_batch_tokens(config, plan.longest) if alone else None
+        if limit is not None:
+            self.size_kept_layers(1, max(limit, plan.longest))
         self.train_splitter = Splitter(self.smaller_settings, pieces if alone else whole, limit)
         self.eval_splitter = Splitter(self.smaller_settings, pieces)
         self.noise = EmbeddingNoise(model, config.neftune_noise_alpha) if config.neftune_noise_alpha else None

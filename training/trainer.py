@@ -68,6 +68,13 @@ class RunTrainer:
         """Tokenized samples as TRL's trainer takes them."""
         return dataset
 
+    def size_kept_layers(self, samples: int, tokens: int) -> None:
+        """Tells Unsloth the largest forward pass, `samples` x `tokens`: on a card it keeps what fits beside it of the
+        activations, instead of recomputing them. It would take a whole optimizer step for one forward pass.
+        """
+        if planner := getattr(self.model, "_unsloth_auto_skip", None):
+            planner.target_batch, planner.target_seq = samples, tokens
+
     @property
     def smaller_settings(self) -> list[str]:
         """What to change, one after the other, where a single sample does not fit into memory."""

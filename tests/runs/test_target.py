@@ -47,7 +47,7 @@ def test_llama_factory_chat_file(parrot: Path, tmp_path: Path, monkeypatch: pyte
     assert (plain.adapter, plain.model, plain.template) == (None, str(parrot), "chatml")
     assert plain.notes == ()
     assert find_target(str(parrot), ["quantization_bit=4"]).notes == (
-        Message("quantization_bit needs a GPU; the model answers in 16 bit"),
+        Message("quantized weights are slow without a GPU; quantization_bit=none answers in 16 bit"),
     )
 
 

@@ -96,6 +96,16 @@ def keep_tensors_on_the_cpu() -> None:
     cache._build_rope_cache = build
 
 
+def plan_kept_layers() -> None:
+    """Gives a model Unsloth's planner of kept activations, without its hooks, which measure a card's memory."""
+    import unsloth.models._utils as utils
+
+    def install(model: Any) -> None:
+        model._unsloth_auto_skip = utils._AutoCheckpointSkip(model, [], None)
+
+    utils._AutoCheckpointSkip.install = install
+
+
 def patch_trl() -> None:
     """What `import unsloth` does to TRL where there is a card."""
     os.environ["UNSLOTH_ALLOW_CPU"] = "0"
@@ -117,6 +127,7 @@ def pretend() -> None:
     import unsloth  # noqa: F401
 
     keep_tensors_on_the_cpu()
+    plan_kept_layers()
     patch_trl()
     import torch
 

@@ -105,10 +105,12 @@ def measure(model_folder: str, folder: str) -> dict[str, float | str]:
         report["loss_without_adapter"] = loss_of(made, samples, items).item()
 
     # one optimizer step, its samples cut into micro-batches in three ways
-    steps = {}
+    steps, report["planned_tokens"] = {}, {}
     for size, accumulation in ((4, 1), (2, 2), (1, 4)):
         made = trainer(f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulation}")
         before = [p.detach().clone() for p in made.model.parameters() if p.requires_grad]
+        if planner := getattr(made.model, "_unsloth_auto_skip", None):  # of a card
+            report["planned_tokens"][size] = planner.target_batch * planner.target_seq
         made.train_from(None)
         after = [p.detach() for p in made.model.parameters() if p.requires_grad]
         steps[size] = [a - b for a, b in zip(after, before, strict=True)]

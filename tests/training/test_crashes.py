@@ -25,6 +25,7 @@ from conftest import (
     what_was_learned,
     write_jsonl,
 )
+from safetensors import safe_open
 from test_training import read_run
 
 from common import Message
@@ -180,9 +181,17 @@ JUDGED = [
 
 
 @pytest.mark.parametrize(
-    ("settings", "rows"), [(["stage=dpo"], PAIRS), (["stage=kto"], JUDGED), (GRPO_SETTINGS, PROMPTS)]
+    ("settings", "rows"),
+    [
+        (["stage=dpo"], PAIRS),
+        (["stage=kto"], JUDGED),
+        (GRPO_SETTINGS, PROMPTS),
+        (["quantization_bit=4"], SAY),
+    ],
 )
-def test_a_training_on_rewards_goes_on_after_a_kill(tiny_model, tmp_path, settings: list[str], rows: list[dict]):
+def test_other_stages_and_quantized_bases_go_on_after_a_kill(
+    tiny_model, tmp_path, settings: list[str], rows: list[dict]
+):
     """From the checkpoint of step 9, in the middle of what a logged line is the mean of; step 10 was logged already."""
     write_jsonl(tmp_path / "rows.jsonl", rows)
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
@@ -193,8 +202,13 @@ def test_a_training_on_rewards_goes_on_after_a_kill(tiny_model, tmp_path, settin
     assert what_was_learned(folder) == what_was_learned(undisturbed)
     kept = [read_run(run_folder) for run_folder in (folder, undisturbed)]
     assert kept[0]["best_step"] == kept[1]["best_step"]
-    measured = "eval_reward" if settings is GRPO_SETTINGS else "eval_reward_accuracy"
+    measured = {"stage=dpo": "eval_reward_accuracy", "stage=kto": "eval_reward_accuracy", "stage=grpo": "eval_reward"}
+    measured = measured.get(settings[0], "eval_loss")
     assert kept[0][measured] == kept[1][measured] is not None
+    if settings is not GRPO_SETTINGS:  # whose replies of a prompt may all have the same reward
+        assert all(line["grad_norm"] > 0 for line in what_was_learned(folder)[1] if line["loss"] is not None)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as adapter:
+        assert {adapter.get_slice(name).get_dtype() for name in adapter.keys()} == {"F32"}  # noqa: SIM118
 
 
 def test_other_data_under_the_same_folder_is_refused_or_accepted_knowingly(tiny_model, tmp_path):

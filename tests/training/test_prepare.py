@@ -394,6 +394,42 @@ def test_what_comes_before_the_record_of_a_run_is_no_run(tmp_path, left: list[st
     assert found == ([says("but no run.json")] if is_run else [])
 
 
+def test_control_tokens_with_embeddings_of_zeros_are_told_before_the_model_is_loaded(tiny_model, tmp_path):
+    """As those of a base model; Unsloth ends there on a card. The end of a turn is the tokenizer's own eos_token."""
+    from safetensors.torch import load_file, save_file
+
+    base, start = shutil.copytree(tiny_model, tmp_path / "base"), 257  # <|im_start|>
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][start:] = 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 3)
+
+    def faults(*more: str) -> list[Finding]:
+        found = Findings()
+        loaded = load_config([f"model_name_or_path={base}", f"dataset={data}", f"output_dir={tmp_path / 'run'}", *more])
+        prepare.prepare(prepare.look(loaded, Processes(), found), found)
+        return found.of(Problem)
+
+    assert faults() == [Message(says("was never trained on"), model=base, tokens=["<|im_start|>"])]
+    assert faults("additional_target=embed_tokens,lm_head") == []
+
+
+def test_an_adapter_of_few_modules_on_a_card_is_told_what_all_would_take(tiny_model):
+    def notes(*more: str) -> list[Finding]:
+        config = load_config([f"model_name_or_path={tiny_model}", "cutoff_len=64", *more]).config
+        return [
+            found
+            for found in checks.check_memory(config, memory.read_model(tiny_model), card_of(24), None)
+            if found.label == "note"
+        ]
+
+    (note,) = notes("lora_target=q_proj,v_proj", "lora_rank=8")
+    assert note.fields["missing"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "up_proj"]
+    # two layers of 8 x (96 + 128 + 3 x 192) weights, of 16 bytes each
+    assert note.fields["gb"] * 1e9 == 2 * 8 * (96 + 128 + 3 * 192) * 16
+    assert notes() == notes("lora_target=q_proj,v_proj", "quantization_bit=8") == []
+
+
 def test_an_adapter_that_is_none_is_told_before_the_start(tmp_path):
     def refused() -> str:
         return problems("adapter", f"adapter_name_or_path={tmp_path}")[0].sentence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -520,7 +521,17 @@ def test_settings_that_the_adapter_to_go_on_with_does_not_follow_are_noted(tiny_
 
     (note,) = found("lora_rank=16", "lora_target=q_proj", "lora_alpha=8")
     assert note == Message(says("keeps its own"), names=["lora_rank", "lora_target"], folder=tmp_path)
+    (note,) = found("use_dora=true", "use_rslora=true", "lora_dropout=0.1", "lora_rank=4", "lora_bias=none")
+    assert note.fields["names"] == ["lora_dropout", "use_rslora", "use_dora"]
     assert found("lora_rank=4", "lora_target=all") == []
+
+
+def test_every_option_of_an_adapter_is_compared_or_has_its_effect_on_any_adapter():
+    options = [field.name for field in dataclasses.fields(common.Config)]
+    group = set(options[options.index("_lora") + 1 : options.index("_preferences")])
+    anew = {"finetuning_type", "loraplus_lr_ratio", "embedding_learning_rate", "pissa_iter"}
+    compared = set(checks.own_settings({"r": 8, "lora_alpha": 16})) | {"lora_target", "additional_target"}
+    assert group == compared | anew and not compared & anew
 
 
 def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
@@ -533,7 +544,7 @@ def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
     if importlib.util.find_spec("wandb") is None:
         assert in_a_second(tiny_model, data, folder, "report_to=wandb").sentence == says("is not installed")
     if common.find_gpu() is None:
-        assert in_a_second(tiny_model, data, folder, "quantization_bit=8").sentence == says("quantization_bit: 8")
+        assert in_a_second(tiny_model, data, folder, "quantization_bit=8").sentence == says("trains 8 bit on a GPU")
 
 
 def test_half_a_model_is_named(tiny_model, data, tmp_path):
