@@ -206,15 +206,18 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     path: bool = False,
+    item: str = "[^,]+",
     resume: Literal["same", "longer", "any"] = "same",
 ) -> Any:
     """A field of Config. `minimum` and `maximum` are inclusive; in a `path`, `~` and `${VARIABLE}` are resolved.
+
+    `item`: a pattern of one item of a list that is typed, which a comma ends.
 
     `resume`: a run may be resumed with any value (it changes no result), or only with the same one; "longer": it says
     how long a run is, which a finished run may be trained beyond.
     """
     about = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "path": path, "resume": resume}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about | {"item": item})
 
 
 def group(title: str) -> Any:
@@ -233,6 +236,8 @@ OPTIMIZERS = (
     *("adafactor", "lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit", "ademamix", "ademamix_8bit"),
     *("adagrad", "rmsprop", "sgd"),
 )
+
+REWARDS = "exact_label|one_of_labels|json_valid|length"  # what may follow a regex, which may have commas
 
 
 @dataclass(frozen=True)
@@ -334,7 +339,9 @@ class Config:
 
     _rewards: str = group("rewards")
     reward_funcs: tuple[str, ...] = option(
-        (), "grpo: exact_label, one_of_labels, json_valid, length, regex: PATTERN, FILE.py:function; comma-separated"
+        (),
+        "grpo: exact_label, one_of_labels, json_valid, length, regex: PATTERN, FILE.py:function; comma-separated",
+        item=rf"\s*regex\s*:.*?(?=,\s*(?:(?:{REWARDS})\s*(?:,|$)|regex\s*:|[^,]+\.py:)|$)|[^,]+",
     )
     reward_weights: tuple[float, ...] = option((), "grpo: weight of each reward function; unset: 1")
     num_generations: int = option(8, "grpo: replies per prompt", minimum=2)

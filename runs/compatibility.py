@@ -20,7 +20,7 @@ class Compatibility:
     """configs/compat/llamafactory.yaml.
 
     `means`: key → value (as text) → options; `noted` and `refused`: key → its defaults and the reason. `push`: the
-    keys that ask for an upload, and those that name where to.
+    keys that ask for an upload, and those that name where to; `synonyms`: what people type for an option → its key.
     """
 
     renamed: dict[str, str]
@@ -29,16 +29,22 @@ class Compatibility:
     noted: dict[str, tuple[list[Any], str]]
     refused: dict[str, tuple[list[Any], str]]
     push: dict[str, list[str]]
+    synonyms: dict[str, str]
 
     def knows(self, key: str) -> bool:
-        return any(key in keys for keys in (self.renamed, self.means, self.no_effect, self.noted, self.refused))
+        parts = (self.renamed, self.means, self.no_effect, self.noted, self.refused, self.synonyms)
+        return any(key in keys for keys in parts)
 
-    def is_boolean(self, key: str) -> bool:
-        """Whether a key, an option's too, takes true or false, so that `--key` alone sets it."""
+    def flag_values(self, key: str) -> tuple[str, ...]:
+        """The values of a key, an option's too, that may be true, so that `--key` alone sets it; else none."""
         if key in OPTIONS:
-            return bool in (TYPES[key], *typing.get_args(TYPES[key]))
-        defaults, _ = self.noted.get(key) or self.refused.get(key) or ([self.no_effect.get(key)], "")
-        return key in self.means or isinstance(defaults[0], bool)
+            choices = OPTIONS[key].metadata["choices"]
+            is_flag = "true" in choices or bool in (TYPES[key], *typing.get_args(TYPES[key]))
+        else:
+            choices, no_effect = (), [self.no_effect.get(key)]
+            defaults, _ = self.noted.get(key) or self.refused.get(key) or (no_effect, "")
+            is_flag = "true" in self.means.get(key, ()) or isinstance(defaults[0], bool)
+        return ("true", "false", "yes", "no", "on", "off", "1", "0", *map(str, choices)) if is_flag else ()
 
 
 @functools.cache
@@ -50,6 +56,7 @@ def compatibility() -> Compatibility:
             for reason, keys in content[part].items()
             for key, default in keys.items()
         }
+    content["synonyms"] = {word: key for key, words in content["synonyms"].items() for word in words}
     return Compatibility(**content)
 
 
@@ -78,7 +85,7 @@ def rename(given: dict[str, Any], recipe: Path | None, faults: list[Message]) ->
     known = compatibility()
     found: dict[str, Setting] = {}
     for key, value in given.items():
-        meant = known.means[key].get(as_text(value), {}) if key in known.means else {known.renamed.get(key, key): value}
+        meant = known.means.get(key, {}).get(as_text(value), {known.renamed.get(key, key): value})
         for name, one in meant.items():
             if name in found:
                 one = _combine(name, found[name].value, one)
@@ -112,8 +119,8 @@ def check_foreign(key: str, value: Any) -> list[Message]:
         defaults, reason = known.noted[key]
         note = Message("{key}: {value}: {reason}", key=key, value=value, reason=Message(reason))
         return [] if _is_default(value, defaults) else [note]
-    if key not in known.no_effect:
-        near = nearest_word(key, [*OPTIONS, *known.renamed])
+    if key not in known.no_effect and key not in known.means:
+        near = known.synonyms.get(key) or nearest_word(key, [*OPTIONS, *known.renamed])
         raise UserError("is not a known key{near:suggestion}", near=near)
     return []
 

@@ -107,29 +107,27 @@ def _structure(text: str) -> Any:
 def join_settings(arguments: list[str]) -> list[str]:
     """The arguments of a command line with the usual ways to write settings brought into one form.
 
-    `--key value`, `--key=value` and `--key` (of a boolean) become `key=value`; `--config FILE` becomes `FILE`; the
-    underscores of other flags become dashes.
+    `--key value`, `--key=value` and `--key` (of what may be true) become `key=value`; `--config FILE` becomes `FILE`;
+    the underscores of other flags become dashes. Raises UserError for another `--key` without a value.
     """
     joined: list[str] = []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
+        follows = rest[0] if rest and not rest[0].startswith("--") else None  # a value never begins with --
         name, equals, value = argument.removeprefix("--").partition("=")
         key = name.replace("-", "_")
         if not argument.startswith("--") or not name:
             joined.append(argument)
-        elif key == "config" and (equals or rest):
-            joined.append(value if equals else rest.pop(0))
-        elif not (key in OPTIONS or compatibility().knows(key)):
+        elif not (key in (*OPTIONS, "config") or compatibility().knows(key)):
             joined.append(f"--{name.replace('_', '-')}{equals}{value}")
-        elif equals:
-            joined.append(f"{key}={value}")
-        elif compatibility().is_boolean(key) and not (
-            rest and as_text(rest[0]) in ("true", "false", "yes", "no", "1", "0")
-        ):
+        elif not equals and (flags := compatibility().flag_values(key)) and as_text(follows or "--") not in flags:
             joined.append(f"{key}=true")
+        elif not equals and follows is None:
+            raise UserError("{argument} has no value; write {argument}=VALUE", argument=argument)
         else:
-            joined.append(f"{key}={rest.pop(0)}" if rest else argument)
+            value = value if equals else rest.pop(0)
+            joined.append(value if key == "config" else f"{key}={value}")
     return joined
 
 

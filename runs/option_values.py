@@ -49,7 +49,8 @@ def coerce(name: str, value: Any) -> Any:
     if typing.get_origin(kind) is Mapping:
         return _mapping(value)
     if typing.get_origin(kind) is tuple:
-        items = map(_as_pair, value if isinstance(value, list | tuple) else str(value).split(","))
+        listed = value if isinstance(value, list | tuple) else re.findall(meta["item"], str(value))
+        items = map(_as_pair, listed)
         element = typing.get_args(kind)[0]
         found = tuple(_scalar(element, item) for item in items if str(item).strip())
         return tuple(map(expand_path, found)) if meta["path"] else found

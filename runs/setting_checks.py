@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from common import Config, Message, nearest_word
+from common import OPTIONS, Config, Message, nearest_word
 
 # Trackers that transformers knows, each by the name of its package.
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "neptune", "trackio", "comet_ml", "clearml")
@@ -122,6 +122,10 @@ def _adapter(config: Config) -> Iterator[Message]:
 
 
 def _preferences(config: Config) -> Iterator[Message]:
+    # TRL's names, which are of stage grpo here
+    for key, own in (("beta", "pref_beta"), ("epsilon", "adam_epsilon"), ("loss_type", "pref_loss")):
+        if config.stage != "grpo" and getattr(config, key) != OPTIONS[key].default:
+            yield Message("{key} is a setting of stage: grpo; use {own}", key=key, own=own)
     if config.dpo_label_smoothing and config.pref_loss != "sigmoid":
         yield Message("dpo_label_smoothing needs pref_loss: sigmoid")
     if config.pref_beta == 0 and config.stage in ("dpo", "kto"):

@@ -15,8 +15,10 @@ from conftest import ROOT, says, user_error
 
 import common
 from common import Config, Message
+from runs.compatibility import compatibility
 from runs.configuration import check_training_asked_for, join_settings, load_config
 from runs.setting_checks import SCHEDULE_VALUES
+from training.rewards import BUILT_IN
 
 # the two files of the tutorial, as its users bring them
 FIRST = (ROOT / "tests/tutorial/train_2024-05-25.yaml").read_text(encoding="utf-8")
@@ -84,6 +86,12 @@ def test_second_tutorial_file(recipe):
         ("scale_rewards:", "scale_rewards", "group"),
         ("lora_rank: 12", "alpha", 24),
         ("lora_rank: 12\nlora_alpha: 5", "alpha", 5),
+        ("dpo_beta: 0.3\ndpo_loss: ipo", "pref_beta", 0.3),
+        ("dpo_ftx: 1.0", "pref_ftx", 1.0),
+        ("stage: orpo\norpo_beta: 0.05", "stage", "dpo"),
+        ("stage: orpo\norpo_beta: 0.05", "pref_loss", "orpo"),
+        ("stage: orpo\norpo_beta: 0.05", "pref_beta", 0.05),
+        ("booster: auto", "seed", 42),
         ("optim: sgd\noptim_args: momentum=0.9", "optim_args", "momentum=0.9"),
         ("seed: 1", "output_dir", "saves/recipe"),
     ],
@@ -150,7 +158,7 @@ def test_every_key_of_llama_factory_and_transformers_is_known_and_silent_at_its_
     loaded = load_config([recipe(yaml.safe_dump(defaults))])
     assert (loaded.notes, loaded.given) == ([], {"output_dir"})
     known = {*defaults, *content["renamed"], *content["means"], *common.OPTIONS}
-    assert not common.OPTIONS.keys() & {*defaults, *content["renamed"], *content["means"]}
+    assert common.OPTIONS.keys() & {*defaults, *content["renamed"], *content["means"]} == {"stage"}
     source = Path(importlib.util.find_spec("transformers").origin).parent
     for file in ("training_args.py", "training_args_seq2seq.py"):
         for node in ast.walk(ast.parse((source / file).read_text(encoding="utf-8"))):
@@ -180,8 +188,11 @@ def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason
             reason=Message("not used; cutoff_len limits samples, max_new_tokens limits replies"),
         ),
     ]
-    found = faults_of([recipe("use_galore: yes\ndisable_shuffling: true\nnum_beams: 4\nrope_scaling: {type: yarn}")])
+    found = faults_of(
+        [recipe("train_size: 0.9\nuse_galore: yes\ndisable_shuffling: true\nnum_beams: 4\nrope_scaling: {type: yarn}")]
+    )
     assert {key: problem.fields["reason"].sentence for key, problem in found.items()} == {
+        "train_size": says("how many are held out"),
         "use_galore": says("optimizer is"),
         "disable_shuffling": says("shuffled; take"),
         "num_beams": says("without beam"),
@@ -217,6 +228,8 @@ def test_foreign_keys_away_from_their_default_are_noted_or_refused_with_a_reason
         (["pissa_init=true", "stage=dpo"], says("is for stage")),
         (["neftune_noise_alpha=5", "stage=kto"], says("is for stage")),
         (["lora_bias=all", "stage=dpo"], says("is for stage")),
+        (["beta=0.5", "stage=dpo"], says("a setting of stage: grpo")),
+        (["epsilon=1e-6"], says("a setting of stage: grpo")),
     ],
 )
 def test_settings_that_do_not_go_together(arguments, code):
@@ -338,11 +351,41 @@ def test_dataset_dir_is_looked_for_above_the_recipe_and_in_the_kit(recipe, tmp_p
         (["--do_train", "--use_galore", "True", "a.yaml"], ["do_train=true", "use_galore=True", "a.yaml"]),
         (["--packing", "a.yaml"], ["packing=true", "a.yaml"]),
         (["--max_steps", "-1"], ["max_steps=-1"]),
+        (["--tf32", "--use_dora"], ["tf32=true", "use_dora=true"]),
+        (["--tf32", "a.yaml"], ["tf32=true", "a.yaml"]),
+        (["--gradient_checkpointing", "--max_steps", "2"], ["gradient_checkpointing=true", "max_steps=2"]),
+        (["--gradient_checkpointing", "auto", "--lr", "1"], ["gradient_checkpointing=auto", "lr=1"]),
         (["--port", "80", "-p", "--", "x"], ["--port", "80", "-p", "--", "x"]),
     ],
 )
 def test_settings_are_typed_as_people_are_used_to(arguments, joined):
     assert join_settings(arguments) == joined
+
+
+@pytest.mark.parametrize("arguments", [["--flash_attn", "--use_dora"], ["--config", "--use_dora"], ["--seed"]])
+def test_a_setting_never_takes_the_next_flag_for_its_value(arguments):
+    with user_error("has no value", argument=arguments[0]):
+        join_settings(arguments)
+
+
+def test_what_people_call_an_option_is_suggested_and_never_accepted():
+    words = {"batch_size": "per_device_train_batch_size", "lr": "learning_rate", "epochs": "num_train_epochs"}
+    words |= {"bs": "per_device_train_batch_size", "rank": "lora_rank", "max_seq_length": "cutoff_len"}
+    words |= {"model": "model_name_or_path", "data": "dataset", "output": "output_dir", "save_dir": "output_dir"}
+    found = faults_of([f"{word}=4" for word in words])
+    assert {word: problem.fields["near"] for word, problem in found.items()} == words
+    assert [note.fields["key"] for note in load_config(["max_length=1024"]).notes] == ["max_length"]
+    known = compatibility()
+    assert set(known.synonyms.values()) <= common.OPTIONS.keys()
+    others = {*common.OPTIONS, *known.renamed, *known.means, *known.no_effect, *known.noted, *known.refused}
+    assert not known.synonyms.keys() & {*others, "base", "runs", "compare", "push", "type", "host", "port", "overwrite"}
+
+
+def test_a_regex_that_is_typed_keeps_its_commas():
+    assert set(common.REWARDS.split("|")) == BUILT_IN.keys()
+    typed = "length,regex: ^a{1,2},b$, json_valid,regex: x,own.py:points,lenght"
+    found = load_config([f"reward_funcs={typed}"]).config.reward_funcs
+    assert found == ("length", "regex: ^a{1,2},b$", "json_valid", "regex: x", "own.py:points", "lenght")
 
 
 def test_report_to_all_is_what_is_installed(recipe, monkeypatch):
