@@ -20,7 +20,7 @@ from common import Message, UserError, print_notes
 from preprocessing.data_report import format_report, show_sample
 from runs.configuration import check_training_asked_for, load_config, run_command
 from runs.files import on_disk_full
-from runs.folder import locked
+from runs.folder import earlier_trainings, locked
 from runs.process import interruptible
 from training import model, plan, prepare, record, resume
 from training.arguments import choose_precision
@@ -80,8 +80,10 @@ def train(prepared: Prepared) -> None:
     if not prepared.start.processes.is_first:
         trainer.train_from(resumed)
         return
+    unknown: list[Message] = []
+    trained = earlier_trainings(prepared.start.loaded.config, resumed, unknown)
     resume.clear_old_run(prepared.start.resume, folder)  # only now, when all that could be wrong was tried
-    record.begin_record(prepared)
+    record.begin_record(prepared, trained, is_known=not unknown)
     try:
         announce(prepared, trainer.model)
         with on_disk_full(folder, trainer.checkpoint_bytes()):

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import common
@@ -31,20 +30,12 @@ from preprocessing import dataset
 from preprocessing.rows import fingerprint
 from runs.configuration import asks_for_training
 from runs.files import read_json, sha256
-from runs.folder import TRAINED, read_run, run_config, run_of
+from runs.folder import READ_WITH, Training, read_run, run_config, trainings_of
 
 STAGES = ("sft", "dpo", "kto")
 GENERAL = "general_test"  # of data/: shows whether the model has forgotten general knowledge
 MAX_LABELS, MAX_LABEL_LENGTH = 20, 32  # of a closed set: answers, and characters of one
 POSITIVE = {"yes", "y", "true", "t", "positive", "是", "对", "真", "有", "阳性"}  # of two labels, in lower case
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a run was trained on: the fingerprints of its conversations, as its own settings made them of the rows."""
-
-    config: Config
-    contents: set[int]
 
 
 def find_datasets(
@@ -188,29 +179,6 @@ def registered_test_sets(config: Config) -> tuple[str, ...]:
     return found
 
 
-def trainings_of(run: Path | None, notes: list[Message]) -> list[Training]:
-    """The training of a run, and before it those of the runs whose adapters it continued."""
-    import numpy as np
-
-    found: list[Training] = []
-    passed: set[Path] = set()
-    while run and run.resolve() not in passed:
-        passed.add(run.resolve())
-        config, contents = run_config(run), set()
-        if (run / TRAINED).is_file():
-            contents = set(np.load(run / TRAINED, allow_pickle=False).tolist())
-        else:  # an older run
-            notes.append(Message("rows that {adapter} was trained on may be among these", adapter=run))
-        found.append(Training(config, contents))
-        adapter = config.adapter_name_or_path
-        earlier = run_of(Path(adapter)) if adapter else None
-        if adapter and not (earlier and (earlier / "config.yaml").is_file()):
-            notes.append(Message("rows that {adapter} was trained on may be among these", adapter=adapter))
-            break
-        run = earlier
-    return found
-
-
 def trained_answers(name: str, trainings: list[Training]) -> tuple[str, ...]:
     """The answers that the newest training saw in a dataset, or in the one whose test set it is, if it can be read."""
     if not trainings:
@@ -227,9 +195,8 @@ def unseen(config: Config, name: str, rows: list[Conversation], trainings: list[
     """Which rows of a dataset no training saw, as that training's name, author and system message made them."""
     fresh = [True] * len(rows)
     for training in trainings:
-        names = ("name", "author", "default_system")
-        if {config.stage, training.config.stage} == {"sft", "grpo"}:  # the same rows, read as conversations or prompts
-            names += ("stage",)
+        same_rows = {config.stage, training.config.stage} == {"sft", "grpo"}  # read as conversations or prompts
+        names = [name for name in READ_WITH if name != "stage" or same_rows]
         as_trained = dataclasses.replace(config, **{key: getattr(training.config, key) for key in names})
         rendered = rows if as_trained == config else read_rows(as_trained, name)
         if len(rendered) != len(rows):  # rows that are faulty in one of the two readings were skipped

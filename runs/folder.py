@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from common import SAVES, Config, UserError
+from common import SAVES, Config, Message, UserError
 from runs.configuration import load_config
 from runs.files import read_jsonl, read_object, write_json, write_jsonl
 from runs.recipe import read_recipe
@@ -77,6 +79,54 @@ def run_of(path: Path) -> Path | None:
     record = read_object(file) if file.is_file() else {}
     places = [path, *path.parents][:3] + ([Path(record["run"])] if record.get("run") else [])
     return next((folder for folder in places if is_run(folder)), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run was trained on
+
+READ_WITH = ("name", "author", "default_system", "stage")  # what the conversations that a row becomes depend on
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run was trained on: the fingerprints of its conversations, as its own settings made them of the rows."""
+
+    config: Config
+    contents: set[int]
+
+
+def trainings_of(run: Path | None, notes: list[Message], passed: frozenset[Path] = frozenset()) -> list[Training]:
+    """The training of a run, and before it those that it continued; `notes` says of which that is not known."""
+    import numpy as np
+
+    if run is None:
+        return []
+    config, contents = run_config(run), set()
+    if (run / TRAINED).is_file():
+        contents = set(np.load(run / TRAINED, allow_pickle=False).tolist())
+    else:  # an older run
+        notes.append(Message("rows that {adapter} was trained on may be among these", adapter=run))
+    before = (read_run(run) or {}).get("trained_before")
+    if before is None:  # as in an older run, or with an adapter of another program
+        return [Training(config, contents), *earlier_trainings(config, None, notes, passed | {run.resolve()})]
+    return [Training(dataclasses.replace(config, **settings), contents) for settings in ({}, *before)]
+
+
+def earlier_trainings(
+    config: Config, resumed: Path | None, notes: list[Message], passed: frozenset[Path] = frozenset()
+) -> list[Training]:
+    """Those of the runs whose adapter, checkpoint or merged model a training begins with."""
+    found: list[Training] = []
+    for start in filter(None, (config.adapter_name_or_path, resumed, config.model_name_or_path)):
+        run = run_of(Path(start))
+        is_known = run and (run / "config.yaml").is_file() and run.resolve() not in passed
+        try:
+            found += trainings_of(run, notes, passed) if is_known else []
+        except UserError:  # of a broken file, or one of a version with other settings
+            is_known = False
+        if not is_known and (run or start == config.adapter_name_or_path):
+            notes.append(Message("rows that {adapter} was trained on may be among these", adapter=start))
+    return found
 
 
 def left_by_training(folder: Path) -> list[Path]:

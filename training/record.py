@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import common
 from common import Config, Message
 from runs.files import write_json, write_text
-from runs.folder import TRAINED, last_value, mean_loss, read_log, read_run
+from runs.folder import READ_WITH, TRAINED, Training, last_value, mean_loss, read_log, read_run
 from runs.redaction import typed_command
 from training.arguments import REWARDS
 from training.hardware import peak_memory
@@ -27,14 +28,18 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "unsloth", "unsloth_zoo", "bitsandbytes")
 
 
-def begin_record(prepared: Prepared) -> None:
-    """Writes trained.npy, config.yaml and run.json, in this order (resume.left_by_run), before the first step."""
+def begin_record(prepared: Prepared, trained: Sequence[Training], is_known: bool) -> None:
+    """Writes trained.npy, config.yaml and run.json, in this order (resume.left_by_run), before the first step.
+
+    `trained` are the trainings that this one continues, all of them where `is_known`.
+    """
     import psutil
 
     start, folder, resumed = prepared.start, prepared.start.folder, prepared.start.resume.checkpoint
     earlier = (read_run(folder) or {}) if resumed else {}
     before = [*earlier.get("earlier_inputs", ()), earlier.get("inputs")]
-    write_fingerprints(folder, prepared.data, resumed)
+    write_fingerprints(folder, prepared.data, trained)
+    read_with = [{name: getattr(training.config, name) for name in READ_WITH} for training in trained]
     write_text(folder / "config.yaml", common.dump_config(repeatable(start.loaded.config)))
     gpu = start.gpu
     run = {
@@ -54,6 +59,7 @@ def begin_record(prepared: Prepared) -> None:
         "commit": commit(),
         "data": prepared.data.report,
         "inputs": prepared.inputs,
+        "trained_before": [one for i, one in enumerate(read_with) if one not in read_with[:i]] if is_known else None,
         "earlier_inputs": [found for found in before if found and found != prepared.inputs],
     }
     write_json(folder / "run.json", run)
@@ -64,21 +70,19 @@ def repeatable(config: Config) -> Config:
     return dataclasses.replace(config, overwrite_output_dir=False, resume_from_checkpoint=None, overwrite_cache=False)
 
 
-def write_fingerprints(folder: Path, data: TrainingData, resumed: Path | None) -> None:
+def write_fingerprints(folder: Path, data: TrainingData, before: Sequence[Training]) -> None:
     """Writes the fingerprints of the conversations that are trained on: evaluate.py never measures on them.
 
-    They are kept because data files change. A resumed run keeps those of its beginning, too.
+    They are kept because data files change, and with them those of the trainings before.
     """
     import numpy as np
 
-    file, contents = folder / TRAINED, data.contents
-    for earlier in {file, resumed.parent / TRAINED} if resumed else ():  # another run's checkpoint, too
-        if earlier.is_file():
-            contents = np.union1d(np.load(earlier, allow_pickle=False), contents)
+    earlier = sorted(set().union(*(training.contents for training in before)))
+    contents = np.union1d(np.array(earlier, np.int64), data.contents)
     beside = folder / f".{TRAINED}"
     with open(beside, "wb") as opened:
         np.save(opened, contents)
-    os.replace(beside, file)
+    os.replace(beside, folder / TRAINED)
 
 
 def complete_record(folder: Path, status: str, **facts: Any) -> None:

@@ -26,7 +26,7 @@ from preprocessing import dataset
 from preprocessing.rows import fingerprint
 from runs.configuration import check_training_asked_for, load_config
 from runs.files import write_json, write_text
-from runs.folder import run_config
+from runs.folder import READ_WITH, earlier_trainings, run_config, trainings_of
 from training import checks, prepare, record, resume
 from training.arguments import split_learning_rates
 from training.findings import Fact
@@ -432,17 +432,30 @@ def test_a_recipe_that_predicts_is_not_trained(tiny_model, data, tmp_path):
 
 
 def test_what_was_trained_on_before_an_interruption_is_kept(tmp_path):
-    def trained(contents: list[int], resumed: str | None) -> list[int]:
+    def trained(contents: list[int], resumed: str | None, folder: Path = tmp_path, **settings: object) -> list[int]:
+        config = common.Config(output_dir=str(folder), **settings)
+        before = earlier_trainings(config, resumed and Path(resumed), unknown)
+        folder.mkdir(exist_ok=True)
         data = dataset.TrainingData(None, None, None, None, np.array(contents), report={})
-        record.write_fingerprints(tmp_path, data, resumed and Path(resumed))
-        return np.load(tmp_path / "trained.npy").tolist()
+        record.write_fingerprints(folder, data, before)
+        (folder / "config.yaml").write_text(common.dump_config(config))
+        names = [{name: getattr(training.config, name) for name in READ_WITH} for training in before]
+        write_json(folder / "run.json", {"status": "finished", "trained_before": names})
+        return np.load(folder / "trained.npy").tolist()
 
+    unknown: list[Message] = []
+    here, other = str(tmp_path), tmp_path / "other"
     assert trained([3, 5], None) == [3, 5]
-    assert trained([4, 5], "checkpoint-4") == [3, 4, 5]
-    assert trained([4, 5], None) == [4, 5]
-    (tmp_path / "other").mkdir()
-    np.save(tmp_path / "other" / "trained.npy", [7])
-    assert trained([4, 5], str(tmp_path / "other" / "checkpoint-4")) == [4, 5, 7]
+    assert trained([4, 5], f"{here}/checkpoint-4", name="Nova") == [3, 4, 5]
+    assert trained([4, 5], None, name="Nova") == [4, 5]
+    assert trained([7], None, adapter_name_or_path=here) == [4, 5, 7], "into the same folder"
+    assert trained([8], f"{here}/checkpoint-4", other) == [4, 5, 7, 8]
+    assert trained([8], None, other, model_name_or_path=f"{here}/merged") == [4, 5, 7, 8]
+    assert {training.config.name for training in trainings_of(other, unknown)} == {"onecard", "Nova"}
+    assert unknown == []
+    assert trained([9], None, other, adapter_name_or_path="org/adapter") == [9] and len(unknown) == 1
+    (other / "config.yaml").write_text("no_key_of_this_version: 1")
+    assert trained([9], None, tmp_path / "new", adapter_name_or_path=str(other)) == [9] and len(unknown) == 2
 
 
 def test_all_that_is_wrong_is_told_at_once(tiny_model, data, tmp_path):
