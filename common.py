@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import io
 import json
 import logging
 import os
@@ -36,7 +37,19 @@ except ModuleNotFoundError:  # `python chat.py` outside .venv
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("ONECARD_CACHE", ROOT / ".cache"))
+ASKED_CACHE = Path(os.environ.get("ONECARD_CACHE") or ROOT / ".cache")
+
+
+def _writable_cache() -> Path:
+    """The folder of the cache that was asked for; the user's own where that cannot be written."""
+    there = next(folder for folder in (ASKED_CACHE, *ASKED_CACHE.absolute().parents) if folder.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return ASKED_CACHE
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onecard"
+
+
+CACHE = _writable_cache()
+CACHE_MOVED = CACHE != ASKED_CACHE
 SAVES = Path("saves")
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
 
@@ -460,6 +473,8 @@ def _default_text(default: Any) -> Message:
 def _say_what_is_missing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Instead of a traceback: which Python has the kit's packages, where this one lacks one."""
     package = str(getattr(error, "name", "")).partition(".")[0]
+    if kind is KeyboardInterrupt:  # before a command runs
+        _end_stopped()
     if not isinstance(error, ModuleNotFoundError) or (ROOT / package).exists() or (ROOT / f"{package}.py").exists():
         sys.__excepthook__(kind, error, trace)
         return
@@ -483,6 +498,13 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     configure_openmp()
+    for stream in (sys.stdout, sys.stderr):  # a terminal in GBK, or a name that is not UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if CACHE_MOVED:
+        text = "{asked} cannot be written; {cache} is used instead (ONECARD_CACHE names another)"
+        print_notes([Message(text, asked=ASKED_CACHE, cache=CACHE)], sys.stderr)
+        os.environ["ONECARD_CACHE"] = str(CACHE)  # of the commands that this one starts
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else TRL tells the hub of every training
     # They warn of kernels for devices or packages that nothing here uses.
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
@@ -492,8 +514,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         _end_with(error.message)
     except KeyboardInterrupt:
-        print("\n", Message("stopped"), sep="", file=sys.stderr)
-        sys.exit(130)
+        _end_stopped()
     except BrokenPipeError:  # `python chat.py ... | head`: the reader went away, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -505,6 +526,11 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         free = {path: shutil.disk_usage(path).free for path in (Path.cwd(), ROOT, Path(tempfile.gettempdir()))}
         text = "no space is left on the disk of {place}; free some and run the command again (finished work is kept)"
         _end_with(Message(text, place=error.filename or min(free, key=free.get)))
+
+
+def _end_stopped() -> NoReturn:
+    print("\n", Message("stopped"), sep="", file=sys.stderr)
+    sys.exit(130)
 
 
 def _end_with(error: Message) -> NoReturn:

@@ -115,7 +115,8 @@ def commands(
 ) -> list[tuple[str, str]]:
     """What to type to repeat it: command, and what it does. None of them deletes anything."""
     place = shlex.quote(str(folder))
-    elsewhere = f"output_dir={folder.with_name(f'{folder.resolve().name}-again')}"
+    named = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name of its own
+    elsewhere = f"output_dir={named.with_name(f'{named.resolve().name}-again')}"
     typed = [word for word in run.get("command", ()) if not re.match(r"-*(overwrite_)?output_dir=", word)]
     same = [(shlex.join([*typed, elsewhere]), t("train it again with the same command"))]
     evaluated = dict.fromkeys(shlex.join(e["command"]) for e in evaluations) or [f"python evaluate.py {place}"]

@@ -104,3 +104,25 @@ def test_the_hub_is_not_told_of_a_training():
 def test_a_path_that_no_command_can_use_is_one_sentence():
     refused(run("preview.py", f"{'a' * 256}.json"), "the configuration")
     refused(run("chat.py", "a" * 256), "{path} cannot be used: {problem}")
+
+
+def test_a_terminal_that_lacks_a_character_shows_another():
+    code = "import common; common.run_script(lambda _: print('\\u27e6x\\u27e7'))"
+    environment = {**os.environ, "PYTHONIOENCODING": "gbk"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"?x?\n"), done.stderr
+
+
+def test_ctrl_c_before_a_command_runs_is_no_traceback():
+    code = "import common, os, signal; os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nstopped\n")
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_the_users(tmp_path):
+    (tmp_path / "file").touch()
+    code = "import common; common.run_script(lambda _: print(common.CACHE))"
+    places = {"ONECARD_CACHE": str(tmp_path / "file/below"), "XDG_CACHE_HOME": str(tmp_path / "mine")}
+    environment = {**os.environ, **places}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/mine/onecard\n" and "cannot be written" in done.stderr, done.stderr

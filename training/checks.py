@@ -119,7 +119,10 @@ def check_imports() -> Iterator[Finding]:
 
 def check_output(folder: Path) -> Iterator[Finding]:
     """Whether the run folder, or the folder in which it will be made, can be written."""
-    there = folder
+    there, place = folder, folder.resolve()
+    if common.ROOT.is_relative_to(place) or (place / "config.json").is_file():
+        yield Problem("output_dir: {path} is the kit's, or a model's; name a folder of the run's own", path=place)
+        return
     while not there.exists() and not there.is_symlink():
         there = there.parent
     try:
@@ -184,7 +187,11 @@ def check_targets(config: Config, model: ModelSize) -> Iterator[Finding]:
     if config.lora_target != ("all",) and unknown:
         known = sorted(memory.linear_modules(model))
         yield Problem("lora_target: the model has no {targets}; it has {modules}", targets=unknown, modules=known)
-    yield from check_whole(config, model.shapes, memory.adapted_weights(config, model.shapes))
+    adapted = memory.adapted_weights(config, model.shapes)
+    narrow = min((min(model.shapes[name][-2:]) for name in adapted), default=config.lora_rank)
+    if config.pissa_init and narrow < config.lora_rank:
+        yield Problem("pissa_init: a layer of {width} has no more components; set lora_rank: {width}", width=narrow)
+    yield from check_whole(config, model.shapes, adapted)
 
 
 def check_whole(config: Config, shapes: memory.Shapes, adapted: list[str]) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from common import UserError
 from runs.files import append_lines
 from runs.folder import SAMPLES
 from training.rewards import text_of
 from training.trainer import MeansTrainer
 
 SAMPLE_PROMPTS = 2  # prompts of a logged step whose replies are written to samples.jsonl
+UNREWARDED = 64  # replies without any reward, after which a training is stopped
 
 
 class EpochSampler(RepeatSampler):
@@ -44,6 +47,7 @@ class GrpoTrainer(MeansTrainer, GRPOTrainer):
         self.prompt_ids: list[list[int]] = []  # of the batch that is being generated
         end_replies_at(model, prepared.tokenizer.convert_tokens_to_ids(list(prepared.template.stop)))
         super().__init__(prepared, model, precision, reward_funcs=list(prepared.rewards))
+        self.silent, self.replies = set(self.reward_func_names), 0  # rewards that were None for all replies so far
         self.reward_weights = torch.tensor([reward.weight for reward in prepared.rewards])
         if not self.use_vllm:
             self.sampling = self.generation_config
@@ -62,7 +66,23 @@ class GrpoTrainer(MeansTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.prompt_ids = [row["prompt_ids"] for row in inputs]
         with self.accelerator.autocast():
-            return super()._generate_and_score_completions(inputs)
+            found = super()._generate_and_score_completions(inputs)
+        self.replies += len(inputs)
+        self.silent -= {name for name, given in self._logs["rewards"].items() if any(map(math.isfinite, given))}
+        self.check_rewarded(UNREWARDED)
+        return found
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        super().train_from(checkpoint)
+        self.check_rewarded(1)
+
+    def check_rewarded(self, enough: int) -> None:
+        """Raises UserError where `enough` replies got None of every reward function."""
+        if self.silent == set(self.reward_func_names) and self.replies >= enough:
+            text = (
+                "{names}: None for all of {count} replies, so nothing is learned; return a number for each that counts"
+            )
+            raise UserError(text, names=sorted(self.silent), count=self.replies)
 
     def _tokenize_prompts(self, _: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return self.prompt_ids, None, {}

@@ -131,6 +131,12 @@ def test_a_run_of_any_name_has_its_picture(tmp_path: Path, name: str) -> None:
     assert picture.stat().st_size > 1000
 
 
+def test_a_run_in_the_working_directory_has_its_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_folder(tmp_path / "run"))
+    assert report.write(Path()).is_file()
+    assert f"output_dir={tmp_path}/run-again" in Path("report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"status": "running"})
     english, zh = bodies(report.write(tmp_path).read_text(encoding="utf-8"))

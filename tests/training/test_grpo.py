@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ok, run, save_adapter, says, train_on, write_jsonl
+from conftest import ok, refused, run, save_adapter, says, train_on, write_jsonl
 
 from runs.folder import read_log
 
@@ -170,6 +170,22 @@ def test_rewards_are_learned_resumed_and_evaluated(tmp_path, loud_model):
     assert done.returncode == 0, done.stderr
     weights = [(one / "checkpoint-14" / "adapter_model.safetensors").read_bytes() for one in (folder, again)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_training_in_which_no_reply_gets_a_reward_is_no_success(tmp_path, loud_model):
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"say {i}", "answer": "b"} for i in range(22)])
+    text = "def never(completions, **columns):\n    return [None] * len(completions)\n"
+    text += "def odd(completions, **columns):\n    return [None, 1.0] * (len(completions) // 2)\n"
+    (tmp_path / "own.py").write_text(text, encoding="utf-8")
+    never = f"{tmp_path / 'own.py'}:never"
+    small = ("per_device_train_batch_size=16", "max_steps=2", "val_size=0")  # 32 replies: told at the end
+    for name, more in (("all", ("max_steps=2",)), ("few", small)):
+        done = train(loud_model, tmp_path / name, data, f"reward_funcs={never}", *more)
+        assert refused(done, "so nothing is learned").fields["names"] == ["never"]
+        assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "failed"
+    done = train(loud_model, tmp_path / "odd", data, f"reward_funcs={never},{tmp_path / 'own.py'}:odd", *small)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

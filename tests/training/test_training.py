@@ -560,6 +560,14 @@ def test_settings_that_this_machine_cannot_follow(tiny_model, data, tmp_path):
         assert in_a_second(tiny_model, data, folder, "quantization_bit=8").sentence == says("trains 8 bit on a GPU")
 
 
+def test_a_folder_that_is_no_runs_and_a_rank_above_a_layers_width_are_told_before_loading(tiny_model, data, tmp_path):
+    for place in (Path("/"), ROOT, ROOT.parent, tiny_model):
+        assert [found.sentence for found in checks.check_output(place)] == [says("name a folder of the run's own")]
+    assert list(checks.check_output(tmp_path / "run")) == []
+    message = in_a_second(tiny_model, data, tmp_path / "run", "pissa_init=true", "lora_rank=4096")
+    assert message.sentence == says("has no more components") and message.fields["width"] < 4096
+
+
 def test_half_a_model_is_named(tiny_model, data, tmp_path):
     half = tmp_path / "half"
     half.mkdir()
