@@ -46,7 +46,7 @@ class Backend:
         best, shared = None, MIN_SHARED - 1
         for other in [*self.opened, *self.finished]:
             same = common_prefix(other.ids, ids[:-1])
-            if same > shared and (same == len(other.ids) or self.can_crop(other.cache)):
+            if same > shared and self.can_take(other, same):
                 best, shared = other, same
         if best is None:
             sequence = Sequence(cache=self.new_cache())
@@ -90,7 +90,8 @@ class Backend:
     def copy_cache(self, cache: Any) -> Any:
         raise NotImplementedError
 
-    def can_crop(self, cache: Any) -> bool:
+    def can_take(self, other: Sequence, length: int) -> bool:
+        """Whether a sequence can go on from the first `length` tokens of another."""
         raise NotImplementedError
 
     def crop(self, sequence: Sequence, length: int) -> None:

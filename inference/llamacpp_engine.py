@@ -210,8 +210,8 @@ class LlamaCppBackend(Backend):
         self.lib.llama_memory_seq_cp(self.memory, cache, number, 0, -1)
         return number
 
-    def can_crop(self, _: int) -> bool:
-        return self.attends
+    def can_take(self, other: Sequence, length: int) -> bool:
+        return self.attends or length == len(other.ids)
 
     def crop(self, sequence: Sequence, length: int) -> None:
         self.lib.llama_memory_seq_rm(self.memory, sequence.cache, length, -1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
+from inspect import signature
 from typing import Any
 
 import psutil
@@ -28,27 +30,40 @@ ATTENTION = "onecard_rows"  # the name under which transformers knows flat_atten
 
 def make_backend(engine: Any, slots: int) -> Backend:
     """FlatBackend for several replies where its logits are those that the model gives to each alone."""
+    serial = SerialBackend(engine, slots)
+    if slots == 1:
+        return serial
+    memory, prompts = free_memory(engine.model.device), _probes(engine)
+    alone = [serial.open(ids, len(ids)) for ids in prompts]
+    expected = serial.forward([(sequence, ids, True) for sequence, ids in zip(alone, prompts, strict=True)])
+    serial.opened.clear()
+    if failed := next((one for one in expected if isinstance(one, Exception)), None):
+        raise failed
+    serial.capacity = _tokens_in(memory, slots, *alone)
     config = engine.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(r.get("rope_type") for r in rope.values() if isinstance(r, dict))}
     able = engine.model.config._attn_implementation in ("sdpa", ATTENTION) and not kinds & {"dynamic", "longrope"}
-    if slots > 1 and able:
-        flat = FlatBackend(engine, slots)
-        if _is_exact(engine, flat):
+    if able and engine.croppable:
+        flat = FlatBackend(engine, slots, memory)
+        if _is_exact(flat, prompts, expected):
+            flat.capacity = serial.capacity
             return flat
         engine.model.set_attn_implementation("sdpa")
-    return SerialBackend(engine, slots)
+    return serial
 
 
 class TransformersBackend(Backend):
     """Sequences whose caches are transformers' own."""
 
+    continues = True  # a prompt computed in pieces is what it is in one pass
+
     def __init__(self, engine: Any, slots: int) -> None:
         super().__init__(slots)
         self.engine, self.model = engine, engine.model
 
-    def can_crop(self, cache: Cache) -> bool:
-        return cache.is_croppable
+    def can_take(self, other: Sequence, length: int) -> bool:
+        return self.continues and (self.engine.croppable or length == len(other.ids))
 
     def copy_cache(self, cache: Cache) -> Cache:
         with torch.inference_mode():
@@ -59,18 +74,44 @@ class TransformersBackend(Backend):
 
 
 class SerialBackend(TransformersBackend):
-    """One sequence after the other in each step, with the cache that `generate` uses where it can be cropped."""
+    """One sequence after the other in each step, with the cache that `generate` uses where it cannot be cropped."""
 
-    def new_cache(self) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
-        return cache if any(cache.is_linear) else DynamicCache()  # keeps what a window would drop: it can be cropped
+    def __init__(self, engine: Any, slots: int) -> None:
+        super().__init__(engine, slots)
+        known = signature(self.model.forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in known else "past_key_values"
+        self.takes_positions = "position_ids" in known
+
+    @functools.cached_property
+    def continues(self) -> bool:
+        """Some recurrent layers of transformers begin anew with each piece, and some keep no cache to go on with."""
+        if self.engine.croppable:
+            return True
+        ids, found = [(7 * i * i + 31) % self.engine.vocabulary_size for i in range(24)], []
+        for ends in ((23, 24), (9, 20, 23, 24)):
+            sequence, logits = Sequence(), []
+            for end in ends:
+                logits.append(self._logits(sequence, ids[len(sequence.ids) : end]))
+                if sequence.cache is None:
+                    return False
+            found.append(torch.stack(logits[-2:]))  # a piece may be wrong itself, or what comes after it
+        return _difference(*found) < (1e-4 if self.model.dtype == torch.float32 else 0.03)
+
+    def new_cache(self) -> Cache | None:
+        """None: the model makes its own. Without a configuration a cache keeps what windows drop: it can be cropped."""
+        return DynamicCache() if self.engine.croppable else None
 
     def forward(self, work: list[tuple[Sequence, list[int], bool]]) -> list[Any]:
         results: list[Any] = []
-        for sequence, tokens, _ in work:
+        for sequence, tokens, wanted in work:
             try:
+                if not (self.continues or (wanted and len(tokens) == 1 and sequence.cache)):
+                    tokens, sequence.ids, sequence.cache = [*sequence.ids, *tokens], [], None
+                    if not wanted:  # all in one pass with the last piece
+                        sequence.ids = tokens
+                        results.append(None)
+                        continue
                 results.append(self._logits(sequence, tokens))
-                sequence.ids += tokens
             except Exception as error:  # noqa: BLE001 - one request failed; the others go on
                 results.append(error)
                 sequence.ids.clear()  # some layers have seen tokens that others have not
@@ -78,11 +119,17 @@ class SerialBackend(TransformersBackend):
         return results
 
     def _logits(self, sequence: Sequence, tokens: list[int]) -> Any:
+        """Computes new ids of a sequence; the logits after the last."""
         self.engine.set_adapter()
         with torch.inference_mode():
-            ids = torch.tensor([tokens], device=self.model.device)
-            last = self.engine.last_logits_only
-            output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **last)
+            inputs = {"input_ids": torch.tensor([tokens], device=self.model.device), self.cache_name: sequence.cache}
+            if self.takes_positions:  # a cache whose first layer keeps no keys does not know how long it is
+                start = len(sequence.ids)
+                places = torch.arange(start, start + len(tokens), device=self.model.device)
+                inputs["position_ids"] = places[None]
+            output = self.model(**inputs, use_cache=True, **self.engine.last_logits_only)
+            sequence.cache = getattr(output, self.cache_name, None)
+            sequence.ids += tokens
             return output.logits[0, -1].float()
 
 
@@ -90,6 +137,7 @@ class GrowingLayer(DynamicLayer):
     """Keys and values in buffers that grow by a quarter: a new token is no copy of all that were before it."""
 
     buffers: tuple[Any, Any] = (None, None)
+    window: int | None = None  # that its attention was told
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
         """Appends keys and values (1 x heads x new tokens x d); returns all."""
@@ -113,22 +161,15 @@ class GrowingLayer(DynamicLayer):
 class FlatBackend(TransformersBackend):
     """All sequences of a step as one flat row without padding; each attends to its own keys and values only."""
 
-    def __init__(self, engine: Any, slots: int) -> None:
+    def __init__(self, engine: Any, slots: int, memory: int) -> None:
         super().__init__(engine, slots)
         AttentionInterface.register(ATTENTION, flat_attention)
         AttentionMaskInterface.register(ATTENTION, _no_mask)
         self.model.set_attn_implementation(ATTENTION)
-        self._memory = free_memory(self.model.device)
-        _pack_weights(self.model, self._memory // 2)
+        _pack_weights(self.model, memory // 2)
 
     def new_cache(self) -> Cache:
         return Cache(layer_class_to_replicate=GrowingLayer)
-
-    def close(self, sequence: Sequence) -> None:
-        if sequence.ids:
-            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in sequence.cache.layers)
-            self.capacity = self._memory * len(sequence.ids) // max(size, 1)
-        super().close(sequence)
 
     def forward(self, work: list[tuple[Sequence, list[int], bool]]) -> list[Any]:
         ids = [token for _, tokens, _ in work for token in tokens]
@@ -185,31 +226,60 @@ def _packed_forward(plain: Any, weight: Any, bias: Any, rows: Any) -> Any:
 
 
 def free_memory(device: Any) -> int:
-    """Bytes that keys and values may take."""
+    """Bytes that keys and values may take; their buffers are up to a quarter larger."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+        return int(torch.cuda.mem_get_info(device)[0] * 0.65)
     return psutil.virtual_memory().available // 2
 
 
-def _is_exact(engine: Any, flat: FlatBackend) -> bool:
-    """Compares the flat row's logits of two short prompts, one in two segments, with those of each alone."""
+def _tokens_in(memory: int, slots: int, long: Sequence, short: Sequence) -> int:
+    """How many tokens' caches fit into so many bytes beside what each sequence has of one size, such as a state."""
+
+    def size(cache: Any) -> int:
+        parts: dict[int, Any] = {}
+        copy.deepcopy(cache, parts)
+        return sum(part.nbytes for part in parts.values() if isinstance(part, torch.Tensor))
+
+    with torch.inference_mode():
+        sizes = size(long.cache), size(short.cache)
+    token = (sizes[0] - sizes[1]) / (len(long.ids) - len(short.ids))
+    fixed = sizes[1] - token * len(short.ids)
+    return max(0, int((memory - 2 * slots * fixed) / token)) if token > 0 else sys.maxsize
+
+
+def _windows(model: Any) -> list[int | None]:
+    """How many tokens each layer's attention sees: a window or chunk, or None."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+
+
+def _probes(engine: Any) -> list[list[int]]:
+    """A long and a short prompt; the long one exceeds windows and chunks, on a CPU only small ones: it has no time."""
+    longest = 8192 if engine.model.device.type == "cuda" else 256
     size = engine.model.get_input_embeddings().num_embeddings
-    prompts = [[(7 * i * i + 31) % size for i in range(40)], [(5 * i * i + 11) % size for i in range(9)]]
-    alone = SerialBackend(engine, 1)
-    expected = alone.forward([(alone.open(ids, len(ids)), ids, True) for ids in prompts])
+    length = 40 + max((window for window in _windows(engine.model) if window and window <= longest), default=0)
+    return [[(7 * i * i + 31) % size for i in range(length)], [(5 * i * i + 11) % size for i in range(9)]]
+
+
+def _difference(some: Any, others: Any) -> float:
+    return float((some - others).abs().max() / some.abs().max())
+
+
+def _is_exact(flat: FlatBackend, prompts: list[list[int]], expected: list[Any]) -> bool:
+    """Whether the flat row of two prompts, one in two segments, gives the logits of each alone, and the attention is
+    told the windows that transformers' cache has (a chunk it is not told)."""
     first, second = (flat.open(ids, len(ids)) for ids in prompts)
     try:
         flat.forward([(first, prompts[0][:24], False)])
         flat.forward([(second, prompts[1][:-1], False), (first, prompts[0][24:-1], False)])
         found = flat.forward([(first, prompts[0][-1:], True), (second, prompts[1][-1:], True)])
+        told = [layer.window for layer in first.cache.layers]
+        tolerance = 1e-3 if flat.model.dtype == torch.float32 else 0.05
+        same = all(_difference(a, b) < tolerance for a, b in zip(expected, found, strict=True))
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
         return False
     finally:
-        for sequence in (first, second):
-            flat.close(sequence)
-        flat.finished.clear()
-    tolerance = 1e-3 if engine.model.dtype == torch.float32 else 0.05
-    return all(float((a - b).abs().max() / a.abs().max()) < tolerance for a, b in zip(expected, found, strict=True))
+        flat.opened.clear()
+    return same and all(a == b for a, b in zip(told, _windows(flat.model), strict=False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +337,7 @@ def flat_attention(
     for segment in work:
         new = slice(at, at + segment.tokens)
         keys, values = segment.sequence.cache.update(key[:, :, new], value[:, :, new], module.layer_idx)
+        segment.sequence.cache.layers[module.layer_idx].window = sliding_window
         if segment.tokens == 1:
             result[:, new] = _attend_one(query[:, :, new], keys, values, sliding_window, scaling)
         else:

@@ -66,6 +66,15 @@ class TransformersEngine(Engine):
     def added_tokens(self) -> dict[str, int]:
         return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items()}
 
+    @functools.cached_property
+    def croppable(self) -> bool:
+        """Whether the model keeps the keys and values of its tokens and nothing else, such as a recurrence's state."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        kinds = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
+        return kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not self.model._is_stateful
+
     def backend(self, slots: int) -> Backend:
         from inference.transformers_backend import make_backend
 

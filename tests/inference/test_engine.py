@@ -384,6 +384,71 @@ def test_rows_of_a_model_that_cannot_be_flat(tiny_model: Path) -> None:
     assert at_once(model, talks, how) == ["".join(model.stream(talk, how)) for talk in talks]
 
 
+HYBRID = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "FalconH1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1},
+    "RecurrentGemma": {"lru_width": 64, "num_hidden_layers": 3, "attention_window_size": 64},
+    "MiniMax": {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "head_dim": 16},
+    "Llama4Text": {"attention_chunk_size": 64, "num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 64},
+    "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    "Gemma2": {"sliding_window": 64, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "DeepseekV3": {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16,
+                   "qk_rope_head_dim": 16, "v_head_dim": 8, "first_k_dense_replace": 2, "n_group": 1},
+    "Mamba": {"state_size": 8, "time_step_rank": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_turns_and_rows_are_what_a_pass_without_a_cache_gives(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Greedy ids of two turns and of two rows at once, prompts longer than windows and chunks."""
+    import torch
+
+    model = load(str(save_random_model(tmp_path, tiny_model, name, **HYBRID[name])), EXACT)
+    with torch.no_grad():
+        for weight in model.model.parameters():
+            weight += 0.05 * torch.randn_like(weight) if weight.ndim == 2 else 0
+
+    def pairs(backend, prompts: list[list[int]], taken: int = 0) -> list[list[int]]:
+        sequences = [backend.open(ids, 300) for ids in prompts]
+        assert len(sequences[0].ids) == taken
+        for _ in range(4):
+            work = [(one, ids[len(one.ids) :], True) for one, ids in zip(sequences, prompts, strict=True)]
+            if len(work[0][1]) > 50:  # a piece before the rest
+                backend.forward([(sequences[0], work[0][1][:50], False)])
+                work[0] = (sequences[0], work[0][1][50:], True)
+            found = [int(logits.argmax()) for logits in backend.forward(work)]
+            with torch.inference_mode():
+                whole = [model.model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in prompts]
+            assert found == [int(logits.argmax()) for logits in whole]
+            prompts = [[*ids, token] for ids, token in zip(prompts, found, strict=True)]
+        for sequence in sequences:
+            backend.close(sequence)
+        return prompts
+
+    ids = [7 * i * i % 250 for i in range(150)]
+    alone = model.backend(1)
+    [first] = pairs(alone, [ids])
+    pairs(alone, [[*first, *ids[:20]]], taken=len(first) - 1 if alone.continues else 0)
+    assert alone.continues is (name not in ("RecurrentGemma", "MiniMax", "Mamba"))
+    batch = model.backend(4)
+    assert type(batch).__name__ == ("FlatBackend" if name in ("Gemma2", "DeepseekV3") else "SerialBackend")
+    pairs(batch, [ids, ids[100:120]])
+
+
+def test_what_fits_is_known_before_the_first_reply(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inference import transformers_backend
+
+    monkeypatch.setattr(transformers_backend, "free_memory", lambda _: 10**6)
+    model = load(str(tiny_model), EXACT)
+    config = model.model.config
+    token = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4  # keys, values; float32
+    backend = model.backend(8)
+    assert backend.capacity == 10**6 // token
+    backend.open([5] * 20, backend.capacity)
+    assert not backend.fits(1)
+
+
 def test_a_reply_that_fails_harms_no_other(engine_of_tiny) -> None:
     how = Settings(temperature=0, max_new_tokens=30)
     requests = [engine_of_tiny.request([user(f"number {n} " * 9)], how) for n in range(4)]
