@@ -13,6 +13,7 @@ import common
 from common import Config, Message, UserError, print_notes
 from export import llamacpp
 from inference.transformers_engine import quantization
+from runs.causal_models import register_class
 from runs.files import read_object, write_json
 from runs.folder import run_config
 from runs.weights import DTYPES, SIZES, Tensor, read_tensors
@@ -65,6 +66,7 @@ def load_model(folder: Path, device: str, dtype: str, trust_remote_code: bool, b
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if bits:
         options["quantization_config"] = quantization(bits, options["dtype"])
+    register_class(folder, trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, **options).eval()
 
 

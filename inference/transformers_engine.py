@@ -16,6 +16,7 @@ from inference.engine import ChatMessage, Engine
 from preprocessing.prompts import prompt_ids
 from preprocessing.template import load_template
 from preprocessing.tokenizer import load_tokenizer
+from runs.causal_models import register_class, tie_word_embeddings
 from runs.files import read_object
 from runs.peft_loading import load_peft_model
 from runs.process import quick_imports
@@ -163,6 +164,7 @@ def _load_model(target: Target) -> Any:
         options["device_map"] = {"": 0}
     if config.quantization_bit:
         options["quantization_config"] = quantization(config.quantization_bit, _dtype(config))
+    register_class(target.model, config.trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(target.model, dtype=_dtype(config), **options).eval()
 
 
@@ -170,7 +172,7 @@ def _can_merge(target: Target, model: Any) -> bool:
     """Whether merging the adapter changes nothing but the speed."""
     # input and output share one weight, and the adapter changes one of them: PEFT would merge it into both
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    shared = model.config.tie_word_embeddings and any(hasattr(layer, "base_layer") for layer in ends)
+    shared = tie_word_embeddings(model) and any(hasattr(layer, "base_layer") for layer in ends)
     # a bias of lora_B cannot be merged where the base has none
     biased = read_object(target.adapter / "adapter_config.json").get("lora_bias")
     return not (hasattr(model, "hf_quantizer") or shared or biased)

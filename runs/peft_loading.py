@@ -11,6 +11,7 @@ from typing import Any
 
 from common import UserError
 from runs.adapter import Adapter, find_places
+from runs.causal_models import tie_word_embeddings
 from runs.files import read_object, write_json
 from runs.weights import read_tensor
 
@@ -50,7 +51,7 @@ def _check_places(adapter: Adapter, model: Any) -> None:
     for name, weight in model.state_dict(keep_vars=True).items():
         state = getattr(weight, "quant_state", None)  # of bitsandbytes: the weight itself is packed
         shapes[name] = tuple(state.shape if state is not None else weight.shape)
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
+    tied = tie_word_embeddings(model)
     rows = find_places(adapter, shapes, tied=tied, merging=False).vocabulary
     if rows and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -39,6 +39,7 @@ TYPED = {"make chat": "Who are you?\n/clear\n你是谁？\n/exit\n"}
 SHORTENED = {
     r"train\.py configs/quickstart\.yaml .*output_dir=": "max_steps=2",
     r"train\.py configs/fraud-cpu\.yaml": "max_steps=2 max_samples=230 val_size=4",
+    r"chat\.py saves/ming": "max_new_tokens=16",
     r"evaluate\.py saves/fraud-cpu": "max_samples=8",
     r"make eval ARGS=": "'ARGS=saves/quickstart max_samples=4 max_new_tokens=24'",
     r"lm_eval run": "--limit 4",

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 
+from training import packing
+
 ATTENTION = "sample_sdpa"  # the name under which `sample_attention` is registered
 
 
@@ -66,6 +68,19 @@ def _forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
         if base.bias is not None:
             result += base.bias.to(dtype)
     return result.reshape(*x.shape[:-1], -1)
+
+
+def use_sample_attention(model: Any) -> bool:
+    """Lets a loaded model keep the samples of a flat batch apart; False, and nothing changed, where it would not."""
+    own, alone = model.config._attn_implementation, packing.logits_alone(model)
+    try:
+        model.set_attn_implementation(register_sample_attention())
+    except ValueError:  # it has no attention that can be chosen
+        return False
+    if not packing.keeps_apart(model, alone):
+        model.set_attn_implementation(own)
+        return False
+    return True
 
 
 def register_sample_attention() -> str:

@@ -17,12 +17,13 @@ from typing import Any
 import common
 from common import Config, Message, UserError
 from runs.adapter import Adapter
+from runs.causal_models import register_class, tie_word_embeddings
 from runs.folder import LOADING_LOG
 from runs.peft_loading import write_readable
 from runs.process import quick_imports
-from training import hardware, pissa
+from training import hardware, packing, pissa
 from training.arguments import Precision, checkpointing_setting, uses_vllm
-from training.memory import EXPERTS
+from training.memory import EXPERTS, is_own
 
 
 @contextlib.contextmanager
@@ -60,6 +61,8 @@ def load_model(config: Config, precision: Precision) -> Any:
     log = Path(config.output_dir) / LOADING_LOG
     if config.full_determinism:  # cuBLAS reads it once, long before transformers would set it
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    if not hardware.on_card():  # there Unsloth finds the class itself
+        register_class(config.model_name_or_path, config.trust_remote_code)
     with _folder_to_load(config) as folder, quietly(log), quick_imports():
         model = _load_from(folder, config, precision)
     check_quantized(model, config.quantization_bit, log)
@@ -70,11 +73,15 @@ def load_model(config: Config, precision: Precision) -> Any:
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
         enable_hf_packed_attention()
+        own = is_own(config, model.config.get_text_config().to_dict())
+        model.keeps_samples_apart = own or packing.keeps_apart(model, packing.logits_alone(model))
+    else:
+        from training import cpu
+
+        model.keeps_samples_apart = cpu.use_sample_attention(model)
     if config.pissa_init and not config.adapter_name_or_path:
         model.pissa_start = pissa.take_components(model, config.pissa_iter, config.seed)
     if not hardware.on_card():
-        from training import cpu
-
         cpu.round_once(model)
         if precision.mixed == "bf16":
             cpu.store_in_bfloat16(model)
@@ -100,8 +107,6 @@ def check_quantized(model: Any, bits: int | None, log: Path) -> None:
 def _load_from(folder: str, config: Config, precision: Precision) -> Any:
     from unsloth import FastLanguageModel
 
-    from training import cpu
-
     on_cpu = not hardware.on_card()
     checkpointing, vllm = checkpointing_setting(config, on_cpu), {}
     if uses_vllm(config):  # the weights are loaded once for it and for the training
@@ -118,7 +123,6 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
         trust_remote_code=config.trust_remote_code,
         local_files_only=True,
         use_exact_model_name=True,
-        **({"attn_implementation": cpu.register_sample_attention()} if on_cpu else {}),
         **vllm,
     )
     if config.adapter_name_or_path:
@@ -144,22 +148,51 @@ def _load_from(folder: str, config: Config, precision: Precision) -> Any:
 
 
 def find_linear(model: Any) -> list[str]:
-    """Last names of what `lora_target: all` means: all linear layers but the output layer, as PEFT's "all-linear".
+    """What `lora_target: all` means: every linear layer of attention and feed-forward in the language model.
 
-    Of a mixture of experts also the experts, whose matrices are one parameter for each projection.
+    Left out are the output layer, towers for images and sound with their projections, routers of experts, and the inner
+    projections of a Mamba, which its fused kernels read past PEFT. Last names, or where a module that is left out has
+    the same one, whole names. Of a mixture of experts also the experts, whose matrices are one parameter for each
+    projection.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    output = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output]
+    decoder, output = model.get_decoder(), model.get_output_embeddings()
+    layers = model.base_model if decoder in (model, output) else decoder  # not all classes know theirs
+    text = {id(module) for module in layers.modules()} - {id(output)}
+    wanted, others = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            taken = id(module) in text and not _is_router(module, parent) and not _is_state_space(parent)
+            (wanted if taken else others).add(name)
+    if not wanted:  # a Mamba alone: what PEFT adapts of it
+        wanted = {name for name in others if id(model.get_submodule(name)) in text and not name.endswith("out_proj")}
+    last_names = {name.rpartition(".")[2] for name in wanted}
+    if not last_names & {name.rpartition(".")[2] for name in others - wanted}:
+        wanted = last_names
     has_experts = any(".experts." in name and weight.ndim == 3 for name, weight in model.named_parameters())
-    return sorted({name.rpartition(".")[2] for name in linear} | (EXPERTS if has_experts else set()))
+    return sorted(wanted | (EXPERTS if has_experts else set()))
+
+
+def _is_router(module: Any, parent: Any) -> bool:
+    """Whether a linear layer chooses experts: it stands beside them, and has an output for each."""
+    experts = getattr(parent, "experts", None)
+    if experts is None:
+        return False
+    joined = next((weight.shape[0] for weight in experts.parameters() if weight.ndim == 3), None)
+    return getattr(module, "out_features", None) == (joined or len(experts))
+
+
+def _is_state_space(module: Any) -> bool:
+    """Whether a module is a Mamba's mixer, by its parameters A and D; linear attention has no D."""
+    return hasattr(module, "A_log") and hasattr(module, "D")
 
 
 def _modules_to_save(model: Any, names: tuple[str, ...]) -> dict[str, Any]:
     """The modules trained in full. A tied output layer stays tied where both it and the embedding are trained."""
-    is_tied = bool(model.config.get_text_config().tie_word_embeddings)
+    is_tied = tie_word_embeddings(model)
     if not names:
         return {}
     if is_tied and {"embed_tokens", "lm_head"} <= set(names):

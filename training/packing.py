@@ -39,6 +39,49 @@ def mixes_samples(folder: Path) -> bool:
     return settings.get("model_type") == "gemma2"
 
 
+PROBE = 600  # tokens at most of the longer sample of a probe, which is to be longer than a window or chunk
+
+
+def probe_samples(model: Any) -> list[torch.Tensor]:
+    """Token ids (1 x T) of two samples to try a loaded model with, the first longer than its windows and chunks."""
+    import torch
+
+    settings = model.config.get_text_config()
+    limits = [getattr(settings, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    longer = min(max([16, *(limit + 8 for limit in limits if isinstance(limit, int))]), PROBE)
+    quarter = settings.vocab_size // 4  # apart from control tokens and those of images
+    places = torch.arange(longer, device=model.device)
+    ids = quarter + (7 * places * places + 31 * places) % quarter
+    return [ids[None], ids[None, 5:13]]
+
+
+def logits_alone(model: Any) -> torch.Tensor:
+    """Logits (T x vocabulary) of the samples of a probe, each in a forward pass of its own."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([model(input_ids=ids, use_cache=False).logits[0].float() for ids in probe_samples(model)])
+
+
+def keeps_apart(model: Any, alone: torch.Tensor) -> bool:
+    """Whether the logits of a flat batch are those of its samples alone, as `logits_alone` has them.
+
+    Layers that mix samples, or that lose the batch's boundaries on their way to the attention, change them by far more
+    than rounding does.
+    """
+    import torch
+
+    samples = [{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()} for ids in probe_samples(model)]
+    batch = {name: tensor.to(model.device) for name, tensor in collate(samples).items() if name != "labels"}
+    try:
+        with torch.no_grad():
+            flat = model(**batch, use_cache=False).logits[0].float()
+    except (ValueError, TypeError, RuntimeError, IndexError):  # what does not take such a batch
+        return False
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.05
+    return bool((flat - alone).norm() <= rounding * (alone - alone.mean(-1, keepdim=True)).norm())
+
+
 def fit_batches(config: Config) -> tuple[Config, Message | None]:
     """The configuration for the model on the disk, and what was changed: one sample a forward pass if it mixes them.
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from trl import SFTTrainer
 
+from common import UserError
 from training import packing
+from training.memory import is_own
 from training.splitting import Splitter, pieces, whole
 from training.trainer import RunTrainer
 
@@ -28,15 +32,37 @@ class Trainer(RunTrainer, SFTTrainer):
         # else Unsloth goes through the held-out samples, to cut those beyond it: all are cut already
         self.args.max_length = self.args.max_seq_length = None
         alone = self.args.world_size == 1
-        limit = packing.micro_batch_tokens(config, plan.longest) if alone else None
-        if limit is not None:
-            self.size_kept_layers(1, max(limit, plan.longest))
+        one_by_one = None if model.keeps_samples_apart else 0  # tokens: a sample is in a batch of its own
+        if one_by_one == 0 and not alone and config.per_device_train_batch_size > 1:
+            raise UserError("this model's layers mix the samples of a batch; set per_device_train_batch_size: 1")
+        limit = packing.micro_batch_tokens(config, plan.longest) if one_by_one is None else one_by_one
+        self.size_kept_layers(1, max(limit, plan.longest))
         self.train_splitter = Splitter(self.smaller_settings, pieces if alone else whole, limit)
-        self.eval_splitter = Splitter(self.smaller_settings, pieces)
+        self.eval_splitter = Splitter(self.smaller_settings, pieces, one_by_one)
+        is_known = is_own(config, model.config.get_text_config().to_dict())
+        self.uses_own_loss = not is_known and not self.has_exact_loss()
         self.noise = EmbeddingNoise(model, config.neftune_noise_alpha) if config.neftune_noise_alpha else None
         if plan.eval_samples:
             learned = sum(label != packing.IGNORED for row in self.eval_dataset["labels"] for label in row[1:])
             self.learned_a_batch = learned / math.ceil(plan.eval_samples / config.per_device_eval_batch_size)
+
+    def has_exact_loss(self) -> bool:
+        """Whether TRL's loss of a loaded model, from its hidden states and its output layer, is that of its logits.
+
+        TRL does not know what some models have between the two, nor where all have their layers.
+        """
+        sample, device = packing.probe_samples(self.model)[0], self.model.device
+        batch = packing.collate([{"input_ids": sample[0].tolist(), "labels": sample[0].tolist()}])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.no_grad(), self.accelerator.autocast():
+            logits = self.model(input_ids=sample, use_cache=False).logits[0, :-1].float()
+            expected = torch.nn.functional.cross_entropy(logits, sample[0, 1:])
+            try:
+                count = torch.tensor(sample.shape[1] - 1, device=device)
+                loss = super().compute_loss(self.model, batch, num_items_in_batch=count)
+            except (AttributeError, ValueError, TypeError, RuntimeError):
+                return False
+        return math.isclose(loss.item(), expected.item(), rel_tol=1e-2)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         train, learned = super().training_step, count_learned(inputs)
@@ -74,7 +100,8 @@ class Trainer(RunTrainer, SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.noise:
             self.noise.lengths = inputs["packed_seq_lengths"]
-        return super().compute_loss(model, inputs, *args, **kwargs) * self.share
+        compute = partial(transformers.Trainer.compute_loss, self) if self.uses_own_loss else super().compute_loss
+        return compute(model, inputs, *args, **kwargs) * self.share
 
 
 def count_learned(batch: dict[str, Any]) -> int:

@@ -98,3 +98,50 @@ def test_what_is_printed_while_loading_is_kept(tmp_path: Path, capsys: pytest.Ca
     assert "not supported here" in log.read_text() and not capsys.readouterr().out
     with training.quietly(tmp_path / "no-folder" / "loading.log"):
         print("lost")
+
+
+def tiny(config: str, **more):
+    """A tiny random model of a class whose language model is not all that it has."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **more}
+    sizes = {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, **sizes}
+    if not config.startswith("Mistral3"):
+        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+    sight = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    whole = transformers.Mistral3Config(text_config=sizes, vision_config=sight, image_token_index=310)
+    return transformers.Mistral3ForConditionalGeneration(whole)
+
+
+PLAIN = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+FEW_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "targets"),
+    [
+        ("MixtralConfig", FEW_EXPERTS, PLAIN),  # without its router
+        ("GptOssConfig", FEW_EXPERTS, PLAIN),
+        ("Llama4TextConfig", {**FEW_EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 32}, PLAIN),
+        # without in_proj and out_proj of its Mamba
+        ("FalconH1Config", {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_state": 8, "mamba_d_head": 16}, PLAIN),
+        (
+            "Mistral3Config",  # by whole names, for its vision tower has the same last ones
+            {},
+            sorted(
+                f"model.language_model.layers.{layer}.{part}.{name}"
+                for layer in range(2)
+                for name in PLAIN
+                for part in ["self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"]
+            ),
+        ),
+    ],
+)
+def test_all_is_attention_and_feed_forward_of_the_language_model(config: str, more: dict, targets: list[str]):
+    assert training.find_linear(tiny(config, **more)) == targets

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import save_random_model
 
 from common import Message
 from runs.configuration import load_config
@@ -221,3 +222,28 @@ def test_other_models_keep_their_batches(tiny_model):
 )
 def test_total_steps(settings, rows, steps):
     assert packing.total_steps(load_config(settings).config, rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "apart", "attention"),
+    [
+        ("Llama", {}, True, "sample_sdpa"),
+        ("Mistral", {"sliding_window": 32}, True, "sample_sdpa"),  # the longer sample of the probe has 40 tokens
+        ("StableLm", {}, False, "sdpa"),  # its layers drop what the batch says of its samples
+        ("Bloom", {}, False, "eager"),  # no other attention can be set
+        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}, False, "eager"),
+    ],
+)
+def test_flat_batches_are_used_where_a_probe_of_the_loaded_model_shows_that_samples_are_apart(
+    tiny_model, tmp_path, name, settings, apart, attention
+):
+    from transformers import AutoModelForCausalLM
+
+    from training.cpu import use_sample_attention
+
+    folder = save_random_model(tmp_path, tiny_model, name, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    before = packing.logits_alone(model)
+    assert use_sample_attention(model) is apart
+    assert model.config._attn_implementation == attention
+    assert packing.logits_alone(model).allclose(before, atol=1e-4)
