@@ -20,7 +20,7 @@ from inference.backend import Backend
 from inference.reply import Event, Reply
 from inference.request import MessageTooLong, Request, Settings
 from inference.scheduler import Scheduler
-from inference.tools import ToolUse
+from inference.tools import THINK, ToolUse
 
 ChatMessage = dict[str, Any]  # {"role": "system|user|assistant|tool", "content": str, ...}
 PREFILL = 512  # tokens that `logits_after` computes at once
@@ -42,8 +42,13 @@ class Engine:
 
     # ---- what each kind of model does its own way
 
-    def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """The token ids after which the model answers `messages`, by the template that it was trained with."""
+    def prompt_ids(
+        self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None
+    ) -> list[int]:
+        """The token ids after which the model answers `messages`, by the template that it was trained with.
+
+        `thinking`: before the configuration's enable_thinking.
+        """
         raise NotImplementedError
 
     def backend(self, slots: int) -> Backend:
@@ -74,9 +79,12 @@ class Engine:
         settings: Settings | None = None,
         tools: list[dict[str, Any]] | None = None,
         use: ToolUse | None = None,
+        *,
+        thoughts: bool = False,
+        thinking: bool | None = None,
     ) -> Request:
         """The request of a conversation's next message. `tools` (in OpenAI's form) stand in the prompt; with `use`
-        their calls are read out of the reply.
+        their calls are read out of the reply, with `thoughts` its thoughts.
 
         Whole turns that do not fit the context are left out, oldest first; a system message stays. Raises
         MessageTooLong where the last turn alone does not fit.
@@ -90,7 +98,7 @@ class Engine:
         longest = self.context - min(settings.max_new_tokens, self.context // 4)  # the rest is for the reply
 
         def ids(start: int) -> list[int]:
-            return self.prompt_ids(messages[:first] + messages[start:], tools)
+            return self.prompt_ids(messages[:first] + messages[start:], tools, thinking)
 
         fits = bisect.bisect_left(starts, True, hi=len(starts) - 1, key=lambda start: len(ids(start)) <= longest)
         found = ids(starts[fits])
@@ -100,16 +108,18 @@ class Engine:
                 tokens=len(found),
                 context=self.context,
             )
-        return Request(found, settings, starts[fits] - first, use)
+        opened = self.text_of(found[-8:]).rstrip().endswith(THINK[0])
+        return Request(found, settings, starts[fits] - first, thoughts, opened, use)
 
     def reply(self, request: Request, sink: Callable[[Event], None]) -> Reply:
         """The reply to a request, for a Scheduler to decode. Raises UserError for a grammar that cannot be used."""
         from inference.sampling import Sampler  # imports torch
 
-        settings, visible = request.settings, {}
+        settings = request.settings
+        marks = THINK if request.thoughts else ()
         if request.tools:
-            marks = (request.tools.style.opening, request.tools.style.closing)
-            visible = {self.control_tokens[mark]: mark for mark in marks if mark in self.control_tokens}
+            marks += (request.tools.style.opening, request.tools.style.closing)
+        visible = {self.control_tokens[mark]: mark for mark in marks if mark in self.control_tokens}
         vocabulary = self.grammar_vocabulary if settings.grammar else None
         return Reply(
             request,

@@ -11,7 +11,7 @@ from typing import Any
 
 from common import UserError
 from inference.engine import Engine
-from inference.tools import LIST, OBJECT, TAGS, Style
+from inference.tools import LIST, OBJECT, TAGS, THINK, Style
 
 Schema = dict[str, Any] | bool
 
@@ -43,7 +43,15 @@ def style_of(engine: Engine) -> Style | None:
 
 def json_grammar(schema: Schema) -> str:
     """The grammar of replies that are JSON after `schema`, spaced as models write it."""
-    return _lark(f"start: %json {_compact(schema)}")
+    return f"start: %json {_compact(schema)}"
+
+
+def after_thought(grammar: str, engine: Engine) -> str:
+    """The grammar of replies that go on with a thought, which the prompt has opened, before what `grammar` allows."""
+    closing = THINK[1].replace("/", r"\/")
+    thought = f"PONDERED: /(?s:.)+/ & ~/(?s:.)*{closing}(?s:.)*/"
+    start = f"start: PONDERED? {_mark(THINK[1], engine)} /\\n{{0,2}}/ answer"
+    return f"{start}\n{thought}\nanswer: {grammar.removeprefix('start: ')}"
 
 
 def call_grammar(
@@ -80,7 +88,7 @@ def call_grammar(
         rules.append("text: PROSE?" if otherwise is None else f"text: %json {_compact(otherwise)}")
     if before or (not required and otherwise is None):
         rules.append(_prose(style))
-    return _lark("\n".join(rules))
+    return "\n".join(rules)
 
 
 def _prose(style: Style) -> str:
@@ -112,18 +120,14 @@ def _compact(schema: Any) -> str:
     return json.dumps(schema, ensure_ascii=False)
 
 
-def _lark(text: str) -> str:
+def checked_grammar(engine: Engine, lark: str) -> str:
+    """A grammar for llguidance; raises UserError, with the cause alone, where it cannot be followed."""
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_lark(text)
-
-
-def check_grammar(engine: Engine, grammar: str) -> None:
-    """Raises UserError where llguidance cannot follow a grammar; its reason is the cause, not where it was found."""
-    from llguidance import LLMatcher
-
+    grammar = LLMatcher.grammar_from_lark(lark)
     if fault := LLMatcher.validate_grammar(grammar, engine.grammar_vocabulary):
         raise UserError("replies cannot be held to it: {reason}", reason=_cause(fault))
+    return grammar
 
 
 def _cause(fault: str) -> str:

@@ -83,7 +83,9 @@ class LlamaCppEngine(Engine):
             ) from None
         return text
 
-    def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(
+        self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None
+    ) -> list[int]:
         """As with transformers: only the template's own control tokens are control tokens, a message's text is text.
 
         In the messages each look-alike is a number between two Unicode noncharacters while the template renders.
@@ -94,7 +96,7 @@ class LlamaCppEngine(Engine):
         try:
             if NONCHARACTERS.search(json.dumps([messages, tools], ensure_ascii=False)):
                 raise Fault("it contains Unicode noncharacters (U+FDD0 to U+FDEF), which no text may; remove them")
-            text = self._prompt_text(messages, tools, lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", control)
+            text = self._prompt_text(messages, tools, thinking, lambda m: f"\ufdd0{names.index(m[0])}\ufdd1", control)
         except Fault as fault:
             raise UnsuitableMessages(
                 "these messages cannot be put to the model: {reason}.\nChange them.", reason=fault.message
@@ -112,6 +114,7 @@ class LlamaCppEngine(Engine):
         self,
         messages: list[ChatMessage],
         tools: list[dict[str, Any]] | None,
+        thinking: bool | None,
         escape: Callable[[re.Match[str]], str],
         control: re.Pattern[str],
     ) -> str:
@@ -120,10 +123,11 @@ class LlamaCppEngine(Engine):
         conversation = map_texts(conversation, lambda text: control.sub(escape, text))
         spelled = {f"{kind}_token": self._spelled(kind) for kind in ("bos", "eos")}
 
+        thinks = self.config.enable_thinking if thinking is None else thinking
+
         def write(some: list[ChatMessage], header: bool) -> str:
             changed = {**conversation, "messages": some}
-            thinking = self.config.enable_thinking
-            return render(self._template, changed, spelled, thinking=thinking, prompt=header)
+            return render(self._template, changed, spelled, thinking=thinks, prompt=header)
 
         return complete_prompt(conversation["messages"], write, Marker(self.added_tokens), control.search)
 

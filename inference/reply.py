@@ -10,7 +10,7 @@ from typing import Any
 
 from common import Message
 from inference.request import Request, TokenLogprob
-from inference.tools import Call, CallReader, overlap
+from inference.tools import Call, CallReader, Thought, ThoughtReader, overlap
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Event:
     `end`: it was the last event, `error`: why the reply failed.
     """
 
-    parts: tuple[str | Call, ...] = ()
+    parts: tuple[str | Call | Thought, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     end: bool = False
     error: Exception | None = None
@@ -76,7 +76,7 @@ class Reply:
         self.ids = list(request.ids)  # of the prompt and of the reply so far
         self.sequence: Any = None  # what the backend has computed of them
         self.pieces: Iterator[str] = iter(())
-        self.text = ""
+        self.text = self.thought = ""
         self.calls: list[Call] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None  # "stop", "length", "tool_calls", "cancelled", "error"; None: going on
@@ -87,6 +87,7 @@ class Reply:
         self._started = time.perf_counter()
         self._sample, self._detokenize, self._stop_ids, self._visible = sample, detokenize, stop_ids, visible
         self._stops = StopTexts(request.settings.stop)
+        self._thoughts = ThoughtReader(request.opened) if request.thoughts else None
         self._reader = CallReader(request.tools.style, request.tools.names) if request.tools else None
         self._told_logprobs = 0
         self._shown_tokens = 0  # tokens of whose text something has been shown
@@ -166,14 +167,14 @@ class Reply:
 
     def _tell(self, text: str, error: Exception | None = None) -> None:
         """Tells the sink what is new; a reply that may make one call only ends with it."""
-        parts: list[str | Call] = [text] if text else []
-        if self._reader:
-            parts = self._reader.feed(text) + (self._reader.end() if self.finish_reason else [])
         told = []
-        for part in parts:
+        for part in self._parts(text):
             told.append(part)
             if isinstance(part, str):
                 self.text += part
+                continue
+            if isinstance(part, Thought):
+                self.thought += part.text
                 continue
             self.calls.append(part)
             if self.request.tools.single:
@@ -187,6 +188,17 @@ class Reply:
         self._told_logprobs += len(logprobs)
         if told or logprobs or end:
             self.sink(Event(tuple(told), logprobs, end, error))
+
+    def _parts(self, text: str) -> Iterator[str | Call | Thought]:
+        """What is certain after `text`; only what is no thought can have calls."""
+        ended = self.finish_reason is not None
+        found: list[str | Thought] = [text] if text else []
+        if self._thoughts:
+            found = [*self._thoughts.feed(text), *(self._thoughts.end() if ended else ())]
+        for part in found:
+            yield from self._reader.feed(part) if self._reader and isinstance(part, str) else [part]
+        if self._reader and ended:
+            yield from self._reader.end()
 
     def _count_shown(self, characters: int, shown: int) -> None:
         self._token_starts.append(self._characters)

@@ -89,4 +89,6 @@ class Request:
     ids: list[int]
     settings: Settings
     dropped_messages: int = 0  # how many of the oldest messages were left out, because they do not fit the context
+    thoughts: bool = False  # whether they are kept apart from the reply's text
+    opened: bool = False  # whether the prompt ends within a thought, which the reply goes on with
     tools: ToolUse | None = None  # whose calls are read out of the reply's text

@@ -15,6 +15,7 @@ from common import CACHE, Message, UserError, nearest_word
 from inference.engine import ChatMessage, Engine
 from inference.reply import Reply
 from inference.request import Settings
+from inference.tools import THINK
 from runs.files import write_json
 
 COMMANDS = {
@@ -96,7 +97,9 @@ class TerminalChat:
         """Streams one reply; False if Ctrl-C stopped it: what came until then stays."""
         if speaker.label:
             print(dim(f"[{speaker.label}]"))
-        reply, text = speaker.engine.stream(speaker.messages, self.settings), ""
+        reply = speaker.engine.stream(speaker.messages, self.settings)
+        text = THINK[0] if reply.request.opened else ""  # the prompt has opened the thought
+        print(text, end="", flush=True)
         with stopping(reply):
             for piece in reply:
                 text += piece
@@ -238,7 +241,12 @@ def read_message() -> str:
         return text
     lines = [text[3:]]
     while not (len(lines) > 1 or len(lines[0]) >= 3) or not lines[-1].endswith('"""'):
-        lines.append(input("... " if prompt else ""))
+        try:
+            lines.append(input("... " if prompt else ""))
+        except EOFError:  # what was piped is a message, closed or not
+            if not any(lines):
+                raise
+            return "\n".join(lines).strip("\n")
     return "\n".join(lines)[:-3].strip("\n")
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+THINK = ("<think>", "</think>")
 _DECODER = json.JSONDecoder()
 
 
@@ -59,9 +60,50 @@ class Call:
     id: str = field(default_factory=call_id, compare=False)
 
 
+@dataclass(frozen=True)
+class Thought:
+    """A piece of what a model thinks before it answers: no part of the answer, and calls in it are drafts."""
+
+    text: str
+
+
 def overlap(text: str, mark: str) -> int:
     """The length of the longest end of `text` with which `mark` begins, but not all of it."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+class ThoughtReader:
+    """Separates thoughts, between <think> and </think>, from the rest of a growing reply.
+
+    `open`: the prompt has opened a thought already.
+    """
+
+    def __init__(self, open: bool) -> None:
+        self.inside, self.held, self.blank = open, "", open  # blank: line ends at the start of a part are left out
+
+    def feed(self, text: str) -> Iterator[str | Thought]:
+        self.held += text
+        while True:
+            mark = THINK[self.inside]
+            before, found, after = self.held.partition(mark)
+            kept = "" if found else before[len(before) - overlap(before, mark) :]
+            shown = before[: len(before) - len(kept)]
+            shown = shown.rstrip("\n") if self.inside else shown
+            self.held = after if found else before[len(shown) :]
+            yield from self._part(shown)
+            if not found:
+                return
+            self.inside, self.blank = not self.inside, True
+
+    def end(self) -> Iterator[str | Thought]:
+        rest, self.held = self.held, ""
+        return self._part(rest.rstrip("\n") if self.inside else rest)
+
+    def _part(self, text: str) -> Iterator[str | Thought]:
+        text = text.lstrip("\n") if self.blank else text
+        if text:
+            self.blank = False
+            yield Thought(text) if self.inside else text
 
 
 class CallReader:
@@ -82,7 +124,7 @@ class CallReader:
         if self.inside and self.style is TAGS:
             rest = self._call(self.held) or self.style.opening + self.held
         elif self.inside and self.style is LIST:
-            rest = "" if self.calls else self.style.opening + self.held
+            rest = self.held.lstrip(" \n[,]") if self.calls else self.style.opening + self.held
         else:
             rest = self.held
         self.held = ""

@@ -43,13 +43,15 @@ class TransformersEngine(Engine):
         keeps = "logits_to_keep" in signature(model.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if keeps else {}  # arguments of `model.forward`
 
-    def prompt_ids(self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt_ids(
+        self, messages: list[ChatMessage], tools: list[dict[str, Any]] | None = None, thinking: bool | None = None
+    ) -> list[int]:
         return prompt_ids(
             messages,
             self.tokenizer,
             template_text=self.template.saved,
             tools=tools,
-            enable_thinking=self.config.enable_thinking,
+            enable_thinking=self.config.enable_thinking if thinking is None else thinking,
         )
 
     def text_ids(self, text: str) -> list[int]:

@@ -14,11 +14,11 @@ from inference import grammar
 from inference.api.errors import ApiError, refuse
 from inference.api.generation import Exchange, Generator, TextPosition
 from inference.api.messages import ChatMessage, ChatTool, IsTool, ToolChoice, Tools, choose_tools, read_messages
-from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Format, Refused
+from inference.api.schema import NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Effort, Format, Refused
 from inference.engine import Engine
 from inference.reply import Event, Reply
 from inference.request import Request, TokenLogprob
-from inference.tools import Call, ToolUse
+from inference.tools import Call, Thought, ToolUse
 
 LEAST_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 
@@ -34,7 +34,6 @@ class ChatBody(Body):
         "functions": Message("it was replaced by {field}; use that", field="tools"),
         "moderation": NO_MODERATION,
         "prediction": Message("predicted output is not used here; leave it out"),
-        "reasoning_effort": NO_EFFORT,
         "verbosity": NO_VERBOSITY,
         "web_search_options": Message("nothing is searched here; leave it out"),
     }
@@ -47,6 +46,7 @@ class ChatBody(Body):
     max_completion_tokens: int | None = None
     modalities: list[Literal["text"]] | None = pydantic.Field(None, min_length=1)
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort = None
     response_format: Format | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] = False
@@ -64,6 +64,10 @@ class ChatBody(Body):
             if not self.tools and getattr(self, field) not in (None, "none"):
                 raise Refused(field, Message("there are no tools in this request; give tools, or leave it out"))
         return self
+
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning_effort
 
     @property
     def kept_logprobs(self) -> int | None:
@@ -151,7 +155,15 @@ class Endpoint:
         self, body: Body, messages: list[dict[str, Any]], tools: Tools, schema: dict[str, Any] | None, field: str
     ) -> Request:
         """The request of a conversation; `schema` holds the reply to JSON, and came in `field`. Raises ApiError."""
-        settings, found, functions = body.settings(self.engine), None, tools.in_grammar()
+        names = tuple(function.name for function in tools.functions)
+        use = ToolUse(self.style, names, tools.single) if names else None
+        settings, shown = body.settings(self.engine), tools.in_template() or None
+        request = self.engine.request(messages, settings, shown, use, thoughts=True, thinking=body.thinking)
+        if request.opened and body.thinking is False:
+            raise refuse(
+                "enable_thinking", Message("this model's chat template cannot switch thinking off"), "unsupported_value"
+            )
+        found, functions = None, tools.in_grammar()
         facts = {"required": tools.required, "single": tools.single, "otherwise": schema}
         try:
             if functions and (tools.required or tools.strict or schema is not None):
@@ -159,13 +171,11 @@ class Endpoint:
             elif schema is not None:
                 found = grammar.json_grammar(schema)
             if found is not None:
-                grammar.check_grammar(self.engine, found)
+                found = grammar.after_thought(found, self.engine) if request.opened else found
+                settings = dataclasses.replace(settings, grammar=grammar.checked_grammar(self.engine, found))
         except UserError as error:
             raise refuse("tools" if functions else field, error.message, "invalid_schema") from None
-        names = tuple(function.name for function in tools.functions)
-        use = ToolUse(self.style, names, tools.single) if names else None
-        settings = dataclasses.replace(settings, grammar=found)
-        return self.engine.request(messages, settings, tools.in_template() or None, use)
+        return dataclasses.replace(request, settings=settings)
 
 
 class ChoiceEndpoint(Endpoint):
@@ -316,6 +326,8 @@ class CompletionEndpoint(ChoiceEndpoint):
 def chat_message(reply: Reply) -> dict[str, Any]:
     """A complete reply of a chat."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.text, "refusal": None}
+    if reply.thought:
+        message["reasoning_content"] = reply.thought
     if reply.calls:
         calls = [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
@@ -325,12 +337,14 @@ def chat_message(reply: Reply) -> dict[str, Any]:
     return message
 
 
-def chat_deltas(parts: Sequence[str | Call]) -> list[dict[str, Any]]:
+def chat_deltas(parts: Sequence[str | Call | Thought]) -> list[dict[str, Any]]:
     """What parts of a reply are in a streamed chat; a call is its head and its arguments."""
     deltas: list[dict[str, Any]] = []
     for part in parts:
         if isinstance(part, str):
             deltas.append({"content": part})
+        elif isinstance(part, Thought):
+            deltas.append({"reasoning_content": part.text})
         else:
             head = {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
             deltas.append({"tool_calls": [{"index": part.index, **head}]})

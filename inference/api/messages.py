@@ -80,6 +80,8 @@ class ChatMessage(Form):
     name: Name | None = None
     tool_calls: list[ToolCall] = pydantic.Field([])
     tool_call_id: Name | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same, as vLLM and OpenRouter name it
 
     @pydantic.model_validator(mode="after")
     def _check_role(self) -> ChatMessage:
@@ -101,10 +103,13 @@ class Conversation:
 
     has_tools: bool  # whether the model's chat template has them
     messages: list[dict[str, Any]] = field(default_factory=list)
+    thought: str | None = None  # that belongs to the assistant's next message
     functions: dict[str, str] = field(default_factory=dict)  # the name of the function of each call, by its id
 
-    def add(self, role: str, content: str | None) -> None:
-        self.messages.append({"role": "system" if role == "developer" else role, "content": content or ""})
+    def add(self, role: str, content: str | None, thought: str | None = None) -> None:
+        thought, self.thought = thought or self.thought, None
+        message = {"role": "system" if role == "developer" else role, "content": content or ""}
+        self.messages.append(message | ({"reasoning_content": thought} if thought and role == "assistant" else {}))
 
     def add_call(self, where: str, call_id: str, name: str, arguments: dict[str, Any]) -> None:
         """A call belongs to the assistant's message before it."""
@@ -139,7 +144,7 @@ def read_messages(messages: Sequence[ChatMessage], has_tools: bool) -> list[dict
         if message.role == "tool":
             chat.add_result(where, message.tool_call_id, message.name, message.content)
             continue
-        chat.add(message.role, message.content)
+        chat.add(message.role, message.content, message.reasoning_content or message.reasoning)
         for call in message.tool_calls:
             chat.add_call(where, call.id, call.function.name, call.function.arguments)
     return chat.messages

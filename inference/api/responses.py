@@ -25,10 +25,10 @@ from inference.api.messages import (
     choose_tools,
     text_of_parts,
 )
-from inference.api.schema import NO_EFFORT, NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Form, Format, Name, Refused
+from inference.api.schema import NO_MODERATION, NO_VERBOSITY, TEXT_ONLY, Body, Effort, Form, Format, Name, Refused
 from inference.reply import Event
 from inference.request import Request, TokenLogprob
-from inference.tools import Call
+from inference.tools import Call, Thought
 
 LOGPROBS = "message.output_text.logprobs"  # the value of `include` that asks for them
 NOT_STORED = Message("nothing is stored here; send the whole conversation in input")
@@ -70,8 +70,23 @@ class FunctionCallOutput(Form):
         conversation.add_result(where, self.call_id, self.name, self.output)
 
 
-ITEMS = {"message": InputMessage, "function_call": FunctionCall, "function_call_output": FunctionCallOutput}
-Item = InputMessage | FunctionCall | FunctionCallOutput
+class ReasoningItem(pydantic.BaseModel):
+    """Thoughts that the answer after it came from."""
+
+    type: Literal["reasoning"]
+    content: Annotated[str | None, pydantic.BeforeValidator(text_of_parts("reasoning_text"))] = None
+
+    def add_to(self, conversation: Conversation, _: str) -> None:
+        conversation.thought = self.content
+
+
+ITEMS = {
+    "message": InputMessage,
+    "function_call": FunctionCall,
+    "function_call_output": FunctionCallOutput,
+    "reasoning": ReasoningItem,
+}
+Item = InputMessage | FunctionCall | FunctionCallOutput | ReasoningItem
 
 
 def read_item(item: Any) -> Item:
@@ -102,14 +117,7 @@ class TextSettings(Form):
 
 
 class Reasoning(pydantic.BaseModel):
-    effort: str | None = None
-
-    @pydantic.field_validator("effort")
-    @classmethod
-    def _none(cls, effort: str | None) -> str | None:
-        if effort not in (None, "none"):
-            raise Refused("", NO_EFFORT, "unsupported_parameter")
-        return effort
+    effort: Effort = None
 
 
 class ResponsesBody(Body):
@@ -149,6 +157,10 @@ class ResponsesBody(Body):
     truncation: Literal["auto", "disabled"] = "auto"
 
     @property
+    def effort(self) -> str | None:
+        return self.reasoning.effort if self.reasoning else None
+
+    @property
     def kept_logprobs(self) -> int | None:
         wanted = self.top_logprobs is not None or LOGPROBS in self.include
         return (self.top_logprobs or 0) if wanted else None
@@ -174,9 +186,11 @@ class ResponsesEndpoint(Endpoint):
 
     def answer(self, exchange: Exchange) -> dict[str, Any]:
         reply = exchange.replies[0]
-        output = [call_item(exchange, call) for call in reply.calls]
+        output = [reasoning_item(exchange, 0, reply.thought)] if reply.thought else []
         if reply.text.strip() or not reply.calls:
-            output.insert(0, self.message_item(exchange, 0, reply.text, reply.logprobs, reply.finish_reason))
+            facts = (reply.text, reply.logprobs, reply.finish_reason)
+            output.append(self.message_item(exchange, len(output), *facts))
+        output += [call_item(exchange, call) for call in reply.calls]
         return self.response(exchange, output, reply.finish_reason)
 
     async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
@@ -249,6 +263,17 @@ def text_part(text: str, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, A
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
+def reasoning_item(exchange: Exchange, index: int, thought: str | None = None) -> dict[str, Any]:
+    """The item of a thought; None: it has only begun."""
+    content = [] if thought is None else [{"type": "reasoning_text", "text": thought}]
+    return {
+        "id": f"{exchange.id.replace('resp_', 'rs_')}_{index}",
+        "type": "reasoning",
+        "summary": [],
+        "content": content,
+    }
+
+
 def call_item(exchange: Exchange, call: Call, *, begun: bool = False) -> dict[str, Any]:
     """The item of a call; `begun`: it has no arguments yet."""
     return {
@@ -280,6 +305,7 @@ class ResponseStream:
         self.output: list[dict[str, Any]] = []  # finished items
         self.message: dict[str, Any] | None = None  # the item that is open
         self.text = ""  # of that item
+        self.thought: str | None = None  # of the item of a thought that is open
         self.logprobs: list[TokenLogprob] = []
         self.reason: str | None = None  # how the reply ended, once it has
         self.numbers = itertools.count()
@@ -293,7 +319,11 @@ class ResponseStream:
         self.reason = self.reply.finish_reason if grown.end else None
         logprobs = token_logprobs(grown.logprobs, self.endpoint.engine)
         for part in grown.parts:
-            if isinstance(part, Call):
+            if isinstance(part, Thought):
+                yield from self._close_message()
+                yield from self._think(part.text)
+            elif isinstance(part, Call):
+                yield from self._close_thought()
                 yield from self._close_message()
                 yield from self._call(part)
             elif part and (self.message or part.strip() or not self.reply.request.tools):  # none of blanks before calls
@@ -303,13 +333,35 @@ class ResponseStream:
                 logprobs = []
 
     def end(self) -> Iterator[bytes]:
-        if not self.output:
+        yield from self._close_thought()
+        if not any(item["type"] != "reasoning" for item in self.output):
             yield from self._open_message()
         yield from self._close_message()
         response = self.endpoint.response(self.exchange, self.output, self.reason)
         yield self._event(response["status"], response=response)
 
+    def _think(self, text: str) -> Iterator[bytes]:
+        if self.thought is None:
+            self.thought = ""
+            yield self._item_event("added", reasoning_item(self.exchange, len(self.output)))
+        self.thought += text
+        yield self._thought_event("delta", delta=text)
+
+    def _close_thought(self) -> Iterator[bytes]:
+        if self.thought is not None:
+            item = reasoning_item(self.exchange, len(self.output), self.thought)
+            yield self._thought_event("done", text=self.thought)
+            yield self._item_event("done", item)
+            self.output.append(item)
+            self.thought = None
+
+    def _thought_event(self, kind: str, **fields: Any) -> bytes:
+        index = len(self.output)
+        place = {"item_id": reasoning_item(self.exchange, index)["id"], "output_index": index, "content_index": 0}
+        return self._event(f"reasoning_text.{kind}", **place, **fields)
+
     def _open_message(self) -> Iterator[bytes]:
+        yield from self._close_thought()
         if self.message is None:
             self.message, self.text = self.endpoint.message_item(self.exchange, len(self.output)), ""
             yield self._item_event("added", self.message)

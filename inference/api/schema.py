@@ -25,7 +25,7 @@ Stops = Annotated[
 ]
 NO_MODERATION = Message("there is no moderation here; leave it out")
 TEXT_ONLY = Message("only text is read and written here")
-NO_EFFORT = Message("this model's effort cannot be set; leave it out")
+NO_EFFORT = Message("only none can be set here; leave it out")
 NO_VERBOSITY = Message("this model's verbosity cannot be set; say it in the system message")
 
 
@@ -60,9 +60,24 @@ class Form(pydantic.BaseModel):
         return {name: value for name, value in found.items() if name in known}
 
 
+def only_none(effort: Any) -> Any:
+    if effort not in (None, "none"):
+        raise Refused("", NO_EFFORT, "unsupported_parameter")
+    return effort
+
+
+Effort = Annotated[str | None, pydantic.BeforeValidator(only_none)]
+
+
 class StreamOptions(Form):
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against eavesdroppers; nothing is padded here
+
+
+class TemplateSettings(Form):
+    """What a request sets of the chat template, as vLLM has it."""
+
+    enable_thinking: bool | None = None
 
 
 class Body(Form):
@@ -88,12 +103,23 @@ class Body(Form):
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, Any] = {}
+    chat_template_kwargs: TemplateSettings = TemplateSettings()
 
     @pydantic.model_validator(mode="after")
     def _check_stream(self) -> Body:
         if self.stream_options is not None and not self.stream:
             raise Refused("stream_options", Message("needs stream: true"))
         return self
+
+    @property
+    def effort(self) -> str | None:
+        """How much the model shall think, as the endpoint's form says it; only "none" can be honoured."""
+        return None
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model shall think before it answers; None: as it is set."""
+        return False if self.effort == "none" else self.chat_template_kwargs.enable_thinking
 
     @property
     def counts_usage(self) -> bool:

@@ -131,6 +131,7 @@ class ApiServer:
             answer = functools.partial(self._answer, endpoint=endpoint(self.generator, self.model_name))
             routes.append(Route(path, self._with_key(answer), methods=["POST"]))
         small = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
+        small = {"/v1/models/": self._models, **small}
         routes += [Route(path, self._with_key(handler)) for path, handler in small.items()]
         handlers = {HTTPException: self._on_error, Exception: self._on_failure}
         options = self.options

@@ -521,15 +521,20 @@ def test_a_cancelled_reply_leaves_at_once(engine_of_tiny) -> None:
 def test_replies_are_held_to_a_grammar(engine_of_tiny) -> None:
     from inference import grammar, tools
 
-    held = grammar.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
+    lark = grammar.json_grammar({"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]})
+    held = grammar.checked_grammar(engine_of_tiny, lark)
     for seed in range(3):
         how = Settings(temperature=1, seed=seed, max_new_tokens=60, grammar=held)
         text = "".join(engine_of_tiny.stream([user("x")], how))
         assert text.startswith('{"a": 1') or text.startswith('{"a": 22')
     call = [{"type": "function", "function": {"name": "f"}}]
-    held = grammar.call_grammar(tools.TAGS, call, engine_of_tiny, required=True, single=True)
+    lark = grammar.call_grammar(tools.TAGS, call, engine_of_tiny, required=True, single=True)
+    held = grammar.checked_grammar(engine_of_tiny, lark)
     text = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=held)))
     assert text == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'  # no token of this tokenizer
+    held = grammar.checked_grammar(engine_of_tiny, grammar.after_thought(lark, engine_of_tiny))
+    thought = "".join(engine_of_tiny.stream([user("x")], Settings(temperature=1, seed=1, grammar=held)))
+    assert "</think>" not in thought or thought.partition("</think>")[2].strip() == text
     with user_error("reply cannot"):
         "".join(engine_of_tiny.stream([user("x")], Settings(grammar="no grammar")))
     biased = Settings(temperature=0, max_new_tokens=5, logit_bias=((65, 1000.0),), logprobs=0)

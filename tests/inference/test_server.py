@@ -233,6 +233,30 @@ def test_calls_are_read_out_of_every_split() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_call_that_is_only_thought_of_is_no_call(opened: bool) -> None:
+    from inference.api.chat import chat_deltas, chat_message
+    from inference.reply import Reply
+    from inference.request import Request, Settings
+    from inference.tools import TAGS, ToolUse
+
+    call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    text = f"{'' if opened else '<think>'}\nPerhaps {call}\n</think>\n\nNo.{call}"
+    for size in (1, 2, 5, len(text)):
+        events, pieces = [], [text[i : i + size] for i in range(0, len(text), size)]
+        request = Request([0], Settings(), thoughts=True, opened=opened, tools=ToolUse(TAGS, ("f",)))
+        facts = {"stop_ids": frozenset({-1}), "visible": {}, "max_new_tokens": 10**6}
+        reply = Reply(request, events.append, sample=lambda *_: (-1, None), detokenize=str, **facts)
+        for piece in pieces:
+            reply._tell(piece)
+        reply.finish("stop")
+        message = chat_message(reply)
+        assert (message["reasoning_content"], message["content"]) == (f"Perhaps {call}", "No.")
+        assert len(message["tool_calls"]) == 1 and reply.finish_reason == "tool_calls"
+        deltas = [delta for event in events for delta in chat_deltas(event.parts)]
+        assert "".join(delta.get("reasoning_content", "") for delta in deltas) == f"Perhaps {call}"
+
+
 def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
     client = parrot_server.client()
     assert [model.id for model in client.models.list()] == ["parrot"] and client.models.retrieve("parrot").id
@@ -273,6 +297,9 @@ def test_client_gets_replies_usage_and_models(parrot_server: Server) -> None:
         spelled = bytes(b for part in known if part for token in part.content for b in token.bytes)
         assert spelled.decode() == "你好 🙂 stop "
     assert ask(extra_body={"top_k": -1}).choices
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert ask(reasoning_effort="none").choices and ask(extra_body=off).choices
+    assert parrot_server.get("/v1/models/").json() == parrot_server.get("/v1/models").json()
 
 
 REFUSED = {
@@ -534,6 +561,9 @@ def test_what_changes_no_answer_is_accepted() -> None:
     assert read_talk({"role": "user", "content": [part], "name": "Li", "id": "m1"}) == HI
     assert read_talk({"role": "developer", "content": [part, part]}) == [{"role": "system", "content": "hihi"}]
     assert read_talk({"role": "assistant", "content": None}) == [{"role": "assistant", "content": ""}]
+    for name in ("reasoning_content", "reasoning"):
+        kept = read_talk({"role": "assistant", "content": "x", name: "hm"})
+        assert kept == [{"role": "assistant", "content": "x", "reasoning_content": "hm"}]
     beside = {"annotations": [{"type": "url_citation"}], "refusal": None, "audio": None, "function_call": None}
     assert read_talk({"role": "assistant", "content": "x", **beside})[0]["content"] == "x"
     result = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
@@ -555,7 +585,7 @@ def test_the_cause_of_a_refused_pattern_is_given() -> None:
 
     schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(?=b)b$"}}, "required": ["a"]}
     with user_error("replies cannot") as caught:
-        grammar.check_grammar(types.SimpleNamespace(grammar_vocabulary=None), grammar.json_grammar(schema))
+        grammar.checked_grammar(types.SimpleNamespace(grammar_vocabulary=None), grammar.json_grammar(schema))
     reason = caught.value.fields["reason"]
     assert "^(?=b)b$" in reason and "look-ahead" in reason and "not supported" in reason
 
