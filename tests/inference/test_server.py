@@ -206,6 +206,7 @@ def test_calls_are_read_out_of_every_split() -> None:
         (TAGS, 'a <tool_call>{"name": ', ['a <tool_call>{"name": ']),
         (TAGS, "1 < 2 <tool", ["1 < 2 <tool"]),
         (LIST, f"[TOOL_CALLS] [{numbered}, {body}]", [call, call]),
+        (LIST, f"[TOOL_CALLS] [{body}] and now", [call, "and now"]),
         (LIST, "no [TOOL call", ["no [TOOL call"]),
         (OBJECT, body.replace("arguments", "parameters"), [call]),
         (OBJECT, "<|python_tag|>" + body.replace("arguments", "parameters"), [call]),
