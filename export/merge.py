@@ -68,7 +68,7 @@ def make_plan(base: dict[str, Tensor], config: dict[str, Any], adapter: Adapter,
     sources = {view.stored.get(name, name): tensor for name, tensor in {**places.own, **places.copied}.items()}
     untied = False
     if tied and places.embedding:
-        base = {**base, places.head: base[places.embedding]}
+        base = {**base, places.head: base[view.stored.get(places.embedding, places.embedding)]}
         untied = _are_untied(places)
         if not untied:
             base.pop(places.head)

@@ -41,23 +41,44 @@ class MemoryView:
 
 
 def view_as_in_memory(base: dict[str, Tensor], adapter: Adapter) -> MemoryView:
-    """The base as the adapter was trained on it: as on the disk, except for experts that are one tensor in memory."""
-    view = MemoryView({name: tensor.shape for name, tensor in base.items()})
-    singles = {name: match for name in base if (match := EXPERT.fullmatch(name))}
+    """The base as the adapter was trained on it: as on the disk, except for the prefix of the language model in one
+    that also sees, and for experts that are one tensor in memory."""
+    names = names_in_memory(base, adapter)  # by those on the disk
+    view = MemoryView({names[name]: tensor.shape for name, tensor in base.items()})
+    view.stored.update({memory: name for name, memory in names.items() if memory != name})
+    singles = {name: match for name in base if (match := EXPERT.fullmatch(names[name]))}
     if not singles or any(re.search(r"\.experts\.\d+\.", module) for module in adapter.parts):
         return view
     counts: dict[str, int] = {}
     for name, (prefix, _, number, projection) in ((n, match.groups()) for n, match in singles.items()):
         whole = f"{prefix}mlp.experts.{FUSED.get(projection, 'down_proj')}"
-        rows, columns = view.shapes.pop(name)
+        rows, columns = view.shapes.pop(names[name])
+        view.stored.pop(names[name], None)
         view.parts[name] = whole, ExpertPart(int(number), rows if projection in SECOND else 0)
         counts[whole] = max(counts.get(whole, 0), int(number) + 1)
         view.shapes[whole] = (counts[whole], 2 * rows if whole.endswith("gate_up_proj") else rows, columns)
     for name in [name for name in view.shapes if ".block_sparse_moe." in name]:
         memory = name.replace(".block_sparse_moe.", ".mlp.")
         view.shapes[memory] = view.shapes.pop(name)
-        view.stored[memory] = name
+        view.stored[memory] = view.stored.pop(name, name)
     return view
+
+
+def names_in_memory(base: dict[str, Tensor], adapter: Adapter) -> dict[str, str]:
+    """Name on the disk → name in memory. The language model of one that also sees stands under another prefix there:
+    that of its embedding on the disk, and that of the adapter's layers in memory; its output layer is `lm_head`."""
+    same = {name: name for name in base}
+    embeddings = [name for name in base if name.endswith("embed_tokens.weight")]
+    prefixes = {module.partition("layers.")[0] for module in adapter.parts if "layers." in module}
+    if len(embeddings) != 1 or len(prefixes) != 1 or all(f"{module}.weight" in base for module in adapter.parts):
+        return same
+    disk, (memory,) = embeddings[0].removesuffix("embed_tokens.weight"), prefixes
+    return {
+        name: memory + name.removeprefix(disk)
+        if name.startswith(disk)
+        else ("lm_head.weight" if name.endswith(".lm_head.weight") else name)
+        for name in base
+    }
 
 
 def is_tied(base: dict[str, Tensor], config: dict[str, Any]) -> bool:

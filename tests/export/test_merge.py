@@ -21,6 +21,7 @@ from export import merge as merging
 from export import merged_model, verify
 from runs import weights
 from runs.adapter import Adapter
+from runs.causal_models import register_class
 from runs.configuration import load_config
 from runs.files import sha256, write_json, write_text
 from runs.target import find_target
@@ -492,11 +493,46 @@ def test_two_values_for_one_tensor_of_the_base_are_refused(lora: Path, models: d
         merge.main([str(lora), "--no-verify"])
 
 
+def test_the_language_model_of_one_that_also_sees_is_merged_and_all_else_is_copied(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its tensors have another prefix on the disk than in memory, where the adapter is trained."""
+    import transformers
+
+    base = shutil.copytree(models["tied"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    text = json.loads((base / "config.json").read_text())
+    sight = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    text |= {"model_type": "mistral", "tie_word_embeddings": False, "head_dim": 16}
+    config = transformers.Mistral3Config(text_config=text, vision_config=sight, image_token_index=250)
+    transformers.Mistral3ForConditionalGeneration(config).save_pretrained(base)
+    register_class(base)
+    layers = r"model\.language_model\.layers\..*(q_proj|down_proj)"
+    adapter = train_adapter(base, tmp_path / "adapter", target_modules=layers)
+    out, before, after = (
+        merged(adapter, f"model_name_or_path={base}"),
+        values(base),
+        values(tmp_path / "adapter/merged"),
+    )
+    changed = {name for name in before if not before[name].equal(after[name])}
+    count = 2 * text["num_hidden_layers"]
+    assert len(changed) == count and all(name.startswith("language_model.model.layers.") for name in changed)
+    assert before.keys() == after.keys()
+    by_peft = peft_logits(base, adapter)[1]
+    assert distance(logits(load(out)), by_peft) <= 1e-5 < distance(by_peft, logits(load(base)))
+    assert type(load(out)).__name__ == "Mistral3ForConditionalGeneration"
+
+
 def test_a_multimodal_base_is_told_from_a_wrong_one(lora: Path, models: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(models["tied"], tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     write_json(base / "config.json", {"model_type": "gemma3", "text_config": config})
-    rename(lora, "base_model.model.model", "base_model.model.model.language_model")
+    rename(lora, "base_model.model.model.layers", "base_model.model.model.language_model.blocks")
     with user_error("a multimodal base"):
         merge.main([str(lora), "--no-verify", f"model_name_or_path={base}"])
 
