@@ -11,7 +11,7 @@ from typing import Any
 
 from common import UserError
 from inference.engine import Engine
-from inference.tools import LIST, OBJECT, TAGS, THINK, Style
+from inference.tools import LIST, OBJECT, TAGS, THINK, XML, Style
 
 Schema = dict[str, Any] | bool
 
@@ -33,6 +33,10 @@ def style_of(engine: Engine) -> Style | None:
     except UserError:
         return None
     if _PROBE not in offered or _PROBE not in called:
+        return None
+    if TAGS.opening in called and f"<function={_PROBE}>" in called:
+        return XML
+    if '"name"' not in called:
         return None
     if TAGS.opening in called:
         return TAGS
@@ -68,6 +72,8 @@ def call_grammar(
     `required`: nothing but calls; else a reply may be text (or JSON after the schema `otherwise`) instead, and text may
     stand before calls. `single`: one call at most. Arguments are held to the schemas.
     """
+    if style is XML:
+        raise UserError("this model calls in XML, which cannot be forced; leave out required, strict and schemas")
     call = {"anyOf": [_call_schema(tool["function"], style, f"json-schema:///tool{i}") for i, tool in enumerate(tools)]}
     one = f"%json {_compact(call)}"
     if style is TAGS:

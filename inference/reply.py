@@ -88,7 +88,9 @@ class Reply:
         self._sample, self._detokenize, self._stop_ids, self._visible = sample, detokenize, stop_ids, visible
         self._stops = StopTexts(request.settings.stop)
         self._thoughts = ThoughtReader(request.opened) if request.thoughts else None
-        self._reader = CallReader(request.tools.style, request.tools.names) if request.tools else None
+        self._reader = (
+            CallReader(request.tools.style, request.tools.names, request.tools.texts) if request.tools else None
+        )
         self._told_logprobs = 0
         self._shown_tokens = 0  # tokens of whose text something has been shown
         self._token_starts: collections.deque[int] = collections.deque()  # where the texts of the other tokens begin

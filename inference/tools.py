@@ -1,8 +1,9 @@
 """Calls of tools in the text of a reply.
 
-A chat template writes calls in one of three styles:
+A chat template writes calls in one of four styles:
 
     tags      <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>          Qwen, Hermes, ChatML
+    XML       <tool_call> <function=f> <parameter=x> 1 </parameter> </function> </tool_call>, a line each    Qwen3.5
     list      [TOOL_CALLS] [{"name": "f", "arguments": {...}, "id": "..."}]       Mistral
     object    {"name": "f", "parameters": {...}}                                  Llama 3; the whole reply
 """
@@ -10,12 +11,15 @@ A chat template writes calls in one of three styles:
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 THINK = ("<think>", "</think>")
 _DECODER = json.JSONDecoder()
 
@@ -32,6 +36,7 @@ class Style:
 
 TAGS = Style("tags", "<tool_call>", "</tool_call>")
 LIST = Style("list", "[TOOL_CALLS]", "")
+XML = Style("tags", "<tool_call>", "</tool_call>", "")
 OBJECT = Style("object", "", "", "parameters")
 
 
@@ -42,6 +47,7 @@ class ToolUse:
     style: Style
     names: tuple[str, ...]
     single: bool = False
+    texts: frozenset[tuple[str, str]] = frozenset()  # function and argument: these are texts, whatever they look like
 
 
 def call_id() -> str:
@@ -109,8 +115,8 @@ class ThoughtReader:
 class CallReader:
     """Separates text from calls in a growing reply. A call comes as a whole; what only looks like one stays text."""
 
-    def __init__(self, style: Style, names: Sequence[str]) -> None:
-        self.style, self.names = style, frozenset(names)
+    def __init__(self, style: Style, names: Sequence[str], texts: frozenset[tuple[str, str]] = frozenset()) -> None:
+        self.style, self.names, self.texts = style, frozenset(names), texts
         self.held, self.inside, self.begun, self.calls = "", False, False, 0
 
     def feed(self, text: str) -> list[str | Call]:
@@ -121,7 +127,7 @@ class CallReader:
 
     def end(self) -> list[str | Call]:
         """The rest: an unfinished call is text."""
-        if self.inside and self.style is TAGS:
+        if self.inside and self.style.name == "tags":
             rest = self._call(self.held) or self.style.opening + self.held
         elif self.inside and self.style is LIST:
             rest = self.held.lstrip(" \n[,]") if self.calls else self.style.opening + self.held
@@ -196,10 +202,23 @@ class CallReader:
         return shown
 
     def _call(self, text: str) -> Call | None:
+        if self.style is XML:
+            function = _FUNCTION.fullmatch(text)
+            return function and self._made({"name": function[1], "arguments": self._arguments(*function.groups())})
         try:
             return self._made(json.loads(text))
         except ValueError:
             return None
+
+    def _arguments(self, function: str, text: str) -> dict[str, Any]:
+        """The arguments in XML: what is no text by its schema is JSON where it can be."""
+        found: dict[str, Any] = {}
+        for name, value in _PARAMETER.findall(text):
+            try:
+                found[name] = value if (function, name) in self.texts else json.loads(value)
+            except ValueError:
+                found[name] = value
+        return found
 
     def _made(self, value: Any) -> Call | None:
         if not isinstance(value, dict) or value.get("name") not in self.names:

@@ -156,7 +156,7 @@ class Endpoint:
     ) -> Request:
         """The request of a conversation; `schema` holds the reply to JSON, and came in `field`. Raises ApiError."""
         names = tuple(function.name for function in tools.functions)
-        use = ToolUse(self.style, names, tools.single) if names else None
+        use = ToolUse(self.style, names, tools.single, tools.texts) if names else None
         settings, shown = body.settings(self.engine), tools.in_template() or None
         request = self.engine.request(messages, settings, shown, use, thoughts=True, thinking=body.thinking)
         if request.opened and body.thinking is False:

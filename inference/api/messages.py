@@ -209,6 +209,17 @@ class Tools:
     def strict(self) -> bool:
         return any(function.strict for function in self.functions)
 
+    @property
+    def texts(self) -> frozenset[tuple[str, str]]:
+        """The arguments that are texts, each with its function."""
+        properties = [(f.name, (f.parameters or {}).get("properties")) for f in self.functions]
+        return frozenset(
+            (function, name)
+            for function, found in properties
+            for name, schema in (found if isinstance(found, dict) else {}).items()
+            if isinstance(schema, dict) and schema.get("type") == "string"
+        )
+
     def in_grammar(self) -> list[dict[str, Any]]:
         """The functions in OpenAI's form."""
         return [{"type": "function", "function": function.model_dump()} for function in self.functions]

@@ -111,6 +111,8 @@ def test_one_answer_from_a_pipe(parrot: Path, tmp_path: Path) -> None:
     lines = run("chat.py", str(parrot), *GREEDY, input="hi\n/clear\ncount\n/nonsense\n/exit now\nhi", cwd=tmp_path)
     assert (lines.returncode, lines.stdout) == (0, f"{TALK['hi']}\n{TALK['count']}\n")
     assert "there is no command /nonsense" in lines.stderr
+    unclosed = run("chat.py", str(parrot), *GREEDY, input='"""hi', cwd=tmp_path)
+    assert (unclosed.returncode, unclosed.stdout) == (0, f"{TALK['hi']}\n")
     assert shell(f"$CHAT {parrot} {' '.join(GREEDY)} -p hi <&-", tmp_path).stdout == f"{TALK['hi']}\n"
 
 

@@ -194,14 +194,17 @@ def test_every_field_of_openai_is_known_or_refused(kind: str) -> None:
 
 
 def test_calls_are_read_out_of_every_split() -> None:
-    from inference.tools import LIST, OBJECT, TAGS, Call, CallReader
+    from inference.tools import LIST, OBJECT, TAGS, XML, Call, CallReader
 
     call, body = Call("f", '{"x": "a</b>"}'), '{"name": "f", "arguments": {"x": "a</b>"}}'
     other = '<tool_call>{"name": "g", "arguments": {}}</tool_call> x'
+    xml = "<function=f>\n<parameter=s>\n42\n</parameter>\n<parameter=n>\n42\n</parameter>\n<parameter=m>\na\nb\n"
+    xml += "</parameter>\n</function>"
     numbered = body.replace("}}", '}, "id": "123456789"}')
     cases = [
         (TAGS, f"let me see\n<tool_call>\n{body}\n</tool_call>", ["let me see", call]),
         (TAGS, f"<tool_call>{body}</tool_call>\n<tool_call>{body}</tool_call>", [call, call]),
+        (XML, f"so\n<tool_call>\n{xml}\n</tool_call>", ["so", Call("f", '{"s": "42", "n": 42, "m": "a\\nb"}')]),
         (TAGS, other, [other]),
         (TAGS, 'a <tool_call>{"name": ', ['a <tool_call>{"name": ']),
         (TAGS, "1 < 2 <tool", ["1 < 2 <tool"]),
@@ -216,7 +219,7 @@ def test_calls_are_read_out_of_every_split() -> None:
     ]
     for style, text, expected in cases:
         for size in (1, 2, 3, 5, len(text)):
-            reader, parts = CallReader(style, ["f"]), []
+            reader, parts = CallReader(style, ["f"], frozenset({("f", "s")})), []
             for at in range(0, len(text), size):
                 parts += reader.feed(text[at : at + size])
             parts += reader.end()
