@@ -39,6 +39,17 @@ class RowFault:
     final: bool = False
 
 
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json's `object_pairs_hook`, whose own way is to let the last of two values win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Fault(
+            "the key '{key}' stands twice in an object; keep one", key=next(n for n in names if names.count(n) > 1)
+        )
+    return found
+
+
 def json_problem(error: JSONDecodeError) -> str | Message:
     """What the json module says is wrong, whose messages may end with "at"; of a comma too many it says less."""
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]

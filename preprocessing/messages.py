@@ -270,9 +270,13 @@ def complete(
     """Messages with their system message, name and author filled in, and the tools; checked alone or with answers."""
     if not messages:
         raise Fault("the conversation is empty")
+    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]  # as if there were none: an empty turn would only stand before each conversation
+        if not messages:
+            raise Fault("the conversation is empty")
     if messages[0]["role"] != "system":
-        given = fields.get("system")
-        system = config.default_system if given is None else text_value(given, Message("the system message"))
+        given = text_value(fields.get("system") or "", Message("the system message"))
+        system = given if given.strip() else config.default_system
         messages = [{"role": "system", "content": system}, *messages] if system else messages
     for answer in answers or [None]:
         check_order([*messages, answer] if answer else messages)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Config, Message, UserError, nearest_path, nearest_word
-from preprocessing.faults import Fault, json_problem
+from preprocessing.faults import Fault, json_problem, no_key_twice
 
 REGISTRY = "dataset_info.json"
 TEXT_COLUMNS = {
@@ -81,7 +81,8 @@ def find_entries(names: Iterable[str], dataset_dir: str, stage: str = "sft") -> 
             if name in registry:
                 entries.append(_registered_entry(name, registry[name], folder, stage))
             else:
-                entries.append(Entry(name, stage, _files_of_path(name, folder), registered=False))
+                path = _existing_path(name, folder)
+                entries.append(_at_path(Entry(name, stage, registered=False), path))
         except FileNotFoundError:
             faults.append(_unknown_name(name, registry, folder))
         except OSError as error:  # a name that is too long, a folder that may not be read
@@ -107,7 +108,9 @@ def read_registry(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4)
 def _parsed_registry(path: Path, *_: int) -> dict[str, Any]:
     try:
-        registry = json.loads(path.read_text(encoding="utf-8-sig"))
+        registry = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=no_key_twice)
+    except Fault as fault:
+        raise UserError("{file}: {reason}", file=path, reason=fault.message) from None
     except json.JSONDecodeError as error:
         raise UserError(
             "{file}, line {line}, column {column}: {problem}; correct the JSON",
@@ -176,7 +179,9 @@ def _registered_entry(name: str, description: Any, folder: Path, stage: str) -> 
         return replace(entry, hub="hf", repository=hf)
     if file_name := description.get("file_name"):
         path = folder / os.path.expanduser(os.path.expandvars(file_name))
-        return replace(entry, files=data_files(path, entry.split))
+        if "[" in entry.split:
+            raise Fault("has split {split}, which only datasets of a hub can have; use num_samples", split=entry.split)
+        return _at_path(entry, path)
     if other := next((key for key in PLACES if description.get(key)), None):
         raise Fault(
             "is only at a {key}, which this kit does not read; download it and name it with file_name", key=other
@@ -239,12 +244,25 @@ def refuse_other_data(kinds: Iterable[str], stage: str) -> None:
 # Files and folders
 
 
-def _files_of_path(name: str, folder: Path) -> tuple[Path, ...]:
-    """The files at a path without registry; raises FileNotFoundError where there are none."""
+def _existing_path(name: str, folder: Path) -> Path:
+    """The path of a dataset without registry; raises FileNotFoundError where there is none."""
     found = next((path for path in (Path(name).expanduser(), folder / name) if path.exists()), None)
     if found is None:
         raise FileNotFoundError(name)
-    return data_files(found, Entry.split)
+    return found
+
+
+def _at_path(entry: Entry, path: Path) -> Entry:
+    """The entry with the files of its split at a path, and a note on those of a folder that are of another."""
+    files = data_files(path, entry.split)
+    siblings = (
+        {file for file in files[0].parent.iterdir() if file.suffix == files[0].suffix} if path.is_dir() else set()
+    )
+    others = sorted(file.name for file in siblings - set(files) if file.name not in NO_ROWS and file.name[0] != ".")
+    if not others:
+        return replace(entry, files=files)
+    note = Message("{folder}: split {split} is used, not {others}", folder=path, split=entry.split, others=others)
+    return replace(entry, files=files, notes=(*entry.notes, note))
 
 
 def data_files(path: Path, split: str) -> tuple[Path, ...]:
@@ -287,7 +305,14 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
         raise Fault(
             "is the folder {folder}, with files of several types ({types}); name one file", folder=folder, types=kinds
         )
-    return tuple(files)
+    return _files_of_split(files, split)
+
+
+def _files_of_split(files: list[Path], split: str) -> tuple[Path, ...]:
+    """Those of a folder's files that belong to a split, by names as on the hub: train.csv, test-00000-of-00001.csv."""
+    splits = {path: re.split(r"[-_.]", path.name)[0] for path in files}
+    known = set(splits.values()) & {"train", "test", "validation"}
+    return tuple(path for path in files if splits[path] == split) if len(known) > 1 and split in known else tuple(files)
 
 
 def _saved_files(folder: Path) -> tuple[Path, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import Config, Message, UserError
-from preprocessing.faults import Fault, json_problem
+from preprocessing.faults import Fault, json_problem, no_key_twice
 from preprocessing.registry import EXTENSIONS, Entry
 from runs import network
 from runs.files import sha256
@@ -208,7 +208,10 @@ def _spreads_objects(path: Path) -> bool:
 def _parse_line(line: bytes, number: int) -> Any:
     """The row of a line of JSON, or a Fault with line and column."""
     try:
-        return json.loads(line.decode("utf-8").rstrip())  # else a fault at the end would lie on a line of its own
+        text = line.decode("utf-8").rstrip()  # else a fault at the end would lie on a line of its own
+        return json.loads(text, object_pairs_hook=no_key_twice)
+    except Fault as fault:
+        return fault
     except UnicodeDecodeError as error:
         return Fault("line {line}, byte {byte} is not UTF-8; save the file as UTF-8", line=number, byte=error.start + 1)
     except json.JSONDecodeError as error:
@@ -235,12 +238,14 @@ def _list_rows(path: Path) -> RowsOfFile:
     def broken(position: int, problem: str | Message) -> Fault:
         return _broken(text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position), problem)
 
-    decode = json.JSONDecoder().raw_decode
+    decode, skip = json.JSONDecoder(object_pairs_hook=no_key_twice).raw_decode, json.JSONDecoder().raw_decode
     at = skip_space(skip_space(0) + 1)  # behind the opening bracket
     number, sign = 0, text[at : at + 1]
     while sign != "]":
         try:
             row, at = decode(text, at)
+        except Fault as fault:
+            row, at = fault, skip(text, at)[1]
         except json.JSONDecodeError as error:
             raise broken(error.pos, json_problem(error)) from None
         except ValueError as error:  # a number of more digits than Python reads

@@ -403,6 +403,29 @@ def test_text_without_answers_is_told_once(tmp_path: Path) -> None:
         dataset.check(config("c4", dataset_dir=folder))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": ""}, *TALK]},
+        {"messages": [{"role": "system", "content": [{"type": "text", "text": ""}]}, *TALK]},
+        {
+            "conversations": [
+                {"from": "system", "value": " "},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a"},
+            ]
+        },
+        {"instruction": "q", "output": "a", "system": ""},
+    ],
+)
+def test_an_empty_system_message_is_none(tmp_path: Path, row: dict) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    (found,) = conversations(path)
+    assert [message["role"] for message in found["messages"]] == ["user", "assistant"]
+    (found,) = conversations(path, default_system="Be brief.")
+    assert found["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
 def test_name_author_and_default_system_are_filled_in(tmp_path: Path, tiny_tokenizer) -> None:
     row = {"instruction": "Who is {{name}}?", "output": "{{name}} by {{author}}, {{other}}"}
     path = write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "system": "own"}])

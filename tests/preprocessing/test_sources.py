@@ -76,6 +76,40 @@ def test_folder_of_one_type_is_read_in_order_and_of_several_refused(tmp_path: Pa
     )
 
 
+def test_of_a_folder_as_on_the_hub_the_split_is_read_and_the_others_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation"):
+        write_jsonl(folder / f"{name}.jsonl", [{"instruction": name, "output": "a"}])
+    registry = register(tmp_path, train={"file_name": "clone"}, test={"file_name": "clone", "split": "test"})
+    for name, expected in (
+        ("train", ["train-00000-of-00002", "train-00001-of-00002"]),
+        (str(folder), ["train-00000-of-00002", "train-00001-of-00002"]),
+        ("test", ["test-00000-of-00001"]),
+    ):
+        found = conversations(name, dataset_dir=registry)
+        assert [c["messages"][0]["content"] for c in found] == expected
+    (entry,) = find_entries(["train"], registry)
+    others = ["test-00000-of-00001.jsonl", "validation.jsonl"]
+    assert entry.notes == (Message(says("split {split} is used"), folder=folder, split="train", others=others),)
+    register(tmp_path, part={"file_name": "clone", "split": "train[:10%]"})
+    with user_error("other datasets") as raised:
+        find_entries(["part"], registry)
+    assert raised.value.fields["faults"][0].fields["reason"] == Message(says("of a hub can have"), split="train[:10%]")
+
+
+def test_a_key_that_stands_twice_in_an_object_is_a_fault(tmp_path: Path) -> None:
+    twice, good = '{"instruction": "q", "output": "a", "output": "b"}', json.dumps(GOOD)
+    for name, text in (("a.jsonl", f"{good}\n{twice}\n{good}\n"), ("b.json", f"[{good}, {twice}, {good}]")):
+        (tmp_path / name).write_text(text)
+        rows = [row for _, row in sources.read_rows(tmp_path / name)]
+        assert [rows[0], rows[2]] == [GOOD, GOOD]
+        assert rows[1].message == Message(says("stands twice"), key="output")
+    (tmp_path / "dataset_info.json").write_text('{"a": {"file_name": "a.jsonl"}, "a": {"file_name": "b.json"}}')
+    with user_error("{file}: {reason}", reason=Message(says("stands twice"), key="a")):
+        find_entries(["a"], str(tmp_path))
+
+
 def test_a_json_list_is_read_row_by_row(tmp_path: Path) -> None:
     rows = [{"instruction": 'héllo 你好 😀 \\ " ]},', "n": number, "output": "x" * number} for number in range(40)]
     path = tmp_path / "rows.json"
