@@ -316,7 +316,6 @@ class Config:
     adam_beta2: float = option(0.999, "Adam: decay rate of the second moment", minimum=0, maximum=1)
     adam_epsilon: float = option(1e-8, "Adam: epsilon of the denominator", minimum=0)
     neftune_noise_alpha: float | None = option(None, "sft, pt: NEFTune noise on the embeddings; 5 is usual", minimum=0)
-    moe_aux_loss_coef: float = option(0.0, "mixtures of experts: weight of the router's balancing loss", minimum=0)
     seed: int = option(42, "random seed", minimum=0)
     full_determinism: bool = option(False, "deterministic kernels only: slower; an operation that has none is an error")
     gradient_checkpointing: str = option("auto", "recompute activations; auto: GPU", choices=("auto", "true", "false"))

@@ -101,7 +101,7 @@ def training_arguments(config: Config, precision: Precision, plan: TrainingPlan)
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": False,
         "average_tokens_across_devices": True,
-        "router_aux_loss_coef": config.moe_aux_loss_coef,  # else TRL takes the model's, unasked
+        "router_aux_loss_coef": 0.0,  # else TRL adds the routers' balancing loss, unasked
         "ddp_find_unused_parameters": False,  # each adapter is in every forward pass
     }
     return _of_stage(config, arguments)

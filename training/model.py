@@ -73,7 +73,7 @@ def load_model(config: Config, precision: Precision) -> Any:
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
         enable_hf_packed_attention()
-        own = is_own(config, model.config.get_text_config().to_dict())
+        own = is_own(config, model.config.to_dict())
         model.keeps_samples_apart = own or packing.keeps_apart(model, packing.logits_alone(model))
     else:
         from training import cpu

@@ -33,13 +33,16 @@ class Trainer(RunTrainer, SFTTrainer):
         self.args.max_length = self.args.max_seq_length = None
         alone = self.args.world_size == 1
         one_by_one = None if model.keeps_samples_apart else 0  # tokens: a sample is in a batch of its own
-        if one_by_one == 0 and not alone and config.per_device_train_batch_size > 1:
-            raise UserError("this model's layers mix the samples of a batch; set per_device_train_batch_size: 1")
+        shares_batches = config.per_device_train_batch_size > 1 or plan.packed_rows is not None
+        if one_by_one == 0 and not alone and shares_batches:
+            raise UserError(
+                "this model's layers mix the samples of a batch; set per_device_train_batch_size: 1, packing: false"
+            )
         limit = packing.micro_batch_tokens(config, plan.longest) if one_by_one is None else one_by_one
         self.size_kept_layers(1, max(limit, plan.longest))
         self.train_splitter = Splitter(self.smaller_settings, pieces if alone else whole, limit)
         self.eval_splitter = Splitter(self.smaller_settings, pieces, one_by_one)
-        is_known = is_own(config, model.config.get_text_config().to_dict())
+        is_known = is_own(config, model.config.to_dict())
         self.uses_own_loss = not is_known and not self.has_exact_loss()
         self.noise = EmbeddingNoise(model, config.neftune_noise_alpha) if config.neftune_noise_alpha else None
         if plan.eval_samples:
