@@ -24,6 +24,8 @@ GRPO = ("_get_train_sampler", "_generate_and_score_completions", "_tokenize_prom
     [
         ("transformers", "Trainer", TRANSFORMERS),
         ("transformers", "TrainingArguments", ("_setup_devices",)),
+        ("transformers", "PreTrainedModel", ("_is_stateful",)),  # inference/engine.py
+        ("transformers", "PreTrainedConfig", ("_attn_implementation",)),  # training/cpu.py
         ("trl", "DPOTrainer", PREFERENCES),
         ("trl", "KTOTrainer", PREFERENCES),
         ("trl", "GRPOTrainer", GRPO),
