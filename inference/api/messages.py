@@ -19,7 +19,9 @@ from inference.api.schema import Form, Name, Refused
 # What clients send with every message or part and what no template shows: caching, and their own bookkeeping.
 IGNORED = frozenset({"id", "cache_control", "annotations", "provider_specific_fields", "status"})
 WRONG_CHOICE = Message("must be none, auto, required, or the function of one of the tools")
-NO_TOOLS = Message("this model's chat template has no tools; start the server with one that has (template=qwen)")
+NO_TOOLS = Message(
+    "this model's chat template has no tools in a form that is read here; start one that has (template=qwen)"
+)
 
 
 def text_of_parts(*kinds: str) -> Callable[[Any], Any]:
