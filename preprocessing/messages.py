@@ -268,12 +268,10 @@ def complete(
     messages: list[Row], fields: Fields, layout: Layout, config: Config, answers: Sequence[Row] = ()
 ) -> dict[str, list[Row]]:
     """Messages with their system message, name and author filled in, and the tools; checked alone or with answers."""
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]  # as if there were none: an empty turn would only stand before each conversation
     if not messages:
         raise Fault("the conversation is empty")
-    if messages[0]["role"] == "system" and not messages[0]["content"].strip():
-        messages = messages[1:]  # as if there were none: an empty turn would only stand before each conversation
-        if not messages:
-            raise Fault("the conversation is empty")
     if messages[0]["role"] != "system":
         given = text_value(fields.get("system") or "", Message("the system message"))
         system = given if given.strip() else config.default_system

@@ -254,19 +254,20 @@ def _existing_path(name: str, folder: Path) -> Path:
 
 def _at_path(entry: Entry, path: Path) -> Entry:
     """The entry with the files of its split at a path, and a note on those of a folder that are of another."""
-    files = data_files(path, entry.split)
-    siblings = (
-        {file for file in files[0].parent.iterdir() if file.suffix == files[0].suffix} if path.is_dir() else set()
-    )
-    others = sorted(file.name for file in siblings - set(files) if file.name not in NO_ROWS and file.name[0] != ".")
-    if not others:
-        return replace(entry, files=files)
-    note = Message("{folder}: split {split} is used, not {others}", folder=path, split=entry.split, others=others)
-    return replace(entry, files=files, notes=(*entry.notes, note))
+    files, others = data_files(path, entry.split)
+    names = [file.name for file in others]
+    note = Message("{folder}: split {split} is used, not {others}", folder=path, split=entry.split, others=names)
+    return replace(entry, files=files, notes=(*entry.notes, note) if others else entry.notes)
 
 
-def data_files(path: Path, split: str) -> tuple[Path, ...]:
-    """The files of a dataset at `path`, a file or a folder; raises Fault where there are none that can be read."""
+Files = tuple[Path, ...]
+
+
+def data_files(path: Path, split: str) -> tuple[Files, Files]:
+    """The files of a dataset at `path`, a file or a folder, and those of its other splits.
+
+    Raises Fault where there are none that can be read.
+    """
     if path.is_dir():
         return _files_of_folder(path, split)
     if not path.exists():
@@ -276,14 +277,14 @@ def data_files(path: Path, split: str) -> tuple[Path, ...]:
         raise Fault("is in {file}, a pipe or a device; write its rows into a file first", file=path)
     if path.suffix.lower() not in EXTENSIONS:
         raise Fault("is in {file}, whose type is unknown; known are {known}", file=path, known=list(EXTENSIONS))
-    return (path,)
+    return (path,), ()
 
 
-def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
+def _files_of_folder(folder: Path, split: str) -> tuple[Files, Files]:
     if (folder / "dataset_dict.json").is_file() and (folder / split).is_dir():
         return _files_of_folder(folder / split, split)  # save_to_disk of a DatasetDict
     if (folder / "state.json").is_file() and (saved := _saved_files(folder)):
-        return saved
+        return saved, ()
     if names := _registered_names(folder / REGISTRY):
         raise Fault(
             "is the folder {folder}, which has a dataset_info.json; use dataset_dir={folder} and one of its "
@@ -308,11 +309,14 @@ def _files_of_folder(folder: Path, split: str) -> tuple[Path, ...]:
     return _files_of_split(files, split)
 
 
-def _files_of_split(files: list[Path], split: str) -> tuple[Path, ...]:
-    """Those of a folder's files that belong to a split, by names as on the hub: train.csv, test-00000-of-00001.csv."""
+def _files_of_split(files: list[Path], split: str) -> tuple[Files, Files]:
+    """Those of a folder's files that belong to a split, by names as on the hub (train.csv, test-00000-of-00001.csv),
+    and the others."""
     splits = {path: re.split(r"[-_.]", path.name)[0] for path in files}
     known = set(splits.values()) & {"train", "test", "validation"}
-    return tuple(path for path in files if splits[path] == split) if len(known) > 1 and split in known else tuple(files)
+    if len(known) < 2 or split not in known:
+        return tuple(files), ()
+    return tuple(p for p in files if splits[p] == split), tuple(p for p in files if splits[p] != split)
 
 
 def _saved_files(folder: Path) -> tuple[Path, ...]:

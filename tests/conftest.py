@@ -189,6 +189,21 @@ def save_random_model(
     return folder
 
 
+def model_that_sees(text: dict[str, Any]):
+    """A random Mistral 3: a language model of these settings, and a tiny vision tower."""
+    import transformers
+
+    sight = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    config = transformers.Mistral3Config(text_config=text, vision_config=sight, image_token_index=250)
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def write_hollow_weights(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> None:
     """A safetensors file of zeros of any size, which takes no space on the disk."""
     header, end = {}, 0

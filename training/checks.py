@@ -323,14 +323,15 @@ def check_untrained(config: Config, folder: Path, tokenizer: Any, samples: Any) 
 
     Unsloth looks at the first 250 samples, too, and ends on a card with a ValueError once the model is loaded.
     """
-    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if name.endswith(EMBEDDINGS)}
     in_full = {"embed_tokens", "lm_head"} <= set(config.additional_target)
-    if config.stage not in packing.FLAT_STAGES or config.adapter_name_or_path or in_full or len(tensors) != 1:
+    if config.stage not in packing.FLAT_STAGES or config.adapter_name_or_path or in_full:
         return
-    (tensor,) = tensors.values()
+    embeddings = [tensor for name, tensor in read_tensors(folder).items() if name.endswith(EMBEDDINGS)]
+    if len(embeddings) != 1:
+        return
     accepted = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     used = set(itertools.chain(*samples[:250]["input_ids"])) & set(tokenizer.added_tokens_decoder) - accepted
-    rows = read_rows(tensor, sorted(used))
+    rows = read_rows(embeddings[0], sorted(used))
     if zero := [tokenizer.decode([token]) for token, row in rows.items() if row.abs().max() <= 1e-16]:
         yield Problem(
             "{model} was never trained on {tokens} (embeddings of zeros); take the instruct model, or set "
@@ -383,13 +384,9 @@ def check_memory(
 def check_fast_lora(config: Config, model: ModelSize) -> Iterator[Finding]:
     """Unsloth's kernels take the adapters of a layer together: with one left out they are computed one by one."""
     everything = dataclasses.replace(config, lora_target=("all",))
+    has_all, is_own = config.lora_target == everything.lora_target, memory.is_own(config, model.settings)
     missing = memory.linear_modules(model) - set(config.lora_target)
-    if (
-        config.lora_target == ("all",)
-        or config.adapter_name_or_path
-        or not missing
-        or not memory.is_own(config, model.settings)
-    ):
+    if has_all or not missing or config.adapter_name_or_path or not is_own:
         return
     more = memory.adapter_bytes(everything, model.shapes) - memory.adapter_bytes(config, model.shapes)
     yield Note(

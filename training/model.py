@@ -69,6 +69,8 @@ def load_model(config: Config, precision: Precision) -> Any:
     train_in_float32(model)
     # PEFT takes the vectors of lora_bias for shards of a matrix, at each save
     warnings.filterwarnings("ignore", message=r".*LoRA tensor\(s\) have invalid shape")
+    if config.pissa_init and not config.adapter_name_or_path:
+        model.pissa_start = pissa.take_components(model, config.pissa_iter, config.seed)
     if hardware.on_card():  # models that Unsloth has no attention of its own for, and all in 8 bit
         from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
 
@@ -79,9 +81,6 @@ def load_model(config: Config, precision: Precision) -> Any:
         from training import cpu
 
         model.keeps_samples_apart = cpu.use_sample_attention(model)
-    if config.pissa_init and not config.adapter_name_or_path:
-        model.pissa_start = pissa.take_components(model, config.pissa_iter, config.seed)
-    if not hardware.on_card():
         cpu.round_once(model)
         if precision.mixed == "bf16":
             cpu.store_in_bfloat16(model)
@@ -152,8 +151,8 @@ def find_linear(model: Any) -> list[str]:
 
     Left out are the output layer, towers for images and sound with their projections, routers of experts, and the inner
     projections of a Mamba, which its fused kernels read past PEFT. Last names, or where a module that is left out has
-    the same one, whole names. Of a mixture of experts also the experts, whose matrices are one parameter for each
-    projection.
+    the same one, whole names. Of a mixture of experts also the experts by these names, where Unsloth or PEFT knows
+    the model's as one parameter for each projection; of others they get no adapter.
     """
     import torch
     from transformers.pytorch_utils import Conv1D

@@ -55,6 +55,12 @@ def probe_samples(model: Any) -> list[torch.Tensor]:
     return [ids[None], ids[None, 5:13]]
 
 
+def probe_batch(samples: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Samples of a probe as a flat batch in which all tokens are learned."""
+    rows = [{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()} for ids in samples]
+    return {name: tensor.to(samples[0].device) for name, tensor in collate(rows).items()}
+
+
 def logits_alone(model: Any) -> torch.Tensor:
     """Logits (T x vocabulary) of the samples of a probe, each in a forward pass of its own."""
     import torch
@@ -73,15 +79,16 @@ def keeps_apart(model: Any, alone: torch.Tensor) -> bool:
 
     if getattr(model.config.get_text_config(), "attention_chunk_size", None):
         return False
-    samples = [{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()} for ids in probe_samples(model)]
-    batch = {name: tensor.to(model.device) for name, tensor in collate(samples).items() if name != "labels"}
+    samples = probe_samples(model)
+    batch = probe_batch(samples)
+    del batch["labels"]
     try:
         with torch.no_grad():
             flat = model(**batch, use_cache=False).logits[0].float()
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):  # what does not take such a batch
         return False
     rounding = 1e-3 if model.dtype == torch.float32 else 0.05
-    lengths = [len(sample["input_ids"]) for sample in samples]
+    lengths = [ids.shape[1] for ids in samples]
     pairs = zip(flat.split(lengths), alone.split(lengths), strict=True)
     return all(bool((one - own).norm() <= rounding * (own - own.mean(-1, keepdim=True)).norm()) for one, own in pairs)
 

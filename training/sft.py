@@ -32,18 +32,17 @@ class Trainer(RunTrainer, SFTTrainer):
         # else Unsloth goes through the held-out samples, to cut those beyond it: all are cut already
         self.args.max_length = self.args.max_seq_length = None
         alone = self.args.world_size == 1
-        one_by_one = None if model.keeps_samples_apart else 0  # tokens: a sample is in a batch of its own
+        apart = model.keeps_samples_apart
         shares_batches = config.per_device_train_batch_size > 1 or plan.packed_rows is not None
-        if one_by_one == 0 and not alone and shares_batches:
+        if shares_batches and not (apart or alone):
             raise UserError(
                 "this model's layers mix the samples of a batch; set per_device_train_batch_size: 1, packing: false"
             )
-        limit = packing.micro_batch_tokens(config, plan.longest) if one_by_one is None else one_by_one
+        limit = packing.micro_batch_tokens(config, plan.longest) if apart else 0  # tokens; 0: each sample alone
         self.size_kept_layers(1, max(limit, plan.longest))
         self.train_splitter = Splitter(self.smaller_settings, pieces if alone else whole, limit)
-        self.eval_splitter = Splitter(self.smaller_settings, pieces, one_by_one)
-        is_known = is_own(config, model.config.to_dict())
-        self.uses_own_loss = not is_known and not self.has_exact_loss()
+        self.eval_splitter = Splitter(self.smaller_settings, pieces, None if apart else 0)
+        self.uses_own_loss = not (is_own(config, model.config.to_dict()) or self.has_exact_loss())
         self.noise = EmbeddingNoise(model, config.neftune_noise_alpha) if config.neftune_noise_alpha else None
         if plan.eval_samples:
             learned = sum(label != packing.IGNORED for row in self.eval_dataset["labels"] for label in row[1:])
@@ -54,15 +53,13 @@ class Trainer(RunTrainer, SFTTrainer):
 
         TRL does not know what some models have between the two, nor where all have their layers.
         """
-        sample, device = packing.probe_samples(self.model)[0], self.model.device
-        batch = packing.collate([{"input_ids": sample[0].tolist(), "labels": sample[0].tolist()}])
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        sample, _ = packing.probe_samples(self.model)
         with torch.no_grad(), self.accelerator.autocast():
             logits = self.model(input_ids=sample, use_cache=False).logits[0, :-1].float()
             expected = torch.nn.functional.cross_entropy(logits, sample[0, 1:])
             try:
-                count = torch.tensor(sample.shape[1] - 1, device=device)
-                loss = super().compute_loss(self.model, batch, num_items_in_batch=count)
+                count = torch.tensor(sample.shape[1] - 1, device=sample.device)
+                loss = super().compute_loss(self.model, packing.probe_batch([sample]), num_items_in_batch=count)
             except (AttributeError, ValueError, TypeError, RuntimeError):
                 return False
         return math.isclose(loss.item(), expected.item(), rel_tol=1e-2)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, ok, refused, run, says, user_error, write_jsonl
+from conftest import ROOT, model_that_sees, ok, refused, run, says, user_error, write_jsonl
 from test_hub import Hub, hub_environment, standin
 
 import common
@@ -497,20 +497,10 @@ def test_the_language_model_of_one_that_also_sees_is_merged_and_all_else_is_copi
     models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Its tensors have another prefix on the disk than in memory, where the adapter is trained."""
-    import transformers
-
     base = shutil.copytree(models["tied"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     text = json.loads((base / "config.json").read_text())
-    sight = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-    }
     text |= {"model_type": "mistral", "tie_word_embeddings": False, "head_dim": 16}
-    config = transformers.Mistral3Config(text_config=text, vision_config=sight, image_token_index=250)
-    transformers.Mistral3ForConditionalGeneration(config).save_pretrained(base)
+    model_that_sees(text).save_pretrained(base)
     register_class(base)
     layers = r"model\.language_model\.layers\..*(q_proj|down_proj)"
     adapter = train_adapter(base, tmp_path / "adapter", target_modules=layers)

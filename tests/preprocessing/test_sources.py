@@ -255,6 +255,8 @@ def test_folders_that_save_to_disk_wrote(tmp_path: Path) -> None:
     assert asked == ["q0", "q1", "q2", "q3", "q4"]
     assert conversations(tmp_path / "parts") == conversations("saved", dataset_dir=folder)
     assert [c["messages"][0]["content"] for c in conversations("test", dataset_dir=folder)] == ["q4"]
+    (tmp_path / "saved" / "cache-1.arrow").touch()  # of `map`: no split that is left out
+    assert find_entries(["saved"], folder)[0].notes == ()
 
 
 def test_a_folder_with_metadata_is_read_and_one_with_a_registry_is_named(tmp_path: Path) -> None:

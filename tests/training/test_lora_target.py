@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, ok, user_error
+from conftest import ROOT, model_that_sees, ok, user_error
 
 from runs.configuration import load_config
 from training import memory
@@ -106,17 +106,9 @@ def tiny(config: str, **more):
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **more}
     sizes = {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, **sizes}
-    if not config.startswith("Mistral3"):
-        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
-    sight = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-    }
-    whole = transformers.Mistral3Config(text_config=sizes, vision_config=sight, image_token_index=310)
-    return transformers.Mistral3ForConditionalGeneration(whole)
+    if config == "Mistral3Config":
+        return model_that_sees(sizes)
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
 
 
 PLAIN = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
